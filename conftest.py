@@ -1,0 +1,39 @@
+"""Markers, the choice of tests, and hosts that are not installed."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("MPLBACKEND", "Agg")  # pictures are written, never shown
+
+_MISSING_HOSTS = [
+    host for host in ("fastreid", "torchreid") if importlib.util.find_spec(host) is None
+]
+
+# Neither the tests nor the modules of an adapter can be imported without its host; the
+# modules would be, for their doctests.
+collect_ignore_glob = [
+    pattern
+    for host in _MISSING_HOSTS
+    for pattern in (f"selcon_plugin/{host}_ext/*", f"tests/{host}_ext/*")
+]
+
+
+def pytest_report_header():
+    return [f"{host} is not installed: its tests are left out" for host in _MISSING_HOSTS]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--runslow", action="store_true", help="run the slow tests as well")
+
+
+def pytest_collection_modifyitems(config, items):
+    slow = pytest.mark.skip(reason="slow: runs with --runslow")
+    gpu = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--runslow"):
+            item.add_marker(slow)
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(gpu)

@@ -1,0 +1,335 @@
+"""``selcon``: train, eval, extract, demo and doctor from the command line.
+
+The arguments of ``train`` and ``eval`` are those of FastReID's own train script. Nothing
+algorithmic happens here: arguments are read, a config is made, a function is called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+# The hosts are imported inside the commands: `selcon doctor` must run where they cannot be
+# imported, and FastReID reads FASTREID_DATASETS when it is.
+
+logger = logging.getLogger(__name__)
+
+_USAGE = """\
+usage: selcon COMMAND [ARGUMENTS]
+
+  train     train without identity labels
+  eval      evaluate a checkpoint
+  extract   write the features of a folder of images to a file
+  demo      draw data, train and evaluate, in minutes, on a CPU
+  doctor    say what is installed, what works and how to mend the rest
+
+`selcon COMMAND --help` lists the arguments of a command.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: Arguments after the program's name; those of the process by default.
+
+    Returns:
+        Exit status: 0, or 2 for a mistake in arguments, config or data.
+
+    Raises:
+        ValueError: Mistakes are raised and not shown if SELCON_TRACEBACK is set; so are the
+            next two.
+        FileNotFoundError: See above.
+        ImportError: See above.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "eval": _eval,
+        "extract": _extract,
+        "demo": _demo,
+        "doctor": _doctor,
+    }
+    if not arguments or arguments[0] not in commands:
+        asked_for_help = bool(arguments) and arguments[0] in ("-h", "--help")
+        stream = sys.stdout if asked_for_help else sys.stderr
+        stream.write(_USAGE)
+        return 0 if asked_for_help else 2
+    try:
+        return commands[arguments[0]](arguments[1:])
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        # Mistakes in what the user gave: the message says what to do, a traceback would
+        # hide it. SELCON_TRACEBACK=1 shows where it was raised.
+        if os.environ.get("SELCON_TRACEBACK"):
+            raise
+        sys.stderr.write(f"selcon {arguments[0]}: error: {error}\n")
+        return 2
+
+
+def builtin_config(name: str) -> str:
+    """Find one of the configs that come with the package.
+
+    Args:
+        name: File name below ``configs/``.
+
+    Returns:
+        Its path, in an installed package or in a checkout.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    package = Path(__file__).parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / name).is_file():
+            return str(folder / name)
+    raise FileNotFoundError(f"the package has no config {name!r}")
+
+
+def _train_parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"selcon {prog}",
+        description="Arguments as in FastReID's train script, and those for a folder.",
+    )
+    parser.add_argument("--config-file", default="", metavar="FILE", help="FastReID config")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR"
+    )
+    parser.add_argument(
+        "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS only"
+    )
+    parser.add_argument(
+        "--num-gpus", type=int, default=1, help="processes on this machine (CPU or GPU)"
+    )
+    parser.add_argument("--num-machines", type=int, default=1, help="number of machines")
+    parser.add_argument("--machine-rank", type=int, default=0, help="rank of this machine")
+    parser.add_argument(
+        "--dist-url", default="auto", help="tcp://host:port at which the machines meet"
+    )
+    _add_folder_arguments(parser)
+    parser.add_argument(
+        "opts",
+        metavar="KEY VALUE",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="config options, for instance SOLVER.MAX_EPOCH 20 OUTPUT_DIR logs/mine",
+    )
+    return parser
+
+
+def _add_folder_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--images",
+        metavar="FOLDER",
+        default="",
+        help="any folder of jpg, png, webp or bmp images; needs no labels and no structure",
+    )
+    parser.add_argument(
+        "--camera-pattern",
+        metavar="REGEX",
+        default="",
+        help="finds the camera in a file's path: first group or whole match; default: the "
+        "first sub-folder; none: no cameras",
+    )
+
+
+def load_config(
+    config_file: str,
+    opts: Sequence[str] = (),
+    *,
+    images: str = "",
+    camera_pattern: str = "",
+) -> Any:
+    """Read a config file and options into a checked FastReID config.
+
+    Args:
+        config_file: FastReID config; empty for FastReID's defaults, or with ``images`` for
+            the package's ``image_folder.yml``.
+        opts: ``KEY VALUE`` pairs.
+        images: Folder of images to train on.
+        camera_pattern: How to find their cameras.
+
+    Returns:
+        Complete, frozen config.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        legal.
+    """
+    from fastreid.config import get_cfg
+
+    from selcon_plugin.fastreid_ext import add_selcon_config, complete_config
+
+    cfg = add_selcon_config(get_cfg())
+    if images:
+        config_file = config_file or builtin_config("image_folder.yml")
+        opts = [
+            *opts,
+            *("DATASETS.NAMES", "('ImageFolderReID',)", "DATASETS.TESTS", "()"),
+            *("DATASETS.IMAGE_FOLDER.ROOT", str(Path(images).expanduser())),
+        ]
+    if config_file:
+        if not Path(config_file).is_file():
+            raise FileNotFoundError(f"--config-file {config_file!r} does not exist")
+        _merge(cfg, lambda: cfg.merge_from_file(config_file), config_file)
+    _merge(cfg, lambda: cfg.merge_from_list(list(opts)), "the command line")
+    if camera_pattern:
+        # Set as it is: a config option would be read as YAML, and break on brackets.
+        cfg.DATASETS.IMAGE_FOLDER.CAMERA_PATTERN = camera_pattern
+    if cfg.MODEL.META_ARCHITECTURE == "Baseline" and images:
+        cfg.MODEL.META_ARCHITECTURE = "SelCon"
+    cfg = complete_config(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def _merge(cfg: Any, merge: Callable[[], None], source: str) -> None:
+    """Merge into a config; turn yacs's errors into ones that help."""
+    try:
+        merge()
+    except KeyError as error:
+        key = str(error.args[0]).rpartition(": ")[2]
+        close = difflib.get_close_matches(key, _all_keys(cfg), n=3, cutoff=0.6)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ValueError(f"unknown config key {key} in {source}{hint}") from error
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"{source}: {error}{_legal_values(str(error))}") from error
+
+
+def _legal_values(message: str) -> str:
+    """Say what is legal for the key that yacs names at the end of a type error."""
+    from selcon_plugin.fastreid_ext.config import describe_key
+
+    legal = describe_key(message.rpartition("config key: ")[2])
+    # To yacs a whole number is no float: 1 has to be written 1.0.
+    return f"; it must be {legal}, written with its type (1.0, not 1)" if legal else ""
+
+
+def _all_keys(node: Any, prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in node.items():
+        if hasattr(value, "items"):
+            keys.extend(_all_keys(value, f"{prefix}{key}."))
+        else:
+            keys.append(prefix + key)
+    return keys
+
+
+def _train(argv: list[str]) -> int:
+    args = _train_parser("train").parse_args(argv)
+    return _launch(args)
+
+
+def _eval(argv: list[str]) -> int:
+    args = _train_parser("eval").parse_args(argv)
+    args.eval_only = True
+    return _launch(args)
+
+
+def _launch(args: argparse.Namespace) -> int:
+    cfg = load_config(
+        args.config_file, args.opts, images=args.images, camera_pattern=args.camera_pattern
+    )
+    from selcon_plugin.fastreid_ext.launch import launch
+
+    launch(
+        run,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(cfg, args),
+    )
+    return 0
+
+
+def run(cfg: Any, args: argparse.Namespace) -> Any:
+    """Train or evaluate, in one process of possibly several.
+
+    Args:
+        cfg: Complete config.
+        args: Arguments of ``selcon train``.
+
+    Returns:
+        FastReID's results.
+
+    Raises:
+        ValueError: If there is nothing to evaluate, or no weights to do it with.
+    """
+    from fastreid.engine import default_setup
+    from fastreid.evaluation.testing import verify_results
+
+    from selcon_plugin.fastreid_ext import SelConTrainer
+    from selcon_plugin.fastreid_ext.checkpoint import SelConCheckpointer
+
+    default_setup(cfg, args)
+    # FastReID's logger writes what FastReID says; ours goes the same way.
+    logging.getLogger("selcon_plugin").parent = logging.getLogger("fastreid")
+    if args.eval_only:
+        if not cfg.DATASETS.TESTS:
+            raise ValueError("DATASETS.TESTS is empty: there is nothing to evaluate on")
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.BACKBONE.PRETRAIN = False
+        cfg.MODEL.HEADS.NUM_CLASSES = 0  # no banks
+        if not cfg.MODEL.WEIGHTS:
+            raise ValueError("evaluation needs MODEL.WEIGHTS, the path of a checkpoint")
+        model = SelConTrainer.build_model(cfg)
+        SelConCheckpointer(model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+        results = SelConTrainer.test(cfg, model)
+    else:
+        trainer = SelConTrainer(cfg, show_progress=sys.stderr.isatty())
+        trainer.resume_or_load(resume=args.resume)
+        results = trainer.train()
+    if results:
+        single = (
+            {cfg.DATASETS.TESTS[0]: results} if len(cfg.DATASETS.TESTS) == 1 else results
+        )
+        verify_results(cfg, single)
+    return results
+
+
+def _extract(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="selcon extract",
+        description="Write one unit feature per image to a NumPy file: arrays paths, "
+        "camids, features. Cosine similarity compares images.",
+    )
+    parser.add_argument("--config-file", default="", metavar="FILE", help="FastReID config")
+    _add_folder_arguments(parser)
+    parser.add_argument("--output", required=True, metavar="FILE.npz", help="file to write")
+    parser.add_argument(
+        "opts",
+        metavar="KEY VALUE",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="config options",
+    )
+    args = parser.parse_args(argv)
+    if not args.images:
+        raise ValueError("extract needs --images FOLDER")
+    cfg = load_config(
+        args.config_file, args.opts, images=args.images, camera_pattern=args.camera_pattern
+    )
+    from selcon_plugin.fastreid_ext.extract import extract_folder
+
+    count, dim = extract_folder(cfg, args.output)
+    sys.stdout.write(f"{count} features of {dim} values written to {args.output}\n")
+    return 0
+
+
+def _demo(argv: list[str]) -> int:
+    from selcon_plugin.demo import main as demo_main
+
+    return demo_main(argv)
+
+
+def _doctor(argv: list[str]) -> int:
+    from selcon_plugin.doctor import main as doctor_main
+
+    return doctor_main(argv)

@@ -1,0 +1,22 @@
+"""Data without identities to learn from: drawn people, and folders of crops."""
+
+from selcon_plugin.datasets.image_folder import ImageItem, read_image_folder
+from selcon_plugin.datasets.market_folder import read_market_folder
+from selcon_plugin.datasets.synthetic_persons import (
+    GALLERY_FOLDER,
+    QUERY_FOLDER,
+    TRAIN_FOLDER,
+    SyntheticPersonsSpec,
+    generate_synthetic_persons,
+)
+
+__all__ = [
+    "GALLERY_FOLDER",
+    "QUERY_FOLDER",
+    "TRAIN_FOLDER",
+    "ImageItem",
+    "SyntheticPersonsSpec",
+    "generate_synthetic_persons",
+    "read_image_folder",
+    "read_market_folder",
+]

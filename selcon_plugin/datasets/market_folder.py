@@ -1,0 +1,45 @@
+"""Reads folders of pictures named as in Market-1501."""
+
+import logging
+import re
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"([-\d]+)_c(\d)")
+_IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp"})
+
+
+def read_market_folder(folder: str | Path) -> list[tuple[str, int, int]]:
+    """List the pictures of one split, sorted by file name.
+
+    All pictures are listed, junk (identity -1) and distractors (identity 0) among them.
+    Files that are no pictures are left out and reported in the log.
+
+    Args:
+        folder: A folder such as ``bounding_box_train``.
+
+    Returns:
+        ``(path, pid, camid)`` for each picture; cameras count from 0.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist.
+        ValueError: If a picture's name does not start with identity and camera, as in
+            ``0002_c1s1_000451_03.jpg``.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such folder: {folder}")
+    entries: list[tuple[str, int, int]] = []
+    for path in sorted(folder.iterdir(), key=lambda path: path.name):
+        if path.suffix.lower() not in _IMAGE_SUFFIXES:
+            logger.warning("%s is not a picture and is left out", path)
+            continue
+        match = _NAME.match(path.name)
+        if match is None or match[2] == "0":
+            raise ValueError(
+                f"{path}: expected a name like 0002_c1s1_000451_03.jpg, "
+                "identity first, then the camera from 1"
+            )
+        entries.append((str(path), int(match[1]), int(match[2]) - 1))
+    return entries

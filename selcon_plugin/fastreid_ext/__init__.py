@@ -1,0 +1,28 @@
+"""FastReID adapter. Importing it registers everything with FastReID.
+
+* meta-architecture ``SelCon``, head ``GlobalPartHead``, backbone ``build_timm_backbone``;
+* data sets ``ImageFolderReID`` and ``SyntheticPersons``;
+* ``SelConTrainer`` takes the place of FastReID's ``DefaultTrainer``.
+"""
+
+from selcon_plugin.compat import prepare_fastreid
+
+prepare_fastreid()
+
+from selcon_plugin.fastreid_ext.backbones import build_timm_backbone  # noqa: E402
+from selcon_plugin.fastreid_ext.config import add_selcon_config, complete_config  # noqa: E402
+from selcon_plugin.fastreid_ext.datasets import ImageFolderReID, SyntheticPersons  # noqa: E402
+from selcon_plugin.fastreid_ext.heads import GlobalPartHead  # noqa: E402
+from selcon_plugin.fastreid_ext.meta_arch import SelCon  # noqa: E402
+from selcon_plugin.fastreid_ext.trainer import SelConTrainer  # noqa: E402
+
+__all__ = [
+    "GlobalPartHead",
+    "ImageFolderReID",
+    "SelCon",
+    "SelConTrainer",
+    "SyntheticPersons",
+    "add_selcon_config",
+    "build_timm_backbone",
+    "complete_config",
+]

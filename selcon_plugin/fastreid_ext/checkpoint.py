@@ -1,0 +1,128 @@
+"""Checkpoints that survive a kill and know what belongs to which run."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from fastreid.utils.checkpoint import Checkpointer
+
+# Prefix of the method's buffers in a SelCon state dict.
+_METHOD_PREFIX = "method."
+
+
+class RunState:
+    """What a run is besides its weights: the order of its images and its random streams.
+
+    All randomness of a run follows from its seed and the iteration (sampler position, the
+    augmentation of each sample, warm-up negatives, per-epoch seeds of every rank), so that
+    a seed, a batch size and a list of images are the whole state. Resuming with another one
+    would silently mix two runs: it is refused.
+
+    Args:
+        facts: What must not change between the parts of a run.
+    """
+
+    def __init__(self, **facts: str | int) -> None:
+        self.facts = facts
+
+    def state_dict(self) -> dict[str, str | int]:
+        """Return the facts."""
+        return dict(self.facts)
+
+    def load_state_dict(self, state: dict[str, str | int]) -> None:
+        """Compare a checkpoint's facts with this run's.
+
+        Args:
+            state: What :meth:`state_dict` returned when the checkpoint was written.
+
+        Raises:
+            ValueError: If a fact differs; names it with both values.
+        """
+        differing = [
+            f"{name} was {state[name]!r} and is {value!r}"
+            for name, value in self.facts.items()
+            if name in state and state[name] != value
+        ]
+        if differing:
+            raise ValueError(
+                f"cannot resume: {'; '.join(differing)}. Resume with the settings and "
+                "images of the interrupted run, or begin a new one (another OUTPUT_DIR, "
+                "the old checkpoint as MODEL.WEIGHTS)"
+            )
+
+
+class SelConCheckpointer(Checkpointer):
+    """FastReID's checkpointer, with two differences.
+
+    A file appears under its name only when it is complete. And banks are loaded only when a
+    run is resumed: loaded as ``MODEL.WEIGHTS``, a checkpoint gives its network, while its
+    banks belong to the images it was trained on.
+    """
+
+    _resuming = False
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write a checkpoint; a kill at any moment leaves the previous one intact."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data: dict[str, Any] = {"model": self.model.state_dict()}
+        for key, obj in self.checkpointables.items():
+            data[key] = obj.state_dict()
+        data.update(kwargs)
+        file = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", file)
+        partial = f"{file}.partial"
+        with open(partial, "wb") as stream:
+            torch.save(data, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, file)
+        self.tag_last_checkpoint(os.path.basename(file))
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Note which checkpoint is the last one, in one step."""
+        tag = os.path.join(self.save_dir, "last_checkpoint")
+        with open(f"{tag}.partial", "w") as stream:
+            stream.write(last_filename_basename)
+        os.replace(f"{tag}.partial", tag)
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Resume from the last checkpoint, or load network weights from ``path``.
+
+        Args:
+            path: File with network weights for a new run, may be empty.
+            resume: Whether to go on from the last checkpoint of this folder, if there is
+                one.
+
+        Returns:
+            What the checkpoint holds besides the objects that were restored.
+
+        Raises:
+            FileNotFoundError: If ``path`` does not exist.
+        """
+        self._resuming = resume and self.has_checkpoint()
+        if not self._resuming and path and not os.path.isfile(path):
+            raise FileNotFoundError(f"MODEL.WEIGHTS {path!r} does not exist")
+        loaded: dict[str, Any] = super().resume_or_load(path, resume=resume)
+        return loaded
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        if not self._resuming:
+            weights = checkpoint["model"]
+            for key in [k for k in weights if k.startswith(_METHOD_PREFIX)]:
+                del weights[key]
+        return super()._load_model(checkpoint)
+
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        if not self._resuming:
+            # The banks of a new run are filled from its own images.
+            incompatible = incompatible._replace(
+                missing_keys=[
+                    key
+                    for key in incompatible.missing_keys
+                    if not key.removeprefix("module.").startswith(_METHOD_PREFIX)
+                ]
+            )
+        super()._log_incompatible_keys(incompatible)

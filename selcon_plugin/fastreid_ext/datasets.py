@@ -1,0 +1,124 @@
+"""Data sets registered with FastReID: any folder of images, and the embedded default."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from fastreid.config import CfgNode
+from fastreid.data.datasets import DATASET_REGISTRY
+from fastreid.data.datasets.bases import ImageDataset
+
+from selcon_plugin.datasets import (
+    GALLERY_FOLDER,
+    QUERY_FOLDER,
+    TRAIN_FOLDER,
+    SyntheticPersonsSpec,
+    generate_synthetic_persons,
+    read_image_folder,
+    read_market_folder,
+)
+
+UNKNOWN_PID = -1
+UNKNOWN_CAMERA = -1
+
+
+def dataset_root() -> str:
+    """Return the folder that holds the data sets, as FastReID finds it."""
+    return os.getenv("FASTREID_DATASETS", "datasets")
+
+
+def build_dataset(cfg: CfgNode, name: str, **kwargs: Any) -> ImageDataset:
+    """Build a data set by its registered name.
+
+    Args:
+        cfg: Config with the plugin's keys, for the options of our own data sets.
+        name: Registered name.
+        **kwargs: Further constructor arguments, such as ``combineall``.
+
+    Returns:
+        FastReID's data set.
+    """
+    cls = DATASET_REGISTRY.get(name)
+    if issubclass(cls, ImageFolderReID):
+        folder = cfg.DATASETS.IMAGE_FOLDER
+        kwargs.update(image_folder=folder.ROOT, camera_pattern=folder.CAMERA_PATTERN)
+    elif issubclass(cls, SyntheticPersons):
+        node = cfg.DATASETS.SYNTHETIC_PERSONS
+        kwargs["spec"] = SyntheticPersonsSpec(
+            **{key.lower(): value for key, value in node.items()}
+        )
+    return cls(root=dataset_root(), **kwargs)
+
+
+@DATASET_REGISTRY.register()
+class ImageFolderReID(ImageDataset):
+    """Any folder of images as a training set without identities; it has no test set.
+
+    Args:
+        root: FastReID's data set root; not used.
+        image_folder: The folder (``DATASETS.IMAGE_FOLDER.ROOT``).
+        camera_pattern: How to find a file's camera; see
+            :func:`selcon_plugin.datasets.read_image_folder`.
+        **kwargs: FastReID's own.
+    """
+
+    dataset_name = "imagefolder"
+
+    def __init__(
+        self,
+        root: str = "",
+        image_folder: str = "",
+        camera_pattern: str = "",
+        **kwargs: Any,
+    ) -> None:
+        if not image_folder:
+            raise ValueError(
+                "the data set ImageFolderReID needs a folder: set "
+                "DATASETS.IMAGE_FOLDER.ROOT, or run selcon train --images FOLDER"
+            )
+        items = read_image_folder(image_folder, camera_pattern=camera_pattern)
+        train = [
+            (item.path, UNKNOWN_PID, UNKNOWN_CAMERA if item.camera is None else item.camera)
+            for item in items
+        ]
+        super().__init__(train, [], [], **kwargs)
+
+
+@DATASET_REGISTRY.register()
+class SyntheticPersons(ImageDataset):
+    """Drawn people seen by several cameras; draws itself under the root when absent.
+
+    Args:
+        root: FastReID's data set root.
+        spec: Size and seed (``DATASETS.SYNTHETIC_PERSONS``).
+        **kwargs: FastReID's own.
+    """
+
+    dataset_name = "synthetic"
+    _junk_pids = [-1]  # noqa: RUF012  (FastReID's convention)
+
+    def __init__(
+        self,
+        root: str = "datasets",
+        spec: SyntheticPersonsSpec | None = None,
+        **kwargs: Any,
+    ) -> None:
+        folder = generate_synthetic_persons(
+            root, spec or SyntheticPersonsSpec(), progress=True
+        )
+        train = [
+            (path, f"{self.dataset_name}_{pid}", f"{self.dataset_name}_{camid}")
+            for path, pid, camid in self._read(folder, TRAIN_FOLDER)
+        ]
+        query = self._read(folder, QUERY_FOLDER)
+        gallery = self._read(folder, GALLERY_FOLDER)
+        super().__init__(train, query, gallery, **kwargs)
+
+    @staticmethod
+    def _read(folder: Path, split: str) -> list[tuple[str, int, int]]:
+        return [
+            (str(path), pid, camid)
+            for path, pid, camid in read_market_folder(folder / split)
+        ]

@@ -1,0 +1,93 @@
+"""FastReID's evaluator with the training distance's camera term, by option."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from fastreid.config import CfgNode
+from fastreid.evaluation import ReidEvaluator
+from fastreid.utils import comm
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+def append_camera_term(
+    features: Tensor, camids: Tensor, is_query: Tensor, *, penalty: float, num_cameras: int
+) -> Tensor:
+    """Extend unit features so that their cosine ranks by distance plus camera term.
+
+    A query gets ``+a`` and a gallery image ``-a`` at its camera's place, with ``a² = λ_c /
+    2``: the product of a pair from one camera falls by λ_c / 2, its distance ``2 - 2 cos``
+    rises by λ_c, and all vectors keep one common length.
+
+    Args:
+        features: Unit features, shape ``(B, C)``.
+        camids: Camera of each image, 0 or more, shape ``(B,)``.
+        is_query: Whether each image is a query, shape ``(B,)``.
+        penalty: λ_c.
+        num_cameras: Length of the camera part; larger than every camera id.
+
+    Returns:
+        Shape ``(B, C + num_cameras)``.
+    """
+    size = (penalty / 2.0) ** 0.5
+    sign = torch.where(is_query, size, -size).to(features)
+    cameras = F.one_hot(camids, num_cameras).to(features)
+    return torch.cat([F.normalize(features, dim=1), sign[:, None] * cameras], dim=1)
+
+
+class CameraTermEvaluator(ReidEvaluator):
+    """FastReID's evaluator on features extended by the camera term.
+
+    Uses camera ids of query and gallery at test time, so its numbers are not comparable
+    with the usual protocol; the log says so.
+
+    Args:
+        cfg: Complete config.
+        num_query: Queries at the front of the loader.
+        num_images: Queries and gallery images together.
+        num_cameras: Larger than every camera id.
+        output_dir: As FastReID's.
+    """
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        num_query: int,
+        num_images: int,
+        num_cameras: int,
+        output_dir: str | None = None,
+    ) -> None:
+        super().__init__(cfg, num_query, output_dir)
+        self._penalty: float = cfg.MODEL.SELCON.SAME_CAMERA_PENALTY
+        self._num_cameras = num_cameras
+        # FastReID's InferenceSampler gives each rank one run of images.
+        self._first = comm.get_rank() * ((num_images - 1) // comm.get_world_size() + 1)
+        self._seen = 0
+        logger.warning(
+            "TEST_CAMERA_TERM is on: %g is added to the distance of images from one "
+            "camera at test time; say so next to these numbers",
+            self._penalty,
+        )
+
+    def reset(self) -> None:
+        """Begin a new evaluation."""
+        super().reset()
+        self._seen = 0
+
+    def process(self, inputs: dict[str, Any], outputs: Tensor) -> None:
+        """Take a batch of features, in the loader's order."""
+        position = self._first + self._seen + torch.arange(len(outputs))
+        self._seen += len(outputs)
+        extended = append_camera_term(
+            outputs.float().cpu(),
+            inputs["camids"].cpu(),
+            position < self._num_query,
+            penalty=self._penalty,
+            num_cameras=self._num_cameras,
+        )
+        super().process(inputs, extended)

@@ -1,0 +1,57 @@
+"""Features of a folder of images, from a trained model to a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from fastreid.config import CfgNode
+
+from selcon_plugin.fastreid_ext.checkpoint import SelConCheckpointer
+from selcon_plugin.fastreid_ext.data import (
+    IndexedDataset,
+    build_extraction_loader,
+    training_items,
+)
+from selcon_plugin.fastreid_ext.hooks import extract_embeddings, unwrap
+from selcon_plugin.fastreid_ext.trainer import SelConTrainer
+from selcon_plugin.features import fused_feature
+
+
+def extract_folder(cfg: CfgNode, output: str | Path) -> tuple[int, int]:
+    """Write the features of all images in ``DATASETS.NAMES`` to a NumPy file.
+
+    Args:
+        cfg: Complete config; ``MODEL.WEIGHTS`` names the checkpoint.
+        output: File to write: arrays ``paths`` (M,), ``camids`` (M,) with -1 for unknown,
+            and unit ``features`` (M, C + S*D) in float32.
+
+    Returns:
+        Number of images and length of a feature.
+
+    Raises:
+        ValueError: If no checkpoint is named.
+    """
+    if not cfg.MODEL.WEIGHTS:
+        raise ValueError("extraction needs MODEL.WEIGHTS, the path of a checkpoint")
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.BACKBONE.PRETRAIN = False
+    cfg.MODEL.HEADS.NUM_CLASSES = 0
+    model = unwrap(SelConTrainer.build_model(cfg))
+    SelConCheckpointer(model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    dataset = IndexedDataset(training_items(cfg), transform=None)
+    loader = build_extraction_loader(cfg, dataset)
+    embeddings = extract_embeddings(model, loader, len(dataset))
+    features = fused_feature(
+        embeddings, global_distance_weight=model.global_distance_weight
+    ).cpu()
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    with open(output, "wb") as stream:  # savez would append .npz to another ending
+        np.savez_compressed(
+            stream,
+            paths=np.array(dataset.paths),
+            camids=np.array(dataset.camids),
+            features=features.numpy(),
+        )
+    return features.shape[0], features.shape[1]

@@ -1,0 +1,208 @@
+"""``SelConTrainer``: FastReID's DefaultTrainer on label-blind data."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastreid.config import CfgNode
+from fastreid.engine import hooks as host_hooks
+from fastreid.engine.defaults import DefaultTrainer
+from fastreid.engine.train_loop import AMPTrainer, HookBase, SimpleTrainer, TrainerBase
+from fastreid.evaluation import ReidEvaluator
+from fastreid.solver import build_optimizer
+from fastreid.utils import comm
+from fastreid.utils.logger import setup_logger
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from selcon_plugin.fastreid_ext import data as selcon_data
+from selcon_plugin.fastreid_ext.checkpoint import RunState, SelConCheckpointer
+from selcon_plugin.fastreid_ext.config import complete_config
+from selcon_plugin.fastreid_ext.evaluation import CameraTermEvaluator
+from selcon_plugin.fastreid_ext.hooks import (
+    CheckpointHook,
+    DiagnosticsHook,
+    MethodHook,
+    ProgressHook,
+    seed_all,
+    unwrap,
+)
+
+
+class SelConTrainer(DefaultTrainer):
+    """Takes the place of ``DefaultTrainer`` in a FastReID script.
+
+    Optimiser, schedule, mixed precision, evaluation, writers and checkpoints are
+    FastReID's. Different are: the data (label-blind, indexed, resumable), the checkpointer
+    (banks, atomic files), the hooks of the method, CPU and gloo beside CUDA and NCCL.
+
+    Args:
+        cfg: FastReID config with ``MODEL.META_ARCHITECTURE: SelCon``; the plugin's keys are
+            added where the script did not.
+        show_progress: Whether to draw a progress bar.
+    """
+
+    def __init__(self, cfg: CfgNode, *, show_progress: bool = False) -> None:
+        # DefaultTrainer's constructor is not called: it wraps the model for CUDA only and
+        # builds a checkpointer without banks in mind. What follows keeps its order.
+        TrainerBase.__init__(self)
+        if not logging.getLogger("fastreid").isEnabledFor(logging.INFO):
+            setup_logger()
+        cfg = complete_config(cfg)
+        if cfg.OUTPUT_DIR and comm.is_main_process():
+            Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
+        loader = self.build_train_loader(cfg)
+        cfg = self.auto_scale_hyperparams(cfg, loader.dataset.num_classes)
+        seed_all(cfg.MODEL.SELCON.SEED)
+        model = self.build_model(cfg)
+        unwrap(model)
+        optimizer, param_wrapper = self.build_optimizer(cfg, model)
+        model = self._distribute(model)
+        trainer_class = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        self._trainer = trainer_class(model, loader, optimizer, param_wrapper)
+        self.iters_per_epoch = len(loader.dataset) // cfg.SOLVER.IMS_PER_BATCH
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer, self.iters_per_epoch)
+        self.checkpointer = self._build_checkpointer(cfg, model, optimizer, loader)
+        self.start_epoch = 0
+        self.max_epoch = cfg.SOLVER.MAX_EPOCH
+        self.max_iter = self.max_epoch * self.iters_per_epoch
+        self.warmup_iters = cfg.SOLVER.WARMUP_ITERS
+        self.delay_epochs = cfg.SOLVER.DELAY_EPOCHS
+        self.cfg = cfg
+        self._show_progress = show_progress
+        self.register_hooks(self.build_hooks())
+
+    @staticmethod
+    def _distribute(model: nn.Module) -> nn.Module:
+        if comm.get_world_size() == 1:
+            return model
+        on_gpu = next(model.parameters()).is_cuda
+        device_ids = [comm.get_local_rank()] if on_gpu else None
+        return DistributedDataParallel(
+            model, device_ids=device_ids, broadcast_buffers=False
+        )
+
+    def _build_checkpointer(
+        self,
+        cfg: CfgNode,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loader: selcon_data.TrainLoader,
+    ) -> SelConCheckpointer:
+        extra: dict[str, Any] = dict(self.scheduler)
+        extra["run"] = RunState(
+            num_images=len(loader.dataset),
+            image_list=loader.dataset.fingerprint,
+            seed=cfg.MODEL.SELCON.SEED,
+            batch_size=cfg.SOLVER.IMS_PER_BATCH,
+            method=cfg.MODEL.SELCON.METHOD,
+        )
+        grad_scaler = getattr(self._trainer, "grad_scaler", None)
+        if grad_scaler is not None:
+            extra["grad_scaler"] = grad_scaler
+        return SelConCheckpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            save_to_disk=comm.is_main_process(),
+            optimizer=optimizer,
+            **extra,
+        )
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Go on from the last checkpoint, or load ``MODEL.WEIGHTS``; as in FastReID.
+
+        Args:
+            resume: Whether to go on from the last checkpoint in ``OUTPUT_DIR``.
+        """
+        super().resume_or_load(resume=resume)
+        # The batches after the checkpoint follow; the loader has not started yet.
+        done = self.start_epoch * self.iters_per_epoch * self.cfg.SOLVER.IMS_PER_BATCH
+        self.data_loader.sampler.start = done
+
+    def build_hooks(self) -> list[HookBase]:
+        """Add the method's hooks to FastReID's.
+
+        Returns:
+            Hooks in the order in which they run. The method's come first, so that a step's
+            banks are written before anything is evaluated or saved.
+        """
+        dataset = self.data_loader.dataset
+        result: list[HookBase] = [
+            MethodHook(self.cfg, dataset),
+            DiagnosticsHook(dataset, self.cfg.MODEL.SELCON.DIAGNOSTICS_PERIOD),
+        ]
+        for hook in super().build_hooks():
+            if isinstance(hook, host_hooks.PeriodicCheckpointer):
+                period = self.cfg.SOLVER.CHECKPOINT_PERIOD
+                result.append(CheckpointHook(self.checkpointer, period))
+            elif not isinstance(hook, host_hooks.EvalHook) or self.cfg.DATASETS.TESTS:
+                result.append(hook)
+        if self._show_progress:
+            result.insert(-1, ProgressHook())
+        return result
+
+    def train(self) -> Any:
+        """Train from ``start_epoch`` to ``MAX_EPOCH``.
+
+        Returns:
+            Results of the last evaluation on the main process, empty without one.
+        """
+        # DefaultTrainer asserts that there was an evaluation; a folder of images has none.
+        self._last_eval_results: dict[str, Any] = {}
+        return super().train()
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> selcon_data.TrainLoader:
+        """Build the label-blind loader."""
+        return selcon_data.build_train_loader(cfg)
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> tuple[Any, Any]:
+        """Build FastReID's optimiser on the model's own parameters.
+
+        FastReID's contiguous parameter buffers are left out: from torch 2.0 on
+        ``zero_grad`` drops the buffers' gradients, after which the optimiser steps on
+        nothing.
+
+        Args:
+            cfg: Complete config.
+            model: Model whose parameters are trained.
+
+        Returns:
+            The optimiser, and its parameter groups as FastReID's trainer wants them.
+        """
+        optimizer: tuple[Any, Any] = build_optimizer(cfg, model, contiguous=False)
+        return optimizer
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> tuple[Any, int]:
+        """Build FastReID's test loader."""
+        return selcon_data.build_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_dir: str | None = None
+    ) -> tuple[Any, ReidEvaluator]:
+        """Build FastReID's evaluator, with the camera term where it is asked for."""
+        loader, num_query = cls.build_test_loader(cfg, dataset_name)
+        if not cfg.MODEL.SELCON.TEST_CAMERA_TERM:
+            return loader, ReidEvaluator(cfg, num_query, output_dir)
+        num_cameras = max(loader.dataset.cams) + 1
+        return loader, CameraTermEvaluator(
+            cfg, num_query, len(loader.dataset), num_cameras, output_dir
+        )
+
+    @staticmethod
+    def auto_scale_hyperparams(cfg: CfgNode, num_classes: int) -> CfgNode:
+        """Set the number of classes, one per image, whatever the config says."""
+        cfg = cfg.clone()
+        frozen = cfg.is_frozen()
+        cfg.defrost()
+        cfg.MODEL.HEADS.NUM_CLASSES = 0
+        cfg = DefaultTrainer.auto_scale_hyperparams(cfg, num_classes)
+        if frozen:
+            cfg.freeze()
+        return cfg

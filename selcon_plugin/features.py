@@ -1,0 +1,231 @@
+"""From a feature map to embeddings: one global vector and S horizontal part vectors.
+
+Shape shorthand in this module:
+
+    B: images in the batch
+    F: channels of the backbone's feature map; h, w: its height and width
+    C: global feature dimension
+    S: horizontal parts (stripes, top to bottom); D: part feature dimension
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Embeddings(NamedTuple):
+    """What a head says about a batch of images; every vector is L2-normalised.
+
+    Attributes:
+        global_features: One vector per image, shape ``(B, C)``.
+        part_features: One vector per image and part, shape ``(B, S, D)``; None if the head
+            has no parts.
+    """
+
+    global_features: Tensor
+    part_features: Tensor | None = None
+
+    def detach(self) -> Embeddings:
+        """Return the same values outside the autograd graph."""
+        parts = self.part_features
+        return Embeddings(
+            self.global_features.detach(), None if parts is None else parts.detach()
+        )
+
+    def float(self) -> Embeddings:
+        """Return the same values in float32."""
+        parts = self.part_features
+        return Embeddings(
+            self.global_features.float(), None if parts is None else parts.float()
+        )
+
+    def to(self, device: torch.device | str) -> Embeddings:
+        """Return the same values on ``device``."""
+        parts = self.part_features
+        return Embeddings(
+            self.global_features.to(device), None if parts is None else parts.to(device)
+        )
+
+
+def check_parts_fit(num_rows: int, num_parts: int) -> None:
+    """Raise an error if a feature map has fewer rows than parts.
+
+    Args:
+        num_rows: Height h of the map.
+        num_parts: Parts S.
+
+    Raises:
+        ValueError: If h < S; says what to change.
+    """
+    if num_rows < num_parts:
+        raise ValueError(
+            f"cannot cut a feature map of {num_rows} rows into {num_parts} horizontal "
+            f"parts: use at most {num_rows} parts (MODEL.SELCON.NUM_PARTS), a smaller "
+            "stride of the last stage (MODEL.BACKBONE.LAST_STRIDE 1) or a larger input "
+            "(INPUT.SIZE_TRAIN)"
+        )
+
+
+def split_stripes(feature_map: Tensor, num_parts: int) -> list[Tensor]:
+    """Cut a feature map into horizontal stripes of (nearly) equal height.
+
+    Stripe s holds the rows ``floor(s*h/S)`` to ``ceil((s+1)*h/S)``. If S divides h these
+    are the disjoint stripes of the paper; otherwise neighbouring stripes share a row, where
+    the released code would leave the last rows (the feet) out.
+
+    Args:
+        feature_map: Shape ``(B, F, h, w)``.
+        num_parts: Number of stripes S, at least 1.
+
+    Returns:
+        S views of the map, top to bottom, each ``(B, F, rows, w)``.
+    """
+    height = feature_map.shape[2]
+    check_parts_fit(height, num_parts)
+    return [
+        feature_map[
+            :, :, part * height // num_parts : math.ceil((part + 1) * height / num_parts)
+        ]
+        for part in range(num_parts)
+    ]
+
+
+class GlobalPartEmbedding(nn.Module):
+    """Pool a feature map into L2-normalised global and part features.
+
+    Global: pool → linear F→C → norm → L2. Part s: pool stripe s → its own linear F→D → norm
+    → L2, with D = C / S, so that the concatenated parts are as long as the global vector:
+    both are compared with the same mixture bank.
+
+    Args:
+        feature_dim: Channels F of the feature map.
+        embedding_dim: Global feature dimension C.
+        num_parts: Number of horizontal parts S; 0 leaves the part branch out.
+        project_global: Whether the global branch has its linear layer; without it C must
+            equal F.
+        pool: Makes a layer ``(B, F, h, w)`` → ``(B, F, 1, 1)``; called once, since the
+            global vector and the stripes share it. Average pooling by default.
+        norm: Makes a normalisation layer for ``(B, channels, 1, 1)``. BatchNorm with
+            learnable scale and shift by default.
+
+    Raises:
+        ValueError: If S does not divide C, or C ≠ F without projection.
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        embedding_dim: int,
+        num_parts: int = 8,
+        *,
+        project_global: bool = True,
+        pool: Callable[[], nn.Module] | None = None,
+        norm: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        if num_parts < 0:
+            raise ValueError(f"num_parts must be 0 or more, got {num_parts}")
+        if num_parts and embedding_dim % num_parts:
+            raise ValueError(
+                f"the embedding dimension ({embedding_dim}) must be a multiple of the "
+                f"number of parts ({num_parts}), because the concatenated parts share the "
+                "mixture bank with the global vector; change MODEL.HEADS.EMBEDDING_DIM or "
+                "MODEL.SELCON.NUM_PARTS"
+            )
+        if not project_global and embedding_dim != feature_dim:
+            raise ValueError(
+                f"without a projection the embedding dimension ({embedding_dim}) must "
+                f"equal the backbone's feature dimension ({feature_dim})"
+            )
+        make_norm = norm or nn.BatchNorm2d
+        self.global_dim = embedding_dim
+        self.num_parts = num_parts
+        self.part_dim = embedding_dim // num_parts if num_parts else 0
+        self.pool = pool() if pool is not None else nn.AdaptiveAvgPool2d(1)
+        self.global_projection: nn.Module = (
+            nn.Linear(feature_dim, embedding_dim) if project_global else nn.Identity()
+        )
+        self.global_norm = make_norm(embedding_dim)
+        if num_parts:
+            # One unshared F -> D layer per part, kept in one tensor so that all parts are
+            # one batched product.
+            self.part_weight = nn.Parameter(
+                torch.empty(num_parts, self.part_dim, feature_dim)
+            )
+            self.part_bias = nn.Parameter(torch.zeros(num_parts, self.part_dim))
+            self.part_norm = make_norm(num_parts * self.part_dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the linear layers anew: Kaiming-normal in fan-out mode, zero bias."""
+        if isinstance(self.global_projection, nn.Linear):
+            nn.init.kaiming_normal_(self.global_projection.weight, mode="fan_out")
+            nn.init.zeros_(self.global_projection.bias)
+        if self.num_parts:
+            for weight in self.part_weight.unbind(0):
+                nn.init.kaiming_normal_(weight, mode="fan_out")
+            nn.init.zeros_(self.part_bias)
+
+    def forward(self, feature_map: Tensor) -> Embeddings:
+        """Embed a batch of feature maps.
+
+        Args:
+            feature_map: Shape ``(B, F, h, w)``, any h of at least S rows.
+
+        Returns:
+            Unit vectors in float32: global ``(B, C)`` and parts ``(B, S, D)`` or None.
+        """
+        pooled = self.pool(feature_map).flatten(1)  # (B, F)
+        global_features = self._normalize(self.global_norm, self.global_projection(pooled))
+        if not self.num_parts:
+            return Embeddings(global_features)
+        stripes = split_stripes(feature_map, self.num_parts)
+        pooled_parts = torch.stack([self.pool(s).flatten(1) for s in stripes], dim=1)
+        # (B, S, F) x (S, D, F) -> (B, S, D)
+        parts = (
+            torch.einsum("bsf,sdf->bsd", pooled_parts, self.part_weight) + self.part_bias
+        )
+        flat = self.part_norm(parts.flatten(1)[..., None, None]).flatten(1)
+        part_features = F.normalize(flat.float().unflatten(1, (self.num_parts, -1)), dim=2)
+        return Embeddings(global_features, part_features)
+
+    @staticmethod
+    def _normalize(norm: nn.Module, vectors: Tensor) -> Tensor:
+        # Unit length is taken in float32: under autocast a half-precision norm is off by
+        # 1e-3, which the temperature would magnify.
+        normed: Tensor = norm(vectors[..., None, None]).flatten(1)
+        return F.normalize(normed.float(), dim=1)
+
+
+def fused_feature(embeddings: Embeddings, *, global_distance_weight: float = 0.5) -> Tensor:
+    r"""Concatenate global and part features so that cosine ranks like the fused distance.
+
+    With weights :math:`\sqrt{w}` on the global vector and :math:`\sqrt{(1-w)/S}` on each
+    part the result has unit length and ``2 - 2 * cosine`` equals the distance of
+    :func:`selcon_plugin.distance.fused_distance` without its camera term. A host's
+    evaluator therefore ranks by the training distance without knowing of it.
+
+    Args:
+        embeddings: Global ``(B, C)`` and parts ``(B, S, D)`` or None.
+        global_distance_weight: Weight w of the global distance, in [0, 1].
+
+    Returns:
+        Unit vectors, shape ``(B, C + S*D)``; ``(B, C)`` without parts.
+    """
+    global_features, part_features = embeddings
+    if part_features is None:
+        return global_features
+    part_weight = (1.0 - global_distance_weight) / part_features.shape[1]
+    return torch.cat(
+        [
+            math.sqrt(global_distance_weight) * global_features,
+            math.sqrt(part_weight) * part_features.flatten(1),
+        ],
+        dim=1,
+    )

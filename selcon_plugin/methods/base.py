@@ -1,0 +1,213 @@
+"""What a method is: banks, a loss that reads them, an update that writes them.
+
+The way of one batch, whatever the method::
+
+    losses = method.loss(embeddings, index, camids)   # READS the banks
+    sum(losses.values()).backward()
+    optimizer.step()
+    method.update(index, embeddings)                  # WRITES the banks, once
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from selcon_plugin.features import Embeddings
+from selcon_plugin.options import Option, check_options, options_of
+
+_METHODS: dict[str, type[Method]] = {}
+MethodClass = TypeVar("MethodClass", bound="type[Method]")
+
+
+class Method(nn.Module, ABC):
+    """Base of all methods.
+
+    The whole state is persistent buffers, so that a checkpoint of the model around it holds
+    everything and a resumed run goes on exactly where it stopped. A method never sees an
+    identity.
+
+    Args:
+        num_images: Training images M; a bank row for each.
+        global_dim: Global feature dimension C.
+        num_parts: Parts S, 0 for none.
+        part_dim: Part feature dimension D.
+
+    Attributes:
+        needs_clusters: Whether :meth:`prepare` wants pseudo-labels.
+        epoch: Epoch in progress, counted from 0.
+        step: Updates done so far.
+        prepared: Whether the banks have been filled.
+    """
+
+    needs_clusters: ClassVar[bool] = False
+
+    _epoch: Tensor
+    _step: Tensor
+    _prepared: Tensor
+
+    def __init__(
+        self, num_images: int, global_dim: int, num_parts: int = 0, part_dim: int = 0
+    ) -> None:
+        super().__init__()
+        if num_images < 1:
+            raise ValueError(f"num_images must be 1 or more, got {num_images}")
+        self.num_images = num_images
+        self.global_dim = global_dim
+        self.num_parts = num_parts
+        self.part_dim = part_dim
+        self.register_buffer("_epoch", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("_step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("_prepared", torch.zeros((), dtype=torch.bool))
+        # Plain copies of the three counters: reading a buffer on a GPU would make every
+        # step wait for the device.
+        self.epoch, self.step, self.prepared = 0, 0, False
+        self.register_load_state_dict_post_hook(self._read_counters)  # type: ignore[no-untyped-call, unused-ignore]
+
+    @staticmethod
+    def _read_counters(module: nn.Module, _incompatible: Any) -> None:
+        assert isinstance(module, Method)
+        module.epoch = int(module._epoch)
+        module.step = int(module._step)
+        module.prepared = bool(module._prepared)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Tell the method which epoch begins, counted from 0."""
+        self.epoch = epoch
+        self._epoch.fill_(epoch)
+
+    def _finish_prepare(self) -> None:
+        self.prepared = True
+        self._prepared.fill_(True)
+
+    def _finish_update(self) -> None:
+        self.step += 1
+        self._step.fill_(self.step)
+
+    @abstractmethod
+    def prepare(
+        self, embeddings: Embeddings, camids: Tensor | None, pseudo_labels: Any = None
+    ) -> None:
+        """Fill or rebuild the banks from the features of all training images.
+
+        Called once before training, and again each epoch by methods that cluster.
+
+        Args:
+            embeddings: Features of images 0..M-1 in order, ``(M, C)`` and ``(M, S, D)``.
+            camids: Camera of each image, int64 ``(M,)``, -1 where unknown; None if no
+                camera is known.
+            pseudo_labels: Clusters of the images for methods with ``needs_clusters``.
+        """
+
+    @abstractmethod
+    def loss(
+        self, embeddings: Embeddings, index: Tensor, camids: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Compute the training losses of a batch; reads the banks and never writes them.
+
+        Args:
+            embeddings: Features of the batch, with gradient.
+            index: Which training image each is, int64, shape ``(B,)``.
+            camids: Camera of each image, int64, shape ``(B,)``, or None.
+
+        Returns:
+            Scalars by name; training minimises their sum.
+        """
+
+    @abstractmethod
+    def update(self, index: Tensor, embeddings: Embeddings) -> None:
+        """Write a batch into the banks; once, after the optimiser step.
+
+        In a distributed run the batches of all ranks are gathered first, so that the banks
+        stay identical on every rank.
+
+        Args:
+            index: As given to :meth:`loss`.
+            embeddings: As given to :meth:`loss`; gradients are ignored.
+        """
+
+    def diagnostics(self) -> dict[str, float]:
+        """Report what a user watches during training, from the last batch and the banks."""
+        return {}
+
+    def selected_positives(self) -> tuple[Tensor, Tensor] | None:
+        """Return the last batch's anchors ``(B,)`` and their neighbours ``(B, K)``.
+
+        None where the method has no per-image neighbours, or none yet. Used by diagnostics
+        that know the identities; training does not look at it.
+        """
+        return None
+
+
+def register_method(name: str) -> Callable[[MethodClass], MethodClass]:
+    """Class decorator: make a method available to :func:`build_method` under ``name``."""
+
+    def decorate(cls: MethodClass) -> MethodClass:
+        if name in _METHODS:
+            raise ValueError(f"a method named {name!r} is already registered")
+        _METHODS[name] = cls
+        return cls
+
+    return decorate
+
+
+def method_names() -> list[str]:
+    """Return the names of all registered methods."""
+    return sorted(_METHODS)
+
+
+def method_class(name: str) -> type[Method]:
+    """Return the class registered under ``name``.
+
+    Args:
+        name: A registered name.
+
+    Returns:
+        The class.
+
+    Raises:
+        ValueError: If there is none; lists those there are.
+    """
+    if name not in _METHODS:
+        raise ValueError(f"unknown method {name!r}; known are {', '.join(method_names())}")
+    return _METHODS[name]
+
+
+def method_options(name: str) -> dict[str, Option]:
+    """Return the options of the method registered under ``name``."""
+    return options_of(method_class(name))
+
+
+def build_method(
+    name: str,
+    num_images: int,
+    global_dim: int,
+    num_parts: int = 0,
+    part_dim: int = 0,
+    **options: Any,
+) -> Method:
+    """Build a method by name, with its options checked.
+
+    Args:
+        name: Registered name, for instance ``"SelectiveContrastive"``.
+        num_images: Training images M.
+        global_dim: Global feature dimension C.
+        num_parts: Parts S, 0 for none.
+        part_dim: Part feature dimension D.
+        **options: The method's keyword options; those left out keep their defaults.
+
+    Returns:
+        The method, its banks still empty.
+
+    Example:
+        >>> method = build_method("SelectiveContrastive", 100, 64, 4, 16, temperature=0.2)
+        >>> method.prepared
+        False
+    """
+    cls = method_class(name)
+    checked = check_options(options_of(cls), options, owner=name)
+    return cls(num_images, global_dim, num_parts, part_dim, **checked)

@@ -1,0 +1,113 @@
+"""Which bank rows an image is pulled towards and which it is pushed away from.
+
+Shape shorthand in this module:
+
+    B: images in the batch
+    M: bank rows, one per training image
+    K: neighbours per image; an image has 1 + K positives, column 0 is its own row
+    N: negatives per image
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+@functools.lru_cache(maxsize=32)
+def _warn_clamped(asked: tuple[int, int], used: tuple[int, int], num_images: int) -> None:
+    # The cache makes this once per process and combination, not once per batch.
+    logger.warning(
+        "%d training images leave room for %d neighbours and %d negatives per image, "
+        "not for the %d and %d asked for (NUM_NEIGHBORS, NUM_NEGATIVES)",
+        num_images,
+        *used,
+        *asked,
+    )
+
+
+def clamp_counts(
+    num_images: int, num_neighbors: int, num_negatives: int
+) -> tuple[int, int]:
+    """Fit K and N to a bank of M rows: K ≤ M - 1, then N ≤ M - 1 - K.
+
+    Warns once per process when the bank is too small for what was asked.
+
+    Args:
+        num_images: Bank rows M.
+        num_neighbors: Neighbours K asked for.
+        num_negatives: Negatives N asked for.
+
+    Returns:
+        The counts that fit, ``(K, N)``.
+    """
+    neighbors = min(num_neighbors, num_images - 1)
+    negatives = min(num_negatives, num_images - 1 - neighbors)
+    if (neighbors, negatives) != (num_neighbors, num_negatives):
+        _warn_clamped((num_neighbors, num_negatives), (neighbors, negatives), num_images)
+    return neighbors, negatives
+
+
+@torch.no_grad()
+def select_neighbors(
+    distance: Tensor, index: Tensor, *, num_neighbors: int, num_negatives: int
+) -> tuple[Tensor, Tensor]:
+    """Take the K nearest rows as positives and the next N as negatives.
+
+    The rows beyond rank K + N play no part: the hardest non-neighbours are the negatives.
+    An image's own row is always positive column 0 and nowhere else, whatever its distance,
+    so exact duplicates of the image compete for the ranks like any other row.
+
+    Args:
+        distance: Smaller is closer, shape ``(B, M)``. Not modified.
+        index: Own bank row of each image, int64, shape ``(B,)``.
+        num_neighbors: Neighbours K, at least 0; clamped to M - 1.
+        num_negatives: Negatives N, at least 0; clamped to M - 1 - K.
+
+    Returns:
+        ``positive_index`` of shape ``(B, 1 + K)`` and ``negative_index`` of shape ``(B,
+        N)``, int64, both in order of distance after column 0.
+
+    Example:
+        >>> distance = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
+        >>> select_neighbors(distance, torch.tensor([0]), num_neighbors=1, num_negatives=2)
+        (tensor([[0, 2]]), tensor([[3, 1]]))
+    """
+    neighbors, negatives = clamp_counts(distance.shape[1], num_neighbors, num_negatives)
+    others = distance.scatter(1, index[:, None], float("inf"))
+    # topk, not a full sort: 507 of 12,936 are needed.
+    nearest = others.topk(neighbors + negatives, dim=1, largest=False, sorted=True).indices
+    positive_index = torch.cat([index[:, None], nearest[:, :neighbors]], dim=1)
+    return positive_index, nearest[:, neighbors:]
+
+
+def draw_random_negatives(
+    index: Tensor, *, num_images: int, num_negatives: int, generator: torch.Generator
+) -> Tensor:
+    """Draw negatives at random, the same for the whole batch but never an image's own row.
+
+    One draw of N + 1 distinct rows serves all images: each leaves out its own row if it was
+    drawn, else the last one. The draw does not depend on the batch, so that several
+    processes with equally seeded generators draw what one process would.
+
+    Args:
+        index: Own bank row of each image, int64, shape ``(B,)``.
+        num_images: Bank rows M.
+        num_negatives: Negatives N; clamped to M - 1.
+        generator: CPU generator; CPU and GPU runs draw the same rows.
+
+    Returns:
+        Bank rows, int64, shape ``(B, N)``, on the device of ``index``.
+    """
+    count = min(num_negatives, num_images - 1)
+    drawn = torch.randperm(num_images, generator=generator)[: count + 1].to(index.device)
+    is_own = drawn[None, :] == index[:, None]  # (B, N + 1)
+    # Column of the row to leave out: the own one, or the last where the own was not drawn.
+    left_out = torch.where(is_own.any(dim=1), is_own.int().argmax(dim=1), count)
+    column = torch.arange(count, device=index.device)[None, :]
+    return drawn[column + (column >= left_out[:, None])]

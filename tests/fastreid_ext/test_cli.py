@@ -1,0 +1,183 @@
+"""The commands as a user runs them: real processes, real files."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from selcon_plugin.cli import builtin_config, load_config, main
+
+SELCON = [sys.executable, "-m", "selcon_plugin"]
+
+
+def options(values):
+    """Return options as they stand on a command line."""
+    return [word for key, value in values.items() for word in (key, str(value))]
+
+
+@pytest.fixture
+def environment(dataset_root):
+    # One thread: two processes on two cores, and sums in one order.
+    return os.environ | {"FASTREID_DATASETS": str(dataset_root), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def run(environment):
+    def run_command(*command):
+        return subprocess.run(
+            [*map(str, command)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run_command
+
+
+@pytest.fixture
+def selcon(run, tiny_values):
+    def run_selcon(*arguments, **values):
+        return run(*SELCON, *arguments, *options(tiny_values | values))
+
+    return run_selcon
+
+
+def model_of(folder):
+    return torch.load(Path(folder) / "model_final.pth", weights_only=True)["model"]
+
+
+def test_killed_run_resumes_to_the_weights_of_the_unbroken_one(
+    selcon, environment, tiny_values, tmp_path
+):
+    epochs = {"SOLVER.MAX_EPOCH": 12, "TEST.EVAL_PERIOD": 12}
+    whole = selcon("train", **epochs, OUTPUT_DIR=tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    broken = tmp_path / "broken"
+    command = [*SELCON, "train", *options(tiny_values | epochs | {"OUTPUT_DIR": broken})]
+    with open(tmp_path / "killed.log", "w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while not (broken / "model_0002.pth").exists():
+            assert process.poll() is None, (tmp_path / "killed.log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (broken / "model_final.pth").exists(), "the run ended before it was killed"
+    resumed = selcon("train", "--resume", **epochs, OUTPUT_DIR=broken)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Starting training from epoch 0" not in resumed.stdout
+    expected, got = model_of(tmp_path / "whole"), model_of(broken)
+    assert expected.keys() == got.keys()
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
+def test_eval_repeats_the_result_of_the_training(selcon, run, tmp_path):
+    trained = selcon("train", OUTPUT_DIR=tmp_path / "run")
+    weights = tmp_path / "run" / "model_final.pth"
+    expected = [
+        line for line in trained.stdout.splitlines() if line.startswith("| Synthetic")
+    ]
+    # By its own command, and as FastReID spells it, with the config that the run left
+    # behind.
+    config = tmp_path / "run" / "config.yaml"
+    for arguments in (["eval"], ["train", "--eval-only"]):
+        command = [*SELCON, *arguments, "--config-file", config, "MODEL.WEIGHTS", weights]
+        result = run(*command)
+        assert result.returncode == 0, result.stderr
+        assert expected[-1] in result.stdout
+
+
+@pytest.fixture
+def messy_folder(tmp_path):
+    """A folder as people have them: flat and deep, all types, some broken."""
+    folder = tmp_path / "messy images"
+    generator = np.random.default_rng(0)
+    names = [f"person {i}.jpg" for i in range(12)] + ["a/b/c/d.png", "a/e.webp", "f.bmp"]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 255, (48, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    (folder / "empty.jpg").touch()
+    (folder / "broken.png").write_bytes(b"\x89PNG no more")
+    (folder / "notes.txt").write_text("hello")
+    return folder
+
+
+def test_folder_without_structure_trains_and_gives_features(selcon, tmp_path, messy_folder):
+    out = tmp_path / "out"
+    values = {"OUTPUT_DIR": out, "TEST.EVAL_PERIOD": 0}
+    result = selcon("train", "--images", messy_folder, **values)
+    assert result.returncode == 0, result.stderr
+    assert "2 of 17 image files cannot be read and are left out" in result.stdout
+    assert model_of(out)["method.memory.global_bank"].shape[0] == 15
+    file = tmp_path / "features.npz"
+    weights = {"MODEL.WEIGHTS": out / "model_final.pth", "OUTPUT_DIR": out}
+    result = selcon("extract", "--images", messy_folder, "--output", file, **weights)
+    assert result.returncode == 0, result.stderr
+    written = np.load(file)
+    assert len(written["paths"]) == 15
+    assert (written["camids"] == -1).all()
+    assert np.allclose(np.linalg.norm(written["features"], axis=1), 1, atol=1e-5)
+
+
+def test_two_processes_under_torchrun(run, tiny_values, tmp_path):
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc_per_node", "2", "-m", "selcon_plugin", "train"),
+        *options(tiny_values | {"OUTPUT_DIR": tmp_path / "out"}),
+    ]
+    result = run(*command)
+    assert result.returncode == 0, result.stderr
+    assert "World size: 2" in result.stdout
+    assert int(model_of(tmp_path / "out")["method._step"]) == 10
+
+
+def test_two_processes_by_num_gpus(selcon, tmp_path):
+    result = selcon("train", "--num-gpus", "2", OUTPUT_DIR=tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert int(model_of(tmp_path / "out")["method._step"]) == 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--config-file", "nowhere.yml"], ["nowhere.yml"]),
+        (["train", "--images", "/nowhere"], ["/nowhere"]),
+        (["train", "MODEL.SELCON.TEMPERATURE", "0.0"], ["TEMPERATURE", "> 0"]),
+        (["eval", "MODEL.META_ARCHITECTURE", "SelCon"], ["MODEL.WEIGHTS"]),
+        (["extract", "--output", "x.npz"], ["--images"]),
+    ],
+)
+def test_mistakes_end_with_status_2_and_one_line(arguments, words, capsys, tmp_path):
+    arguments = (
+        [*arguments, "OUTPUT_DIR", str(tmp_path)] if "eval" in arguments else arguments
+    )
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"selcon {arguments[0]}: error:")
+    assert all(word in error for word in words)
+
+
+def test_no_or_unknown_command_shows_the_commands(capsys):
+    assert main([]) == 2
+    assert "doctor" in capsys.readouterr().err
+    assert main(["fly"]) == 2
+    assert main(["--help"]) == 0
+    assert "extract" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name", ["synthetic_persons.yml", "image_folder.yml", "market1501.yml"]
+)
+def test_configs_of_the_package_are_complete(name):
+    assert load_config(builtin_config(name)).MODEL.META_ARCHITECTURE == "SelCon"

@@ -1,0 +1,98 @@
+import re
+from pathlib import Path
+
+import pytest
+from fastreid.config import get_cfg
+
+from selcon_plugin.cli import load_config
+from selcon_plugin.fastreid_ext import add_selcon_config, complete_config
+from selcon_plugin.fastreid_ext.config import ADAPTER_OPTIONS, selected_method_options
+from selcon_plugin.methods import build_method, method_names, method_options
+
+README = Path(__file__).parents[2] / "configs" / "README.md"
+
+
+def test_config_key_is_constructor_argument():
+    cfg = add_selcon_config(get_cfg())
+    for name in method_names():
+        options = selected_method_options(cfg)
+        method = build_method(name, 10, 4, 2, 2, **options)
+        default = build_method(name, 10, 4, 2, 2)
+        assert str(method) == str(default)
+        for option in method_options(name).values():
+            assert option.name.upper() in cfg.MODEL.SELCON
+
+
+def test_host_defaults_stay_untouched():
+    add_selcon_config(get_cfg())
+    assert "SELCON" not in get_cfg().MODEL
+
+
+def test_one_line_is_enough(tmp_path):
+    file = tmp_path / "one_line.yml"
+    file.write_text("MODEL:\n  META_ARCHITECTURE: SelCon\n")
+    cfg = load_config(str(file))
+    assert cfg.MODEL.SELCON.METHOD == "SelectiveContrastive"
+    assert cfg.is_frozen()
+
+
+def test_script_without_add_selcon_config_gets_the_defaults():
+    assert complete_config(get_cfg()).MODEL.SELCON.NUM_NEIGHBORS == 7
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("TEMPERATURE", "0.0", ["MODEL.SELCON.TEMPERATURE", "> 0", "0.0"]),
+        ("NUM_NEIGHBORS", "-1", ["MODEL.SELCON.NUM_NEIGHBORS", ">= 0", "-1"]),
+        ("SELF_WEIGHT", "1.5", ["MODEL.SELCON.SELF_WEIGHT", "<= 1", "1.5"]),
+        ("MIXTURE_UPDATE", "all", ["MODEL.SELCON.MIXTURE_UPDATE", "'self'", "'all'"]),
+        ("METHOD", "Magic", ["MODEL.SELCON.METHOD", "'SelectiveContrastive'", "'Magic'"]),
+        ("NUM_PARTS", "-2", ["MODEL.SELCON.NUM_PARTS", ">= 0", "-2"]),
+        ("NUM_NEGATIVES", "many", ["MODEL.SELCON.NUM_NEGATIVES", "many", ">= 1"]),
+    ],
+)
+def test_illegal_value_names_key_value_and_legal_range(key, value, words):
+    with pytest.raises(ValueError, match=re.escape(words[0])) as caught:
+        load_config("", [f"MODEL.SELCON.{key}", value])
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_unknown_key_suggests_the_right_one(tmp_path):
+    file = tmp_path / "typo.yml"
+    file.write_text("MODEL:\n  SELCON:\n    NUM_NEIGHBOURS: 3\n")
+    with pytest.raises(ValueError, match=r"NUM_NEIGHBOURS.*typo.yml.*NUM_NEIGHBORS"):
+        load_config(str(file))
+
+
+def test_whole_number_for_a_float_says_what_to_write():
+    with pytest.raises(ValueError, match=r"MODEL\.SELCON\.TEMPERATURE.*a number > 0.*1\.0"):
+        load_config("", ["MODEL.SELCON.TEMPERATURE", "1"])
+
+
+def test_missing_config_file_is_named():
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yml"):
+        load_config("nowhere.yml")
+
+
+def test_without_cuda_the_run_moves_to_the_cpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    cfg = load_config("", ["SOLVER.AMP.ENABLED", "True"])
+    assert cfg.MODEL.DEVICE == "cpu"
+    assert not cfg.SOLVER.AMP.ENABLED
+
+
+def test_camera_term_excludes_reranking():
+    with pytest.raises(ValueError, match="RERANK"):
+        load_config(
+            "", ["MODEL.SELCON.TEST_CAMERA_TERM", "True", "TEST.RERANK.ENABLED", "True"]
+        )
+
+
+def test_readme_table_lists_every_key_with_its_default():
+    text = README.read_text()
+    rows = {option.name: option.default for option in ADAPTER_OPTIONS.values()}
+    for option in method_options("SelectiveContrastive").values():
+        rows[option.name.upper()] = option.default
+    for key, default in rows.items():
+        assert f"| `{key}` | {default} |" in text, key

@@ -1,0 +1,91 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from fastreid.data.transforms import build_transforms
+from fastreid.utils.env import seed_all_rng
+
+from selcon_plugin.fastreid_ext.data import (
+    IndexedDataset,
+    build_train_loader,
+    training_items,
+)
+from selcon_plugin.samplers import SampleKey, StreamSampler
+
+
+@pytest.fixture
+def dataset(tiny_cfg):
+    items = training_items(tiny_cfg)
+    return IndexedDataset(items, build_transforms(tiny_cfg, is_train=True), seed=3)
+
+
+def test_target_is_the_own_index_and_no_identity_leaves_the_door(dataset):
+    sample = dataset[5]
+    assert sample["targets"] == 5
+    assert set(sample) == {"images", "targets", "camids", "img_paths"}
+    assert dataset.num_classes == len(dataset)
+
+
+def test_order_does_not_depend_on_the_file_system(dataset, tiny_cfg):
+    items = training_items(tiny_cfg)
+    random.Random(0).shuffle(items)
+    again = IndexedDataset(items, dataset.transform, seed=3)
+    assert again.paths == dataset.paths
+    assert again.fingerprint == dataset.fingerprint
+
+
+def test_fingerprint_notices_a_missing_image_and_another_camera(dataset):
+    items = list(zip(dataset.paths, dataset.true_pids, dataset.camids, strict=True))
+    assert IndexedDataset(items[1:], None).fingerprint != dataset.fingerprint
+    items[0] = (*items[0][:2], items[0][2] + 1)
+    assert IndexedDataset(items, None).fingerprint != dataset.fingerprint
+
+
+def test_augmentation_follows_the_position_alone(dataset):
+    first = dataset[SampleKey(2, 70)]["images"]
+    seed_all_rng(999)
+    assert torch.equal(dataset[SampleKey(2, 70)]["images"], first)
+    others = [dataset[SampleKey(2, position)]["images"] for position in range(71, 76)]
+    assert any(not torch.equal(other, first) for other in others)
+
+
+def test_loading_leaves_the_global_random_streams_alone(dataset):
+    seed_all_rng(5)
+    expected = (random.random(), np.random.rand(), torch.rand(1))  # noqa: NPY002
+    seed_all_rng(5)
+    dataset[0]
+    assert (random.random(), np.random.rand(), torch.rand(1)) == expected  # noqa: NPY002
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_do_not_depend_on_workers_and_resume_anywhere(tiny_cfg, num_workers):
+    reference = build_train_loader(tiny_cfg)
+    batches = [batch for batch, _ in zip(reference, range(4), strict=False)]
+    tiny_cfg.DATALOADER.NUM_WORKERS = num_workers
+    resumed = build_train_loader(tiny_cfg)
+    resumed.sampler.start = 2 * tiny_cfg.SOLVER.IMS_PER_BATCH
+    for expected, batch in zip(batches[2:], resumed, strict=False):
+        assert torch.equal(batch["images"], expected["images"])
+        assert torch.equal(batch["targets"], expected["targets"])
+
+
+def test_unknown_cameras_are_minus_one_and_known_ones_count_from_zero():
+    items = [("b", -1, "lobby"), ("a", -1, -1), ("c", -1, "door")]
+    dataset = IndexedDataset(items, None)
+    assert dataset.camids == [-1, 1, 0]
+    assert dataset.num_cameras == 2
+    assert dataset.true_pids == [-1, -1, -1]
+
+
+def test_fewer_images_than_a_batch_is_an_error_that_says_so(tiny_cfg):
+    tiny_cfg.SOLVER.IMS_PER_BATCH = 64
+    with pytest.raises(ValueError, match=r"40 training images.*IMS_PER_BATCH \(64\)"):
+        build_train_loader(tiny_cfg)
+
+
+def test_identity_samplers_give_way_with_a_warning(tiny_cfg, caplog):
+    tiny_cfg.DATALOADER.SAMPLER_TRAIN = "BalancedIdentitySampler"
+    loader = build_train_loader(tiny_cfg)
+    assert "BalancedIdentitySampler" in caplog.text
+    assert isinstance(loader.sampler, StreamSampler)

@@ -1,0 +1,70 @@
+"""Two processes do what one does: same banks on both ranks, same loss curve."""
+
+import pytest
+import torch
+from fastreid.engine.train_loop import HookBase
+from fastreid.utils import comm
+from torch import nn
+
+from selcon_plugin.fastreid_ext import SelConTrainer
+from selcon_plugin.fastreid_ext.hooks import unwrap
+from selcon_plugin.fastreid_ext.launch import launch
+
+
+class LossRecorder(HookBase):
+    def __init__(self):
+        self.losses = []
+
+    def after_step(self):
+        if comm.is_main_process():
+            self.losses.append(self.trainer.storage.latest()["total_loss"][0])
+
+
+def freeze_batch_norm(model):
+    """Hold batch norm in eval mode: without it the ranks would use their own statistics."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+            module.train = lambda mode=True, module=module: module
+
+
+def train_and_save(cfg, folder):
+    torch.set_num_threads(1)
+    trainer = SelConTrainer(cfg)
+    trainer.resume_or_load(False)
+    freeze_batch_norm(trainer.model)
+    recorder = LossRecorder()
+    trainer.register_hooks([recorder])
+    trainer.train()
+    state = unwrap(trainer.model).state_dict()
+    torch.save((recorder.losses, state), f"{folder}/rank{comm.get_rank()}.pt")
+
+
+@pytest.mark.parametrize("num_processes", [2])
+def test_two_processes_equal_one(tiny_cfg, tmp_path, num_processes):
+    tiny_cfg.SOLVER.MAX_EPOCH = 3
+    tiny_cfg.MODEL.BACKBONE.NORM = "BN"
+    folders = [tmp_path / name for name in ("one", "several")]
+    for folder, count in zip(folders, (1, num_processes), strict=True):
+        folder.mkdir()
+        tiny_cfg.OUTPUT_DIR = str(folder)
+        launch(train_and_save, count, args=(tiny_cfg, str(folder)))
+    losses, single = torch.load(folders[0] / "rank0.pt")
+    losses_several, first = torch.load(folders[1] / "rank0.pt")
+    _, second = torch.load(folders[1] / "rank1.pt")
+    for name, value in first.items():
+        assert torch.equal(second[name], value), name
+    # Sums over the batch are taken in another order: 1e-5 after 15 steps.
+    assert losses_several == pytest.approx(losses, abs=1e-5)
+    assert len(losses) == 15
+    for name in ("global_bank", "part_bank", "mixture_bank"):
+        name = f"method.memory.{name}"
+        assert torch.allclose(first[name], single[name], atol=1e-4), name
+
+
+def test_batch_must_divide_among_processes(tiny_cfg, monkeypatch):
+    monkeypatch.setattr(comm, "get_world_size", lambda: 3)
+    with pytest.raises(
+        ValueError, match=r"IMS_PER_BATCH \(8, .*multiple of the 3 processes"
+    ):
+        SelConTrainer.build_train_loader(tiny_cfg)

@@ -1,0 +1,229 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from fastreid.data.datasets import DATASET_REGISTRY
+
+from selcon_plugin.fastreid_ext import SelConTrainer, SyntheticPersons
+from selcon_plugin.fastreid_ext.hooks import calibrate_normalization, unwrap
+
+
+@DATASET_REGISTRY.register()
+class ShuffledIdentities(SyntheticPersons):
+    """The same images with identities dealt out anew: nothing may depend on them."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        pids = [pid for _, pid, _ in self.train]
+        shuffled = [pids[(7 * i + 3) % len(pids)] for i in range(len(pids))]
+        self._train = [
+            (path, pid, camid)
+            for (path, _, camid), pid in zip(self.train, shuffled, strict=True)
+        ]
+
+
+def train(cfg, resume=False, **changes):
+    cfg = cfg.clone()
+    for key, value in changes.items():
+        cfg.merge_from_list([key.replace("__", "."), value])
+    trainer = SelConTrainer(cfg)
+    trainer.resume_or_load(resume)
+    trainer.train()
+    return trainer
+
+
+def state_of(trainer):
+    return unwrap(trainer.model).state_dict()
+
+
+def assert_equal_states(first, second):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_training_is_blind_to_identities(tiny_cfg, tmp_path):
+    true = train(tiny_cfg, SOLVER__MAX_EPOCH=3)
+    shuffled = train(
+        tiny_cfg,
+        SOLVER__MAX_EPOCH=3,
+        DATASETS__NAMES=("ShuffledIdentities",),
+        OUTPUT_DIR=str(tmp_path / "shuffled"),
+    )
+    pids = [trainer.data_loader.dataset.true_pids for trainer in (true, shuffled)]
+    assert pids[0] != pids[1]
+    assert_equal_states(state_of(true), state_of(shuffled))
+
+
+def test_training_changes_weights_and_fills_banks(tiny_cfg):
+    trainer = SelConTrainer(tiny_cfg)
+    before = {k: v.clone() for k, v in state_of(trainer).items()}
+    trainer.resume_or_load(False)
+    trainer.train()
+    after = state_of(trainer)
+    weights = [k for k, _ in unwrap(trainer.model).named_parameters()]
+    unchanged = [k for k in weights if torch.equal(before[k], after[k])]
+    assert not unchanged
+    method = unwrap(trainer.model).method
+    assert method.step == 2 * trainer.iters_per_epoch
+    norms = method.memory.global_bank.norm(dim=1)
+    assert torch.allclose(norms, torch.ones_like(norms), atol=1e-5)
+    assert method.memory.mixture_bank.any(dim=1).all()
+
+
+def test_same_seed_same_run_other_seed_other_run(tiny_cfg):
+    first, second = train(tiny_cfg), train(tiny_cfg)
+    assert_equal_states(state_of(first), state_of(second))
+    other = train(tiny_cfg, MODEL__SELCON__SEED=1)
+    name = "heads.part_weight"
+    assert not torch.equal(state_of(first)[name], state_of(other)[name])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resumed_run_equals_the_unbroken_one(tiny_cfg, tmp_path, num_workers):
+    unbroken = train(tiny_cfg, SOLVER__MAX_EPOCH=4)
+    changes = {
+        "OUTPUT_DIR": str(tmp_path / "broken"),
+        "DATALOADER__NUM_WORKERS": num_workers,
+        "SOLVER__MAX_EPOCH": 4,
+    }
+    # The run stops after its second epoch, as if killed there: its checkpoint is not final.
+    trainer = _trainer(tiny_cfg, changes)
+    trainer.resume_or_load(False)
+    trainer.max_epoch = 2
+    trainer.train()
+    last = tmp_path / "broken" / "last_checkpoint"
+    (tmp_path / "broken" / "model_final.pth").unlink()
+    last.write_text("model_0000.pth")
+    resumed = train(tiny_cfg, resume=True, **changes)
+    assert resumed.start_epoch == 1
+    assert_equal_states(state_of(unbroken), state_of(resumed))
+
+
+def _trainer(cfg, changes):
+    cfg = cfg.clone()
+    for key, value in changes.items():
+        cfg.merge_from_list([key.replace("__", "."), value])
+    return SelConTrainer(cfg)
+
+
+def test_weights_of_another_run_bring_no_banks(tiny_cfg, tmp_path):
+    first = train(tiny_cfg)
+    tiny_cfg.MODEL.WEIGHTS = str(Path(tiny_cfg.OUTPUT_DIR) / "model_final.pth")
+    tiny_cfg.OUTPUT_DIR = str(tmp_path / "second")
+    second = SelConTrainer(tiny_cfg)
+    second.resume_or_load(False)
+    model, method = unwrap(second.model), unwrap(second.model).method
+    assert torch.equal(model.heads.part_weight, unwrap(first.model).heads.part_weight)
+    assert not method.prepared
+    assert method.step == 0
+    assert not method.memory.global_bank.any()
+
+
+def test_resuming_with_other_images_is_refused(tiny_cfg):
+    train(tiny_cfg)
+    with pytest.raises(ValueError, match=r"cannot resume: .*seed was 0 and is 7"):
+        train(tiny_cfg, resume=True, MODEL__SELCON__SEED=7)
+    with pytest.raises(ValueError, match=r"num_images was 40 and is 50"):
+        train(tiny_cfg, resume=True, DATASETS__SYNTHETIC_PERSONS__NUM_TRAIN_IDS=10)
+
+
+def test_missing_weights_are_named(tiny_cfg):
+    tiny_cfg.MODEL.WEIGHTS = "nowhere.pth"
+    with pytest.raises(FileNotFoundError, match=r"MODEL\.WEIGHTS 'nowhere\.pth'"):
+        SelConTrainer(tiny_cfg).resume_or_load(False)
+
+
+def test_half_written_checkpoint_never_takes_the_place_of_a_whole_one(
+    tiny_cfg, monkeypatch
+):
+    trainer = train(tiny_cfg)
+    file = Path(tiny_cfg.OUTPUT_DIR) / "model_final.pth"
+    whole = file.read_bytes()
+
+    def die(data, stream):
+        stream.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", die)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.checkpointer.save("model_final")
+    assert file.read_bytes() == whole
+
+
+def test_checkpoint_is_read_without_running_code_from_it(tiny_cfg):
+    train(tiny_cfg)
+    file = Path(tiny_cfg.OUTPUT_DIR) / "model_final.pth"
+    from selcon_plugin.compat import prepare_fastreid
+
+    prepare_fastreid()  # allows the NumPy scalars that FastReID saves, nothing more
+    checkpoint = torch.load(file, weights_only=True)
+    assert {"model", "optimizer", "lr_sched", "run", "epoch"} <= checkpoint.keys()
+    assert "method.memory.mixture_bank" in checkpoint["model"]
+
+
+def test_metrics_reach_the_writers(tiny_cfg):
+    train(tiny_cfg, MODEL__SELCON__DIAGNOSTICS_PERIOD=1, SOLVER__MAX_EPOCH=3)
+    folder = Path(tiny_cfg.OUTPUT_DIR)
+    lines = [
+        json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()
+    ]
+    last = {key: value for line in lines for key, value in line.items()}
+    assert {"loss_global", "loss_part", "total_loss", "lr", "mAP"} <= last.keys()
+    assert 0 <= last["neighbor_precision"] <= 1
+    assert -1 <= last["bank_agreement"] <= 1
+    assert list(folder.glob("events.out.tfevents*"))
+
+
+def test_config_with_bag_of_tricks_needs_one_line(tiny_cfg, caplog):
+    """A FastReID config made for identities trains when its meta-architecture is SelCon."""
+    changes = {
+        "MODEL__HEADS__WITH_BNNECK": True,
+        "MODEL__HEADS__NECK_FEAT": "after",
+        "MODEL__HEADS__CLS_LAYER": "CircleSoftmax",
+        "MODEL__HEADS__NUM_CLASSES": 751,
+        "MODEL__LOSSES__NAME": ("CrossEntropyLoss", "TripletLoss"),
+        "DATALOADER__SAMPLER_TRAIN": "NaiveIdentitySampler",
+        "INPUT__AUTOAUG__ENABLED": True,
+        "INPUT__AUTOAUG__PROB": 0.5,
+        "INPUT__CJ__ENABLED": True,
+        "SOLVER__OPT": "Adam",
+        "SOLVER__AMP__ENABLED": True,
+        "SOLVER__SCHED": "CosineAnnealingLR",
+        "SOLVER__WARMUP_ITERS": 3,
+        "TEST__PRECISE_BN__ENABLED": True,
+        "TEST__PRECISE_BN__DATASET": "SyntheticPersons",
+        "TEST__PRECISE_BN__NUM_ITER": 2,
+        "DATASETS__COMBINEALL": True,
+    }
+    trainer = train(tiny_cfg, **changes)
+    num_images = len(trainer.data_loader.dataset)
+    assert num_images > 40  # query and gallery joined the training set
+    assert unwrap(trainer.model).method.num_images == num_images
+
+
+def test_baseline_config_is_refused(tiny_cfg):
+    tiny_cfg.MODEL.META_ARCHITECTURE = "Baseline"
+    with pytest.raises(TypeError, match=r"META_ARCHITECTURE.*Baseline"):
+        SelConTrainer(tiny_cfg)
+
+
+def test_fresh_normalization_gets_the_statistics_of_the_images(tiny_cfg):
+    trainer = SelConTrainer(tiny_cfg)
+    model = unwrap(trainer.model)
+    dataset = trainer.data_loader.dataset
+    backbone_before = {k: v.clone() for k, v in model.backbone.state_dict().items()}
+    assert calibrate_normalization(model, dataset, 16)
+    assert model.training
+    for name, value in model.backbone.state_dict().items():
+        assert torch.equal(value, backbone_before[name]), name
+    norm = model.heads.global_norm
+    assert norm.momentum == pytest.approx(0.1)
+    seen = []
+    hook = norm.register_forward_hook(lambda _, __, output: seen.append(output))
+    model.eval()
+    model.embed(torch.stack([dataset[i]["images"] for i in range(len(dataset))]))
+    hook.remove()
+    assert seen[0].mean(dim=0).abs().mean() < 0.3  # centred, where it was 1 and more before
+    assert not calibrate_normalization(model, dataset, 16)

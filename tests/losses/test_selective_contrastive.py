@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from selcon_plugin.losses import (
+    SelectiveContrastiveLoss,
+    positive_weights,
+    selective_contrastive_loss,
+)
+from selcon_plugin.losses import selective_contrastive as module
+
+M, B, P, N, C = 30, 5, 4, 9, 16
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+        ],
+    ),
+]
+
+
+def units(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
+
+
+@pytest.fixture
+def case() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.stack([torch.randperm(M, generator=generator)[: P + N] for _ in range(B)])
+    return {
+        "features": units(B, C, seed=1),
+        "bank": units(M, C, seed=2),
+        "positive_index": rows[:, :P],
+        "negative_index": rows[:, P:],
+        "positive_weight": torch.tensor([0.5, 0.3, 0.2, 0.4]),
+    }
+
+
+@pytest.fixture(params=["small", "gather", "dense"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Take the logits in float64, from gathered rows or from the whole product."""
+    force(request.param, monkeypatch)
+    return str(request.param)
+
+
+def force(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MAX_DOUBLE_VALUES", 2**20 if path == "small" else 0)
+    monkeypatch.setattr(module, "_ROWS_PER_CANDIDATE", 0 if path == "gather" else 10**9)
+
+
+def loss_by_loops(case: dict[str, Tensor], temperature: float) -> float:
+    total = 0.0
+    for i in range(B):
+        candidates = [
+            *case["positive_index"][i].tolist(),
+            *case["negative_index"][i].tolist(),
+        ]
+        logits = [
+            float(case["features"][i].double() @ case["bank"][a].double()) / temperature
+            for a in candidates
+        ]
+        denominator = sum(math.exp(logit) for logit in logits)
+        for p, weight in enumerate(case["positive_weight"].tolist()):
+            total -= weight * math.log(math.exp(logits[p]) / denominator)
+    return total / B
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+def test_equals_definition_by_loops(
+    case: dict[str, Tensor], path: str, temperature: float, device: str
+) -> None:
+    on_device = {name: tensor.to(device) for name, tensor in case.items()}
+    found = selective_contrastive_loss(**on_device, temperature=temperature)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(loss_by_loops(case, temperature), rel=2e-6)
+
+
+def test_temperature_divides_by_default_with_0_1(case: dict[str, Tensor]) -> None:
+    found = selective_contrastive_loss(**case)
+    assert found.item() == pytest.approx(loss_by_loops(case, 0.1), rel=2e-6)
+
+
+def test_single_positive_of_weight_1_is_infonce(case: dict[str, Tensor], path: str) -> None:
+    case |= {
+        "positive_index": case["positive_index"][:, :1],
+        "positive_weight": torch.ones(1),
+    }
+    candidates = torch.cat([case["positive_index"], case["negative_index"]], dim=1)
+    logits = (case["features"][:, None] * case["bank"][candidates]).sum(dim=2) / 0.07
+    expected = F.cross_entropy(logits, torch.zeros(B, dtype=torch.int64))
+    found = selective_contrastive_loss(**case, temperature=0.07)
+    torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-6)
+
+
+def test_gradient_passes_gradcheck_in_float64(case: dict[str, Tensor]) -> None:
+    case["bank"] = case["bank"].double()
+
+    def loss_of(features: Tensor) -> Tensor:
+        return selective_contrastive_loss(**(case | {"features": features}))
+
+    features = case["features"].double().requires_grad_()
+    assert torch.autograd.gradcheck(loss_of, (features,))
+
+
+def test_both_ways_to_take_the_logits_agree(
+    case: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    products = []
+    bank_product = module.bank_product
+    monkeypatch.setattr(
+        module, "bank_product", lambda *args: products.append(1) or bank_product(*args)
+    )
+    results = {}
+    for path in ("small", "gather", "dense"):
+        force(path, monkeypatch)
+        products.clear()
+        features = case["features"].clone().requires_grad_()
+        loss = selective_contrastive_loss(**(case | {"features": features}))
+        loss.backward()
+        assert features.grad is not None
+        results[path] = (loss, features.grad)
+        assert len(products) == (path == "dense")
+    for path in ("gather", "dense"):
+        torch.testing.assert_close(results[path][0], results["small"][0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(results[path][1], results["small"][1], rtol=0, atol=2e-6)
+
+
+def test_small_banks_and_huge_gathers_take_the_product(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    products = []
+    bank_product = module.bank_product
+    monkeypatch.setattr(
+        module, "bank_product", lambda *args: products.append(1) or bank_product(*args)
+    )
+    monkeypatch.setattr(module, "_MAX_DOUBLE_VALUES", 0)
+
+    def takes_product(num_images: int, num_candidates: int) -> bool:
+        products.clear()
+        candidates = torch.zeros(2, num_candidates, dtype=torch.int64)
+        module.candidate_similarity(
+            torch.ones(2, 1, 3), torch.ones(num_images, 3), candidates
+        )
+        return bool(products)
+
+    crossover = 10 * module._ROWS_PER_CANDIDATE
+    assert takes_product(crossover - 1, 10)
+    assert not takes_product(crossover, 10)
+    monkeypatch.setattr(module, "_MAX_GATHERED_VALUES", 59)
+    assert takes_product(crossover, 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_keeps_logits_in_full_precision(
+    case: dict[str, Tensor], path: str, dtype: torch.dtype
+) -> None:
+    case["bank"] = case["bank"].to(dtype)
+    expected = selective_contrastive_loss(**case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = selective_contrastive_loss(**case)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)]
+)
+def test_half_precision_bank_is_close_to_float32(
+    case: dict[str, Tensor], path: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    expected = selective_contrastive_loss(**case)
+    case["bank"] = case["bank"].to(dtype)
+    found = selective_contrastive_loss(**case)
+    assert found.item() == pytest.approx(expected.item(), rel=tolerance)
+
+
+def test_views_equal_separate_calls(case: dict[str, Tensor], path: str) -> None:
+    views = torch.stack([case["features"], units(B, C, seed=3) * 8**0.5], dim=1)
+    together = views.clone().requires_grad_()
+    losses = selective_contrastive_loss(**(case | {"features": together}))
+    (losses[0] + 2 * losses[1]).backward()
+    apart = views.clone().requires_grad_()
+    one, two = (
+        selective_contrastive_loss(**(case | {"features": view}))
+        for view in apart.unbind(1)
+    )
+    (one + 2 * two).backward()
+    torch.testing.assert_close(losses, torch.stack([one, two]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(together.grad, apart.grad, rtol=0, atol=2e-6)
+
+
+def test_order_of_negatives_is_irrelevant(case: dict[str, Tensor], path: str) -> None:
+    expected = selective_contrastive_loss(**case)
+    case["negative_index"] = case["negative_index"].flip(1)
+    torch.testing.assert_close(
+        selective_contrastive_loss(**case), expected, rtol=1e-6, atol=0
+    )
+
+
+def test_inputs_unchanged_and_bank_without_gradient(
+    case: dict[str, Tensor], path: str
+) -> None:
+    before = {name: tensor.clone() for name, tensor in case.items()}
+    case["features"].requires_grad_()
+    case["bank"].requires_grad_()
+    selective_contrastive_loss(**case).backward()
+    assert case["features"].grad is not None
+    assert case["bank"].grad is None
+    for name, tensor in case.items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_equal_candidates_give_the_log_of_their_number() -> None:
+    # Every logit is equal, so every probability is 1 / (P + N): duplicates and empty banks.
+    for bank in (torch.zeros(6, 4), units(1, 4, seed=0).repeat(6, 1)):
+        loss = selective_contrastive_loss(
+            units(2, 4, seed=1),
+            bank,
+            torch.tensor([[0, 1], [2, 3]]),
+            torch.tensor([[2, 3, 4], [0, 1, 5]]),
+            positive_weight=torch.tensor([0.5, 0.875]),
+        )
+        assert loss.item() == pytest.approx(1.375 * math.log(5), rel=1e-6)
+
+
+def test_no_negatives_and_no_neighbours_leave_nothing_to_learn() -> None:
+    loss = selective_contrastive_loss(
+        units(1, 4, seed=0),
+        units(1, 4, seed=1),
+        torch.tensor([[0]]),
+        torch.empty(1, 0, dtype=torch.int64),
+        positive_weight=torch.ones(1),
+    )
+    assert loss.item() == 0.0
+
+
+def test_paper_weights() -> None:
+    assert positive_weights(8).tolist() == [0.5] + 7 * [0.125]
+    assert positive_weights(8).sum().item() == pytest.approx(1.375)
+    assert positive_weights(1, self_weight=0.3).tolist() == pytest.approx([0.3])
+    weights = positive_weights(3, self_weight=0.6, neighbor_scale=1.0)
+    assert weights.tolist() == pytest.approx([0.6, 0.2, 0.2])
+
+
+@pytest.mark.parametrize("num_positives", [P, 1, 2])
+def test_module_equals_function_and_follows_the_positives_given(
+    case: dict[str, Tensor], num_positives: int
+) -> None:
+    del case["positive_weight"]
+    case["positive_index"] = case["positive_index"][:, :num_positives]
+    criterion = SelectiveContrastiveLoss(P - 1, 0.6, 1.5, 0.2)
+    weights = positive_weights(num_positives, self_weight=0.6, neighbor_scale=1.5)
+    expected = selective_contrastive_loss(**case, positive_weight=weights, temperature=0.2)
+    assert torch.equal(criterion(**case), expected)
+    assert not criterion.state_dict()
+    assert not list(criterion.parameters())
+
+
+def test_wrong_arguments_are_named(case: dict[str, Tensor]) -> None:
+    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+        selective_contrastive_loss(**case, temperature=0)
+    with pytest.raises(ValueError, match="temperature must be positive, got nan"):
+        selective_contrastive_loss(**case, temperature=math.nan)
+    case["positive_weight"] = torch.ones(P + 1)
+    with pytest.raises(
+        ValueError, match=r"each of the 4 positive columns, got shape \(5,\)"
+    ):
+        selective_contrastive_loss(**case)
+    with pytest.raises(ValueError, match="num_neighbors must be 0 or more, got -1"):
+        SelectiveContrastiveLoss(-1)
+    with pytest.raises(ValueError, match=r"temperature must be positive, got -0\.1"):
+        SelectiveContrastiveLoss(7, temperature=-0.1)

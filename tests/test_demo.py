@@ -1,0 +1,133 @@
+"""The demo on the smallest data and network, through the same code as the real one."""
+
+import json
+import logging
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("fastreid")
+
+from selcon_plugin import demo
+from selcon_plugin.datasets import SyntheticPersonsSpec, generate_synthetic_persons
+
+SPEC = SyntheticPersonsSpec(
+    num_train_ids=8, num_test_ids=4, images_per_id=5, num_cameras=3, num_distractors=3
+)
+TINY = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.BACKBONE.TIMM_NAME": "test_resnet",
+    "MODEL.BACKBONE.PRETRAIN": False,
+    "MODEL.SELCON.NUM_PARTS": 2,
+    "MODEL.SELCON.NUM_NEIGHBORS": 3,
+    "MODEL.SELCON.NUM_NEGATIVES": 20,
+    "MODEL.SELCON.WARMUP_EPOCHS": 1,
+    "MODEL.SELCON.DIAGNOSTICS_PERIOD": 1,
+    "INPUT.SIZE_TRAIN": [64, 32],
+    "INPUT.SIZE_TEST": [64, 32],
+    "DATALOADER.NUM_WORKERS": 0,
+    "SOLVER.IMS_PER_BATCH": 8,
+    "SOLVER.CHECKPOINT_PERIOD": 1,
+} | {f"DATASETS.SYNTHETIC_PERSONS.{k.upper()}": v for k, v in vars(SPEC).items()}
+OPTIONS = [word for key, value in TINY.items() for word in (key, str(value))]
+
+
+@pytest.fixture(scope="module")
+def dataset_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("datasets")
+    generate_synthetic_persons(root, SPEC)
+    return root
+
+
+@pytest.fixture
+def run(tmp_path, dataset_root, monkeypatch, capfd):
+    """Run the demo in a folder; return what it printed."""
+    monkeypatch.setenv("FASTREID_DATASETS", "elsewhere")  # restored after the test
+
+    def run_demo(*arguments: str, options: tuple[str, ...] = (), status: int = 0) -> str:
+        argv = ["--output", str(tmp_path / "out"), "--data-root", str(dataset_root)]
+        with warnings.catch_warnings():  # pytest makes errors of what the demo logs
+            warnings.simplefilter("default")
+            assert demo.main([*argv, *arguments, *OPTIONS, *options]) == status
+        return capfd.readouterr().out
+
+    return run_demo
+
+
+def test_demo_trains_shows_and_resumes(run, tmp_path):
+    out = tmp_path / "out"
+    text = run("--epochs", "2")
+
+    results = json.loads((out / "results.json").read_text())
+    assert set(results) == {"before", "after"}
+    before, after = results["before"]["mAP"], results["after"]["mAP"]
+    assert re.search(rf"^before: .* {before:.1f} ", text, re.MULTILINE)
+    assert re.search(rf"^after: .* {after:.1f} ", text, re.MULTILINE)
+    gain = re.escape(f"{after - before:+.1f}")
+    assert re.search(rf"^gain +{gain} ", text, re.MULTILINE)
+    assert "This took" in text
+    for name in ("ranked.png", "loss.png"):
+        assert str(out / name) in text
+        with Image.open(out / name) as picture:
+            assert min(picture.size) > 100
+    # The console stays readable: all else is in the log.
+    assert len(text.splitlines()) < 40
+    assert "Running" not in text
+    assert "Starting training from epoch 0" in (out / "log.txt").read_text()
+    assert logging.getLogger("selcon_plugin").propagate  # loggers are as they were
+
+    assert [file.name for file in out.glob("*.pth")] == ["model_final.pth"]
+
+    # A finished run is not trained again and gives the same figures.
+    assert "finished earlier" in run("--epochs", "2")
+    assert json.loads((out / "results.json").read_text())["after"] == results["after"]
+
+
+def test_stopped_run_gives_the_figures_of_the_unbroken_one(run, tmp_path, monkeypatch):
+    from fastreid.engine.train_loop import SimpleTrainer
+
+    out = tmp_path / "out"
+    run("--epochs", "3")
+    unbroken = json.loads((out / "results.json").read_text())["after"]
+    run_step = SimpleTrainer.run_step
+
+    def stop_in_the_third_epoch(self) -> None:
+        if self.iter == 12:  # 5 steps an epoch
+            raise KeyboardInterrupt
+        run_step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SimpleTrainer, "run_step", stop_in_the_third_epoch)
+        assert "Stopped." in run("--epochs", "3", "--fresh", status=130)
+    assert not (out / "results.json").exists()
+
+    assert "from epoch 3 on" in run("--epochs", "3")
+    assert json.loads((out / "results.json").read_text())["after"] == unbroken
+
+
+def test_other_settings_need_a_fresh_start(run, tmp_path):
+    keepsake = tmp_path / "out" / "mine.txt"
+    run("--epochs", "1")
+    keepsake.write_text("not the demo's")
+    with pytest.raises(ValueError, match=r"other settings \(SOLVER.BASE_LR\): add --fresh"):
+        run("--epochs", "1", options=("SOLVER.BASE_LR", "0.5"))
+    assert "finished earlier" not in run(
+        "--epochs", "1", "--fresh", options=("SOLVER.BASE_LR", "0.5")
+    )
+    assert keepsake.exists()
+
+
+def test_folder_of_another_run_is_refused(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "last_checkpoint").write_text("model_final.pth")
+    for arguments in ((), ("--fresh",)):
+        with pytest.raises(ValueError, match="not the demo's"):
+            run(*arguments)
+
+
+def test_epochs_below_one_are_refused(run):
+    with pytest.raises(ValueError, match="--epochs must be 1 or more, got 0"):
+        run("--epochs", "0")

@@ -1,0 +1,132 @@
+"""Two real processes with the gloo backend; this file is also the program they run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from selcon_plugin.distributed import gather_batch, rank, world_size
+from selcon_plugin.features import Embeddings
+from selcon_plugin.methods import build_method
+from selcon_plugin.methods.selective_contrastive import SelectiveContrastive
+
+ROOT = Path(__file__).resolve().parents[1]
+NUM_IMAGES, DIM, NUM_PARTS, PART_DIM = 24, 8, 2, 4
+# Two steps in warm-up, two after it; the last is odd: rank 1 has an image less.
+BATCHES = ([3, 9, 4, 20], [1, 5, 9, 9], [0, 23, 11, 3], [7, 2, 13])
+WARMUP_STEPS = 2
+
+
+def features_of(generator: torch.Generator, count: int) -> Embeddings:
+    features = torch.randn(count, DIM, generator=generator)
+    parts = torch.randn(count, NUM_PARTS, PART_DIM, generator=generator)
+    return Embeddings(F.normalize(features, dim=1), F.normalize(parts, dim=2))
+
+
+def train(process: int, num_processes: int) -> dict[str, torch.Tensor]:
+    """Four steps on this process's share of every batch; returns the method's state."""
+    generator = torch.Generator().manual_seed(0)
+    method = build_method(
+        "SelectiveContrastive",
+        NUM_IMAGES,
+        DIM,
+        NUM_PARTS,
+        PART_DIM,
+        num_neighbors=3,
+        num_negatives=6,
+        warmup_epochs=1,
+    )
+    assert isinstance(method, SelectiveContrastive)
+    camids = torch.arange(NUM_IMAGES) % 3
+    method.prepare(features_of(generator, NUM_IMAGES), camids)
+    for step, rows in enumerate(BATCHES):
+        method.start_epoch(step // WARMUP_STEPS)
+        whole = features_of(generator, len(rows))
+        assert whole.part_features is not None
+        share = slice(process, None, num_processes)  # as the hosts' samplers deal it out
+        index = torch.tensor(rows)[share]
+        embeddings = Embeddings(whole.global_features[share], whole.part_features[share])
+        method.loss(embeddings, index, camids[index])
+        method.update(index, embeddings)
+    return method.state_dict()
+
+
+def work(process: int, folder: Path) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=process, world_size=2
+    )
+    torch.set_num_threads(1)
+    numbers = torch.arange(12.0).reshape(6, 2)
+    results: dict[str, Any] = {
+        "world": (rank(), world_size()),
+        "even": gather_batch(numbers[process::2]),
+        "uneven": gather_batch(numbers[:5][process::2]),
+        "one empty": gather_batch(numbers[:1][process::2]),
+        "integers": gather_batch(torch.arange(7)[process::2]),
+        "state": train(process, 2),
+    }
+    torch.save(results, folder / f"{process}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("two_ranks")
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(process), str(folder)],
+            env=os.environ | {"PYTHONPATH": path},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(folder / f"{process}.pt") for process in range(2)]
+
+
+def test_single_process_shares_nothing() -> None:
+    batch = torch.arange(4)
+    assert (rank(), world_size()) == (0, 1)
+    assert gather_batch(batch) is batch
+
+
+def test_gathered_batch_has_the_samplers_order(two_ranks: list[dict[str, Any]]) -> None:
+    numbers = torch.arange(12.0).reshape(6, 2)
+    for process, results in enumerate(two_ranks):
+        assert results["world"] == (process, 2)
+        assert torch.equal(results["even"], numbers)
+        assert torch.equal(results["uneven"], numbers[:5])
+        assert torch.equal(results["one empty"], numbers[:1])
+        assert torch.equal(results["integers"], torch.arange(7))
+
+
+def test_two_ranks_hold_the_banks_of_one_process(two_ranks: list[dict[str, Any]]) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    expected = train(0, 1)
+    torch.set_num_threads(threads)
+    assert expected["memory.mixture_bank"].any()
+    for results in two_ranks:
+        assert results["state"].keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(results["state"][name], tensor), name
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), Path(sys.argv[2]))
