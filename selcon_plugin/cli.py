@@ -266,10 +266,10 @@ def run(cfg: Any, args: argparse.Namespace) -> Any:
 
     from selcon_plugin.fastreid_ext import SelConTrainer
     from selcon_plugin.fastreid_ext.checkpoint import SelConCheckpointer
+    from selcon_plugin.fastreid_ext.trainer import share_host_log
 
     default_setup(cfg, args)
-    # FastReID's logger writes what FastReID says; ours goes the same way.
-    logging.getLogger("selcon_plugin").parent = logging.getLogger("fastreid")
+    share_host_log()
     if args.eval_only:
         if not cfg.DATASETS.TESTS:
             raise ValueError("DATASETS.TESTS is empty: there is nothing to evaluate on")

@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +124,10 @@ def _config(args: argparse.Namespace) -> Any:
         if args.epochs < 1:
             raise ValueError(f"--epochs must be 1 or more, got {args.epochs}")
         options += ["SOLVER.MAX_EPOCH", str(args.epochs)]
-    cfg = load_config(builtin_config("synthetic_persons.yml"), [*options, *args.opts])
+    with warnings.catch_warnings():
+        # On its first import FastReID says that its ranking is not compiled: it will be.
+        warnings.filterwarnings("ignore", message="Cython .*evaluation")
+        cfg = load_config(builtin_config("synthetic_persons.yml"), [*options, *args.opts])
     if len(cfg.DATASETS.TESTS) != 1:
         raise ValueError(
             f"the demo needs one test set, DATASETS.TESTS is {cfg.DATASETS.TESTS}"

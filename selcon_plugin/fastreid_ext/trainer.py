@@ -32,6 +32,16 @@ from selcon_plugin.fastreid_ext.hooks import (
 )
 
 
+def share_host_log() -> None:
+    """Write what this package logs to wherever FastReID writes its own log."""
+    ours = logging.getLogger("selcon_plugin")
+    for handler in logging.getLogger("fastreid").handlers:
+        if handler not in ours.handlers:
+            ours.addHandler(handler)
+    if ours.level == logging.NOTSET:
+        ours.setLevel(logging.INFO)
+
+
 class SelConTrainer(DefaultTrainer):
     """Takes the place of ``DefaultTrainer`` in a FastReID script.
 
@@ -51,6 +61,7 @@ class SelConTrainer(DefaultTrainer):
         TrainerBase.__init__(self)
         if not logging.getLogger("fastreid").isEnabledFor(logging.INFO):
             setup_logger()
+        share_host_log()
         cfg = complete_config(cfg)
         if cfg.OUTPUT_DIR and comm.is_main_process():
             Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
@@ -135,7 +146,12 @@ class SelConTrainer(DefaultTrainer):
             DiagnosticsHook(dataset, self.cfg.MODEL.SELCON.DIAGNOSTICS_PERIOD),
         ]
         for hook in super().build_hooks():
-            if isinstance(hook, host_hooks.PeriodicCheckpointer):
+            if isinstance(hook, host_hooks.IterationTimer):
+                # FastReID leaves the first three steps out and then fails to print the time
+                # of an epoch that has no others.
+                left_out = min(3, self.iters_per_epoch)
+                result.append(host_hooks.IterationTimer(warmup_iter=left_out))
+            elif isinstance(hook, host_hooks.PeriodicCheckpointer):
                 period = self.cfg.SOLVER.CHECKPOINT_PERIOD
                 result.append(CheckpointHook(self.checkpointer, period))
             elif not isinstance(hook, host_hooks.EvalHook) or self.cfg.DATASETS.TESTS:

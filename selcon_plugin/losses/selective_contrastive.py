@@ -21,8 +21,9 @@ from selcon_plugin.distance import bank_product
 
 # Where a gather of (B, A, C) rows and a full (B, M) product cost the same. The gather moves
 # three times A * C values per anchor, the product computes 2 * V * M * C operations and as
-# many again backwards: memory against arithmetic, about 1 to 16 on CPUs and GPUs alike
-# (tools/benchmark/bench_step.py shows both sides).
+# many again backwards. Measured on a CPU with two threads: equal at about 11 bank rows per
+# candidate for B = 8 and 28 to 42 for B = 64 (tools/benchmark/bench_step.py --crossover).
+# A value between serves both; no GPU has been measured.
 _ROWS_PER_CANDIDATE = 16
 # No gather beyond this many values (1 GiB in float32), however large the bank.
 _MAX_GATHERED_VALUES = 2**28

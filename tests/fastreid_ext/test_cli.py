@@ -115,13 +115,13 @@ def messy_folder(tmp_path):
 
 def test_folder_without_structure_trains_and_gives_features(selcon, tmp_path, messy_folder):
     out = tmp_path / "out"
-    values = {"OUTPUT_DIR": out, "TEST.EVAL_PERIOD": 0}
+    values = {"OUTPUT_DIR": out, "MODEL.BACKBONE.PRETRAIN": False}
     result = selcon("train", "--images", messy_folder, **values)
     assert result.returncode == 0, result.stderr
     assert "2 of 17 image files cannot be read and are left out" in result.stdout
     assert model_of(out)["method.memory.global_bank"].shape[0] == 15
     file = tmp_path / "features.npz"
-    weights = {"MODEL.WEIGHTS": out / "model_final.pth", "OUTPUT_DIR": out}
+    weights = {"MODEL.WEIGHTS": out / "model_final.pth", "MODEL.BACKBONE.PRETRAIN": False}
     result = selcon("extract", "--images", messy_folder, "--output", file, **weights)
     assert result.returncode == 0, result.stderr
     written = np.load(file)
