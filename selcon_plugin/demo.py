@@ -30,6 +30,8 @@ from selcon_plugin.cli import builtin_config, load_config
 from selcon_plugin.datasets import SyntheticPersonsSpec, generate_synthetic_persons
 from selcon_plugin.visualize import LabeledImages, loss_curve, ranked_sheet
 
+logger = logging.getLogger(__name__)
+
 # FastReID is imported inside the functions: it reads FASTREID_DATASETS when it is.
 
 _SETTINGS = "demo.yaml"  # what the run in a folder was begun with
@@ -141,6 +143,7 @@ def _run(cfg: Any, output: Path) -> None:
     _say("[1/5] Data")
     data = _draw_data(cfg)
     _check_settings(output, cfg, data)
+    logger.info("Running with full config:\n%s", cfg)
     _say("[2/5] What ImageNet features know, without any training")
     before = _evaluate(cfg, _plain_model(cfg), output / _LOG)
     _say(f"      {_in_words(before)}")
@@ -196,7 +199,9 @@ def _check_settings(output: Path, cfg: Any, data: str) -> None:
             raise ValueError(
                 f"{output} holds a run that is not the demo's: choose another --output"
             )
-        file.write_text(yaml.safe_dump(settings))
+        partial = file.with_suffix(".partial")
+        partial.write_text(yaml.safe_dump(settings))
+        partial.replace(file)
         return
     earlier = yaml.safe_load(file.read_text()) or {}
     changed = sorted(

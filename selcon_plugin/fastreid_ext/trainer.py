@@ -179,9 +179,9 @@ class SelConTrainer(DefaultTrainer):
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> tuple[Any, Any]:
         """Build FastReID's optimiser on the model's own parameters.
 
-        FastReID's contiguous parameter buffers are left out: from torch 2.0 on
-        ``zero_grad`` drops the buffers' gradients, after which the optimiser steps on
-        nothing.
+        FastReID's contiguous parameter buffers are left out: there a weight without a
+        gradient has one of zeros, and weight decay still moves it. PyTorch's optimisers
+        no longer need such buffers to be fast.
 
         Args:
             cfg: Complete config.
