@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -23,6 +24,9 @@ from selcon_plugin.fastreid_ext.datasets import UNKNOWN_CAMERA, UNKNOWN_PID, bui
 from selcon_plugin.samplers import SampleKey, StreamSampler
 
 logger = logging.getLogger(__name__)
+
+# FastReID's ToTensor uses a storage class that torch 2 warns about, once in every worker.
+warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
 
 # What FastReID's data sets list: path, identity, camera.
 Item = tuple[str, Any, Any]

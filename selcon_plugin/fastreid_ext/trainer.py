@@ -32,6 +32,9 @@ from selcon_plugin.fastreid_ext.hooks import (
 )
 
 
+logger = logging.getLogger(__name__)
+
+
 def share_host_log() -> None:
     """Write what this package logs to wherever FastReID writes its own log."""
     ours = logging.getLogger("selcon_plugin")
@@ -166,6 +169,9 @@ class SelConTrainer(DefaultTrainer):
         Returns:
             Results of the last evaluation on the main process, empty without one.
         """
+        if self.start_epoch >= self.max_epoch:
+            logger.info("The run in %s is complete: nothing to resume", self.cfg.OUTPUT_DIR)
+            return self.test(self.cfg, self.model)
         # DefaultTrainer asserts that there was an evaluation; a folder of images has none.
         self._last_eval_results: dict[str, Any] = {}
         return super().train()

@@ -129,6 +129,13 @@ def test_resuming_with_other_images_is_refused(tiny_cfg):
         train(tiny_cfg, resume=True, DATASETS__SYNTHETIC_PERSONS__NUM_TRAIN_IDS=10)
 
 
+def test_resuming_a_complete_run_evaluates_it(tiny_cfg):
+    trained = train(tiny_cfg)._last_eval_results
+    again = SelConTrainer(tiny_cfg)
+    again.resume_or_load(True)
+    assert again.train() == trained
+
+
 def test_missing_weights_are_named(tiny_cfg):
     tiny_cfg.MODEL.WEIGHTS = "nowhere.pth"
     with pytest.raises(FileNotFoundError, match=r"MODEL\.WEIGHTS 'nowhere\.pth'"):
