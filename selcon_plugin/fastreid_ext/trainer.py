@@ -31,7 +31,6 @@ from selcon_plugin.fastreid_ext.hooks import (
     unwrap,
 )
 
-
 logger = logging.getLogger(__name__)
 
 
