@@ -7,6 +7,10 @@ import pytest
 import torch
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # pictures are written, never shown
+# The tests' tensors are small: on a busy machine several threads wait for each other, and
+# one thread adds up in one order. For this process and for those that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 _MISSING_HOSTS = [
     host for host in ("fastreid", "torchreid") if importlib.util.find_spec(host) is None

@@ -140,9 +140,9 @@ def _config(args: argparse.Namespace) -> Any:
 def _run(cfg: Any, output: Path) -> None:
     """Go through the steps of the demo."""
     started = time.monotonic()
+    _check_settings(output, cfg)
     _say("[1/5] Data")
-    data = _draw_data(cfg)
-    _check_settings(output, cfg, data)
+    _draw_data(cfg)
     logger.info("Running with full config:\n%s", cfg)
     _say("[2/5] What ImageNet features know, without any training")
     before = _evaluate(cfg, _plain_model(cfg), output / _LOG)
@@ -163,14 +163,18 @@ def _run(cfg: Any, output: Path) -> None:
     _say(f"\nThis took {_duration(time.monotonic() - started)}.")
 
 
-def _draw_data(cfg: Any) -> str:
-    """Draw the data if it is absent; return what identifies it."""
+def _spec(cfg: Any) -> SyntheticPersonsSpec:
+    node = cfg.DATASETS.SYNTHETIC_PERSONS
+    return SyntheticPersonsSpec(**{key.lower(): value for key, value in node.items()})
+
+
+def _draw_data(cfg: Any) -> None:
+    """Draw the data if it is absent."""
     if "SyntheticPersons" not in (*cfg.DATASETS.NAMES, *cfg.DATASETS.TESTS):
-        return ", ".join(cfg.DATASETS.NAMES)
+        return
     from selcon_plugin.fastreid_ext.datasets import dataset_root
 
-    node = cfg.DATASETS.SYNTHETIC_PERSONS
-    spec = SyntheticPersonsSpec(**{key.lower(): value for key, value in node.items()})
+    spec = _spec(cfg)
     folder = Path(dataset_root()).resolve() / spec.folder_name
     if not folder.is_dir():
         _say(f"      drawing {spec.num_train_images + spec.num_test_images} pictures ...")
@@ -182,16 +186,16 @@ def _draw_data(cfg: Any) -> str:
         f"      {spec.num_train_images} images to train on, {spec.num_test_images} of "
         f"other people to test on, {spec.num_cameras} cameras:\n      {folder}"
     )
-    return spec.folder_name
 
 
-def _check_settings(output: Path, cfg: Any, data: str) -> None:
+def _check_settings(output: Path, cfg: Any) -> None:
     """Note what the run is begun with, or compare with what it was begun with.
 
     Raises:
         ValueError: If the folder holds a run that was begun otherwise.
     """
-    settings = {"data": data, **_flat(yaml.safe_load(cfg.dump()))}
+    # The folder's name holds the version of what draws the data.
+    settings = {"data": _spec(cfg).folder_name, **_flat(yaml.safe_load(cfg.dump()))}
     settings = {k: v for k, v in settings.items() if not k.startswith(_FREE_KEYS)}
     file = output / _SETTINGS
     if not file.exists():
@@ -208,9 +212,10 @@ def _check_settings(output: Path, cfg: Any, data: str) -> None:
         key for key in {*settings, *earlier} if settings.get(key) != earlier.get(key)
     )
     if changed:
+        named = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
         raise ValueError(
-            f"{output} holds a run with other settings ({', '.join(changed)}): add --fresh "
-            "to forget it and begin anew, or choose another --output"
+            f"{output} holds a run with other settings ({named}): add --fresh to forget it "
+            "and begin anew, or choose another --output"
         )
 
 

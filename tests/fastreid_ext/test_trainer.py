@@ -129,6 +129,15 @@ def test_resuming_with_other_images_is_refused(tiny_cfg):
         train(tiny_cfg, resume=True, DATASETS__SYNTHETIC_PERSONS__NUM_TRAIN_IDS=10)
 
 
+@pytest.mark.parametrize(("num_people", "epochs"), [(2, 1), (2, 2), (4, 1)])
+def test_run_of_a_step_or_two(tiny_cfg, num_people, epochs):
+    """FastReID's printer fails where an epoch has no step that its timer counts."""
+    tiny_cfg.DATASETS.SYNTHETIC_PERSONS.NUM_TRAIN_IDS = num_people
+    tiny_cfg.DATASETS.SYNTHETIC_PERSONS.IMAGES_PER_ID = 4
+    trainer = train(tiny_cfg, SOLVER__MAX_EPOCH=epochs)
+    assert trainer.iter == epochs * num_people // 2
+
+
 def test_resuming_a_complete_run_evaluates_it(tiny_cfg):
     trained = train(tiny_cfg)._last_eval_results
     again = SelConTrainer(tiny_cfg)
