@@ -1,6 +1,7 @@
 """Markers, the choice of tests, and hosts that are not installed."""
 
 import importlib.util
+import logging
 import os
 
 import pytest
@@ -41,3 +42,14 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(slow)
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(gpu)
+
+
+@pytest.fixture(autouse=True)
+def _restore_loggers():
+    """Undo what a run in this process does to the loggers: handlers, level, propagation."""
+    loggers = [logging.getLogger(name) for name in ("selcon_plugin", "fastreid")]
+    before = [(list(log.handlers), log.level, log.propagate) for log in loggers]
+    yield
+    for log, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        log.handlers, log.propagate = handlers, propagate
+        log.setLevel(level)
