@@ -283,6 +283,7 @@ def loss_curve(
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ImportError(
             "the loss curve needs matplotlib: pip install matplotlib"
@@ -303,6 +304,7 @@ def loss_curve(
     axes.set_xlim(left=0.0)
     axes.set_xlabel("epoch" if steps_per_epoch else "training step")
     axes.set_ylabel("loss", color="tab:blue")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     precision_steps, precisions = _series(records, "neighbor_precision")
     if precision_steps:

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 pytest.importorskip("fastreid")
@@ -126,6 +127,21 @@ def test_folder_of_another_run_is_refused(run, tmp_path):
     for arguments in ((), ("--fresh",)):
         with pytest.raises(ValueError, match="not the demo's"):
             run(*arguments)
+
+
+def test_one_core_is_left_free_unless_the_user_decides(monkeypatch):
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        with demo._one_core_left_free():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        with demo._one_core_left_free():
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_epochs_below_one_are_refused(run):

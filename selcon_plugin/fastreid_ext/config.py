@@ -28,6 +28,7 @@ ADAPTER_OPTIONS: dict[str, Option] = {
         Option("PROJECT_GLOBAL", True, bool, None),
         Option("TEST_CAMERA_TERM", False, bool, None),
         Option("DIAGNOSTICS_PERIOD", 20, int, Interval(0)),
+        Option("KEEP_CHECKPOINTS", 0, int, Interval(0)),
     )
 }
 

@@ -6,6 +6,7 @@ import logging
 import random
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -259,7 +260,17 @@ class ProgressHook(HookBase):
 
 
 class CheckpointHook(PeriodicCheckpointer):
-    """FastReID's periodic checkpointer, for runs without a test set as well."""
+    """FastReID's periodic checkpointer, for runs without a test set as well.
+
+    Args:
+        checkpointer: Writes the files.
+        period: Epochs between checkpoints.
+        keep: How many periodic checkpoints stay, the newest; 0 for all.
+    """
+
+    def __init__(self, checkpointer: Any, period: int, keep: int = 0) -> None:
+        super().__init__(checkpointer, period)
+        self._keep = keep
 
     def before_train(self) -> None:
         """Note the last epoch, and the metric that decides which model is the best."""
@@ -269,3 +280,11 @@ class CheckpointHook(PeriodicCheckpointer):
         # FastReID takes the name of the first test set, of which there is none.
         self.max_epoch = self.trainer.max_epoch
         self.metric_name = "metric"
+
+    def after_epoch(self) -> None:
+        """Save every ``period`` epochs; then remove what is too old."""
+        super().after_epoch()
+        if self._keep:
+            folder = Path(self.checkpointer.save_dir)
+            for file in sorted(folder.glob("model_[0-9]*.pth"))[: -self._keep]:
+                file.unlink()

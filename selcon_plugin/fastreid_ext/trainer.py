@@ -155,7 +155,8 @@ class SelConTrainer(DefaultTrainer):
                 result.append(host_hooks.IterationTimer(warmup_iter=left_out))
             elif isinstance(hook, host_hooks.PeriodicCheckpointer):
                 period = self.cfg.SOLVER.CHECKPOINT_PERIOD
-                result.append(CheckpointHook(self.checkpointer, period))
+                keep = self.cfg.MODEL.SELCON.KEEP_CHECKPOINTS
+                result.append(CheckpointHook(self.checkpointer, period, keep))
             elif not isinstance(hook, host_hooks.EvalHook) or self.cfg.DATASETS.TESTS:
                 result.append(hook)
         if self._show_progress:

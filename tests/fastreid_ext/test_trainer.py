@@ -151,6 +151,13 @@ def test_missing_weights_are_named(tiny_cfg):
         SelConTrainer(tiny_cfg).resume_or_load(False)
 
 
+def test_only_the_newest_checkpoints_stay_if_asked(tiny_cfg):
+    train(tiny_cfg, SOLVER__MAX_EPOCH=5, MODEL__SELCON__KEEP_CHECKPOINTS=2)
+    periodic = Path(tiny_cfg.OUTPUT_DIR).glob("model_[0-9]*.pth")
+    assert sorted(file.name for file in periodic) == ["model_0002.pth", "model_0003.pth"]
+    assert (Path(tiny_cfg.OUTPUT_DIR) / "model_final.pth").exists()
+
+
 def test_half_written_checkpoint_never_takes_the_place_of_a_whole_one(
     tiny_cfg, monkeypatch
 ):
