@@ -261,8 +261,6 @@ def _train(cfg: Any) -> tuple[nn.Module, int]:
     cfg.defrost()
     cfg.DATASETS.TESTS = ()  # it is evaluated afterwards
     trainer = SelConTrainer(cfg, show_progress=True)
-    # Convolutions on a CPU are a third faster with channels innermost.
-    trainer.model.to(memory_format=torch.channels_last)
     trainer.resume_or_load(resume=True)
     if trainer.start_epoch >= trainer.max_epoch:
         _say("[3/5] Training was finished earlier; --fresh would train anew")

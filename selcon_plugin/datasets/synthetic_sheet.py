@@ -40,6 +40,8 @@ class Sheet:
         top = max(int(min(y for _, y in points)), 0)
         right = min(int(max(x for x, _ in points)) + 2, SHEET_SIZE[0])
         bottom = min(int(max(y for _, y in points)) + 2, SHEET_SIZE[1])
+        if right <= left or bottom <= top:
+            return  # wholly off the sheet
         stencil = Image.new("L", (right - left, bottom - top))
         shifted = [(x - left, y - top) for x, y in points]
         ImageDraw.Draw(stencil).polygon(shifted, fill=255)

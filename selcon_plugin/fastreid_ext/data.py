@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import random
 import warnings
 from collections.abc import Iterator, Sequence
@@ -76,10 +77,11 @@ class IndexedDataset(Dataset[dict[str, Any]]):
 
     @property
     def fingerprint(self) -> str:
-        """Short hash of file names and cameras: tells if two lists are the same."""
+        """Short hash of names, sizes and cameras: tells if two lists are the same."""
         digest = hashlib.sha256()
         for path, camid in zip(self.paths, self.camids, strict=True):
-            digest.update(f"{PurePath(path).name}\0{camid}\n".encode())
+            size = os.path.getsize(path)
+            digest.update(f"{PurePath(path).name}\0{size}\0{camid}\n".encode())
         return digest.hexdigest()[:16]
 
     def __getitem__(self, key: int | SampleKey) -> dict[str, Any]:

@@ -19,17 +19,22 @@ from torch import Tensor, nn
 
 from selcon_plugin.distance import bank_product
 
-# Where a gather of (B, A, C) rows and a full (B, M) product cost the same. The gather moves
-# three times A * C values per anchor, the product computes 2 * V * M * C operations and as
-# many again backwards. Measured on a CPU with two threads: equal at about 11 bank rows per
-# candidate for B = 8 and 28 to 42 for B = 64 (tools/benchmark/bench_step.py --crossover).
-# A value between serves both; no GPU has been measured.
-_ROWS_PER_CANDIDATE = 16
 # No gather beyond this many values (1 GiB in float32), however large the bank.
 _MAX_GATHERED_VALUES = 2**28
 # Up to this many gathered values (8 MiB) logits are float64: it costs nothing there, and
 # the temperature magnifies float32 rounding to a gradient error of about 1e-6.
 _MAX_DOUBLE_VALUES = 2**20
+
+
+def _rows_per_candidate(batch_size: int) -> float:
+    """Bank rows per candidate at which a gather and a full product cost the same.
+
+    The gather moves about 3 * B * A * C values, the product about 2 * M * C: equal at 1.5 B
+    rows per candidate, until the batch is so large that arithmetic bounds the product. Two
+    CPU threads (tools/benchmark/bench_step.py --crossover): 11 for B = 8, 31 to 42 for
+    B = 64. No GPU has been measured.
+    """
+    return min(1.5 * batch_size, 32.0)
 
 
 def positive_weights(
@@ -81,7 +86,7 @@ def candidate_similarity(features: Tensor, bank: Tensor, candidates: Tensor) -> 
         "cuda",
     )
     if is_small or (
-        num_candidates * _ROWS_PER_CANDIDATE <= bank.shape[0]
+        num_candidates * _rows_per_candidate(batch_size) <= bank.shape[0]
         and gathered_values <= _MAX_GATHERED_VALUES
     ):
         dtype = torch.float64 if is_small else torch.float32

@@ -42,6 +42,15 @@ def test_fingerprint_notices_a_missing_image_and_another_camera(dataset):
     assert IndexedDataset(items, None).fingerprint != dataset.fingerprint
 
 
+def test_fingerprint_notices_another_picture_of_the_same_name(tmp_path):
+    file = tmp_path / "a.jpg"
+    file.write_bytes(b"one")
+    items = [(str(file), -1, -1)]
+    before = IndexedDataset(items, None).fingerprint
+    file.write_bytes(b"other")
+    assert IndexedDataset(items, None).fingerprint != before
+
+
 def test_augmentation_follows_the_position_alone(dataset):
     first = dataset[SampleKey(2, 70)]["images"]
     seed_all_rng(999)

@@ -138,6 +138,13 @@ def test_run_of_a_step_or_two(tiny_cfg, num_people, epochs):
     assert trainer.iter == epochs * num_people // 2
 
 
+def test_period_0_evaluates_at_the_end_alone(tiny_cfg):
+    trainer = train(tiny_cfg, TEST__EVAL_PERIOD=0, SOLVER__MAX_EPOCH=2)
+    assert trainer._last_eval_results["mAP"] > 0
+    epochs = [epoch for _, epoch in trainer.storage.history("mAP").values()]
+    assert len(epochs) == 1
+
+
 def test_resuming_a_complete_run_evaluates_it(tiny_cfg):
     trained = train(tiny_cfg)._last_eval_results
     again = SelConTrainer(tiny_cfg)

@@ -54,7 +54,8 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 def force(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MAX_DOUBLE_VALUES", 2**20 if path == "small" else 0)
-    monkeypatch.setattr(module, "_ROWS_PER_CANDIDATE", 0 if path == "gather" else 10**9)
+    rows = 0.0 if path == "gather" else 1e9
+    monkeypatch.setattr(module, "_rows_per_candidate", lambda batch_size: rows)
 
 
 def loss_by_loops(case: dict[str, Tensor], temperature: float) -> float:
@@ -153,7 +154,7 @@ def test_small_banks_and_huge_gathers_take_the_product(
         )
         return bool(products)
 
-    crossover = 10 * module._ROWS_PER_CANDIDATE
+    crossover = int(10 * module._rows_per_candidate(2))
     assert takes_product(crossover - 1, 10)
     assert not takes_product(crossover, 10)
     monkeypatch.setattr(module, "_MAX_GATHERED_VALUES", 59)

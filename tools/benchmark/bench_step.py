@@ -370,21 +370,21 @@ def measure_crossover(
     """
     # No caller chooses the way: moving the module's limits does.
     kept = (
-        loss_module._ROWS_PER_CANDIDATE,
+        loss_module._rows_per_candidate,
         loss_module._MAX_GATHERED_VALUES,
         loss_module._MAX_DOUBLE_VALUES,
     )
     loss_module._MAX_GATHERED_VALUES, loss_module._MAX_DOUBLE_VALUES = 2**40, 0
 
-    def timed(rows_per_candidate: int) -> Seconds:
-        loss_module._ROWS_PER_CANDIDATE = rows_per_candidate
+    def timed(rows_per_candidate: float) -> Seconds:
+        loss_module._rows_per_candidate = lambda batch_size: rows_per_candidate
         return {"step": time_package_phases(method, batch)["loss+backward"]}
 
     results = interleave(
         {"gather": lambda: timed(0), "dense": lambda: timed(2**40)}, repeats
     )
     (
-        loss_module._ROWS_PER_CANDIDATE,
+        loss_module._rows_per_candidate,
         loss_module._MAX_GATHERED_VALUES,
         loss_module._MAX_DOUBLE_VALUES,
     ) = kept
