@@ -19,6 +19,7 @@ from selcon_plugin.datasets import (
     generate_synthetic_persons,
     read_market_folder,
 )
+from selcon_plugin.datasets.synthetic_sheet import SHEET_SIZE, Sheet
 
 SPLITS = (TRAIN_FOLDER, QUERY_FOLDER, GALLERY_FOLDER)
 SMALL = SyntheticPersonsSpec(
@@ -70,6 +71,13 @@ def test_one_more_identity_leaves_the_others_as_they_were(tmp_path: Path) -> Non
     shared = [key for key in contents(few) if key.startswith(f"{TRAIN_FOLDER}/0001")]
     assert len(shared) == 2
     assert all(contents(few)[key] == contents(more)[key] for key in shared)
+
+
+def test_shape_off_the_sheet_leaves_it_as_it_is() -> None:
+    sheet = Sheet()
+    texture = Image.new("RGB", SHEET_SIZE, (255, 0, 0))
+    sheet.polygon([(-50, -50), (-40, -50), (-40, -40)], texture)
+    assert sheet.picture.getbbox() is None
 
 
 def test_other_seed_gives_other_people(tmp_path: Path) -> None:
