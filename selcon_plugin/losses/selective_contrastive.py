@@ -30,8 +30,8 @@ def _rows_per_candidate(batch_size: int) -> float:
     """Bank rows per candidate at which a gather and a full product cost the same."""
     # The gather moves about 3 * B * A * C values, the product about 2 * M * C: equal at
     # 1.5 * B rows per candidate, until the batch is so large that arithmetic bounds the
-    # product. Measured with two CPU threads (tools/benchmark/bench_step.py --crossover): 7 to
-    # 11 for B = 8, 31 to 42 for B = 64. No GPU has been measured.
+    # product. Measured with two CPU threads: 7 to 11 for B = 8, 31 to 42 for B = 64
+    # (tools/benchmark/bench_step.py --crossover). No GPU has been measured.
     return min(1.5 * batch_size, 32.0)
 
 
