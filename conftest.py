@@ -44,6 +44,12 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(gpu)
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Each device that a test of the core runs on."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _restore_loggers():
     """Undo what a run in this process does to the loggers: handlers, level, propagation."""

@@ -10,17 +10,6 @@ from torch import Tensor
 from selcon_plugin import distance as distance_module
 from selcon_plugin.distance import bank_product, fused_distance
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
-        ],
-    ),
-]
-
 
 def units(*shape: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
@@ -56,7 +45,6 @@ def distance_by_loops(case: dict[str, Tensor], weight: float, penalty: float) ->
     return expected.float()
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("weight", "penalty"), [(0.5, 0.05), (0.2, 0.7), (1.0, 0.0), (0.0, 1)]
 )
@@ -122,7 +110,6 @@ def test_autocast_keeps_full_precision(case: dict[str, Tensor]) -> None:
         assert torch.equal(fused_distance(**case), expected)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)]
 )

@@ -11,16 +11,6 @@ from selcon_plugin.memory import TriBankMemory, write_rows
 
 M, B, K, S, D = 12, 6, 3, 2, 4
 C = S * D
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
-        ],
-    ),
-]
 
 
 def units(*shape: int, seed: int) -> Tensor:
@@ -57,7 +47,6 @@ def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return index, units(B, C, seed=3), units(B, S, D, seed=4), positives
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("momentum", [0.0, 0.2, 0.5, 0.9])
 def test_write_rows_equals_a_loop_over_the_writes(momentum: float, device: str) -> None:
     rows = torch.randint(0, 7, (40,), generator=torch.Generator().manual_seed(0))

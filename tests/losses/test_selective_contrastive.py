@@ -15,16 +15,6 @@ from selcon_plugin.losses import (
 from selcon_plugin.losses import selective_contrastive as module
 
 M, B, P, N, C = 30, 5, 4, 9, 16
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
-        ],
-    ),
-]
 
 
 def units(*shape: int, seed: int) -> Tensor:
@@ -75,7 +65,6 @@ def loss_by_loops(case: dict[str, Tensor], temperature: float) -> float:
     return total / B
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
 def test_equals_definition_by_loops(
     case: dict[str, Tensor], path: str, temperature: float, device: str
