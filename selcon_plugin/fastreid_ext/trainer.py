@@ -69,6 +69,8 @@ class SelConTrainer(DefaultTrainer):
             Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
         loader = self.build_train_loader(cfg)
         cfg = self.auto_scale_hyperparams(cfg, loader.dataset.num_classes)
+        # FastReID logs a random seed of its own when it sets up; this one takes its place.
+        logger.info("Seed of this run: MODEL.SELCON.SEED %d", cfg.MODEL.SELCON.SEED)
         seed_all(cfg.MODEL.SELCON.SEED)
         model = self.build_model(cfg)
         unwrap(model)
