@@ -261,3 +261,22 @@ def test_fresh_normalization_gets_the_statistics_of_the_images(tiny_cfg):
     hook.remove()
     assert seen[0].mean(dim=0).abs().mean() < 0.3  # centred, where it was 1 and more before
     assert not calibrate_normalization(model, dataset, 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixed_precision", [False, True])
+@pytest.mark.parametrize("bank_dtype", ["float32", "float16"])
+def test_training_on_a_gpu_fills_banks_there(tiny_cfg, mixed_precision, bank_dtype):
+    changes = {
+        "MODEL__DEVICE": "cuda",
+        "MODEL__SELCON__BANK_DTYPE": bank_dtype,
+        "SOLVER__AMP__ENABLED": mixed_precision,
+        "SOLVER__MAX_EPOCH": 3,
+    }
+    trainer = train(tiny_cfg, **changes)
+    memory = unwrap(trainer.model).method.memory
+    for bank in (memory.global_bank, memory.part_bank):
+        assert bank.is_cuda
+        norms = bank.float().norm(dim=-1)
+        assert torch.allclose(norms, torch.ones_like(norms), atol=2e-3)
+    assert trainer._last_eval_results["mAP"] > 0
