@@ -12,6 +12,7 @@ from fastreid.engine import hooks as host_hooks
 from fastreid.engine.defaults import DefaultTrainer
 from fastreid.engine.train_loop import AMPTrainer, HookBase, SimpleTrainer, TrainerBase
 from fastreid.evaluation import ReidEvaluator
+from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
 from fastreid.solver import build_optimizer
 from fastreid.utils import comm
 from fastreid.utils.logger import setup_logger
@@ -28,8 +29,8 @@ from selcon_plugin.fastreid_ext.hooks import (
     MethodHook,
     ProgressHook,
     seed_all,
-    unwrap,
 )
+from selcon_plugin.fastreid_ext.meta_arch import SelCon
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class SelConTrainer(DefaultTrainer):
             setup_logger()
         share_host_log()
         cfg = complete_config(cfg)
+        self._check_meta_architecture(cfg)
         if cfg.OUTPUT_DIR and comm.is_main_process():
             Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
         loader = self.build_train_loader(cfg)
@@ -73,7 +75,6 @@ class SelConTrainer(DefaultTrainer):
         logger.info("Seed of this run: MODEL.SELCON.SEED %d", cfg.MODEL.SELCON.SEED)
         seed_all(cfg.MODEL.SELCON.SEED)
         model = self.build_model(cfg)
-        unwrap(model)
         if cfg.MODEL.DEVICE == "cpu":
             # Convolutions on a CPU are up to a third faster with channels innermost.
             model.to(memory_format=torch.channels_last)
@@ -92,6 +93,15 @@ class SelConTrainer(DefaultTrainer):
         self.cfg = cfg
         self._show_progress = show_progress
         self.register_hooks(self.build_hooks())
+
+    @staticmethod
+    def _check_meta_architecture(cfg: CfgNode) -> None:
+        name = cfg.MODEL.META_ARCHITECTURE
+        if not issubclass(META_ARCH_REGISTRY.get(name), SelCon):
+            raise ValueError(
+                f"MODEL.META_ARCHITECTURE is {name!r}, which trains on identities: set it "
+                "to SelCon to train without"
+            )
 
     @staticmethod
     def _distribute(model: nn.Module) -> nn.Module:

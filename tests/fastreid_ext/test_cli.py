@@ -153,6 +153,7 @@ def test_two_processes_by_num_gpus(selcon, tmp_path):
     [
         (["train", "--config-file", "nowhere.yml"], ["nowhere.yml"]),
         (["train", "--images", "/nowhere"], ["/nowhere"]),
+        (["train", "OUTPUT_DIR", ""], ["META_ARCHITECTURE", "SelCon"]),
         (["train", "MODEL.SELCON.TEMPERATURE", "0.0"], ["TEMPERATURE", "> 0"]),
         (["eval", "MODEL.META_ARCHITECTURE", "SelCon"], ["MODEL.WEIGHTS"]),
         (["extract", "--output", "x.npz"], ["--images"]),

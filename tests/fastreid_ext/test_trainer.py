@@ -239,7 +239,7 @@ def test_config_with_bag_of_tricks_needs_one_line(tiny_cfg, caplog):
 
 def test_baseline_config_is_refused(tiny_cfg):
     tiny_cfg.MODEL.META_ARCHITECTURE = "Baseline"
-    with pytest.raises(TypeError, match=r"META_ARCHITECTURE.*Baseline"):
+    with pytest.raises(ValueError, match=r"META_ARCHITECTURE is 'Baseline'.*SelCon"):
         SelConTrainer(tiny_cfg)
 
 
