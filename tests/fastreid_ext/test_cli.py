@@ -153,13 +153,16 @@ def test_two_processes_by_num_gpus(selcon, tmp_path):
     [
         (["train", "--config-file", "nowhere.yml"], ["nowhere.yml"]),
         (["train", "--images", "/nowhere"], ["/nowhere"]),
-        (["train", "OUTPUT_DIR", ""], ["META_ARCHITECTURE", "SelCon"]),
+        (["train"], ["META_ARCHITECTURE", "SelCon"]),
         (["train", "MODEL.SELCON.TEMPERATURE", "0.0"], ["TEMPERATURE", "> 0"]),
         (["eval", "MODEL.META_ARCHITECTURE", "SelCon"], ["MODEL.WEIGHTS"]),
         (["extract", "--output", "x.npz"], ["--images"]),
     ],
 )
-def test_mistakes_end_with_status_2_and_one_line(arguments, words, capsys, tmp_path):
+def test_mistakes_end_with_status_2_and_one_line(
+    arguments, words, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)  # runs write to logs/ before they look at the data
     arguments = (
         [*arguments, "OUTPUT_DIR", str(tmp_path)] if "eval" in arguments else arguments
     )
