@@ -163,9 +163,6 @@ def test_mistakes_end_with_status_2_and_one_line(
     arguments, words, capsys, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)  # runs write to logs/ before they look at the data
-    arguments = (
-        [*arguments, "OUTPUT_DIR", str(tmp_path)] if "eval" in arguments else arguments
-    )
     assert main(arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"selcon {arguments[0]}: error:")
