@@ -38,20 +38,6 @@ class Embeddings(NamedTuple):
             self.global_features.detach(), None if parts is None else parts.detach()
         )
 
-    def float(self) -> Embeddings:
-        """Return the same values in float32."""
-        parts = self.part_features
-        return Embeddings(
-            self.global_features.float(), None if parts is None else parts.float()
-        )
-
-    def to(self, device: torch.device | str) -> Embeddings:
-        """Return the same values on ``device``."""
-        parts = self.part_features
-        return Embeddings(
-            self.global_features.to(device), None if parts is None else parts.to(device)
-        )
-
 
 def check_parts_fit(num_rows: int, num_parts: int) -> None:
     """Raise an error if a feature map has fewer rows than parts.

@@ -88,9 +88,8 @@ class IndexedDataset(Dataset[dict[str, Any]]):
         if not isinstance(key, SampleKey):
             key = SampleKey(key, key)
         index, position = key.index, key.position
-        image = read_image(self.paths[index])
-        if image.mode != "RGB":  # palette, grey or with transparency
-            image = image.convert("RGB")
+        # Without a format FastReID takes the indices of a palette for shades of grey.
+        image = read_image(self.paths[index], format="RGB")
         if get_worker_info() is None:
             # The seed is set in the training process itself: leave its streams as they
             # were.

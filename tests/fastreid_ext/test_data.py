@@ -5,6 +5,7 @@ import pytest
 import torch
 from fastreid.data.transforms import build_transforms
 from fastreid.utils.env import seed_all_rng
+from PIL import Image
 
 from selcon_plugin.fastreid_ext.data import (
     IndexedDataset,
@@ -77,6 +78,15 @@ def test_batches_do_not_depend_on_workers_and_resume_anywhere(tiny_cfg, num_work
     for expected, batch in zip(batches[2:], resumed, strict=False):
         assert torch.equal(batch["images"], expected["images"])
         assert torch.equal(batch["targets"], expected["targets"])
+
+
+@pytest.mark.parametrize("mode", ["P", "RGBA", "L"])
+def test_palette_grey_and_transparent_images_keep_their_colours(tmp_path, mode):
+    picture = Image.new("RGB", (4, 8), (200, 30, 30)).convert(mode)
+    picture.save(tmp_path / "a.png")
+    dataset = IndexedDataset([(str(tmp_path / "a.png"), -1, -1)], transform=np.asarray)
+    expected = np.asarray(picture.convert("RGB"))
+    assert np.array_equal(dataset[0]["images"], expected)
 
 
 def test_unknown_cameras_are_minus_one_and_known_ones_count_from_zero():
