@@ -159,7 +159,6 @@ def load_config(
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        legal.
     """
     from fastreid.config import get_cfg
 
@@ -168,21 +167,20 @@ def load_config(
     cfg = add_selcon_config(get_cfg())
     if images:
         config_file = config_file or builtin_config("image_folder.yml")
-        opts = [
-            *opts,
-            *("DATASETS.NAMES", "('ImageFolderReID',)", "DATASETS.TESTS", "()"),
-            *("DATASETS.IMAGE_FOLDER.ROOT", str(Path(images).expanduser())),
-        ]
     if config_file:
         if not Path(config_file).is_file():
             raise FileNotFoundError(f"--config-file {config_file!r} does not exist")
         _merge(cfg, lambda: cfg.merge_from_file(config_file), config_file)
     _merge(cfg, lambda: cfg.merge_from_list(list(opts)), "the command line")
+    # Set as they are: a config option would be read as a Python literal, and take the
+    # folder "2024" for a number.
     if camera_pattern:
-        # Set as it is: a config option would be read as YAML, and break on brackets.
         cfg.DATASETS.IMAGE_FOLDER.CAMERA_PATTERN = camera_pattern
-    if cfg.MODEL.META_ARCHITECTURE == "Baseline" and images:
-        cfg.MODEL.META_ARCHITECTURE = "SelCon"
+    if images:
+        cfg.DATASETS.NAMES, cfg.DATASETS.TESTS = ("ImageFolderReID",), ()
+        cfg.DATASETS.IMAGE_FOLDER.ROOT = str(Path(images).expanduser())
+        if cfg.MODEL.META_ARCHITECTURE == "Baseline":
+            cfg.MODEL.META_ARCHITECTURE = "SelCon"
     cfg = complete_config(cfg)
     cfg.freeze()
     return cfg

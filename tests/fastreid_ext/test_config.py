@@ -70,6 +70,14 @@ def test_whole_number_for_a_float_says_what_to_write():
         load_config("", ["MODEL.SELCON.TEMPERATURE", "1"])
 
 
+def test_folder_and_pattern_are_taken_as_they_are():
+    cfg = load_config("", images="2024", camera_pattern="[12]")
+    assert cfg.DATASETS.IMAGE_FOLDER.ROOT == "2024"
+    assert cfg.DATASETS.IMAGE_FOLDER.CAMERA_PATTERN == "[12]"
+    assert cfg.DATASETS.NAMES == ("ImageFolderReID",)
+    assert cfg.DATASETS.TESTS == ()
+
+
 def test_missing_config_file_is_named():
     with pytest.raises(FileNotFoundError, match=r"nowhere\.yml"):
         load_config("nowhere.yml")
