@@ -257,29 +257,20 @@ def run(cfg: Any, args: argparse.Namespace) -> Any:
         FastReID's results.
 
     Raises:
-        ValueError: If there is nothing to evaluate, or no weights to do it with.
+        ValueError: If there is nothing to evaluate.
     """
     from fastreid.engine import default_setup
     from fastreid.evaluation.testing import verify_results
 
     from selcon_plugin.fastreid_ext import SelConTrainer
-    from selcon_plugin.fastreid_ext.checkpoint import SelConCheckpointer
-    from selcon_plugin.fastreid_ext.trainer import share_host_log
+    from selcon_plugin.fastreid_ext.trainer import load_trained_model, share_host_log
 
     default_setup(cfg, args)
     share_host_log()
     if args.eval_only:
         if not cfg.DATASETS.TESTS:
             raise ValueError("DATASETS.TESTS is empty: there is nothing to evaluate on")
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.MODEL.BACKBONE.PRETRAIN = False
-        cfg.MODEL.HEADS.NUM_CLASSES = 0  # no banks
-        if not cfg.MODEL.WEIGHTS:
-            raise ValueError("evaluation needs MODEL.WEIGHTS, the path of a checkpoint")
-        model = SelConTrainer.build_model(cfg)
-        SelConCheckpointer(model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
-        results = SelConTrainer.test(cfg, model)
+        results = SelConTrainer.test(cfg, load_trained_model(cfg))
     else:
         trainer = SelConTrainer(cfg, show_progress=sys.stderr.isatty())
         trainer.resume_or_load(resume=args.resume)

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from selcon_plugin.cli import builtin_config, load_config
-from selcon_plugin.datasets import SyntheticPersonsSpec, generate_synthetic_persons
+from selcon_plugin.datasets import generate_synthetic_persons
 from selcon_plugin.visualize import LabeledImages, loss_curve, ranked_sheet
 
 logger = logging.getLogger(__name__)
@@ -163,18 +163,13 @@ def _run(cfg: Any, output: Path) -> None:
     _say(f"\nThis took {_duration(time.monotonic() - started)}.")
 
 
-def _spec(cfg: Any) -> SyntheticPersonsSpec:
-    node = cfg.DATASETS.SYNTHETIC_PERSONS
-    return SyntheticPersonsSpec(**{key.lower(): value for key, value in node.items()})
-
-
 def _draw_data(cfg: Any) -> None:
     """Draw the data if it is absent."""
     if "SyntheticPersons" not in (*cfg.DATASETS.NAMES, *cfg.DATASETS.TESTS):
         return
-    from selcon_plugin.fastreid_ext.datasets import dataset_root
+    from selcon_plugin.fastreid_ext.datasets import dataset_root, synthetic_persons_spec
 
-    spec = _spec(cfg)
+    spec = synthetic_persons_spec(cfg)
     folder = Path(dataset_root()).resolve() / spec.folder_name
     if not folder.is_dir():
         _say(f"      drawing {spec.num_train_images + spec.num_test_images} pictures ...")
@@ -194,8 +189,11 @@ def _check_settings(output: Path, cfg: Any) -> None:
     Raises:
         ValueError: If the folder holds a run that was begun otherwise.
     """
+    from selcon_plugin.fastreid_ext.datasets import synthetic_persons_spec
+
     # The folder's name holds the version of what draws the data.
-    settings = {"data": _spec(cfg).folder_name, **_flat(yaml.safe_load(cfg.dump()))}
+    data = synthetic_persons_spec(cfg).folder_name
+    settings = {"data": data, **_flat(yaml.safe_load(cfg.dump()))}
     settings = {k: v for k, v in settings.items() if not k.startswith(_FREE_KEYS)}
     file = output / _SETTINGS
     if not file.exists():

@@ -19,10 +19,11 @@ from selcon_plugin.options import Choice, Interval, Option
 
 logger = logging.getLogger(__name__)
 
-# Keys of MODEL.SELCON that belong to the adapter and not to a method.
-ADAPTER_OPTIONS: dict[str, Option] = {
-    option.name: option
-    for option in (
+
+def adapter_options() -> dict[str, Option]:
+    """Return the keys of ``MODEL.SELCON`` that belong to the adapter, not to a method."""
+    options = (
+        # Read anew each time: a script may register a method of its own after the import.
         Option("METHOD", "SelectiveContrastive", str, Choice(tuple(method_names()))),
         Option("NUM_PARTS", 8, int, Interval(0)),
         Option("PROJECT_GLOBAL", True, bool, None),
@@ -30,7 +31,7 @@ ADAPTER_OPTIONS: dict[str, Option] = {
         Option("DIAGNOSTICS_PERIOD", 20, int, Interval(0)),
         Option("KEEP_CHECKPOINTS", 0, int, Interval(0)),
     )
-}
+    return {option.name: option for option in options}
 
 
 def _method_defaults() -> dict[str, Any]:
@@ -57,7 +58,7 @@ def add_selcon_config(cfg: CfgNode) -> CfgNode:
         The same config.
     """
     cfg.MODEL.SELCON = CfgNode()
-    for option in ADAPTER_OPTIONS.values():
+    for option in adapter_options().values():
         setattr(cfg.MODEL.SELCON, option.name, option.default)
     for key, default in _method_defaults().items():
         setattr(cfg.MODEL.SELCON, key, default)
@@ -95,7 +96,7 @@ def describe_key(key: str) -> str:
     node, _, name = key.rpartition(".")
     if node != "MODEL.SELCON":
         return ""
-    known = dict(ADAPTER_OPTIONS)
+    known = adapter_options()
     for method in method_names():
         known.update({o.name.upper(): o for o in method_options(method).values()})
     return known[name].describe() if name in known else ""
@@ -153,7 +154,7 @@ def complete_config(cfg: CfgNode) -> CfgNode:
     cfg.defrost()
     if "SELCON" not in cfg.MODEL:
         add_selcon_config(cfg)
-    for name, option in ADAPTER_OPTIONS.items():
+    for name, option in adapter_options().items():
         option.check(cfg.MODEL.SELCON[name], label=f"MODEL.SELCON.{name}")
     selected_method_options(cfg)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import os
@@ -83,6 +84,12 @@ class IndexedDataset(Dataset[dict[str, Any]]):
             size = os.path.getsize(path)
             digest.update(f"{PurePath(path).name}\0{size}\0{camid}\n".encode())
         return digest.hexdigest()[:16]
+
+    def with_transform(self, transform: Any) -> IndexedDataset:
+        """Return the same images in the same order under another transform."""
+        other = copy.copy(self)
+        other.transform = transform
+        return other
 
     def __getitem__(self, key: int | SampleKey) -> dict[str, Any]:
         if not isinstance(key, SampleKey):
@@ -215,13 +222,8 @@ def build_extraction_loader(cfg: CfgNode, dataset: IndexedDataset) -> Any:
     Returns:
         FastReID's test loader.
     """
-    plain = IndexedDataset(
-        list(zip(dataset.paths, dataset.true_pids, dataset.camids, strict=True)),
-        build_transforms(cfg, is_train=False),
-        dataset.seed,
-    )
     loader, _ = build_reid_test_loader(
-        plain,
+        dataset.with_transform(build_transforms(cfg, is_train=False)),
         test_batch_size=cfg.TEST.IMS_PER_BATCH,
         num_query=0,
         num_workers=cfg.DATALOADER.NUM_WORKERS,

@@ -29,6 +29,12 @@ def dataset_root() -> str:
     return os.getenv("FASTREID_DATASETS", "datasets")
 
 
+def synthetic_persons_spec(cfg: CfgNode) -> SyntheticPersonsSpec:
+    """Return size and seed of ``SyntheticPersons`` as the config has them."""
+    node = cfg.DATASETS.SYNTHETIC_PERSONS
+    return SyntheticPersonsSpec(**{key.lower(): value for key, value in node.items()})
+
+
 def build_dataset(cfg: CfgNode, name: str, **kwargs: Any) -> ImageDataset:
     """Build a data set by its registered name.
 
@@ -45,10 +51,7 @@ def build_dataset(cfg: CfgNode, name: str, **kwargs: Any) -> ImageDataset:
         folder = cfg.DATASETS.IMAGE_FOLDER
         kwargs.update(image_folder=folder.ROOT, camera_pattern=folder.CAMERA_PATTERN)
     elif issubclass(cls, SyntheticPersons):
-        node = cfg.DATASETS.SYNTHETIC_PERSONS
-        kwargs["spec"] = SyntheticPersonsSpec(
-            **{key.lower(): value for key, value in node.items()}
-        )
+        kwargs["spec"] = synthetic_persons_spec(cfg)
     return cls(root=dataset_root(), **kwargs)
 
 

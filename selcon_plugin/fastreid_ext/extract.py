@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 from fastreid.config import CfgNode
 
-from selcon_plugin.fastreid_ext.checkpoint import SelConCheckpointer
 from selcon_plugin.fastreid_ext.data import (
     IndexedDataset,
     build_extraction_loader,
     training_items,
 )
-from selcon_plugin.fastreid_ext.hooks import extract_embeddings, unwrap
-from selcon_plugin.fastreid_ext.trainer import SelConTrainer
+from selcon_plugin.fastreid_ext.hooks import extract_embeddings
+from selcon_plugin.fastreid_ext.trainer import load_trained_model
 from selcon_plugin.features import fused_feature
 
 
@@ -28,18 +27,8 @@ def extract_folder(cfg: CfgNode, output: str | Path) -> tuple[int, int]:
 
     Returns:
         Number of images and length of a feature.
-
-    Raises:
-        ValueError: If no checkpoint is named.
     """
-    if not cfg.MODEL.WEIGHTS:
-        raise ValueError("extraction needs MODEL.WEIGHTS, the path of a checkpoint")
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.BACKBONE.PRETRAIN = False
-    cfg.MODEL.HEADS.NUM_CLASSES = 0
-    model = unwrap(SelConTrainer.build_model(cfg))
-    SelConCheckpointer(model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    model = load_trained_model(cfg)
     dataset = IndexedDataset(training_items(cfg), transform=None)
     loader = build_extraction_loader(cfg, dataset)
     embeddings = extract_embeddings(model, loader, len(dataset))

@@ -29,6 +29,7 @@ from selcon_plugin.fastreid_ext.hooks import (
     MethodHook,
     ProgressHook,
     seed_all,
+    unwrap,
 )
 from selcon_plugin.fastreid_ext.meta_arch import SelCon
 
@@ -43,6 +44,29 @@ def share_host_log() -> None:
             ours.addHandler(handler)
     if ours.level == logging.NOTSET:
         ours.setLevel(logging.INFO)
+
+
+def load_trained_model(cfg: CfgNode) -> SelCon:
+    """Build the network of ``MODEL.WEIGHTS``, without banks, to compute features.
+
+    Args:
+        cfg: Complete config; ``MODEL.WEIGHTS`` names the checkpoint.
+
+    Returns:
+        The model with its weights.
+
+    Raises:
+        ValueError: If no checkpoint is named.
+    """
+    if not cfg.MODEL.WEIGHTS:
+        raise ValueError("MODEL.WEIGHTS must name a checkpoint to compute features with")
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.BACKBONE.PRETRAIN = False
+    cfg.MODEL.HEADS.NUM_CLASSES = 0
+    model = unwrap(SelConTrainer.build_model(cfg))
+    SelConCheckpointer(model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    return model
 
 
 class SelConTrainer(DefaultTrainer):

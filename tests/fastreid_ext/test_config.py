@@ -1,13 +1,16 @@
 import re
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 from fastreid.config import get_cfg
 
 from selcon_plugin.cli import load_config
 from selcon_plugin.fastreid_ext import add_selcon_config, complete_config
-from selcon_plugin.fastreid_ext.config import ADAPTER_OPTIONS, selected_method_options
-from selcon_plugin.methods import build_method, method_names, method_options
+from selcon_plugin.fastreid_ext.config import adapter_options, selected_method_options
+from selcon_plugin.methods import base, build_method, method_names, method_options
+from selcon_plugin.methods.selective_contrastive import SelectiveContrastive
+from selcon_plugin.options import Interval
 
 README = Path(__file__).parents[2] / "configs" / "README.md"
 
@@ -78,6 +81,28 @@ def test_folder_and_pattern_are_taken_as_they_are():
     assert cfg.DATASETS.TESTS == ()
 
 
+def test_method_of_a_users_own_script_is_one_more_choice(monkeypatch):
+    monkeypatch.setattr(base, "_METHODS", dict(base._METHODS))
+
+    @base.register_method("Mine")
+    class Mine(SelectiveContrastive):
+        def __init__(
+            self,
+            num_images: int,
+            global_dim: int,
+            num_parts: int = 0,
+            part_dim: int = 0,
+            *,
+            my_weight: Annotated[float, Interval(0)] = 2.0,
+        ) -> None:
+            super().__init__(num_images, global_dim, num_parts, part_dim)
+
+    cfg = load_config("", ["MODEL.SELCON.METHOD", "Mine", "MODEL.SELCON.MY_WEIGHT", "3.0"])
+    assert selected_method_options(cfg) == {"my_weight": 3.0}
+    with pytest.raises(ValueError, match=r"MODEL\.SELCON\.MY_WEIGHT.*>= 0.*-1"):
+        load_config("", ["MODEL.SELCON.METHOD", "Mine", "MODEL.SELCON.MY_WEIGHT", "-1.0"])
+
+
 def test_missing_config_file_is_named():
     with pytest.raises(FileNotFoundError, match=r"nowhere\.yml"):
         load_config("nowhere.yml")
@@ -99,7 +124,7 @@ def test_camera_term_excludes_reranking():
 
 def test_readme_table_lists_every_key_with_its_default():
     text = README.read_text()
-    rows = {option.name: option.default for option in ADAPTER_OPTIONS.values()}
+    rows = {option.name: option.default for option in adapter_options().values()}
     for option in method_options("SelectiveContrastive").values():
         rows[option.name.upper()] = option.default
     for key, default in rows.items():

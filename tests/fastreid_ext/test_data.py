@@ -97,6 +97,15 @@ def test_unknown_cameras_are_minus_one_and_known_ones_count_from_zero():
     assert dataset.true_pids == [-1, -1, -1]
 
 
+def test_another_transform_keeps_images_order_and_cameras():
+    items = [(f"{i:02}", f"p{i % 5}", f"cam{i:02}") for i in range(12)]
+    dataset = IndexedDataset(items, None, seed=4)
+    other = dataset.with_transform(len)
+    assert (other.transform, dataset.transform) == (len, None)
+    for name in ("paths", "camids", "true_pids", "seed"):
+        assert getattr(other, name) == getattr(dataset, name)
+
+
 def test_fewer_images_than_a_batch_is_an_error_that_says_so(tiny_cfg):
     tiny_cfg.SOLVER.IMS_PER_BATCH = 64
     with pytest.raises(ValueError, match=r"40 training images.*IMS_PER_BATCH \(64\)"):
