@@ -1,4 +1,4 @@
-"""Memory banks: one unit vector per training image, written once per step.
+"""Memory banks: one unit vector per training image or cluster, written once per step.
 
 A bank is read by the loss as a constant and written after the optimiser step, under
 ``no_grad``; nothing here takes part in a backward pass. Every bank is a persistent buffer,
@@ -7,7 +7,7 @@ so that a checkpoint holds it.
 Shape shorthand in this module:
 
     B: images in the batch
-    M: bank rows, one per training image
+    M: training images; a bank over images has a row for each
     C: global feature dimension
     S: parts; D: part feature dimension, S * D == C
     K: neighbours; an image has 1 + K positives
@@ -16,13 +16,21 @@ Shape shorthand in this module:
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 MixtureUpdate = Literal["positives", "self"]
+ClusterUpdate = Literal["mean", "hard", "batch_mean"]
+
+
+def _run_starts(ordered: Tensor) -> Tensor:
+    """Return which entries of a sorted ``(T,)`` begin a run of equal ones."""
+    starts = torch.ones_like(ordered, dtype=torch.bool)
+    starts[1:] = ordered[1:] != ordered[:-1]
+    return starts
 
 
 def _write_rounds(rows: Tensor) -> list[Tensor]:
@@ -40,10 +48,8 @@ def _write_rounds(rows: Tensor) -> list[Tensor]:
     order = torch.argsort(rows, stable=True)
     ordered = rows[order]
     position = torch.arange(len(rows), device=rows.device)
-    starts = torch.ones_like(ordered, dtype=torch.bool)
-    starts[1:] = ordered[1:] != ordered[:-1]
     # Position of the first write of the same row, carried forward.
-    first = torch.where(starts, position, 0).cummax(dim=0).values
+    first = torch.where(_run_starts(ordered), position, 0).cummax(dim=0).values
     occurrence = position - first
     by_round = torch.argsort(occurrence, stable=True)
     sizes: list[int] = torch.bincount(occurrence).tolist()  # the only synchronisation
@@ -202,6 +208,7 @@ class TriBankMemory(nn.Module):
         global_features: Tensor,
         part_features: Tensor | None,
         positive_index: Tensor,
+        positive_mask: Tensor | None = None,
     ) -> None:
         """Write a batch into the three banks; call once, after the optimiser step.
 
@@ -216,6 +223,8 @@ class TriBankMemory(nn.Module):
             part_features: Unit vectors, shape ``(B, S, D)``, or None without parts.
             positive_index: Rows of the positives, column 0 the own row, shape ``(B, 1 +
                 K)``.
+            positive_mask: False where a positive is absent and nothing is written, bool
+                ``(B, 1 + K)``; None if none is absent.
         """
         own = torch.arange(len(index), device=index.device)
         write_rows(self.global_bank, index, global_features, own, momentum=self.momentum)
@@ -229,6 +238,197 @@ class TriBankMemory(nn.Module):
         # Features are stacked parts first; writes of branch k read rows k*B .. k*B + B - 1.
         branch = torch.arange(len(sources), device=index.device)[:, None, None] * batch_size
         source = (branch + own.expand(1, num_columns, -1)).flatten()
+        if positive_mask is not None and self.mixture_update == "positives":
+            present = positive_mask.flip(1).T.flatten().repeat(len(sources))
+            rows, source = rows[present], source[present]
         write_rows(
             self.mixture_bank, rows, torch.cat(sources), source, momentum=self.momentum
         )
+
+
+def _sum_rows(features: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """Add up the features of each row, always in the same order.
+
+    Args:
+        features: Shape ``(T, C)``.
+        rows: Row of each feature, int64, shape ``(T,)``.
+        num_rows: Rows of the result.
+
+    Returns:
+        Float32 sums, shape ``(num_rows, C)``.
+    """
+    features = features.float()
+    sums = features.new_zeros(num_rows, features.shape[1])
+    if features.is_cuda:
+        # index_add_ would add in any order there, and banks that must be equal on every
+        # process would differ in the last bits. This one sorts.
+        return sums.index_put_((rows,), features, accumulate=True)
+    return sums.index_add_(0, rows, features)
+
+
+@torch.no_grad()
+def cluster_means(features: Tensor, labels: Tensor) -> Tensor:
+    """Average the features of each cluster and scale the means to unit length.
+
+    Args:
+        features: Unit vectors of all images, shape ``(M, C)``.
+        labels: Cluster of each image, int64, shape ``(M,)``, on any device; -1 for an
+            outlier, which is left out.
+
+    Returns:
+        Float32 unit vectors, shape ``(num_clusters, C)``, on the device of ``features``; a
+        number that no image has gives a zero row.
+
+    Raises:
+        ValueError: If there is not one label for each feature.
+
+    Example:
+        >>> features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+        >>> cluster_means(features, torch.tensor([0, 1, -1])).tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+    """
+    if labels.shape != features.shape[:1]:
+        raise ValueError(
+            f"labels must hold one label for each of the {len(features)} features, got "
+            f"shape {tuple(labels.shape)}"
+        )
+    num_clusters = int(labels.max()) + 1 if len(labels) else 0
+    # Outliers go to a row of their own, which is cut off: no copy of the features.
+    rows = torch.where(labels < 0, num_clusters, labels).to(features.device)
+    return F.normalize(_sum_rows(features, rows, num_clusters + 1)[:num_clusters], dim=1)
+
+
+class ClusterMemory(nn.Module):
+    """One vector per cluster, rebuilt whenever the images are clustered anew.
+
+    A written row becomes ``normalize(momentum · row + (1 - momentum) · f)``. What f is, and
+    how often a row is written in a step, is the ``update``:
+
+    * ``"mean"``: every image of the batch, one after the other in batch order (Cluster
+      Contrast).
+    * ``"hard"``: once per cluster, its image of the batch that is least similar to the row
+      as it was before the step; of several, the first (Cluster Contrast, HHCL).
+    * ``"batch_mean"``: once per cluster, the mean of its unit vectors in the batch, not
+      scaled again (HHCL).
+
+    The number of clusters may change: :meth:`reset` takes any, and a loaded checkpoint
+    brings its own.
+
+    Args:
+        features: First rows, shape ``(num_clusters, C)``, scaled to unit length here. No
+            clusters, ``(0, C)``, before the first clustering.
+        momentum: Weight of the old row, in [0, 1].
+        update: ``"mean"``, ``"hard"`` or ``"batch_mean"``.
+
+    Attributes:
+        bank: Float32, shape ``(num_clusters, C)``.
+
+    Raises:
+        ValueError: If ``features`` is not a matrix, ``momentum`` is outside [0, 1] or
+            ``update`` is unknown.
+
+    References:
+        Dai et al., "Cluster Contrast for Unsupervised Person Re-Identification", 2022.
+        https://arxiv.org/abs/2103.11568
+
+        Hu et al., "Hard-sample Guided Hybrid Contrast Learning for Unsupervised Person
+        Re-Identification", 2021. https://arxiv.org/abs/2109.12333
+    """
+
+    bank: Tensor
+
+    def __init__(
+        self, features: Tensor, *, momentum: float = 0.2, update: ClusterUpdate = "mean"
+    ) -> None:
+        super().__init__()
+        if features.dim() != 2:
+            raise ValueError(
+                "features must be (num_clusters, C), got shape "
+                f"{tuple(features.shape)}; without clusters pass torch.empty(0, C)"
+            )
+        if not 0.0 <= momentum <= 1.0:
+            raise ValueError(f"momentum must lie in [0, 1], got {momentum}")
+        if update not in get_args(ClusterUpdate):
+            raise ValueError(
+                f"update must be one of {', '.join(get_args(ClusterUpdate))}, got "
+                f"{update!r}"
+            )
+        self.momentum = momentum
+        self.update_mode = update
+        self.register_buffer("bank", F.normalize(features.detach().float(), dim=1))
+
+    def extra_repr(self) -> str:
+        """Describe sizes and settings in ``print(model)``."""
+        rows, dim = self.bank.shape
+        return (
+            f"num_clusters={rows}, dim={dim}, momentum={self.momentum}, "
+            f"update={self.update_mode!r}"
+        )
+
+    @torch.no_grad()
+    def reset(self, features: Tensor) -> None:
+        """Replace the bank, for instance by the :func:`cluster_means` of new clusters.
+
+        Args:
+            features: Shape ``(new number of clusters, C)``; scaled to unit length here.
+
+        Raises:
+            ValueError: If the vectors are not as long as those of the bank.
+        """
+        dim = self.bank.shape[1]
+        if features.dim() != 2 or features.shape[1] != dim:
+            raise ValueError(
+                f"features must be (num_clusters, {dim}), got {tuple(features.shape)}"
+            )
+        self.bank = F.normalize(features.float(), dim=1).to(self.bank)
+
+    @torch.no_grad()
+    def update(self, features: Tensor, targets: Tensor) -> None:
+        """Write a batch into the bank; call once, after the optimiser step.
+
+        Args:
+            features: Shape ``(B, C)``; scaled to unit length here.
+            targets: Cluster of each image, int64, shape ``(B,)``; -1 for an outlier, which
+                writes nothing.
+
+        Raises:
+            ValueError: If there is not one target for each feature.
+        """
+        if targets.shape != features.shape[:1]:
+            raise ValueError(
+                f"targets must hold one cluster for each of the {len(features)} features, "
+                f"got shape {tuple(targets.shape)}"
+            )
+        clustered = (targets >= 0).nonzero().squeeze(1)
+        rows = targets[clustered]
+        unit = F.normalize(features[clustered].float(), dim=1)
+        if self.update_mode == "hard":
+            hardest = self._hardest(rows, unit)
+            rows, unit = rows[hardest], unit[hardest]
+        elif self.update_mode == "batch_mean":
+            rows, unit = self._batch_means(rows, unit)
+        in_order = torch.arange(len(rows), device=rows.device)
+        write_rows(self.bank, rows, unit, in_order, momentum=self.momentum)
+
+    def _hardest(self, rows: Tensor, unit: Tensor) -> Tensor:
+        """Return, for each cluster present, its image least similar to its row."""
+        similarity = (unit * self.bank[rows]).sum(dim=1)
+        order = torch.argsort(similarity, stable=True)
+        order = order[torch.argsort(rows[order], stable=True)]  # by cluster, hardest first
+        return order[_run_starts(rows[order])]
+
+    @staticmethod
+    def _batch_means(rows: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the clusters present and the mean of each one's unit vectors."""
+        present, place, counts = torch.unique(rows, return_inverse=True, return_counts=True)
+        return present, _sum_rows(unit, place, len(present)) / counts[:, None]
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
+        # The clusters of a checkpoint are as many as its epoch had. Vectors of another
+        # length are another network's: those PyTorch refuses itself.
+        loaded = state_dict.get(prefix + "bank")
+        if loaded is not None and loaded.shape[1:] == self.bank.shape[1:]:
+            self.bank = self.bank.new_empty(loaded.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)

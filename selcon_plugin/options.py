@@ -13,7 +13,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -24,22 +25,26 @@ class Interval:
         low: Smallest legal value; itself legal unless ``above``.
         high: Largest legal value, None for no limit.
         above: Whether ``low`` itself is excluded.
+        below: Whether ``high`` itself is excluded.
     """
 
     low: float
     high: float | None = None
     above: bool = False
+    below: bool = False
 
     def contains(self, value: float) -> bool:
         """Tell whether ``value`` is legal; NaN is not."""
         from_low = value > self.low if self.above else value >= self.low
-        return from_low and (self.high is None or value <= self.high)
+        if self.high is None:
+            return from_low
+        return from_low and (value < self.high if self.below else value <= self.high)
 
     def __str__(self) -> str:
         sign = ">" if self.above else ">="
         if self.high is None:
             return f"{sign} {self.low:g}"
-        return f"{sign} {self.low:g} and <= {self.high:g}"
+        return f"{sign} {self.low:g} and {'<' if self.below else '<='} {self.high:g}"
 
 
 @dataclass(frozen=True)
@@ -65,12 +70,14 @@ class Option:
         default: Its default.
         kind: ``int``, ``float``, ``bool`` or ``str``.
         legal: Range or choice; None if every value of the type is legal.
+        words: Words that are legal besides, such as "auto" for a number to be found.
     """
 
     name: str
     default: Any
     kind: type
     legal: Interval | Choice | None
+    words: tuple[str, ...] = ()
 
     def check(self, value: Any, *, label: str | None = None) -> Any:
         """Return ``value`` in the option's type, or say what would be legal.
@@ -86,6 +93,8 @@ class Option:
             ValueError: If type or range do not fit; names setting, value and legal range.
         """
         label = label or self.name
+        if isinstance(value, str) and value in self.words:
+            return value
         right_type = isinstance(value, self.kind) and not (
             isinstance(value, bool) and self.kind is not bool
         )
@@ -106,19 +115,49 @@ class Option:
             str: "text",
         }
         kind = words[self.kind]
-        return kind if self.legal is None else f"{kind} {self.legal}"
+        legal = kind if self.legal is None else f"{kind} {self.legal}"
+        return " or ".join([legal, *map(repr, self.words)])
+
+    def describe_legal(self) -> str:
+        """Say what is legal as briefly as a table wants it: ``>= 0``, ``a, b``."""
+        if self.kind is bool:
+            return "True, False"
+        if isinstance(self.legal, Choice):
+            return ", ".join(self.legal.values)
+        return " or ".join([str(self.legal), *self.words])
 
 
 def options_of(constructor: Callable[..., Any]) -> dict[str, Option]:
     """Read the keyword-only options of a class or function.
 
+    A class whose constructor takes ``**options`` hands them to its base class: the base's
+    options are then its own as well.
+
     Args:
         constructor: A class, or a function; options are its keyword-only arguments.
 
     Returns:
-        Options by name, in the order of the signature.
+        Options by name, in the order of the signature, a class's own before its base's.
     """
-    function = constructor.__init__ if inspect.isclass(constructor) else constructor
+    if not inspect.isclass(constructor):
+        return _options_of_function(constructor)
+    options: dict[str, Option] = {}
+    for cls in constructor.__mro__:
+        if "__init__" not in vars(cls):
+            continue
+        function = vars(cls)["__init__"]
+        options = options | {
+            name: option
+            for name, option in _options_of_function(function).items()
+            if name not in options
+        }
+        kinds = [p.kind for p in inspect.signature(function).parameters.values()]
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            break
+    return options
+
+
+def _options_of_function(function: Callable[..., Any]) -> dict[str, Option]:
     hints = get_type_hints(function, include_extras=True)
     options = {}
     for parameter in inspect.signature(function).parameters.values():
@@ -128,8 +167,19 @@ def options_of(constructor: Callable[..., Any]) -> dict[str, Option]:
         legal = None
         if get_origin(hint) is Annotated:
             hint, legal = get_args(hint)[:2]
-        options[parameter.name] = Option(parameter.name, parameter.default, hint, legal)
+        kind, words = _split_words(hint)
+        options[parameter.name] = Option(
+            parameter.name, parameter.default, kind, legal, words
+        )
     return options
+
+
+def _split_words(hint: Any) -> tuple[type, tuple[str, ...]]:
+    """Split ``float | Literal["auto"]`` into its type and its words."""
+    if get_origin(hint) not in (Union, UnionType):
+        return hint, ()
+    kind, literal = get_args(hint)
+    return kind, get_args(literal)
 
 
 def check_options(

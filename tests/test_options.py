@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pytest
 
@@ -18,6 +18,8 @@ class Example:
         share: Annotated[float, Interval(0, 1, above=True)] = 0.5,
         mode: Annotated[str, Choice(("fast", "exact"))] = "fast",
         flag: bool = False,
+        limit: Annotated[float | Literal["auto"], Interval(0, 1, above=True)] = "auto",
+        level: int | Literal["low", "high"] = 2,
     ) -> None: ...
 
 
@@ -25,9 +27,12 @@ OPTIONS = options_of(Example)
 
 
 def test_keyword_arguments_are_the_options() -> None:
-    assert list(OPTIONS) == ["count", "share", "mode", "flag"]
+    assert list(OPTIONS) == ["count", "share", "mode", "flag", "limit", "level"]
     assert OPTIONS["count"] == Option("count", 3, int, Interval(1))
     assert OPTIONS["flag"] == Option("flag", False, bool, None)
+    unit = Interval(0, 1, above=True)
+    assert OPTIONS["limit"] == Option("limit", "auto", float, unit, ("auto",))
+    assert OPTIONS["level"] == Option("level", 2, int, None, ("low", "high"))
 
 
 def test_legal_values_pass_and_whole_numbers_widen_to_float() -> None:
@@ -35,6 +40,16 @@ def test_legal_values_pass_and_whole_numbers_widen_to_float() -> None:
     checked = check_options(OPTIONS, values, owner="Example")
     assert checked == values
     assert isinstance(checked["share"], float)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("limit", "auto"), ("limit", 0.5), ("limit", 1), ("level", "high"), ("level", -3)],
+)
+def test_a_number_or_a_word(name: str, value: Any) -> None:
+    checked = OPTIONS[name].check(value)
+    assert checked == value
+    assert isinstance(checked, str if isinstance(value, str) else OPTIONS[name].kind)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +66,11 @@ def test_legal_values_pass_and_whole_numbers_widen_to_float() -> None:
         ("mode", "slow", "text one of 'fast', 'exact'"),
         ("mode", 1, "text one of 'fast', 'exact'"),
         ("flag", 1, "True or False"),
+        ("limit", 0.0, "a number > 0 and <= 1 or 'auto'"),
+        ("limit", "Auto", "a number > 0 and <= 1 or 'auto'"),
+        ("limit", True, "a number > 0 and <= 1 or 'auto'"),
+        ("level", 1.5, "a whole number or 'low' or 'high'"),
+        ("level", "auto", "a whole number or 'low' or 'high'"),
     ],
 )
 def test_error_names_option_value_and_range(name: str, value: Any, legal: str) -> None:

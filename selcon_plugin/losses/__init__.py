@@ -1,9 +1,19 @@
 """Losses: pure functions, each with a module form that holds the settings."""
 
+from selcon_plugin.losses.cluster_contrastive import (
+    ClusterContrastiveLoss,
+    cluster_contrastive_loss,
+)
 from selcon_plugin.losses.selective_contrastive import (
     SelectiveContrastiveLoss,
     positive_weights,
     selective_contrastive_loss,
 )
 
-__all__ = ["SelectiveContrastiveLoss", "positive_weights", "selective_contrastive_loss"]
+__all__ = [
+    "ClusterContrastiveLoss",
+    "SelectiveContrastiveLoss",
+    "cluster_contrastive_loss",
+    "positive_weights",
+    "selective_contrastive_loss",
+]

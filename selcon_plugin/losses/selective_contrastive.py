@@ -95,6 +95,36 @@ def candidate_similarity(features: Tensor, bank: Tensor, candidates: Tensor) -> 
     return dense.gather(2, candidates[:, None].expand(-1, num_views, -1))
 
 
+def _present_candidates(
+    positive_index: Tensor,
+    negative_index: Tensor,
+    positive_weight: Tensor,
+    negative_mask: Tensor | None,
+) -> Tensor | None:
+    """Check weights and mask; return which candidates exist, ``(B, A)``, None for all."""
+    if positive_weight.shape not in (positive_index.shape[1:], positive_index.shape):
+        raise ValueError(
+            f"positive_weight must have shape ({positive_index.shape[1]},), one entry per "
+            f"positive column, or {tuple(positive_index.shape)}, one per positive, got "
+            f"shape {tuple(positive_weight.shape)}"
+        )
+    if negative_mask is not None and (
+        negative_mask.shape != negative_index.shape or negative_mask.dtype != torch.bool
+    ):
+        raise ValueError(
+            f"negative_mask must be bool of shape {tuple(negative_index.shape)}, got "
+            f"{negative_mask.dtype} of shape {tuple(negative_mask.shape)}"
+        )
+    if positive_weight.dim() == 1 and negative_mask is None:
+        return None
+    positive_mask = torch.ones_like(positive_index, dtype=torch.bool)
+    if positive_weight.dim() == 2:
+        positive_mask = positive_weight != 0
+    if negative_mask is None:
+        negative_mask = torch.ones_like(negative_index, dtype=torch.bool)
+    return torch.cat([positive_mask, negative_mask], dim=1)
+
+
 def selective_contrastive_loss(
     features: Tensor,
     bank: Tensor,
@@ -102,6 +132,7 @@ def selective_contrastive_loss(
     negative_index: Tensor,
     *,
     positive_weight: Tensor,
+    negative_mask: Tensor | None = None,
     temperature: float = 0.1,
 ) -> Tensor:
     r"""Pull each anchor towards its positives and away from its negatives.
@@ -117,13 +148,20 @@ def selective_contrastive_loss(
     InfoNCE. The bank is a constant here: it gets no gradient and is never written. Logits
     and softmax are at least float32, also under autocast.
 
+    Anchors may have different numbers of candidates. With weights of its own for every
+    anchor, a positive of weight 0 is absent; with ``negative_mask``, so is a negative whose
+    entry is False. What is absent is not in :math:`A_i`; the index in its place may be any
+    row. An anchor without positives has loss 0, and counts in the mean.
+
     Args:
         features: Anchor features, shape ``(B, C)``; or ``(B, V, C)`` for several views of
             each anchor that share candidates, so that the bank is read once.
         bank: Memory-bank entries, shape ``(M, C)``.
         positive_index: Bank rows of the positives, int64, shape ``(B, P)``.
         negative_index: Bank rows of the negatives, int64, shape ``(B, N)``.
-        positive_weight: Weight of each positive column, shape ``(P,)``.
+        positive_weight: Weight of each positive column, shape ``(P,)``; or of each anchor's
+            positives, shape ``(B, P)``, 0 for those it does not have.
+        negative_mask: Which negatives there are, bool, shape ``(B, N)``; None for all.
         temperature: Softmax temperature τ; similarities are divided by it.
 
     Returns:
@@ -131,8 +169,8 @@ def selective_contrastive_loss(
         ``(V,)``.
 
     Raises:
-        ValueError: If ``temperature`` is not positive, or if ``positive_weight`` does not
-            have one entry per positive column.
+        ValueError: If ``temperature`` is not positive, or if ``positive_weight`` or
+            ``negative_mask`` does not fit the indices.
 
     Example:
         >>> bank = torch.eye(2)
@@ -151,21 +189,24 @@ def selective_contrastive_loss(
         Pang et al., "Fully Unsupervised Person Re-identification via Selective
         Contrastive Learning", 2020. https://arxiv.org/abs/2010.07608
     """
-    num_positives = positive_index.shape[1]
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    if positive_weight.shape != (num_positives,):
-        raise ValueError(
-            f"positive_weight must have one entry for each of the {num_positives} positive "
-            f"columns, got shape {tuple(positive_weight.shape)}"
-        )
+    present = _present_candidates(
+        positive_index, negative_index, positive_weight, negative_mask
+    )
     views = features if features.dim() == 3 else features[:, None]
     candidates = torch.cat([positive_index, negative_index], dim=1)
-    similarity = candidate_similarity(views, bank, candidates)  # (B, V, A)
-    log_prob = F.log_softmax(similarity / temperature, dim=2)
+    logits = candidate_similarity(views, bank, candidates) / temperature  # (B, V, A)
+    if present is not None:
+        # Not -inf: its product with weight 0 would be NaN.
+        logits = logits.masked_fill(~present[:, None], torch.finfo(logits.dtype).min)
+    log_prob = F.log_softmax(logits, dim=2)[:, :, : positive_index.shape[1]]  # (B, V, P)
     weight = positive_weight.to(log_prob)
     with torch.autocast(device_type=log_prob.device.type, enabled=False):
-        loss = -(log_prob[:, :, :num_positives] @ weight).mean(dim=0)  # (V,)
+        if weight.dim() == 1:
+            loss = -(log_prob @ weight).mean(dim=0)  # (V,)
+        else:
+            loss = -(log_prob @ weight[:, :, None]).squeeze(2).mean(dim=0)
     # float32, unless the features themselves are float64.
     loss = loss.to(torch.promote_types(features.dtype, torch.float32))
     return loss if features.dim() == 3 else loss[0]
@@ -230,7 +271,15 @@ class SelectiveContrastiveLoss(nn.Module):
         )
 
     def forward(
-        self, features: Tensor, bank: Tensor, positive_index: Tensor, negative_index: Tensor
+        self,
+        features: Tensor,
+        bank: Tensor,
+        positive_index: Tensor,
+        negative_index: Tensor,
+        *,
+        positive_mask: Tensor | None = None,
+        negative_mask: Tensor | None = None,
+        sample_weight: Tensor | None = None,
     ) -> Tensor:
         """Compute the loss; arguments and result as in the function.
 
@@ -239,6 +288,10 @@ class SelectiveContrastiveLoss(nn.Module):
             bank: Shape ``(M, C)``.
             positive_index: Shape ``(B, P)``.
             negative_index: Shape ``(B, N)``.
+            positive_mask: Which positives there are, bool ``(B, P)``; None for all. The
+                neighbours there are share the neighbours' weight.
+            negative_mask: Which negatives there are, bool ``(B, N)``; None for all.
+            sample_weight: Factor on each anchor's loss, shape ``(B,)``; None for 1.
 
         Returns:
             Scalar, or shape ``(V,)`` for several views.
@@ -246,12 +299,20 @@ class SelectiveContrastiveLoss(nn.Module):
         num_positives = positive_index.shape[1]
         weights = self.weights
         if num_positives != len(weights):
-            weights = self._weights(num_positives)
+            weights = self._weights(num_positives).to(weights)
+        if positive_mask is not None:
+            present = positive_mask[:, 1:].sum(dim=1, keepdim=True).clamp(min=1)
+            shared = weights[1:] * ((num_positives - 1) / present)
+            own = weights[:1].expand(len(positive_mask), 1)
+            weights = torch.cat([own, shared], dim=1) * positive_mask
+        if sample_weight is not None:
+            weights = weights * sample_weight.to(weights)[:, None]
         return selective_contrastive_loss(
             features,
             bank,
             positive_index,
             negative_index,
             positive_weight=weights,
+            negative_mask=negative_mask,
             temperature=self.temperature,
         )

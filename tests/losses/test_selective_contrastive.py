@@ -234,6 +234,115 @@ def test_no_negatives_and_no_neighbours_leave_nothing_to_learn() -> None:
     assert loss.item() == 0.0
 
 
+def masked_case(case: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Anchors with 4, 2, 1, 3 and no positives and 9, 6, 3, 0 and 8 negatives."""
+    counts = torch.tensor([[4], [2], [1], [3], [0]])
+    weight = torch.rand(B, P, generator=torch.Generator().manual_seed(4)) + 0.1
+    negative_counts = torch.tensor([[9], [6], [3], [0], [8]])
+    return case | {
+        "positive_weight": weight * (torch.arange(P) < counts),
+        "negative_mask": torch.arange(N).flip(0) < negative_counts,
+    }
+
+
+def masked_loss_by_loops(case: dict[str, Tensor], temperature: float) -> float:
+    total = 0.0
+    for i in range(B):
+        feature = case["features"][i].double()
+
+        def exponential(row: Tensor, feature: Tensor = feature) -> float:
+            return math.exp(float(feature @ case["bank"][row].double()) / temperature)
+
+        weights = case["positive_weight"][i].tolist()
+        positives = [exponential(row) for row in case["positive_index"][i]]
+        negatives = [
+            exponential(row)
+            for row, kept in zip(
+                case["negative_index"][i], case["negative_mask"][i], strict=True
+            )
+            if kept
+        ]
+        present = [value for value, w in zip(positives, weights, strict=True) if w]
+        denominator = sum(present) + sum(negatives)
+        for value, weight in zip(positives, weights, strict=True):
+            if weight:
+                total -= weight * math.log(value / denominator)
+    return total / B
+
+
+def test_own_weights_and_absent_candidates_equal_definition_by_loops(
+    case: dict[str, Tensor], path: str, device: str
+) -> None:
+    case = masked_case(case)
+    on_device = {name: tensor.to(device) for name, tensor in case.items()}
+    for temperature in (0.1, 1.0):
+        found = selective_contrastive_loss(**on_device, temperature=temperature)
+        expected = masked_loss_by_loops(case, temperature)
+        assert found.item() == pytest.approx(expected, rel=2e-6)
+
+
+@pytest.mark.parametrize("given", ["positive_weight", "negative_mask"])
+def test_weights_or_mask_alone_equal_definition_by_loops(
+    case: dict[str, Tensor], path: str, given: str
+) -> None:
+    masked = masked_case(case)
+    full = {
+        "positive_weight": case["positive_weight"].expand(B, P),
+        "negative_mask": torch.ones(B, N, dtype=torch.bool),
+    }
+    expected = masked_loss_by_loops(case | full | {given: masked[given]}, 0.1)
+    found = selective_contrastive_loss(**(case | {given: masked[given]}))
+    assert found.item() == pytest.approx(expected, rel=2e-6)
+
+
+def test_equal_weights_and_a_full_mask_change_nothing(
+    case: dict[str, Tensor], path: str
+) -> None:
+    expected = selective_contrastive_loss(**case)
+    case["positive_weight"] = case["positive_weight"].expand(B, P)
+    case["negative_mask"] = torch.ones(B, N, dtype=torch.bool)
+    torch.testing.assert_close(
+        selective_contrastive_loss(**case), expected, rtol=1e-6, atol=0
+    )
+
+
+def test_views_share_weights_and_mask(case: dict[str, Tensor], path: str) -> None:
+    case = masked_case(case)
+    views = torch.stack([case["features"], units(B, C, seed=3) * 8**0.5], dim=1)
+    losses = selective_contrastive_loss(**(case | {"features": views}))
+    apart = [
+        selective_contrastive_loss(**(case | {"features": view}))
+        for view in views.unbind(1)
+    ]
+    torch.testing.assert_close(losses, torch.stack(apart), rtol=1e-6, atol=0)
+
+
+def test_row_in_the_place_of_an_absent_candidate_is_irrelevant(
+    case: dict[str, Tensor], path: str
+) -> None:
+    case = masked_case(case)
+    expected = selective_contrastive_loss(**case)
+    case["positive_index"] = torch.where(
+        case["positive_weight"] > 0, case["positive_index"], 0
+    )
+    case["negative_index"] = torch.where(case["negative_mask"], case["negative_index"], 0)
+    found = selective_contrastive_loss(**case)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+def test_gradient_with_absent_candidates(case: dict[str, Tensor]) -> None:
+    case = masked_case(case) | {"bank": case["bank"].double()}
+    case["negative_mask"][4] = False  # the last anchor has no candidate at all
+
+    def loss_of(features: Tensor) -> Tensor:
+        return selective_contrastive_loss(**(case | {"features": features}))
+
+    features = case["features"].double().requires_grad_()
+    assert torch.autograd.gradcheck(loss_of, (features,))
+    (gradient,) = torch.autograd.grad(loss_of(features), features)
+    assert gradient.any(dim=1).tolist() == [True, True, True, True, False]
+
+
 def test_paper_weights() -> None:
     assert positive_weights(8).tolist() == [0.5] + 7 * [0.125]
     assert positive_weights(8).sum().item() == pytest.approx(1.375)
@@ -262,10 +371,13 @@ def test_wrong_arguments_are_named(case: dict[str, Tensor]) -> None:
     with pytest.raises(ValueError, match="temperature must be positive, got nan"):
         selective_contrastive_loss(**case, temperature=math.nan)
     case["positive_weight"] = torch.ones(P + 1)
-    with pytest.raises(
-        ValueError, match=r"each of the 4 positive columns, got shape \(5,\)"
-    ):
+    with pytest.raises(ValueError, match=r"positive_weight .*\(4,\).*\(5, 4\).*\(5,\)"):
         selective_contrastive_loss(**case)
+    case["positive_weight"] = torch.ones(P)
+    with pytest.raises(ValueError, match=r"negative_mask .*\(5, 9\), got .*bool .*\(9,\)"):
+        selective_contrastive_loss(**case, negative_mask=torch.ones(N, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"negative_mask must be bool .*torch\.float32"):
+        selective_contrastive_loss(**case, negative_mask=torch.ones(B, N))
     with pytest.raises(ValueError, match="num_neighbors must be 0 or more, got -1"):
         SelectiveContrastiveLoss(-1)
     with pytest.raises(ValueError, match=r"temperature must be positive, got -0\.1"):
