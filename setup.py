@@ -63,6 +63,7 @@ setup(
         "selcon_plugin.configs": ["*.yml", "*.yaml", "*.md", "*/*.yml"],
     },
     install_requires=[
+        "numba>=0.59",
         "numpy>=1.24",
         "pillow>=9.4",
         "pyyaml>=6",
@@ -81,6 +82,7 @@ setup(
             *TORCHREID_NEEDS,
             *DEMO_NEEDS,
             "codespell",
+            'infomap ; python_version >= "3.11"',
             "mypy",
             "pytest>=8",
             "ruff",

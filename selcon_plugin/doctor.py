@@ -45,6 +45,7 @@ _PACKAGES = {
         "faiss-gpu-cu12",
         "faiss-gpu-cu13",
     ),
+    "numba": ("numba",),
     "scikit-learn": ("scikit-learn",),
     "opencv": ("opencv-python-headless", "opencv-python", "opencv-contrib-python"),
 }

@@ -1,0 +1,203 @@
+"""Labelers turn features into pseudo-labels; a registry finds them by name."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from selcon_plugin.clustering.jaccard import unit_features
+from selcon_plugin.clustering.pseudo_labels import PseudoLabels
+from selcon_plugin.clustering.quality import label_free_quality
+from selcon_plugin.options import Option, check_options, options_of
+
+logger = logging.getLogger(__name__)
+
+_LABELERS: dict[str, type[Labeler]] = {}
+LabelerClass = TypeVar("LabelerClass", bound="type[Labeler]")
+
+
+class LabelFilter(Protocol):
+    """Corrects labels after clustering; filters run one after the other."""
+
+    def __call__(
+        self,
+        pseudo_labels: PseudoLabels,
+        features: Tensor,
+        camids: Tensor | None,
+        labeler: Labeler,
+    ) -> PseudoLabels:
+        """Correct labels.
+
+        Args:
+            pseudo_labels: What the labeler, or the filter before, found.
+            features: Unit features, float32 ``(M, C)``, on any device.
+            camids: Camera of each image, int64 ``(M,)`` on the CPU, or None.
+            labeler: Who found the labels.
+
+        Returns:
+            Corrected labels; ``distance`` and ``measured`` are carried on.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the filter must remember between epochs."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned."""
+
+
+class Labeler(ABC):
+    """Base of all labelers: features in, pseudo-labels out; never an identity.
+
+    Options are the constructor's keyword-only arguments, as for methods.
+
+    Attributes:
+        filters: Run on the labels in this order.
+    """
+
+    filters: Sequence[LabelFilter] = ()
+
+    @abstractmethod
+    def cluster(self, features: Tensor) -> PseudoLabels:
+        """Cluster images by their features; camera ids are left to the filters.
+
+        Args:
+            features: Finite unit vectors, float32 ``(M, C)``, on any device; M may be 0.
+
+        Returns:
+            The labels, with the sparse distances where the labeler has them.
+        """
+
+    def labels_at(self, pseudo_labels: PseudoLabels, eps_change: float) -> Tensor:
+        """Cluster the same distances again, to int64 ``(M,)``, with another eps.
+
+        Args:
+            pseudo_labels: What :meth:`cluster` found.
+            eps_change: Added to the eps that it was found with.
+
+        Raises:
+            ValueError: If the labeler has no eps.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no eps to change: use the DBSCAN labeler, or leave "
+            "out the filter that asks for it (ReliabilityFilter)"
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self, features: Tensor | NDArray[np.floating[Any]], camids: Tensor | None = None
+    ) -> PseudoLabels:
+        """Cluster, filter, measure and log.
+
+        Args:
+            features: Features of images 0..M-1, shape ``(M, C)``, on any device; scaled to
+                unit length here.
+            camids: Camera of each image, int64 ``(M,)``, -1 where unknown, or None.
+
+        Returns:
+            The labels, with the sparse distances where the labeler has them; ``measured``
+            holds the label-free quality of the filtered labels besides.
+        """
+        started = time.perf_counter()
+        features = unit_features(features)
+        camids = _checked_camids(camids, len(features))
+        found = self.cluster(features)
+        for label_filter in self.filters:
+            found = label_filter(found, features, camids, self)
+        found = replace(found, measured={**found.measured, **label_free_quality(found)})
+        sizes = found.sizes
+        logger.info(
+            "%s: %d clusters of %d to %d images, %d outliers among %d images, %.1f s",
+            type(self).__name__,
+            found.num_clusters,
+            int(sizes.min()) if len(sizes) else 0,
+            int(sizes.max()) if len(sizes) else 0,
+            found.num_outliers,
+            found.num_images,
+            time.perf_counter() - started,
+        )
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the filters must remember between epochs."""
+        return {str(i): f.state_dict() for i, f in enumerate(self.filters)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        for i, label_filter in enumerate(self.filters):
+            label_filter.load_state_dict(state.get(str(i), {}))
+
+
+def _checked_camids(camids: Tensor | None, num_images: int) -> Tensor | None:
+    if camids is None:
+        return None
+    camids = torch.as_tensor(camids).to(device="cpu", dtype=torch.int64)
+    if camids.shape != (num_images,):
+        raise ValueError(
+            f"camids must hold one camera for each of the {num_images} images, got shape "
+            f"{tuple(camids.shape)}"
+        )
+    return camids
+
+
+def register_labeler(name: str) -> Callable[[LabelerClass], LabelerClass]:
+    """Class decorator: make a labeler available to :func:`build_labeler` under ``name``."""
+
+    def decorate(cls: LabelerClass) -> LabelerClass:
+        if name in _LABELERS:
+            raise ValueError(f"a labeler named {name!r} is already registered")
+        _LABELERS[name] = cls
+        return cls
+
+    return decorate
+
+
+def labeler_names() -> list[str]:
+    """Return the names of all registered labelers."""
+    return sorted(_LABELERS)
+
+
+def labeler_options(name: str) -> dict[str, Option]:
+    """Return the options of the labeler registered under ``name``.
+
+    Args:
+        name: A registered name.
+
+    Returns:
+        Options by name.
+
+    Raises:
+        ValueError: If there is no such labeler; lists those there are.
+    """
+    if name not in _LABELERS:
+        raise ValueError(
+            f"unknown labeler {name!r}; known are {', '.join(labeler_names())}"
+        )
+    return options_of(_LABELERS[name])
+
+
+def build_labeler(
+    name: str, *, filters: Sequence[LabelFilter] = (), **options: Any
+) -> Labeler:
+    """Build a labeler by name, with its options checked.
+
+    Args:
+        name: Registered name, for instance ``"DBSCAN"``.
+        filters: Run on its labels in this order.
+        **options: The labeler's keyword options; those left out keep their defaults.
+
+    Returns:
+        The labeler.
+    """
+    checked = check_options(labeler_options(name), options, owner=name)
+    labeler = _LABELERS[name](**checked)
+    labeler.filters = tuple(filters)
+    return labeler

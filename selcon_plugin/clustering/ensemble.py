@@ -1,0 +1,219 @@
+"""Several clusterings of the same images, and where they agree.
+
+MGCE-HCL (Sun, Li and Li, "Hybrid Contrastive Learning with Cluster Ensemble", ACPR 2021,
+arXiv 2201.11995) clusters the same features at several granularities: the more clusterings
+put two images together, the more the pair counts. Its abstract says no more than that; the
+middle eps is Cluster Contrast's, the step of 0.02 SpCL's.
+
+The co-association of two images is the share of the clusterings in which they share a
+cluster. It is never written down for all pairs: it exceeds a limit exactly where the images
+share a cluster in each of the fewest clusterings that suffice, so that grouping the images
+by their labels in those is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Annotated, Any
+
+import numpy as np
+import scipy.sparse
+from numpy.typing import ArrayLike, NDArray
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+from selcon_plugin.clustering.base import Labeler, register_labeler
+from selcon_plugin.clustering.dbscan import dbscan_labels
+from selcon_plugin.clustering.jaccard import jaccard_distance
+from selcon_plugin.clustering.pseudo_labels import OUTLIER, PseudoLabels
+from selcon_plugin.options import Interval
+
+Labelings = Sequence[ArrayLike] | NDArray[np.int64]
+
+# The graph reaches as far as the DBSCAN labeler's, so that their silhouettes compare.
+_GRAPH_MARGIN = 0.1
+
+
+def _as_array(labelings: Labelings) -> NDArray[np.int64]:
+    array = np.asarray(labelings, dtype=np.int64)
+    if array.ndim != 2 or not len(array):
+        raise ValueError(
+            "labelings must be one or more clusterings of the same images, (T, M), got "
+            f"shape {array.shape}"
+        )
+    return array
+
+
+def _number_tuples(columns: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Number the columns, none negative, so that equal ones get equal numbers."""
+    number = np.zeros(columns.shape[1], dtype=np.int64)
+    for row in columns:
+        key = number * (row.max(initial=0) + 1) + row
+        number = np.unique(key, return_inverse=True)[1]
+    return number
+
+
+def co_association(
+    labelings: Labelings, first: ArrayLike, second: ArrayLike
+) -> NDArray[np.float64]:
+    """Take the share of clusterings in which two images share a cluster.
+
+    An outlier shares a cluster with no image.
+
+    Args:
+        labelings: T clusterings, -1 for an outlier, shape ``(T, M)``.
+        first: Images, of any shape.
+        second: Images that ``first`` is compared with; shapes are broadcast, so that
+            ``batch[:, None], batch`` gives all pairs of a batch.
+
+    Returns:
+        Shares in [0, 1], in the broadcast shape.
+
+    Example:
+        >>> co_association([[0, 0, 1], [0, 0, 0]], [0, 0], [1, 2]).tolist()
+        [1.0, 0.5]
+    """
+    array = _as_array(labelings)
+    first, second = np.broadcast_arrays(first, second)
+    one, other = array[:, first], array[:, second]
+    result: NDArray[np.float64] = ((one == other) & (one != OUTLIER)).mean(axis=0)
+    return result
+
+
+def agreement_labels(labelings: Labelings, agreement: float) -> NDArray[np.int64]:
+    """Join images whose co-association exceeds a limit, and what is joined through others.
+
+    Args:
+        labelings: T clusterings, -1 for an outlier, shape ``(T, M)``.
+        agreement: Limit, in [0, 1): 0.5 asks for more than half of the clusterings.
+
+    Returns:
+        Connected components of the pairs above the limit, numbered with gaps; -1 for an
+        image that is in no pair, ``(M,)``.
+
+    Raises:
+        ValueError: If ``agreement`` is out of range.
+    """
+    array = _as_array(labelings)
+    if not 0 <= agreement < 1:
+        raise ValueError(f"agreement must be >= 0 and < 1, got {agreement}")
+    num_labelings, num_images = array.shape
+    shares = np.arange(num_labelings + 1) / num_labelings
+    needed = int(np.argmax(shares > agreement))  # the fewest clusterings that suffice
+    links = []  # from each image to one with the same labels
+    for chosen in combinations(range(num_labelings), needed):
+        inside = np.flatnonzero((array[list(chosen)] != OUTLIER).all(axis=0))
+        group = _number_tuples(array[list(chosen)][:, inside])
+        head = np.empty_like(inside)  # one image of each group
+        head[group] = inside
+        links.append(np.stack([inside, head[group]]))
+    image, head = np.concatenate(links, axis=1)
+    graph = scipy.sparse.coo_array(
+        (np.ones(len(image), dtype=np.int8), (image, head)), shape=(num_images, num_images)
+    )
+    labels: NDArray[np.int64] = connected_components(graph, directed=False)[1].astype(
+        np.int64
+    )
+    labels[np.bincount(labels)[labels] < 2] = OUTLIER
+    return labels
+
+
+def cluster_agreement(labelings: Labelings, labels: ArrayLike) -> NDArray[np.float64]:
+    """Average each image's co-association with the others of its cluster.
+
+    Args:
+        labelings: T clusterings, -1 for an outlier, shape ``(T, M)``.
+        labels: The clusters to look at, -1 for an outlier, shape ``(M,)``.
+
+    Returns:
+        Shares in [0, 1], ``(M,)``; 0 for an outlier and for an image alone.
+    """
+    array = _as_array(labelings)
+    own = np.asarray(labels, dtype=np.int64)
+    shared = np.zeros(array.shape)  # others of the own cluster, in each clustering
+    for row, labeling in zip(shared, array, strict=True):
+        inside = np.flatnonzero((own != OUTLIER) & (labeling != OUTLIER))
+        group = _number_tuples(np.stack([own, labeling])[:, inside])
+        row[inside] = np.bincount(group)[group] - 1
+    others = np.zeros(array.shape[1])
+    inside = own != OUTLIER
+    others[inside] = np.bincount(own[inside])[own[inside]] - 1
+    result: NDArray[np.float64] = shared.mean(axis=0) / np.maximum(others, 1)
+    return result
+
+
+@register_labeler("Ensemble")
+class EnsembleLabeler(Labeler):
+    """DBSCAN with three eps on one graph of Jaccard distances, joined where they agree.
+
+    ``measured["agreement"]`` is the average co-association of clustered images with the
+    rest of their cluster: 1 where the three clusterings are the same.
+
+    Args:
+        eps: Middle eps; the others are ``eps - delta`` and ``eps + delta``.
+        delta: Step between them.
+        min_samples: Neighbours, itself included, that make a core image.
+        agreement: Images are joined if they share a cluster in more than this share of the
+            clusterings, below 1.
+        k1: Neighbours in the Jaccard distance.
+        k2: Neighbours averaged by its query expansion, 1 for none.
+
+    Attributes:
+        labelings: The three clusterings of the last call, int64 ``(3, M)``, for
+            :func:`co_association`; None before the first.
+
+    Raises:
+        ValueError: If ``agreement`` is 1, or ``delta`` leads below 0 or to 1 and beyond.
+    """
+
+    def __init__(
+        self,
+        *,
+        eps: Annotated[float, Interval(0, 1, above=True)] = 0.6,
+        delta: Annotated[float, Interval(0, 1)] = 0.02,
+        min_samples: Annotated[int, Interval(1)] = 4,
+        agreement: Annotated[float, Interval(0, 1)] = 0.5,
+        k1: Annotated[int, Interval(1)] = 30,
+        k2: Annotated[int, Interval(1)] = 6,
+    ) -> None:
+        if not 0 < eps - delta <= eps + delta < 1:
+            raise ValueError(
+                f"eps - delta and eps + delta must lie between 0 and 1, got eps {eps} and "
+                f"delta {delta}: make delta smaller"
+            )
+        if agreement == 1:
+            raise ValueError(
+                "agreement must be below 1, since images are joined above it, got 1: just "
+                "below asks for all clusterings"
+            )
+        self.eps = eps
+        self.delta = delta
+        self.min_samples = min_samples
+        self.agreement = agreement
+        self.k1 = k1
+        self.k2 = k2
+        self.labelings: NDArray[np.int64] | None = None
+
+    def cluster(self, features: Tensor) -> PseudoLabels:
+        """Compute the distances, cluster them three times, and join.
+
+        Args:
+            features: Unit vectors ``(M, C)``.
+
+        Returns:
+            Labels, the graph, and ``agreement`` in ``measured``.
+        """
+        reach = self.eps + max(self.delta, _GRAPH_MARGIN)
+        distance: Any = jaccard_distance(
+            features, k1=self.k1, k2=self.k2, max_distance=reach if reach < 1 else None
+        )
+        eps_values = (self.eps - self.delta, self.eps, self.eps + self.delta)
+        self.labelings = np.stack(
+            [dbscan_labels(distance, eps, self.min_samples) for eps in eps_values]
+        )
+        labels = agreement_labels(self.labelings, self.agreement)
+        inside = labels != OUTLIER
+        shares = cluster_agreement(self.labelings, labels)[inside]
+        measured = {"agreement": float(shares.mean()) if len(shares) else 0.0}
+        return PseudoLabels.numbered(labels, distance=distance, measured=measured)
