@@ -1,4 +1,4 @@
-"""``selcon``: train, eval, extract, demo and doctor from the command line.
+"""``selcon``: train, eval, bench, extract, demo and doctor from the command line.
 
 The arguments of ``train`` and ``eval`` are those of FastReID's own train script. Nothing
 algorithmic happens here: arguments are read, a config is made, a function is called.
@@ -11,7 +11,7 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ usage: selcon COMMAND [ARGUMENTS]
 
   train     train without identity labels
   eval      evaluate a checkpoint
+  bench     train and evaluate several configs on several seeds; write a table
   extract   write the features of a folder of images to a file
   demo      draw data, train and evaluate, in minutes, on a CPU
   doctor    say what is installed, what works and how to mend the rest
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; those of the process by default.
 
     Returns:
-        Exit status: 0, or 2 for a mistake in arguments, config or data.
+        Exit status: 0, or 2 for a mistake in arguments, config or data; see the commands
+        for others.
 
     Raises:
         ValueError: Mistakes are raised and not shown if SELCON_TRACEBACK is set; so are the
@@ -52,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "eval": _eval,
+        "bench": _bench,
         "extract": _extract,
         "demo": _demo,
         "doctor": _doctor,
@@ -188,11 +191,14 @@ def load_config(
 
 def _merge(cfg: Any, merge: Callable[[], None], source: str) -> None:
     """Merge into a config; turn yacs's errors into ones that help."""
+    from selcon_plugin.fastreid_ext.config import of_any_type
+
     try:
-        merge()
+        with of_any_type(cfg):
+            merge()
     except KeyError as error:
         key = str(error.args[0]).rpartition(": ")[2]
-        close = difflib.get_close_matches(key, _all_keys(cfg), n=3, cutoff=0.6)
+        close = difflib.get_close_matches(key, flatten_config(cfg), n=3, cutoff=0.6)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(f"unknown config key {key} in {source}{hint}") from error
     except (AssertionError, ValueError) as error:
@@ -208,14 +214,23 @@ def _legal_values(message: str) -> str:
     return f"; it must be {legal}, written with its type (1.0, not 1)" if legal else ""
 
 
-def _all_keys(node: Any, prefix: str = "") -> list[str]:
-    keys = []
+def flatten_config(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of a config, or of a dict of dicts, by their full keys.
+
+    Args:
+        node: Config or dict.
+        prefix: Put before each key.
+
+    Returns:
+        For instance ``{"SOLVER.MAX_EPOCH": 20, ...}``.
+    """
+    flat: dict[str, Any] = {}
     for key, value in node.items():
-        if hasattr(value, "items"):
-            keys.extend(_all_keys(value, f"{prefix}{key}."))
+        if isinstance(value, Mapping):
+            flat.update(flatten_config(value, f"{prefix}{key}."))
         else:
-            keys.append(prefix + key)
-    return keys
+            flat[prefix + key] = value
+    return flat
 
 
 def _train(argv: list[str]) -> int:
@@ -263,6 +278,11 @@ def run(cfg: Any, args: argparse.Namespace) -> Any:
     from fastreid.evaluation.testing import verify_results
 
     from selcon_plugin.fastreid_ext import SelConTrainer
+    from selcon_plugin.fastreid_ext.run_record import (
+        forget_results,
+        results_by_test_set,
+        write_results,
+    )
     from selcon_plugin.fastreid_ext.trainer import load_trained_model, share_host_log
 
     default_setup(cfg, args)
@@ -274,12 +294,12 @@ def run(cfg: Any, args: argparse.Namespace) -> Any:
     else:
         trainer = SelConTrainer(cfg, show_progress=sys.stderr.isatty())
         trainer.resume_or_load(resume=args.resume)
-        results = trainer.train()
+        forget_results(cfg.OUTPUT_DIR)
+        with trainer.meter.running():
+            results = trainer.train()
+        write_results(trainer, results)
     if results:
-        single = (
-            {cfg.DATASETS.TESTS[0]: results} if len(cfg.DATASETS.TESTS) == 1 else results
-        )
-        verify_results(cfg, single)
+        verify_results(cfg, results_by_test_set(cfg, results))
     return results
 
 
@@ -310,6 +330,12 @@ def _extract(argv: list[str]) -> int:
     count, dim = extract_folder(cfg, args.output)
     sys.stdout.write(f"{count} features of {dim} values written to {args.output}\n")
     return 0
+
+
+def _bench(argv: list[str]) -> int:
+    from selcon_plugin.bench import main as bench_main
+
+    return bench_main(argv)
 
 
 def _demo(argv: list[str]) -> int:

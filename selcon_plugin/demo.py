@@ -26,7 +26,7 @@ import yaml
 from numpy.typing import NDArray
 from torch import nn
 
-from selcon_plugin.cli import builtin_config, load_config
+from selcon_plugin.cli import builtin_config, flatten_config, load_config
 from selcon_plugin.datasets import generate_synthetic_persons
 from selcon_plugin.visualize import LabeledImages, loss_curve, ranked_sheet
 
@@ -129,7 +129,9 @@ def _config(args: argparse.Namespace) -> Any:
     with warnings.catch_warnings():
         # On its first import FastReID says that its ranking is not compiled: it will be.
         warnings.filterwarnings("ignore", message="Cython .*evaluation")
-        cfg = load_config(builtin_config("synthetic_persons.yml"), [*options, *args.opts])
+        cfg = load_config(
+            builtin_config("SyntheticPersons/scl.yml"), [*options, *args.opts]
+        )
     if len(cfg.DATASETS.TESTS) != 1:
         raise ValueError(
             f"the demo needs one test set, DATASETS.TESTS is {cfg.DATASETS.TESTS}"
@@ -193,7 +195,7 @@ def _check_settings(output: Path, cfg: Any) -> None:
 
     # The folder's name holds the version of what draws the data.
     data = synthetic_persons_spec(cfg).folder_name
-    settings = {"data": data, **_flat(yaml.safe_load(cfg.dump()))}
+    settings = {"data": data, **flatten_config(yaml.safe_load(cfg.dump()))}
     settings = {k: v for k, v in settings.items() if not k.startswith(_FREE_KEYS)}
     file = output / _SETTINGS
     if not file.exists():
@@ -215,16 +217,6 @@ def _check_settings(output: Path, cfg: Any) -> None:
             f"{output} holds a run with other settings ({named}): add --fresh to forget it "
             "and begin anew, or choose another --output"
         )
-
-
-def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _remove_run(output: Path) -> None:

@@ -19,15 +19,13 @@ def rank() -> int:
 
 @torch.no_grad()
 def gather_batch(tensor: Tensor) -> Tensor:
-    """Join the batches of all ranks in the order in which the sampler dealt them out.
+    """Join the batches of all ranks, rank after rank.
 
-    The hosts' samplers deal a stream of images to the ranks in turn: rank r of W gets
-    images r, r + W, r + 2W, ... Interleaving the gathered batches therefore restores the
-    batch that one process would have had, and order-dependent writes give the same banks.
+    The samplers deal a batch out in contiguous slices, so that this is the batch which one
+    process would have had, and order-dependent writes give the same banks.
 
     Args:
-        tensor: This rank's part, shape ``(b, ...)``; b may differ between ranks by what a
-            last partial batch leaves over.
+        tensor: This rank's part, shape ``(b, ...)``; b may differ between ranks.
 
     Returns:
         Shape ``(sum of b, ...)``, the same on every rank.
@@ -38,14 +36,31 @@ def gather_batch(tensor: Tensor) -> Tensor:
     counts = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(size)]
     dist.all_gather(counts, torch.tensor([len(tensor)], device=tensor.device))
     lengths = [int(count) for count in counts]
-    longest = max(lengths)
-    padded = tensor.new_zeros((longest, *tensor.shape[1:]))
+    padded = tensor.new_zeros((max(lengths), *tensor.shape[1:]))
     padded[: len(tensor)] = tensor
     parts = [torch.empty_like(padded) for _ in range(size)]
     dist.all_gather(parts, padded)
-    interleaved = torch.stack(parts, dim=1).flatten(0, 1)  # position-major
-    if min(lengths) == longest:
-        return interleaved
-    position = torch.arange(longest, device=tensor.device)[:, None]
-    present = position < torch.tensor(lengths, device=tensor.device)[None, :]
-    return interleaved[present.flatten()]
+    return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
+
+
+def broadcast_tensor(
+    tensor: Tensor | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Give a vector of rank 0 to all ranks.
+
+    Args:
+        tensor: The vector on rank 0, of any length; None elsewhere.
+        dtype: Its type, known everywhere.
+        device: Where the process group's tensors live.
+
+    Returns:
+        The vector, on the CPU of every rank.
+    """
+    length = torch.tensor([0 if tensor is None else len(tensor)], device=device)
+    dist.broadcast(length, src=0)
+    if tensor is None:
+        vector = torch.empty(int(length), dtype=dtype, device=device)
+    else:
+        vector = tensor.to(device, dtype)
+    dist.broadcast(vector, src=0)
+    return vector.cpu()

@@ -11,7 +11,7 @@ Shape shorthand in this module:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,6 +36,23 @@ class Embeddings(NamedTuple):
         parts = self.part_features
         return Embeddings(
             self.global_features.detach(), None if parts is None else parts.detach()
+        )
+
+    @classmethod
+    def cat(cls, batches: Sequence[Embeddings]) -> Embeddings:
+        """Join batches along the first axis.
+
+        Args:
+            batches: At least one; all with parts, or all without.
+
+        Returns:
+            One batch with the images of all.
+        """
+        parts = [batch.part_features for batch in batches]
+        present = [part for part in parts if part is not None]
+        return cls(
+            torch.cat([batch.global_features for batch in batches]),
+            torch.cat(present) if present else None,
         )
 
 

@@ -6,12 +6,14 @@ Shape shorthand in this module:
     M: bank rows, one per training image
     K: neighbours per image; an image has 1 + K positives, column 0 is its own row
     N: negatives per image
+    L: listed neighbours per bank row
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +55,23 @@ def clamp_counts(
     return neighbors, negatives
 
 
+class Selection(NamedTuple):
+    """Bank rows chosen for a batch.
+
+    Attributes:
+        positive_index: Int64 ``(B, 1 + K)``; column 0 is the own row.
+        negative_index: Int64 ``(B, N)``.
+        positive_mask: False where a positive is absent and its entry means nothing, bool
+            ``(B, 1 + K)``; None if none is absent.
+        negative_mask: The same for the negatives, ``(B, N)``.
+    """
+
+    positive_index: Tensor
+    negative_index: Tensor
+    positive_mask: Tensor | None = None
+    negative_mask: Tensor | None = None
+
+
 @torch.no_grad()
 def select_neighbors(
     distance: Tensor, index: Tensor, *, num_neighbors: int, num_negatives: int
@@ -84,6 +103,78 @@ def select_neighbors(
     nearest = others.topk(neighbors + negatives, dim=1, largest=False, sorted=True).indices
     positive_index = torch.cat([index[:, None], nearest[:, :neighbors]], dim=1)
     return positive_index, nearest[:, neighbors:]
+
+
+@torch.no_grad()
+def select_within_clusters(
+    distance: Tensor,
+    index: Tensor,
+    labels: Tensor,
+    *,
+    num_neighbors: int,
+    num_negatives: int,
+) -> Selection:
+    """Take positives from the own cluster and negatives from outside, the nearest of each.
+
+    A cluster smaller than 1 + K leaves positives absent. An outlier has no positive but
+    itself; its K nearest rows, which may well show the same person, are neither positive
+    nor negative, and the next N are its negatives.
+
+    Args:
+        distance: Smaller is closer, shape ``(B, M)``. Not modified.
+        index: Own bank row of each image, int64, shape ``(B,)``.
+        labels: Cluster of each bank row, -1 for outliers, int64, shape ``(M,)``.
+        num_neighbors: Neighbours K, at least 0; clamped to M - 1.
+        num_negatives: Negatives N, at least 0; clamped to M - 1 - K.
+
+    Returns:
+        Positives and negatives, nearest first, with their masks.
+
+    Example:
+        >>> distance = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> chosen = select_within_clusters(
+        ...     distance, torch.tensor([0]), labels, num_neighbors=1, num_negatives=2
+        ... )
+        >>> chosen.positive_index, chosen.negative_index
+        (tensor([[0, 1]]), tensor([[2, 3]]))
+    """
+    neighbors, negatives = clamp_counts(distance.shape[1], num_neighbors, num_negatives)
+    own_label = labels[index][:, None]
+    is_outlier = own_label < 0
+    same = (own_label == labels[None, :]) & ~is_outlier
+    others = distance.scatter(1, index[:, None], float("inf"))
+    near, positive = others.masked_fill(~same, float("inf")).topk(
+        neighbors, dim=1, largest=False, sorted=True
+    )
+    far, negative = others.masked_fill(same, float("inf")).topk(
+        neighbors + negatives, dim=1, largest=False, sorted=True
+    )
+    place = torch.arange(negatives, device=index.device) + neighbors * is_outlier  # (B, N)
+    return Selection(
+        torch.cat([index[:, None], positive], dim=1),
+        negative.gather(1, place),
+        torch.cat([torch.ones_like(is_outlier), near.isfinite()], dim=1),
+        far.gather(1, place).isfinite(),
+    )
+
+
+@torch.no_grad()
+def prefer_listed(
+    distance: Tensor, listed_index: Tensor, listed_distance: Tensor
+) -> Tensor:
+    """Put listed rows before all others, by their listed distance.
+
+    Args:
+        distance: Distances in [0, 5], shape ``(B, M)``: they rank the rows that are not
+            listed. Not modified.
+        listed_index: Rows listed for each image, int64, shape ``(B, L)``.
+        listed_distance: Their distances in [0, 5], shape ``(B, L)``.
+
+    Returns:
+        Distances that rank the listed rows first, shape ``(B, M)``.
+    """
+    return (distance + 5.0).scatter(1, listed_index, listed_distance.to(distance))
 
 
 def draw_random_negatives(

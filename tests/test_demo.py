@@ -88,12 +88,12 @@ def test_demo_trains_shows_and_resumes(run, tmp_path):
 
 
 def test_stopped_run_gives_the_figures_of_the_unbroken_one(run, tmp_path, monkeypatch):
-    from fastreid.engine.train_loop import SimpleTrainer
+    from selcon_plugin.fastreid_ext.train_step import AccumulatingTrainer
 
     out = tmp_path / "out"
     run("--epochs", "3")
     unbroken = json.loads((out / "results.json").read_text())["after"]
-    run_step = SimpleTrainer.run_step
+    run_step = AccumulatingTrainer.run_step
 
     def stop_in_the_third_epoch(self) -> None:
         if self.iter == 12:  # 5 steps an epoch
@@ -101,7 +101,7 @@ def test_stopped_run_gives_the_figures_of_the_unbroken_one(run, tmp_path, monkey
         run_step(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SimpleTrainer, "run_step", stop_in_the_third_epoch)
+        patch.setattr(AccumulatingTrainer, "run_step", stop_in_the_third_epoch)
         assert "Stopped." in run("--epochs", "3", "--fresh", status=130)
     assert not (out / "results.json").exists()
 

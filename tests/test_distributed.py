@@ -51,7 +51,7 @@ def train(process: int, num_processes: int) -> dict[str, torch.Tensor]:
         method.start_epoch(step // WARMUP_STEPS)
         whole = features_of(generator, len(rows))
         assert whole.part_features is not None
-        share = slice(process, None, num_processes)  # as the hosts' samplers deal it out
+        share = torch.arange(len(rows)).tensor_split(num_processes)[process]
         index = torch.tensor(rows)[share]
         embeddings = Embeddings(whole.global_features[share], whole.part_features[share])
         method.loss(embeddings, index, camids[index])
@@ -67,10 +67,13 @@ def work(process: int, folder: Path) -> None:
     numbers = torch.arange(12.0).reshape(6, 2)
     results: dict[str, Any] = {
         "world": (rank(), world_size()),
-        "even": gather_batch(numbers[process::2]),
-        "uneven": gather_batch(numbers[:5][process::2]),
-        "one empty": gather_batch(numbers[:1][process::2]),
-        "integers": gather_batch(torch.arange(7)[process::2]),
+        "even": gather_batch(numbers.tensor_split([3])[process]),
+        "first longer": gather_batch(numbers.tensor_split([4])[process]),
+        "last longer": gather_batch(numbers.tensor_split([1])[process]),
+        "first empty": gather_batch(numbers.tensor_split([0])[process]),
+        "last empty": gather_batch(numbers.tensor_split([6])[process]),
+        "both empty": gather_batch(numbers[:0]),
+        "integers": gather_batch(torch.arange(7).tensor_split([4])[process]),
         "state": train(process, 2),
     }
     torch.save(results, folder / f"{process}.pt")
@@ -97,6 +100,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     finally:
         for process in processes:
             process.kill()
+            process.communicate()  # closes the pipe of one that the other's failure left
     return [torch.load(folder / f"{process}.pt") for process in range(2)]
 
 
@@ -106,13 +110,15 @@ def test_single_process_shares_nothing() -> None:
     assert gather_batch(batch) is batch
 
 
-def test_gathered_batch_has_the_samplers_order(two_ranks: list[dict[str, Any]]) -> None:
+def test_gathered_batch_is_the_ranks_slices_in_order(
+    two_ranks: list[dict[str, Any]],
+) -> None:
     numbers = torch.arange(12.0).reshape(6, 2)
     for process, results in enumerate(two_ranks):
         assert results["world"] == (process, 2)
-        assert torch.equal(results["even"], numbers)
-        assert torch.equal(results["uneven"], numbers[:5])
-        assert torch.equal(results["one empty"], numbers[:1])
+        for name in ("even", "first longer", "last longer", "first empty", "last empty"):
+            assert torch.equal(results[name], numbers), name
+        assert results["both empty"].shape == (0, 2)
         assert torch.equal(results["integers"], torch.arange(7))
 
 

@@ -1,4 +1,4 @@
-"""Parity with arrays recorded from the method's released code (tests/golden/scl_*.npz).
+"""Parity with arrays recorded from the methods' released codes (tests/golden).
 
 Recorded part arrays are parts-first; tolerances are those of the recording.
 """
@@ -12,13 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from selcon_plugin.distance import fused_distance
 from selcon_plugin.features import Embeddings
-from selcon_plugin.losses import positive_weights, selective_contrastive_loss
+from selcon_plugin.losses import (
+    cluster_contrastive_loss,
+    positive_weights,
+    selective_contrastive_loss,
+)
 from selcon_plugin.losses import selective_contrastive as loss_module
-from selcon_plugin.memory import TriBankMemory, write_rows
+from selcon_plugin.memory import ClusterMemory, TriBankMemory, write_rows
 from selcon_plugin.methods import build_method
 from selcon_plugin.methods.selective_contrastive import SelectiveContrastive
 from selcon_plugin.selection import select_neighbors
@@ -56,9 +61,11 @@ def assert_same_rows(found: Tensor, expected: Tensor) -> None:
     assert torch.equal(found.sort(dim=1).values, expected.sort(dim=1).values)
 
 
-def assert_close_in_norm(found: Tensor | None, expected: Tensor) -> None:
+def assert_close_in_norm(
+    found: Tensor | None, expected: Tensor, tolerance: float = 1e-6
+) -> None:
     assert found is not None
-    assert (found - expected).norm() <= 1e-6 * expected.norm()
+    assert (found - expected).norm() <= tolerance * expected.norm()
 
 
 def make_memory(golden: SimpleNamespace) -> TriBankMemory:
@@ -179,7 +186,7 @@ def test_whole_step_of_the_method(golden: SimpleNamespace) -> None:
         golden.global_features.requires_grad_(), golden.local_features.requires_grad_()
     )
     camids = golden.cameras[golden.index]
-    positives, negatives = method.select(embeddings, golden.index, camids)
+    positives, negatives = method.select(embeddings, golden.index, camids)[:2]
     assert torch.equal(positives, golden.positives)
     assert_same_rows(negatives, golden.negatives)
 
@@ -197,3 +204,52 @@ def test_whole_step_of_the_method(golden: SimpleNamespace) -> None:
 
     method.update(golden.index, embeddings)
     assert_banks_as_recorded(method.memory, golden)
+
+
+@pytest.fixture
+def clusters() -> SimpleNamespace:
+    with np.load(GOLDEN / "cluster_memory.npz") as arrays:
+        case: dict[str, Any] = {name: torch.from_numpy(arrays[name]) for name in arrays}
+    case["momentum"], case["temp"] = case["momentum"].item(), case["temp"].item()
+    return SimpleNamespace(**case)
+
+
+@pytest.mark.parametrize("update", ["mean", "hard"])
+def test_cluster_contrast(clusters: SimpleNamespace, update: str) -> None:
+    memory = ClusterMemory(
+        clusters.centroids,
+        momentum=clusters.momentum,
+        update=update,  # type: ignore[arg-type]
+    )
+    features = clusters.inputs.requires_grad_()  # of any length
+    loss = cluster_contrastive_loss(
+        features, memory.bank, clusters.targets, temperature=clusters.temp
+    )
+    loss.backward()
+    memory.update(features, clusters.targets)
+    recorded = {
+        name: getattr(clusters, f"cc_{update}_{name}") for name in ("loss", "grad", "after")
+    }
+    assert loss.item() == pytest.approx(recorded["loss"].item(), rel=0, abs=1e-5)
+    assert_close_in_norm(features.grad, recorded["grad"], tolerance=1e-5)
+    torch.testing.assert_close(memory.bank, recorded["after"], rtol=0.0, atol=1e-5)
+
+
+def test_hard_sample_hybrid_contrast(clusters: SimpleNamespace) -> None:
+    # Two banks: one follows the hardest image of each cluster, the other the batch mean.
+    start = clusters.hhcl_CMhybrid_init.chunk(2)
+    after = clusters.hhcl_CMhybrid_after.chunk(2)
+    features = F.normalize(clusters.inputs, dim=1).requires_grad_()
+    losses = []
+    for rows, expected, update in zip(start, after, ("hard", "batch_mean"), strict=True):
+        memory = ClusterMemory(rows, momentum=clusters.momentum, update=update)  # type: ignore[arg-type]
+        losses.append(
+            cluster_contrastive_loss(
+                features, memory.bank, clusters.targets, temperature=clusters.temp
+            )
+        )
+        memory.update(features, clusters.targets)
+        torch.testing.assert_close(memory.bank, expected, rtol=0.0, atol=1e-5)
+    loss = 0.5 * (losses[0] + 0.5 * losses[1])  # the release's misplaced bracket
+    recorded = clusters.hhcl_CMhybrid_loss.item()
+    assert loss.item() == pytest.approx(recorded, rel=0, abs=1e-5)

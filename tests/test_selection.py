@@ -10,7 +10,9 @@ from selcon_plugin.selection import (
     _warn_clamped,
     clamp_counts,
     draw_random_negatives,
+    prefer_listed,
     select_neighbors,
+    select_within_clusters,
 )
 
 
@@ -155,3 +157,76 @@ def test_random_negatives_are_uniform() -> None:
 
 def test_random_negatives_of_a_single_image_are_none() -> None:
     assert draw([0, 0], 1, 5).shape == (2, 0)
+
+
+# --- clusters and listed neighbours ---
+
+
+def clusters_by_loops(
+    distance: Tensor, index: Tensor, labels: list[int], neighbors: int, negatives: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    chosen_positives, chosen_negatives = [], []
+    for row, own in zip(distance.tolist(), index.tolist(), strict=True):
+        ranked = [j for _, j in sorted((d, j) for j, d in enumerate(row) if j != own)]
+        if labels[own] < 0:
+            inside, outside = [], ranked[neighbors:]
+        else:
+            inside = [j for j in ranked if labels[j] == labels[own]]
+            outside = [j for j in ranked if labels[j] != labels[own]]
+        chosen_positives.append([own, *inside[:neighbors]])
+        chosen_negatives.append(outside[:negatives])
+    return chosen_positives, chosen_negatives
+
+
+@pytest.mark.parametrize(("neighbors", "negatives"), [(3, 5), (0, 4), (7, 12), (2, 0)])
+def test_clusters_equal_the_definition_by_loops(neighbors: int, negatives: int) -> None:
+    generator = torch.Generator().manual_seed(neighbors)
+    distance = torch.rand(7, 20, generator=generator)
+    # A cluster of 2, of 9, of 1, and outliers.
+    labels = [0, 0] + [1] * 9 + [2] + [-1] * 8
+    index = torch.tensor([0, 1, 4, 11, 15, 19, 4])
+    chosen = select_within_clusters(
+        distance,
+        index,
+        torch.tensor(labels),
+        num_neighbors=neighbors,
+        num_negatives=negatives,
+    )
+    assert chosen.positive_mask is not None
+    assert chosen.negative_mask is not None
+    pairs = (
+        (chosen.positive_index, chosen.positive_mask),
+        (chosen.negative_index, chosen.negative_mask),
+    )
+    found = tuple(
+        [row[kept].tolist() for row, kept in zip(rows, mask, strict=True)]
+        for rows, mask in pairs
+    )
+    assert found == clusters_by_loops(distance, index, labels, neighbors, negatives)
+
+
+def test_one_cluster_of_all_leaves_no_negative() -> None:
+    chosen = select_within_clusters(
+        torch.rand(2, 6),
+        torch.tensor([0, 3]),
+        torch.zeros(6, dtype=torch.int64),
+        num_neighbors=2,
+        num_negatives=3,
+    )
+    assert chosen.negative_mask is not None
+    assert not chosen.negative_mask.any()
+
+
+def test_listed_rows_come_first_by_their_own_distance() -> None:
+    distance = torch.tensor([[0.0, 0.1, 4.0, 0.3, 3.9]])
+    ranked = prefer_listed(
+        distance, torch.tensor([[4, 2, 0]]), torch.tensor([[0.2, 0.9, 1.0]])
+    )
+    positives, negatives = select_neighbors(
+        ranked, torch.tensor([0]), num_neighbors=3, num_negatives=1
+    )
+    # 4 and 2 are listed; then the nearest of the rest. The own row, listed as padding,
+    # stays out.
+    assert positives.tolist() == [[0, 4, 2, 1]]
+    assert negatives.tolist() == [[3]]
+    assert distance[0, 4] == pytest.approx(3.9)

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from fastreid.utils.checkpoint import Checkpointer
 
+from selcon_plugin.fastreid_ext.meta_arch import SelCon
+
 # Prefix of the method's buffers in a SelCon state dict.
 _METHOD_PREFIX = "method."
+_TEACHER_PREFIX = "teacher."
 
 
 class RunState:
@@ -113,7 +116,18 @@ class SelConCheckpointer(Checkpointer):
             weights = checkpoint["model"]
             for key in [k for k in weights if k.startswith(_METHOD_PREFIX)]:
                 del weights[key]
-        return super()._load_model(checkpoint)
+            brings_teacher = any(_TEACHER_PREFIX in key for key in weights)
+            incompatible = super()._load_model(checkpoint)
+            if not brings_teacher and isinstance(self.model, SelCon):
+                self.model.update_teacher(restart=True)
+            return incompatible
+        if "run" in self.checkpointables and "run" in checkpoint:
+            # Before any weight: that of another run would fail on shapes, and not say why.
+            self.checkpointables["run"].load_state_dict(checkpoint["run"])
+        # FastReID leaves out what has another shape, with a warning: a memory of clusters
+        # has as many rows as there were clusters. And here everything must be there.
+        self.model.load_state_dict(checkpoint.pop("model"))
+        return None
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         if not self._resuming:

@@ -22,8 +22,9 @@ from fastreid.data.transforms import build_transforms
 from fastreid.utils import comm
 from torch.utils.data import Dataset, get_worker_info
 
+from selcon_plugin.fastreid_ext.config import STREAM_SAMPLER, sampler_name
 from selcon_plugin.fastreid_ext.datasets import UNKNOWN_CAMERA, UNKNOWN_PID, build_dataset
-from selcon_plugin.samplers import SampleKey, StreamSampler
+from selcon_plugin.samplers import BatchStream, ClusterSampler, SampleKey, StreamSampler
 
 logger = logging.getLogger(__name__)
 
@@ -145,13 +146,19 @@ class TrainLoader:
         sampler: As given; set its ``start`` to resume.
     """
 
-    def __init__(self, host_loader: Any, sampler: StreamSampler) -> None:
+    def __init__(self, host_loader: Any, sampler: BatchStream) -> None:
         self._host_loader = host_loader
         self.dataset: IndexedDataset = host_loader.dataset
         self.sampler = sampler
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        yield from self._host_loader
+        # A loader that starts draws a seed: the training's own stream must not notice.
+        with torch.random.fork_rng(devices=[]):
+            batches = iter(self._host_loader)
+        try:
+            yield from batches
+        finally:
+            self._host_loader.shutdown()  # stops the thread that copies to a GPU
 
 
 def training_items(cfg: CfgNode) -> list[Item]:
@@ -194,15 +201,7 @@ def build_train_loader(cfg: CfgNode) -> TrainLoader:
             f"{len(dataset)} training images do not fill one batch: lower "
             f"SOLVER.IMS_PER_BATCH ({batch_size}) or add images"
         )
-    if cfg.DATALOADER.SAMPLER_TRAIN != _LABEL_FREE_SAMPLER:
-        logger.warning(
-            "DATALOADER.SAMPLER_TRAIN %s groups images by identity, which is not known "
-            "here: batches are drawn at random",
-            cfg.DATALOADER.SAMPLER_TRAIN,
-        )
-    sampler = StreamSampler(
-        len(dataset), seed=seed, rank=comm.get_rank(), world_size=world_size
-    )
+    sampler = _build_sampler(cfg, len(dataset))
     host_loader = build_reid_train_loader(
         dataset,
         sampler=sampler,
@@ -210,6 +209,40 @@ def build_train_loader(cfg: CfgNode) -> TrainLoader:
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
     return TrainLoader(host_loader, sampler)
+
+
+def _build_sampler(cfg: CfgNode, num_images: int) -> BatchStream:
+    node = cfg.MODEL.SELCON
+    if cfg.DATALOADER.SAMPLER_TRAIN != _LABEL_FREE_SAMPLER:
+        logger.warning(
+            "DATALOADER.SAMPLER_TRAIN %s groups images by identity, which is not known "
+            "here: MODEL.SELCON.SAMPLER %s draws the batches",
+            cfg.DATALOADER.SAMPLER_TRAIN,
+            sampler_name(cfg),
+        )
+    common = {
+        "batch_size": cfg.SOLVER.IMS_PER_BATCH,
+        "seed": node.SEED,
+        "rank": comm.get_rank(),
+        "world_size": comm.get_world_size(),
+    }
+    if sampler_name(cfg) == STREAM_SAMPLER:
+        return StreamSampler(num_images, **common)
+    instances = cfg.DATALOADER.NUM_INSTANCE
+    pieces = common["world_size"] * node.MICRO_BATCHES
+    if cfg.SOLVER.IMS_PER_BATCH % (pieces * instances):
+        # Else the images of a cluster would be torn apart.
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH ({cfg.SOLVER.IMS_PER_BATCH}) must be a multiple of "
+            f"DATALOADER.NUM_INSTANCE ({instances}) x MODEL.SELCON.MICRO_BATCHES "
+            f"({node.MICRO_BATCHES}) x processes ({common['world_size']})"
+        )
+    return ClusterSampler(
+        planner=sampler_name(cfg),
+        num_instances=instances,
+        outlier_share=node.OUTLIER_SHARE,
+        **common,
+    )
 
 
 def build_extraction_loader(cfg: CfgNode, dataset: IndexedDataset) -> Any:

@@ -12,7 +12,7 @@ from selcon_plugin.fastreid_ext.data import (
     build_extraction_loader,
     training_items,
 )
-from selcon_plugin.fastreid_ext.hooks import extract_embeddings
+from selcon_plugin.fastreid_ext.embedding import extract_embeddings
 from selcon_plugin.fastreid_ext.trainer import load_trained_model
 from selcon_plugin.features import fused_feature
 

@@ -13,9 +13,11 @@ from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from selcon_plugin.backbones import as_feature_map, infer_feature_shape
+from selcon_plugin.ema import EMATeacher
 from selcon_plugin.fastreid_ext.config import complete_config, selected_method_options
 from selcon_plugin.features import Embeddings, check_parts_fit, fused_feature
-from selcon_plugin.methods import Method, build_method
+from selcon_plugin.methods import Method, build_method, method_class
+from selcon_plugin.normalization import convert_ghost_batch_norm
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,9 @@ class SelCon(nn.Module):
     In training mode a batch's ``targets`` are the images' own indices, and the result is
     the method's losses. In evaluation mode the result is one unit vector per image whose
     cosine ranks like the training distance.
+
+    With ``MODEL.SELCON.EMA_DECAY`` a teacher, whose weights follow those in training, takes
+    the network's place in evaluation mode: for clustering and for the test.
 
     The method's banks have one row per training image: ``MODEL.HEADS.NUM_CLASSES`` rows, a
     number the trainer sets. With 0 there is no method, which is all that evaluation needs.
@@ -48,6 +53,12 @@ class SelCon(nn.Module):
         if cfg.MODEL.HEADS.NAME == _HOST_DEFAULT_HEAD:
             cfg.MODEL.HEADS.NAME = "GlobalPartHead"
         self.heads = build_heads(cfg)
+        if cfg.MODEL.SELCON.GHOST_BATCH_SIZE:
+            for part in (self.backbone, self.heads):
+                convert_ghost_batch_norm(part, cfg.MODEL.SELCON.GHOST_BATCH_SIZE)
+        self.teacher: EMATeacher | None = None
+        if cfg.MODEL.SELCON.EMA_DECAY:
+            self.teacher = EMATeacher(self._network(), cfg.MODEL.SELCON.EMA_DECAY)
         mean, std = torch.tensor(cfg.MODEL.PIXEL_MEAN), torch.tensor(cfg.MODEL.PIXEL_STD)
         self.register_buffer("pixel_mean", mean.view(1, -1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", std.view(1, -1, 1, 1), persistent=False)
@@ -63,9 +74,13 @@ class SelCon(nn.Module):
                 self.heads.part_dim,
                 **options,
             )
-        # The batch whose step is under way: read by loss(), to be written by
-        # update_banks().
-        self._pending: tuple[Tensor, Embeddings] | None = None
+        # The batch, or micro-batches, whose step is under way: read by loss(), to be
+        # written by update_banks().
+        self._pending: list[tuple[Tensor, Embeddings]] = []
+
+    def _network(self) -> nn.ModuleDict:
+        """Return backbone and head as one module; not registered a second time."""
+        return nn.ModuleDict({"backbone": self.backbone, "heads": self.heads})
 
     def _fit_head_to_backbone(self, cfg: CfgNode) -> None:
         """Set the head's sizes to what the backbone really returns."""
@@ -78,6 +93,10 @@ class SelCon(nn.Module):
                 cfg.MODEL.BACKBONE.FEAT_DIM,
             )
             cfg.MODEL.BACKBONE.FEAT_DIM = channels
+        method = cfg.MODEL.SELCON.METHOD
+        if not method_class(method).uses_parts and cfg.MODEL.SELCON.NUM_PARTS:
+            logger.info("%s has no use for parts: the head has none", method)
+            cfg.MODEL.SELCON.NUM_PARTS = 0
         if rows == 1 and cfg.MODEL.SELCON.NUM_PARTS:
             logger.warning(
                 "%s returns one vector and no feature map: training without parts",
@@ -91,13 +110,17 @@ class SelCon(nn.Module):
         """Device of the model's buffers."""
         return self.pixel_mean.device
 
-    def embed(self, batched_inputs: dict[str, Any] | Tensor) -> Embeddings:
+    def embed(
+        self, batched_inputs: dict[str, Any] | Tensor, *, student: bool = False
+    ) -> Embeddings:
         """Images to embeddings: normalise, backbone, head.
 
         Args:
             batched_inputs: A batch with ``images``, or the images ``(B, 3, h, w)``
                 themselves, RGB, 0..255. Left unchanged: FastReID's own models normalise in
                 place, after which a flip test normalises twice.
+            student: Whether to use the weights in training even where a teacher would
+                take their place.
 
         Returns:
             Unit global and part features.
@@ -110,7 +133,12 @@ class SelCon(nn.Module):
         )
         images = (images.to(self.device) - self.pixel_mean) / self.pixel_std
         size = (images.shape[2], images.shape[3])
-        embeddings = self.heads(as_feature_map(self.backbone(images), size))
+        backbone, heads = self.backbone, self.heads
+        if self.teacher is not None and not self.training and not student:
+            network = self.teacher.module
+            assert isinstance(network, nn.ModuleDict)
+            backbone, heads = network["backbone"], network["heads"]
+        embeddings = heads(as_feature_map(backbone(images), size))
         if not isinstance(embeddings, Embeddings):
             raise TypeError(
                 "MODEL.HEADS.NAME must name a head that returns selcon_plugin.Embeddings, "
@@ -150,16 +178,30 @@ class SelCon(nn.Module):
         index = batched_inputs["targets"].to(self.device)
         camids = batched_inputs["camids"].to(self.device)
         losses = self.method.loss(embeddings, index, camids)
-        self._pending = (index, embeddings.detach())
+        self._pending.append((index, embeddings.detach()))
         return losses
 
     def update_banks(self) -> None:
-        """Write the batch of the step just taken into the method's banks.
+        """Write what was seen since the last call into the method's banks.
 
         Raises:
             RuntimeError: If there was no training step since the last call.
         """
-        if self._pending is None or self.method is None:
+        if not self._pending or self.method is None:
             raise RuntimeError("update_banks() must follow a training step")
-        self.method.update(*self._pending)
-        self._pending = None
+        index, embeddings = zip(*self._pending, strict=True)
+        self._pending = []
+        self.method.update(torch.cat(index), Embeddings.cat(embeddings))
+
+    def update_teacher(self, *, restart: bool = False) -> None:
+        """Let the teacher follow the weights by one step; nothing without a teacher.
+
+        Args:
+            restart: Whether to take the weights over as they are, to begin a run.
+        """
+        if self.teacher is None:
+            return
+        if restart:
+            self.teacher.reset(self._network())
+        else:
+            self.teacher.update(self._network())

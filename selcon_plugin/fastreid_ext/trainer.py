@@ -10,7 +10,7 @@ import torch
 from fastreid.config import CfgNode
 from fastreid.engine import hooks as host_hooks
 from fastreid.engine.defaults import DefaultTrainer
-from fastreid.engine.train_loop import AMPTrainer, HookBase, SimpleTrainer, TrainerBase
+from fastreid.engine.train_loop import HookBase, TrainerBase
 from fastreid.evaluation import ReidEvaluator
 from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
 from fastreid.solver import build_optimizer
@@ -19,9 +19,17 @@ from fastreid.utils.logger import setup_logger
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from selcon_plugin.clustering import Labeler
 from selcon_plugin.fastreid_ext import data as selcon_data
 from selcon_plugin.fastreid_ext.checkpoint import RunState, SelConCheckpointer
-from selcon_plugin.fastreid_ext.config import complete_config
+from selcon_plugin.fastreid_ext.clustering_hook import ClusteringHook
+from selcon_plugin.fastreid_ext.config import (
+    STREAM_SAMPLER,
+    build_configured_labeler,
+    complete_config,
+    sampler_name,
+)
+from selcon_plugin.fastreid_ext.embedding import unwrap
 from selcon_plugin.fastreid_ext.evaluation import CameraTermEvaluator
 from selcon_plugin.fastreid_ext.hooks import (
     CheckpointHook,
@@ -29,9 +37,13 @@ from selcon_plugin.fastreid_ext.hooks import (
     MethodHook,
     ProgressHook,
     seed_all,
-    unwrap,
 )
 from selcon_plugin.fastreid_ext.meta_arch import SelCon
+from selcon_plugin.fastreid_ext.run_record import RunMeter
+from selcon_plugin.fastreid_ext.train_step import (
+    AccumulatingAMPTrainer,
+    AccumulatingTrainer,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +102,7 @@ class SelConTrainer(DefaultTrainer):
             setup_logger()
         share_host_log()
         cfg = complete_config(cfg)
-        self._check_meta_architecture(cfg)
+        self.check_meta_architecture(cfg)
         if cfg.OUTPUT_DIR and comm.is_main_process():
             Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
         loader = self.build_train_loader(cfg)
@@ -104,9 +116,21 @@ class SelConTrainer(DefaultTrainer):
             model.to(memory_format=torch.channels_last)
         optimizer, param_wrapper = self.build_optimizer(cfg, model)
         model = self._distribute(model)
-        trainer_class = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = trainer_class(model, loader, optimizer, param_wrapper)
-        self.iters_per_epoch = len(loader.dataset) // cfg.SOLVER.IMS_PER_BATCH
+        mixed = cfg.SOLVER.AMP.ENABLED
+        trainer_class = AccumulatingAMPTrainer if mixed else AccumulatingTrainer
+        self._trainer = trainer_class(
+            model,
+            loader,
+            optimizer,
+            param_wrapper,
+            num_micro_batches=cfg.MODEL.SELCON.MICRO_BATCHES,
+        )
+        self.labeler = self._build_labeler(cfg, model)
+        self.iters_per_epoch = (
+            cfg.MODEL.SELCON.ITERS_PER_EPOCH
+            or len(loader.dataset) // cfg.SOLVER.IMS_PER_BATCH
+        )
+        self.meter = RunMeter()
         self.scheduler = self.build_lr_scheduler(cfg, optimizer, self.iters_per_epoch)
         self.checkpointer = self._build_checkpointer(cfg, model, optimizer, loader)
         self.start_epoch = 0
@@ -119,13 +143,35 @@ class SelConTrainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     @staticmethod
-    def _check_meta_architecture(cfg: CfgNode) -> None:
+    def check_meta_architecture(cfg: CfgNode) -> None:
+        """Refuse a config that would train on identities.
+
+        Args:
+            cfg: Complete config.
+
+        Raises:
+            ValueError: If its meta-architecture is another than SelCon.
+        """
         name = cfg.MODEL.META_ARCHITECTURE
         if not issubclass(META_ARCH_REGISTRY.get(name), SelCon):
             raise ValueError(
                 f"MODEL.META_ARCHITECTURE is {name!r}, which trains on identities: set it "
                 "to SelCon to train without"
             )
+
+    @staticmethod
+    def _build_labeler(cfg: CfgNode, model: nn.Module) -> Labeler | None:
+        """Build the labeler of a method that clusters; check that the sampler fits."""
+        method = unwrap(model).method
+        assert method is not None
+        if method.needs_clusters:
+            return build_configured_labeler(cfg)
+        if sampler_name(cfg) != STREAM_SAMPLER:
+            raise ValueError(
+                f"MODEL.SELCON.SAMPLER {sampler_name(cfg)} draws from clusters, and "
+                f"{cfg.MODEL.SELCON.METHOD} with these options makes none: set it to auto"
+            )
+        return None
 
     @staticmethod
     def _distribute(model: nn.Module) -> nn.Module:
@@ -145,6 +191,7 @@ class SelConTrainer(DefaultTrainer):
         loader: selcon_data.TrainLoader,
     ) -> SelConCheckpointer:
         extra: dict[str, Any] = dict(self.scheduler)
+        extra["meter"] = self.meter
         extra["run"] = RunState(
             num_images=len(loader.dataset),
             image_list=loader.dataset.fingerprint,
@@ -155,6 +202,8 @@ class SelConTrainer(DefaultTrainer):
         grad_scaler = getattr(self._trainer, "grad_scaler", None)
         if grad_scaler is not None:
             extra["grad_scaler"] = grad_scaler
+        if self.labeler is not None:  # what its filters remember
+            extra["labeler"] = self.labeler
         return SelConCheckpointer(
             model,
             cfg.OUTPUT_DIR,
@@ -171,8 +220,11 @@ class SelConTrainer(DefaultTrainer):
         """
         super().resume_or_load(resume=resume)
         # The batches after the checkpoint follow; the loader has not started yet.
-        done = self.start_epoch * self.iters_per_epoch * self.cfg.SOLVER.IMS_PER_BATCH
-        self.data_loader.sampler.start = done
+        self.data_loader.sampler.start = self.start_epoch * self.iters_per_epoch
+
+    def restart_data(self) -> None:
+        """Begin the data iterator anew at the sampler's present place."""
+        self._trainer._data_loader_iter = iter(self.data_loader)
 
     def build_hooks(self) -> list[HookBase]:
         """Add the method's hooks to FastReID's.
@@ -182,10 +234,11 @@ class SelConTrainer(DefaultTrainer):
             banks are written before anything is evaluated or saved.
         """
         dataset = self.data_loader.dataset
-        result: list[HookBase] = [
-            MethodHook(self.cfg, dataset),
-            DiagnosticsHook(dataset, self.cfg.MODEL.SELCON.DIAGNOSTICS_PERIOD),
-        ]
+        result: list[HookBase] = [MethodHook(self.cfg, dataset)]
+        if self.labeler is not None:
+            result.append(ClusteringHook(self.cfg, dataset, self.labeler))
+        period = self.cfg.MODEL.SELCON.DIAGNOSTICS_PERIOD
+        result.append(DiagnosticsHook(dataset, period))
         for hook in super().build_hooks():
             if isinstance(hook, host_hooks.IterationTimer):
                 # FastReID leaves the first three steps out and then fails to print the time
@@ -201,7 +254,8 @@ class SelConTrainer(DefaultTrainer):
             elif self.cfg.DATASETS.TESTS:
                 # Period 0 means at the end alone; FastReID's hook would divide by it.
                 period = self.cfg.TEST.EVAL_PERIOD or self.cfg.SOLVER.MAX_EPOCH
-                result.append(host_hooks.EvalHook(period, hook._func))
+                evaluate = self.meter.excluding(hook._func)
+                result.append(host_hooks.EvalHook(period, evaluate))
         if self._show_progress:
             result.insert(-1, ProgressHook())
         return result

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from selcon_plugin.clustering import OUTLIER, PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.options import Option, check_options, options_of
 
@@ -39,13 +40,23 @@ class Method(nn.Module, ABC):
 
     Attributes:
         needs_clusters: Whether :meth:`prepare` wants pseudo-labels.
+        uses_parts: Whether part features are used; without, the head builds none.
+        default_sampler: How batches are drawn unless the user says otherwise: ``"stream"``
+            for shuffled images, else a planner of :mod:`selcon_plugin.samplers`.
+        labels: Cluster of each image, int64 ``(M,)``, -1 for outliers and where the method
+            has no clusters.
+        instance_level: Whether the labels make every image its own class, for want of
+            clusters.
         epoch: Epoch in progress, counted from 0.
         step: Updates done so far.
         prepared: Whether the banks have been filled.
     """
 
-    needs_clusters: ClassVar[bool] = False
+    needs_clusters: bool = False
+    uses_parts: ClassVar[bool] = True
+    default_sampler: ClassVar[str] = "stream"
 
+    labels: Tensor
     _epoch: Tensor
     _step: Tensor
     _prepared: Tensor
@@ -60,12 +71,15 @@ class Method(nn.Module, ABC):
         self.global_dim = global_dim
         self.num_parts = num_parts
         self.part_dim = part_dim
+        unlabeled = torch.full((num_images,), OUTLIER, dtype=torch.int64)
+        self.register_buffer("labels", unlabeled)
         self.register_buffer("_epoch", torch.zeros((), dtype=torch.int64))
         self.register_buffer("_step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("_prepared", torch.zeros((), dtype=torch.bool))
-        # Plain copies of the three counters: reading a buffer on a GPU would make every
-        # step wait for the device.
+        # Plain copies of what follows from the buffers: reading a buffer on a GPU would
+        # make every step wait for the device.
         self.epoch, self.step, self.prepared = 0, 0, False
+        self.instance_level = False
         self.register_load_state_dict_post_hook(self._read_counters)  # type: ignore[no-untyped-call, unused-ignore]
 
     @staticmethod
@@ -74,11 +88,25 @@ class Method(nn.Module, ABC):
         module.epoch = int(module._epoch)
         module.step = int(module._step)
         module.prepared = bool(module._prepared)
+        every = torch.arange(module.num_images, device=module.labels.device)
+        module.instance_level = torch.equal(module.labels, every)
 
     def start_epoch(self, epoch: int) -> None:
         """Tell the method which epoch begins, counted from 0."""
         self.epoch = epoch
         self._epoch.fill_(epoch)
+
+    def _set_labels(self, pseudo_labels: PseudoLabels | None) -> PseudoLabels:
+        """Keep the labels as state; part of ``prepare`` of a method that clusters."""
+        if pseudo_labels is None or pseudo_labels.num_images != self.num_images:
+            given = pseudo_labels
+            raise ValueError(
+                f"{type(self).__name__} needs pseudo-labels of its {self.num_images} "
+                f"images, got {'none' if given is None else f'those of {given.num_images}'}"
+            )
+        self.labels.copy_(pseudo_labels.labels)
+        self.instance_level = pseudo_labels.instance_level
+        return pseudo_labels
 
     def _finish_prepare(self) -> None:
         self.prepared = True
@@ -90,7 +118,10 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def prepare(
-        self, embeddings: Embeddings, camids: Tensor | None, pseudo_labels: Any = None
+        self,
+        embeddings: Embeddings,
+        camids: Tensor | None,
+        pseudo_labels: PseudoLabels | None = None,
     ) -> None:
         """Fill or rebuild the banks from the features of all training images.
 
@@ -109,6 +140,8 @@ class Method(nn.Module, ABC):
     ) -> dict[str, Tensor]:
         """Compute the training losses of a batch; reads the banks and never writes them.
 
+        Called once per step, or several times where gradients are accumulated.
+
         Args:
             embeddings: Features of the batch, with gradient.
             index: Which training image each is, int64, shape ``(B,)``.
@@ -126,7 +159,7 @@ class Method(nn.Module, ABC):
         stay identical on every rank.
 
         Args:
-            index: As given to :meth:`loss`.
+            index: As given to :meth:`loss`; the batches of several calls joined.
             embeddings: As given to :meth:`loss`; gradients are ignored.
         """
 

@@ -10,11 +10,13 @@ Learning", 2020. https://arxiv.org/abs/2010.07608
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from selcon_plugin.camera_entropy import CAMERA_WEIGHTS, CameraWeighting
+from selcon_plugin.clustering import PseudoLabels, nearest_by_distance
 from selcon_plugin.distance import fused_distance
 from selcon_plugin.distributed import gather_batch
 from selcon_plugin.features import Embeddings
@@ -22,10 +24,18 @@ from selcon_plugin.losses import SelectiveContrastiveLoss
 from selcon_plugin.memory import TriBankMemory
 from selcon_plugin.methods.base import Method, register_method
 from selcon_plugin.options import Choice, Interval
-from selcon_plugin.selection import draw_random_negatives, select_neighbors
+from selcon_plugin.selection import (
+    Selection,
+    draw_random_negatives,
+    prefer_listed,
+    select_neighbors,
+    select_within_clusters,
+)
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _UNKNOWN_CAMERA = -1
+# Listed Jaccard neighbours per positive asked for: the camera term reorders them.
+_LISTED_PER_NEIGHBOR = 4
 
 
 @register_method("SelectiveContrastive")
@@ -41,6 +51,11 @@ class SelectiveContrastive(Method):
         global_dim: Global feature dimension C.
         num_parts: Parts S, 0 for none.
         part_dim: Part feature dimension D.
+        selection: What ranks the candidates. ``"distance"``: the fused distance on every
+            batch, as in the paper. ``"jaccard"``: the Jaccard distance of the last
+            clustering, then the fused distance. ``"cluster"``: the fused distance, with
+            positives from the own cluster alone and negatives from outside of it. The last
+            two need clusters.
         num_neighbors: K, neighbours that count as positives.
         num_negatives: N, the next nearest rows, which count as negatives.
         self_weight: λ_t, weight of the image's own row. Small values collapse.
@@ -56,11 +71,18 @@ class SelectiveContrastive(Method):
             loss and mixture bank. The released code leaves their norm at √S.
         warmup_epochs: Epochs at the start whose only positive is the image itself and whose
             negatives are random.
+        camera_weight: Weight of a sample by the cameras that see its cluster, as in
+            :class:`ClusterMethod`; needs clusters.
         bank_dtype: Type of the banks; half precision halves their memory.
         seed: Seed of the warm-up's random negatives.
+
+    Raises:
+        ValueError: If ``camera_weight`` is asked for without clusters.
     """
 
     _bank_camids: Tensor
+    _listed_index: Tensor
+    _listed_distance: Tensor
 
     def __init__(
         self,
@@ -69,6 +91,7 @@ class SelectiveContrastive(Method):
         num_parts: int = 0,
         part_dim: int = 0,
         *,
+        selection: Annotated[str, Choice(("distance", "jaccard", "cluster"))] = "distance",
         num_neighbors: Annotated[int, Interval(0)] = 7,
         num_negatives: Annotated[int, Interval(1)] = 500,
         self_weight: Annotated[float, Interval(0, 1, above=True)] = 0.5,
@@ -81,10 +104,18 @@ class SelectiveContrastive(Method):
         mixture_update: Annotated[str, Choice(("positives", "self"))] = "positives",
         normalize_parts: bool = False,
         warmup_epochs: Annotated[int, Interval(0)] = 3,
+        camera_weight: Annotated[str, Choice(CAMERA_WEIGHTS)] = "none",
         bank_dtype: Annotated[str, Choice(tuple(_DTYPES))] = "float32",
         seed: Annotated[int, Interval(0)] = 0,
     ) -> None:
         super().__init__(num_images, global_dim, num_parts, part_dim)
+        self.needs_clusters = selection != "distance"
+        if camera_weight != "none" and not self.needs_clusters:
+            raise ValueError(
+                f"camera_weight {camera_weight!r} needs clusters: set selection to "
+                "'jaccard' or 'cluster'"
+            )
+        self.selection = selection
         self.num_neighbors = num_neighbors
         self.num_negatives = num_negatives
         self.part_loss_weight = part_loss_weight
@@ -107,34 +138,72 @@ class SelectiveContrastive(Method):
         )
         unknown = torch.full((num_images,), _UNKNOWN_CAMERA, dtype=torch.int64)
         self.register_buffer("_bank_camids", unknown)
-        # Chosen by loss(), written by update() of the same batch: not state.
-        self._positive_index: Tensor | None = None
+        self.camera_weighting = CameraWeighting(num_images, camera_weight)
+        if selection == "jaccard":
+            listed = max(1, _LISTED_PER_NEIGHBOR * num_neighbors)
+            self.register_buffer(
+                "_listed_index", torch.zeros(num_images, listed, dtype=torch.int64)
+            )
+            self.register_buffer("_listed_distance", torch.ones(num_images, listed))
+        # Chosen by loss(), written by update() of the same step: not state. Several where
+        # gradients are accumulated.
+        self._pending: list[Selection] = []
+        self._last: Selection | None = None
 
     def prepare(
-        self, embeddings: Embeddings, camids: Tensor | None, pseudo_labels: Any = None
+        self,
+        embeddings: Embeddings,
+        camids: Tensor | None,
+        pseudo_labels: PseudoLabels | None = None,
     ) -> None:
-        """Fill the ranking banks, empty the mixture bank and note the cameras."""
+        """Fill the ranking banks, note cameras and clusters; empty the mixture bank once.
+
+        The mixture bank of a run that clusters again is kept: it holds what was learned.
+        """
+        mixture_bank = self.memory.mixture_bank.clone() if self.prepared else None
         self.memory.initialize(*embeddings)
+        if mixture_bank is not None:
+            self.memory.mixture_bank.copy_(mixture_bank)
         self._bank_camids.fill_(_UNKNOWN_CAMERA)
         if camids is not None:
             self._bank_camids.copy_(camids)
+        if self.needs_clusters:
+            self._note_clusters(self._set_labels(pseudo_labels), camids)
         self._finish_prepare()
+
+    def _note_clusters(self, pseudo_labels: PseudoLabels, camids: Tensor | None) -> None:
+        self.camera_weighting.prepare(self.labels, camids)
+        if self.selection == "jaccard":
+            index, distance = nearest_by_distance(
+                pseudo_labels, self._listed_index.shape[1]
+            )
+            self._listed_index.copy_(index)
+            self._listed_distance.copy_(distance)
 
     def loss(
         self, embeddings: Embeddings, index: Tensor, camids: Tensor | None
     ) -> dict[str, Tensor]:
         """Choose positives and negatives, then contrast both views with the bank."""
-        positive_index, negative_index = self.select(embeddings, index, camids)
-        self._positive_index = positive_index
+        chosen = self._last = self.select(embeddings, index, camids)
+        self._pending.append(chosen)
         global_features, part_features = embeddings
-        candidates = (self.memory.mixture_bank, positive_index, negative_index)
-        if part_features is None:
-            return {"loss_global": self.criterion(global_features, *candidates)}
-        # Both views of an image share its candidates: the bank is read once for both.
-        views = torch.stack(
-            [global_features, self.memory.concatenate_parts(part_features)], dim=1
+        views = global_features
+        if part_features is not None:
+            # Both views of an image share its candidates: the bank is read once for both.
+            parts = self.memory.concatenate_parts(part_features)
+            views = torch.stack([global_features, parts], dim=1)
+        loss = self.criterion(
+            views,
+            self.memory.mixture_bank,
+            chosen.positive_index,
+            chosen.negative_index,
+            positive_mask=chosen.positive_mask,
+            negative_mask=chosen.negative_mask,
+            sample_weight=self.camera_weighting(index, self.labels[index], camids),
         )
-        loss_global, loss_part = self.criterion(views, *candidates).unbind()
+        if part_features is None:
+            return {"loss_global": loss}
+        loss_global, loss_part = loss.unbind()
         return {
             "loss_global": (1.0 - self.part_loss_weight) * loss_global,
             "loss_part": self.part_loss_weight * loss_part,
@@ -143,7 +212,7 @@ class SelectiveContrastive(Method):
     @torch.no_grad()
     def select(
         self, embeddings: Embeddings, index: Tensor, camids: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Selection:
         """Choose the bank rows of positives and negatives for a batch.
 
         Args:
@@ -165,7 +234,7 @@ class SelectiveContrastive(Method):
                 num_negatives=self.num_negatives + self.num_neighbors,
                 generator=generator,
             )
-            return index[:, None], negative_index
+            return Selection(index[:, None], negative_index)
         distance = fused_distance(
             embeddings.global_features,
             embeddings.part_features,
@@ -176,12 +245,21 @@ class SelectiveContrastive(Method):
             global_distance_weight=self.global_distance_weight,
             same_camera_penalty=self.same_camera_penalty,
         )
-        return select_neighbors(
-            distance,
-            index,
-            num_neighbors=self.num_neighbors,
-            num_negatives=self.num_negatives,
-        )
+        counts = {
+            "num_neighbors": self.num_neighbors,
+            "num_negatives": self.num_negatives,
+        }
+        # Where no clusters were found the images' own neighbours stand in for them.
+        if self.selection == "cluster" and not self.instance_level:
+            return select_within_clusters(distance, index, self.labels, **counts)
+        if self.selection == "jaccard":
+            listed = self._listed_index[index]
+            listed_distance = self._listed_distance[index]
+            if camids is not None:
+                same = (self._bank_camids[listed] == camids[:, None]) & (listed >= 0)
+                listed_distance = listed_distance + self.same_camera_penalty * same
+            distance = prefer_listed(distance, listed, listed_distance)
+        return Selection(*select_neighbors(distance, index, **counts))
 
     @torch.no_grad()
     def update(self, index: Tensor, embeddings: Embeddings) -> None:
@@ -189,24 +267,43 @@ class SelectiveContrastive(Method):
 
         Raises:
             RuntimeError: If no loss was computed for this batch.
-        """
-        if self._positive_index is None or len(self._positive_index) != len(index):
-            raise RuntimeError("update() must follow loss() of the same batch")
+        """  # noqa: DOC502  (raised by what this calls)
+        pending = self._take_pending(len(index))
         part_features = embeddings.part_features
+        positive_index = torch.cat([chosen.positive_index for chosen in pending])
+        masks = [c.positive_mask for c in pending if c.positive_mask is not None]
         self.memory.update(
             gather_batch(index),
             gather_batch(embeddings.global_features.detach().float()),
             None if part_features is None else gather_batch(part_features.detach().float()),
-            gather_batch(self._positive_index),
+            gather_batch(positive_index),
+            gather_batch(torch.cat(masks)) if masks else None,
         )
         self._finish_update()
 
+    def _take_pending(self, batch_size: int) -> list[Selection]:
+        """Take the selections of the batch, or micro-batches, of the step just taken."""
+        taken: list[Selection] = []
+        count = 0
+        while self._pending and count < batch_size:
+            taken.insert(0, self._pending.pop())
+            count += len(taken[0].positive_index)
+        self._pending = []
+        if count != batch_size:
+            raise RuntimeError("update() must follow loss() of the same batch")
+        return taken
+
     def selected_positives(self) -> tuple[Tensor, Tensor] | None:
         """Return the last batch's anchors and neighbours; None during warm-up."""
-        positives = self._positive_index
-        if positives is None or positives.shape[1] < 2:
+        if self._last is None or self._last.positive_index.shape[1] < 2:
             return None
-        return positives[:, 0], positives[:, 1:]
+        anchors = self._last.positive_index[:, 0]
+        neighbors = self._last.positive_index[:, 1:]
+        if self._last.positive_mask is None:
+            return anchors, neighbors
+        # Rows differ in length: each neighbour with its anchor.
+        present = self._last.positive_mask[:, 1:]
+        return anchors[:, None].expand_as(neighbors)[present], neighbors[present][:, None]
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, float]:
@@ -218,16 +315,17 @@ class SelectiveContrastive(Method):
             and their neighbours'. ``same_camera_neighbors``: share of neighbours from the
             own camera, where cameras are known.
         """
-        if self._positive_index is None:
+        if self._last is None:
             return {}
-        positives = self._positive_index
-        own = self.memory.global_bank[positives[:, 0]].float()  # (B, C)
-        mixture = self.memory.mixture_bank[positives[:, 0]].float()
+        index = self._last.positive_index[:, 0]
+        own = self.memory.global_bank[index].float()  # (B, C)
+        mixture = self.memory.mixture_bank[index].float()
         report = {"bank_agreement": (own * mixture).sum(dim=1).mean().item()}
         selected = self.selected_positives()
-        if selected is None:
+        if selected is None or not len(selected[0]):
             return report
         anchors, neighbors = selected
+        own = self.memory.global_bank[anchors].float()
         rows = self.memory.global_bank[neighbors].float()  # (B, K, C)
         report["neighbor_similarity"] = (rows @ own[:, :, None]).mean().item()
         camids = self._bank_camids

@@ -1,5 +1,6 @@
 """The commands as a user runs them: real processes, real files."""
 
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,8 @@ from PIL import Image
 from selcon_plugin.cli import builtin_config, load_config, main
 
 SELCON = [sys.executable, "-m", "selcon_plugin"]
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def options(values):
@@ -54,6 +57,10 @@ def model_of(folder):
     return torch.load(Path(folder) / "model_final.pth", weights_only=False)["model"]
 
 
+def results_of(folder):
+    return json.loads((Path(folder) / "results.json").read_text())
+
+
 def test_killed_run_resumes_to_the_weights_of_the_unbroken_one(
     selcon, environment, tiny_values, tmp_path
 ):
@@ -79,6 +86,11 @@ def test_killed_run_resumes_to_the_weights_of_the_unbroken_one(
     assert expected.keys() == got.keys()
     for name, value in expected.items():
         assert torch.equal(got[name], value), name
+    unbroken, resumed = results_of(tmp_path / "whole"), results_of(broken)
+    assert resumed["metrics"] == unbroken["metrics"]
+    # The seconds of both parts: the second alone took less than the whole.
+    clock = torch.load(broken / "model_0002.pth", weights_only=True)["meter"]
+    assert resumed["train_seconds"] > clock["seconds"] > 0
 
 
 def test_eval_repeats_the_result_of_the_training(selcon, run, tmp_path):
@@ -95,6 +107,19 @@ def test_eval_repeats_the_result_of_the_training(selcon, run, tmp_path):
         result = run(*command)
         assert result.returncode == 0, result.stderr
         assert expected[-1] in result.stdout
+    # The training wrote them down as well: | data set | Rank-1 | Rank-5 | ...
+    record = results_of(tmp_path / "run")
+    names = ["Rank-1", "Rank-5", "Rank-10", "mAP", "mINP", "metric"]
+    values = [record["metrics"]["SyntheticPersons"][name] for name in names]
+    shown = [float(cell) for cell in expected[-1].split("|")[2:-1]]
+    assert values == pytest.approx(shown, abs=0.0051)
+    assert (record["method"], record["seed"]) == ("SelectiveContrastive", 0)
+    assert (record["epochs"], record["steps"], record["num_images"]) == (2, 10, 40)
+    assert record["train_seconds"] > 0
+    assert 100 < record["peak_memory_mib"] < 4000
+    assert record["num_clusters"] is None
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["device"].endswith("1 thread")
 
 
 @pytest.fixture
@@ -120,6 +145,8 @@ def test_folder_without_structure_trains_and_gives_features(selcon, tmp_path, me
     assert result.returncode == 0, result.stderr
     assert "2 of 17 image files cannot be read and are left out" in result.stdout
     assert model_of(out)["method.memory.global_bank"].shape[0] == 15
+    record = results_of(out)
+    assert (record["num_images"], record["metrics"]) == (15, {})
     file = tmp_path / "features.npz"
     weights = {"MODEL.WEIGHTS": out / "model_final.pth", "MODEL.BACKBONE.PRETRAIN": False}
     result = selcon("extract", "--images", messy_folder, "--output", file, **weights)
@@ -145,6 +172,7 @@ def test_two_processes_under_torchrun(run, tiny_values, tmp_path):
 def test_two_processes_by_num_gpus(selcon, tmp_path):
     result = selcon("train", "--num-gpus", "2", OUTPUT_DIR=tmp_path / "out")
     assert result.returncode == 0, result.stderr
+    assert results_of(tmp_path / "out")["num_processes"] == 2
     assert int(model_of(tmp_path / "out")["method._step"]) == 10
 
 
@@ -157,6 +185,7 @@ def test_two_processes_by_num_gpus(selcon, tmp_path):
         (["train", "MODEL.SELCON.TEMPERATURE", "0.0"], ["TEMPERATURE", "> 0"]),
         (["eval", "MODEL.META_ARCHITECTURE", "SelCon"], ["MODEL.WEIGHTS"]),
         (["extract", "--output", "x.npz"], ["--images"]),
+        (["bench", "--configs", "nowhere.yml"], ["nowhere.yml"]),
     ],
 )
 def test_mistakes_end_with_status_2_and_one_line(
@@ -174,11 +203,13 @@ def test_no_or_unknown_command_shows_the_commands(capsys):
     assert "doctor" in capsys.readouterr().err
     assert main(["fly"]) == 2
     assert main(["--help"]) == 0
-    assert "extract" in capsys.readouterr().out
+    commands = capsys.readouterr().out
+    assert "extract" in commands
+    assert "bench" in commands
 
 
 @pytest.mark.parametrize(
-    "name", ["synthetic_persons.yml", "image_folder.yml", "market1501.yml"]
+    "name", [str(file.relative_to(CONFIGS)) for file in sorted(CONFIGS.rglob("*.yml"))]
 )
 def test_configs_of_the_package_are_complete(name):
     assert load_config(builtin_config(name)).MODEL.META_ARCHITECTURE == "SelCon"

@@ -6,8 +6,13 @@ import pytest
 from fastreid.config import get_cfg
 
 from selcon_plugin.cli import load_config
+from selcon_plugin.clustering import labeler_names, labeler_options
 from selcon_plugin.fastreid_ext import add_selcon_config, complete_config
-from selcon_plugin.fastreid_ext.config import adapter_options, selected_method_options
+from selcon_plugin.fastreid_ext.config import (
+    adapter_options,
+    clustering_options,
+    selected_method_options,
+)
 from selcon_plugin.methods import base, build_method, method_names, method_options
 from selcon_plugin.methods.selective_contrastive import SelectiveContrastive
 from selcon_plugin.options import Interval
@@ -18,6 +23,7 @@ README = Path(__file__).parents[2] / "configs" / "README.md"
 def test_config_key_is_constructor_argument():
     cfg = add_selcon_config(get_cfg())
     for name in method_names():
+        cfg.MODEL.SELCON.METHOD = name
         options = selected_method_options(cfg)
         method = build_method(name, 10, 4, 2, 2, **options)
         default = build_method(name, 10, 4, 2, 2)
@@ -69,8 +75,21 @@ def test_unknown_key_suggests_the_right_one(tmp_path):
 
 
 def test_whole_number_for_a_float_says_what_to_write():
-    with pytest.raises(ValueError, match=r"MODEL\.SELCON\.TEMPERATURE.*a number > 0.*1\.0"):
-        load_config("", ["MODEL.SELCON.TEMPERATURE", "1"])
+    with pytest.raises(ValueError, match=r"MODEL\.SELCON\.EMA_DECAY.*a number >= 0.*1\.0"):
+        load_config("", ["MODEL.SELCON.EMA_DECAY", "0"])
+
+
+def test_command_line_may_put_a_word_in_place_of_a_files_number(tmp_path):
+    file = tmp_path / "eps.yml"
+    file.write_text("MODEL:\n  SELCON:\n    CLUSTERING:\n      EPS: 0.5\n      K1: 20\n")
+    key = "MODEL.SELCON.CLUSTERING.EPS"
+    assert load_config(str(file)).MODEL.SELCON.CLUSTERING.EPS == 0.5
+    cfg = load_config(str(file), [key, "auto", "MODEL.SELCON.CLUSTERING.K2", "3"])
+    assert cfg.MODEL.SELCON.CLUSTERING.EPS == "auto"
+    assert cfg.MODEL.SELCON.CLUSTERING.K1 == 20
+    assert load_config("", [key, "1"]).MODEL.SELCON.CLUSTERING.EPS == 1
+    with pytest.raises(ValueError, match=r"EPS must be a number > 0 and <= 1 or 'auto'"):
+        load_config(str(file), [key, "often"])
 
 
 def test_folder_and_pattern_are_taken_as_they_are():
@@ -122,10 +141,40 @@ def test_camera_term_excludes_reranking():
         )
 
 
-def test_readme_table_lists_every_key_with_its_default():
-    text = README.read_text()
-    rows = {option.name: option.default for option in adapter_options().values()}
-    for option in method_options("SelectiveContrastive").values():
-        rows[option.name.upper()] = option.default
-    for key, default in rows.items():
-        assert f"| `{key}` | {default} |" in text, key
+def section(heading):
+    """Return the text below a heading of configs/README.md."""
+    _, _, text = README.read_text().partition(f"## {heading}\n")
+    assert text, heading
+    return text.partition("\n## ")[0]
+
+
+def assert_lists(text, options):
+    for option in options.values():
+        row = f"| `{option.name.upper()}` | {option.default} | {option.describe_legal()} |"
+        assert row in text, row
+
+
+def test_readme_lists_every_key_with_default_and_legal_values():
+    own = {o.name: o for o in adapter_options().values() if o.name != "METHOD"}
+    assert_lists(section("`MODEL.SELCON`: what every method has"), own)
+    own = {o.name: o for o in clustering_options().values() if o.name != "LABELER"}
+    assert_lists(section("`MODEL.SELCON.CLUSTERING`"), own)
+    for name in method_names():
+        assert f"`{name}`" in section("Methods")
+        assert_lists(section(f"Method `{name}`"), listed_options(name))
+    for name in labeler_names():
+        assert_lists(section(f"Labeler `{name}`"), labeler_options(name))
+
+
+def listed_options(name):
+    """Return a method's options: those of its base only where their default differs."""
+    options = method_options(name)
+    options.pop("seed", None)
+    if name != "SelConCluster":
+        return options
+    base = method_options("SelectiveContrastive")
+    return {
+        key: option
+        for key, option in options.items()
+        if key not in base or base[key].default != option.default
+    }

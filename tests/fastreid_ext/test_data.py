@@ -74,7 +74,7 @@ def test_batches_do_not_depend_on_workers_and_resume_anywhere(tiny_cfg, num_work
     batches = [batch for batch, _ in zip(reference, range(4), strict=False)]
     tiny_cfg.DATALOADER.NUM_WORKERS = num_workers
     resumed = build_train_loader(tiny_cfg)
-    resumed.sampler.start = 2 * tiny_cfg.SOLVER.IMS_PER_BATCH
+    resumed.sampler.start = 2
     for expected, batch in zip(batches[2:], resumed, strict=False):
         assert torch.equal(batch["images"], expected["images"])
         assert torch.equal(batch["targets"], expected["targets"])

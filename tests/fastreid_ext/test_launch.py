@@ -7,7 +7,8 @@ from fastreid.utils import comm
 from torch import nn
 
 from selcon_plugin.fastreid_ext import SelConTrainer
-from selcon_plugin.fastreid_ext.hooks import unwrap
+from selcon_plugin.fastreid_ext.config import of_any_type
+from selcon_plugin.fastreid_ext.embedding import unwrap
 from selcon_plugin.fastreid_ext.launch import launch
 
 
@@ -40,12 +41,43 @@ def train_and_save(cfg, folder):
     torch.save((recorder.losses, state), f"{folder}/rank{comm.get_rank()}.pt")
 
 
-@pytest.mark.parametrize("num_processes", [2])
-def test_two_processes_equal_one(tiny_cfg, tmp_path, num_processes):
+CLUSTERED = {
+    "MODEL.SELCON.CLUSTERING.EPS": 0.7,
+    "MODEL.SELCON.CLUSTERING.MIN_SAMPLES": 2,
+    "MODEL.SELCON.CLUSTERING.K1": 8,
+    "MODEL.SELCON.CLUSTERING.K2": 3,
+    "MODEL.SELCON.CAMERA_WEIGHT": "batch",
+    "DATALOADER.NUM_INSTANCE": 4,  # one cluster to each of two processes
+    "SOLVER.BASE_LR": 0.001,
+}
+METHODS = {
+    "SelectiveContrastive": {},
+    "SelectiveContrastive by jaccard": CLUSTERED | {"MODEL.SELCON.SELECTION": "jaccard"},
+    "ClusterContrast": CLUSTERED
+    | {
+        "MODEL.SELCON.CLUSTER_UPDATE": "hard",
+        # Set by the tiny config for another method, refused here.
+        "MODEL.SELCON.NUM_NEIGHBORS": 7,
+        "MODEL.SELCON.NUM_NEGATIVES": 500,
+        "MODEL.SELCON.WARMUP_EPOCHS": None,
+    },
+    "SelConCluster": CLUSTERED | {"MODEL.SELCON.OUTLIER_SHARE": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_equal_one(tiny_cfg, tmp_path, name):
     tiny_cfg.SOLVER.MAX_EPOCH = 3
     tiny_cfg.MODEL.BACKBONE.NORM = "BN"
+    tiny_cfg.MODEL.SELCON.METHOD = name.partition(" ")[0]
+    by_jaccard = "jaccard" in name
+    for key, value in METHODS[name].items():
+        with of_any_type(tiny_cfg):
+            tiny_cfg.merge_from_list([key, value])
+    if METHODS[name].get("MODEL.SELCON.WARMUP_EPOCHS", 0) is None:
+        tiny_cfg.MODEL.SELCON.WARMUP_EPOCHS = None
     folders = [tmp_path / name for name in ("one", "several")]
-    for folder, count in zip(folders, (1, num_processes), strict=True):
+    for folder, count in zip(folders, (1, 2), strict=True):
         folder.mkdir()
         tiny_cfg.OUTPUT_DIR = str(folder)
         launch(train_and_save, count, args=(tiny_cfg, str(folder)))
@@ -54,12 +86,14 @@ def test_two_processes_equal_one(tiny_cfg, tmp_path, num_processes):
     _, second = torch.load(folders[1] / "rank1.pt")
     for name, value in first.items():
         assert torch.equal(second[name], value), name
-    # Sums over the batch are taken in another order: 1e-5 after 15 steps.
-    assert losses_several == pytest.approx(losses, abs=1e-5)
+    # Sums over the batch are taken in another order: 1e-5 after 15 steps. But Jaccard
+    # distances are often all but equal, and rounding decides which comes first.
+    assert losses_several == pytest.approx(losses, abs=0.05 if by_jaccard else 1e-5)
     assert len(losses) == 15
-    for name in ("global_bank", "part_bank", "mixture_bank"):
-        name = f"method.memory.{name}"
-        assert torch.allclose(first[name], single[name], atol=1e-4), name
+    assert torch.equal(first["method.labels"], single["method.labels"])
+    for bank in (name for name in first if name.endswith("bank")):
+        tolerance = 0.1 if by_jaccard else 1e-4
+        assert torch.allclose(first[bank], single[bank], atol=tolerance), bank
 
 
 def test_batch_must_divide_among_processes(tiny_cfg, monkeypatch):

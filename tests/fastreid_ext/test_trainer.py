@@ -6,7 +6,7 @@ import torch
 from fastreid.data.datasets import DATASET_REGISTRY
 
 from selcon_plugin.fastreid_ext import SelConTrainer, SyntheticPersons
-from selcon_plugin.fastreid_ext.hooks import calibrate_normalization, unwrap
+from selcon_plugin.fastreid_ext.embedding import calibrate_normalization, unwrap
 
 
 @DATASET_REGISTRY.register()

@@ -127,7 +127,7 @@ def test_warm_up_contrasts_the_own_row_with_random_rows() -> None:
         if epoch < 2:
             assert method.selected_positives() is None
         method.update(index, embeddings_of(3, seed=1))
-    for positives, negatives in chosen[:2]:
+    for positives, negatives, *_ in chosen[:2]:
         assert positives.tolist() == [[4], [9], [4]]
         assert negatives.shape == (3, 8 + 3)  # N + K, so that the softmax keeps its size
         assert not (negatives == index[:, None]).any()
@@ -150,7 +150,7 @@ def test_warm_up_loss_keeps_the_weight_of_the_own_row() -> None:
     method = make_method(self_weight=0.4)
     method.start_epoch(0)
     features, index = embeddings_of(2, seed=1), torch.tensor([3, 8])
-    positives, negatives = method.select(features, index, None)
+    positives, negatives = method.select(features, index, None)[:2]
     candidates = torch.cat([positives, negatives], dim=1)
     rows = method.memory.mixture_bank[candidates]
     target = torch.zeros(2, dtype=torch.int64)
@@ -214,7 +214,7 @@ def test_small_sets_clamp_the_counts_and_warn_once(
         for seed in range(3):
             assert step(method, index, seed=seed).isfinite()
     assert len(caplog.records) == (num_images < 12)
-    positives, negatives = method.select(embeddings_of(2, seed=1), index, None)
+    positives, negatives = method.select(embeddings_of(2, seed=1), index, None)[:2]
     assert (positives.shape[1], negatives.shape[1]) == shape
     method.start_epoch(0)
     assert step(method, index).isfinite()
@@ -247,7 +247,7 @@ def test_every_variant_trains_and_keeps_unit_rows(options: dict[str, Any]) -> No
 def test_no_neighbours_is_instance_discrimination_against_the_hardest() -> None:
     method = make_method(num_neighbors=0, self_weight=1.0, parts=False)
     features, index = embeddings_of(2, seed=1, parts=False), torch.tensor([3, 8])
-    positives, negatives = method.select(features, index, None)
+    positives, negatives = method.select(features, index, None)[:2]
     assert positives.tolist() == [[3], [8]]
     rows = method.memory.mixture_bank[torch.cat([positives, negatives], dim=1)]
     logits = (rows @ features.global_features[:, :, None])[..., 0] / 0.1
@@ -293,7 +293,7 @@ def test_duplicate_images_are_each_others_neighbours() -> None:
     method = make_method()
     method.prepare(features, None)
     two = Embeddings(features.global_features[:2], features.part_features[:2])
-    positives, negatives = method.select(two, torch.tensor([0, 1]), None)
+    positives, negatives = method.select(two, torch.tensor([0, 1]), None)[:2]
     assert positives[:, :2].tolist() == [[0, 1], [1, 0]]
     assert not (negatives < 2).any()
 

@@ -1,0 +1,170 @@
+"""Gradient accumulation in FastReID's training loop: a large batch on a small GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+import torch
+from fastreid.engine.train_loop import AMPTrainer, SimpleTrainer
+from fastreid.utils.params import ContiguousParams
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def split_batch(batch: dict[str, Any], num_micro_batches: int) -> list[dict[str, Any]]:
+    """Cut a batch into contiguous parts of equal size.
+
+    Contiguous, so that the blocks of K images of one cluster stay whole wherever K divides
+    the size of a part.
+
+    Args:
+        batch: FastReID's batch: tensors and lists by name, each with one entry per image.
+        num_micro_batches: Number of parts.
+
+    Returns:
+        The parts in order; their tensors are views.
+
+    Raises:
+        ValueError: If the number of images is no multiple of the number of parts, or an
+            entry has another length than the others.
+    """
+    if num_micro_batches == 1:
+        return [batch]
+    lengths = {name: len(values) for name, values in batch.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"a batch needs one entry per image everywhere, got {lengths}")
+    batch_size = next(iter(lengths.values()))
+    if batch_size % num_micro_batches:
+        raise ValueError(
+            f"a batch of {batch_size} images cannot be cut into {num_micro_batches} "
+            "micro-batches of equal size: choose a number of micro-batches that divides "
+            "the number of images per process (SOLVER.IMS_PER_BATCH / processes)"
+        )
+    size = batch_size // num_micro_batches
+    return [
+        {name: values[start : start + size] for name, values in batch.items()}
+        for start in range(0, batch_size, size)
+    ]
+
+
+def _record_event(tensor: Tensor) -> torch.cuda.Event | None:
+    """Mark, on a GPU, the moment at which all work issued so far is done."""
+    if not tensor.is_cuda:
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call, unused-ignore]
+    event.record(torch.cuda.current_stream(tensor.device))
+    return event
+
+
+class AccumulatingTrainer(SimpleTrainer):
+    """FastReID's ``SimpleTrainer`` with each batch in parts, and one optimiser step.
+
+    The gradient is the mean of the micro-batches' gradients: that of the whole batch where
+    the loss is a mean over images that do not see each other. Batch norm sees a micro-batch
+    at a time, as on a batch of that size. Losses are logged once per step, averaged.
+    Under ``DistributedDataParallel`` gradients are exchanged once per step.
+
+    With one micro-batch it does what ``SimpleTrainer`` does.
+
+    Args:
+        model: Maps a batch to losses by name; called once per micro-batch.
+        data_loader: Endless; yields whole batches.
+        optimizer: Steps once per batch.
+        param_wrapper: As in FastReID's trainers.
+        num_micro_batches: Parts of each batch; must divide the number of its images.
+
+    Raises:
+        ValueError: If ``num_micro_batches`` is below 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Any,
+        optimizer: torch.optim.Optimizer,
+        param_wrapper: Any,
+        *,
+        num_micro_batches: int,
+    ) -> None:
+        if num_micro_batches < 1:
+            raise ValueError(
+                f"num_micro_batches must be 1 or more, got {num_micro_batches}"
+            )
+        super().__init__(model, data_loader, optimizer, param_wrapper)
+        self.num_micro_batches = num_micro_batches
+
+    def run_step(self) -> None:
+        """Train on one batch of the loader."""
+        assert self.model.training, "the model was changed to evaluation mode"
+        start = time.perf_counter()
+        batch = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+
+        self.optimizer.zero_grad()
+        *without_exchange, last = split_batch(batch, self.num_micro_batches)
+        metrics: dict[str, Tensor] = {}
+        with self._no_exchange():
+            for micro_batch in without_exchange:
+                self._backward(self._losses(micro_batch, metrics))
+        loss = self._losses(last, metrics)
+        # FastReID reads the losses on a CUDA stream of its own, which would not wait for
+        # the one that computes them. Waiting for this event does not wait for backward().
+        computed = _record_event(loss)
+        self._backward(loss)
+        if computed is not None:
+            computed.synchronize()
+        self._write_metrics(metrics, data_time)
+        self._update_weights()
+        if isinstance(self.param_wrapper, ContiguousParams):
+            self.param_wrapper.assert_buffer_is_valid()
+
+    def _no_exchange(self) -> contextlib.AbstractContextManager[None]:
+        if isinstance(self.model, DistributedDataParallel):
+            return self.model.no_sync()
+        return contextlib.nullcontext()
+
+    def _losses(self, micro_batch: dict[str, Any], metrics: dict[str, Tensor]) -> Tensor:
+        """Return a micro-batch's share of the batch's loss; add up the losses by name."""
+        losses = self._forward(micro_batch)
+        for name, loss in losses.items():
+            share = loss.detach() / self.num_micro_batches
+            metrics[name] = metrics[name] + share if name in metrics else share
+        total = sum(losses.values())
+        assert isinstance(total, Tensor), "the model returned no losses"
+        return total / self.num_micro_batches
+
+    def _forward(self, micro_batch: dict[str, Any]) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = self.model(micro_batch)
+        return losses
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def _update_weights(self) -> None:
+        self.optimizer.step()
+
+
+class AccumulatingAMPTrainer(AccumulatingTrainer, AMPTrainer):
+    """FastReID's ``AMPTrainer`` with each batch in parts, and one optimiser step.
+
+    Mixed precision on CUDA: the loss scale is the same for all micro-batches of a batch and
+    changes once per step. Otherwise as :class:`AccumulatingTrainer`.
+    """
+
+    def run_step(self) -> None:
+        """Train on one batch of the loader."""
+        assert torch.cuda.is_available(), "SOLVER.AMP.ENABLED needs CUDA"
+        super().run_step()
+
+    def _forward(self, micro_batch: dict[str, Any]) -> dict[str, Tensor]:
+        with torch.autocast("cuda"):
+            return super()._forward(micro_batch)
+
+    def _backward(self, loss: Tensor) -> None:
+        super()._backward(self.grad_scaler.scale(loss))
+
+    def _update_weights(self) -> None:
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
