@@ -40,6 +40,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from selcon_plugin.registry import Registry
+
 Indices = NDArray[np.int64]
 
 
@@ -216,43 +218,22 @@ class Planner(Protocol):
         """
 
 
-_PLANNERS: dict[str, Planner] = {}
+_PLANNERS: Registry[Planner] = Registry("planner")
 PlannerFunction = TypeVar("PlannerFunction", bound=Planner)
 
 
 def register_planner(name: str) -> Callable[[PlannerFunction], PlannerFunction]:
     """Decorator: make a planner available to :class:`ClusterSampler` under ``name``."""
-
-    def decorate(planner: PlannerFunction) -> PlannerFunction:
-        if name in _PLANNERS:
-            raise ValueError(f"a planner named {name!r} is already registered")
-        _PLANNERS[name] = planner
-        return planner
-
-    return decorate
+    return _PLANNERS.register(name)
 
 
 def planner_names() -> list[str]:
     """Return the names of all registered planners."""
-    return sorted(_PLANNERS)
+    return _PLANNERS.names()
 
 
 def planner_named(name: str) -> Planner:
-    """Return the planner registered under ``name``.
-
-    Args:
-        name: A registered name.
-
-    Returns:
-        The planner.
-
-    Raises:
-        ValueError: If there is none; lists those there are.
-    """
-    if name not in _PLANNERS:
-        raise ValueError(
-            f"unknown planner {name!r}; known are {', '.join(planner_names())}"
-        )
+    """Return the planner registered under ``name``."""
     return _PLANNERS[name]
 
 

@@ -18,10 +18,11 @@ from selcon_plugin.clustering.jaccard import unit_features
 from selcon_plugin.clustering.pseudo_labels import PseudoLabels
 from selcon_plugin.clustering.quality import label_free_quality
 from selcon_plugin.options import Option, check_options, options_of
+from selcon_plugin.registry import Registry
 
 logger = logging.getLogger(__name__)
 
-_LABELERS: dict[str, type[Labeler]] = {}
+_LABELERS: Registry[type[Labeler]] = Registry("labeler")
 LabelerClass = TypeVar("LabelerClass", bound="type[Labeler]")
 
 
@@ -150,37 +151,16 @@ def _checked_camids(camids: Tensor | None, num_images: int) -> Tensor | None:
 
 def register_labeler(name: str) -> Callable[[LabelerClass], LabelerClass]:
     """Class decorator: make a labeler available to :func:`build_labeler` under ``name``."""
-
-    def decorate(cls: LabelerClass) -> LabelerClass:
-        if name in _LABELERS:
-            raise ValueError(f"a labeler named {name!r} is already registered")
-        _LABELERS[name] = cls
-        return cls
-
-    return decorate
+    return _LABELERS.register(name)
 
 
 def labeler_names() -> list[str]:
     """Return the names of all registered labelers."""
-    return sorted(_LABELERS)
+    return _LABELERS.names()
 
 
 def labeler_options(name: str) -> dict[str, Option]:
-    """Return the options of the labeler registered under ``name``.
-
-    Args:
-        name: A registered name.
-
-    Returns:
-        Options by name.
-
-    Raises:
-        ValueError: If there is no such labeler; lists those there are.
-    """
-    if name not in _LABELERS:
-        raise ValueError(
-            f"unknown labeler {name!r}; known are {', '.join(labeler_names())}"
-        )
+    """Return the options of the labeler registered under ``name``."""
     return options_of(_LABELERS[name])
 
 

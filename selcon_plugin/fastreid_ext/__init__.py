@@ -2,7 +2,8 @@
 
 * meta-architecture ``SelCon``, head ``GlobalPartHead``, backbone ``build_timm_backbone``;
 * data sets ``ImageFolderReID`` and ``SyntheticPersons``;
-* ``SelConTrainer`` takes the place of FastReID's ``DefaultTrainer``.
+* ``SelConTrainer`` takes the place of FastReID's ``DefaultTrainer``; ``ClusteringHook`` is
+  what it adds for methods that cluster.
 """
 
 from selcon_plugin.compat import prepare_fastreid
@@ -10,6 +11,7 @@ from selcon_plugin.compat import prepare_fastreid
 prepare_fastreid()
 
 from selcon_plugin.fastreid_ext.backbones import build_timm_backbone  # noqa: E402
+from selcon_plugin.fastreid_ext.clustering_hook import ClusteringHook  # noqa: E402
 from selcon_plugin.fastreid_ext.config import add_selcon_config, complete_config  # noqa: E402
 from selcon_plugin.fastreid_ext.datasets import ImageFolderReID, SyntheticPersons  # noqa: E402
 from selcon_plugin.fastreid_ext.heads import GlobalPartHead  # noqa: E402
@@ -17,6 +19,7 @@ from selcon_plugin.fastreid_ext.meta_arch import SelCon  # noqa: E402
 from selcon_plugin.fastreid_ext.trainer import SelConTrainer  # noqa: E402
 
 __all__ = [
+    "ClusteringHook",
     "GlobalPartHead",
     "ImageFolderReID",
     "SelCon",

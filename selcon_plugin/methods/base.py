@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from selcon_plugin.clustering import OUTLIER, PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.options import Option, check_options, options_of
+from selcon_plugin.registry import Registry
 
-_METHODS: dict[str, type[Method]] = {}
+_METHODS: Registry[type[Method]] = Registry("method")
 MethodClass = TypeVar("MethodClass", bound="type[Method]")
 
 
@@ -178,35 +179,16 @@ class Method(nn.Module, ABC):
 
 def register_method(name: str) -> Callable[[MethodClass], MethodClass]:
     """Class decorator: make a method available to :func:`build_method` under ``name``."""
-
-    def decorate(cls: MethodClass) -> MethodClass:
-        if name in _METHODS:
-            raise ValueError(f"a method named {name!r} is already registered")
-        _METHODS[name] = cls
-        return cls
-
-    return decorate
+    return _METHODS.register(name)
 
 
 def method_names() -> list[str]:
     """Return the names of all registered methods."""
-    return sorted(_METHODS)
+    return _METHODS.names()
 
 
 def method_class(name: str) -> type[Method]:
-    """Return the class registered under ``name``.
-
-    Args:
-        name: A registered name.
-
-    Returns:
-        The class.
-
-    Raises:
-        ValueError: If there is none; lists those there are.
-    """
-    if name not in _METHODS:
-        raise ValueError(f"unknown method {name!r}; known are {', '.join(method_names())}")
+    """Return the class registered under ``name``."""
     return _METHODS[name]
 
 

@@ -41,6 +41,7 @@ class SelConCluster(SelectiveContrastive):
         neighbor_scale: α, factor on the weight shared by the neighbours; 1 makes all
             weights sum to 1.
         temperature: τ, divides the similarities.
+        bank_momentum: Weight of the old row when a bank is written.
         normalize_parts: Whether the concatenated parts are scaled to unit length.
         warmup_epochs: Epochs without neighbours at the start.
         **options: The other options of :class:`SelectiveContrastive`.
@@ -61,6 +62,7 @@ class SelConCluster(SelectiveContrastive):
         self_weight: Annotated[float, Interval(0, 1, above=True)] = 0.5,
         neighbor_scale: Annotated[float, Interval(0)] = 1.0,
         temperature: Annotated[float, Interval(0, above=True)] = 0.05,
+        bank_momentum: Annotated[float, Interval(0, 1)] = 0.1,
         normalize_parts: bool = True,
         warmup_epochs: Annotated[int, Interval(0)] = 0,
         **options: Any,
@@ -75,6 +77,7 @@ class SelConCluster(SelectiveContrastive):
             self_weight=self_weight,
             neighbor_scale=neighbor_scale,
             temperature=temperature,
+            bank_momentum=bank_momentum,
             normalize_parts=normalize_parts,
             warmup_epochs=warmup_epochs,
             **options,

@@ -1,3 +1,4 @@
+import copy
 import re
 from pathlib import Path
 from typing import Annotated
@@ -101,7 +102,7 @@ def test_folder_and_pattern_are_taken_as_they_are():
 
 
 def test_method_of_a_users_own_script_is_one_more_choice(monkeypatch):
-    monkeypatch.setattr(base, "_METHODS", dict(base._METHODS))
+    monkeypatch.setattr(base, "_METHODS", copy.copy(base._METHODS))
 
     @base.register_method("Mine")
     class Mine(SelectiveContrastive):

@@ -123,9 +123,7 @@ def trainer(tiny_cfg, tmp_path):
     tiny_cfg.OUTPUT_DIR = str(tmp_path)
     loader = SimpleNamespace(dataset=range(40))
     progress = {"start_epoch": 2, "max_epoch": 2, "max_iter": 10}
-    return SimpleNamespace(
-        cfg=tiny_cfg, data_loader=loader, meter=RunMeter(), **progress
-    )
+    return SimpleNamespace(cfg=tiny_cfg, data_loader=loader, meter=RunMeter(), **progress)
 
 
 def written(trainer):

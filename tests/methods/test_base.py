@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -74,7 +75,7 @@ def test_illegal_option_names_option_value_and_range(
 
 
 def test_a_name_is_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "_METHODS", dict(base._METHODS))
+    monkeypatch.setattr(base, "_METHODS", copy.copy(base._METHODS))
     assert register_method("Minimal")(Minimal) is Minimal
     assert method_class("Minimal") is Minimal
     assert method_names() == sorted([*method_names()])
