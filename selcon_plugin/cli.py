@@ -7,11 +7,12 @@ algorithmic happens here: arguments are read, a config is made, a function is ca
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -295,12 +296,35 @@ def run(cfg: Any, args: argparse.Namespace) -> Any:
         trainer = SelConTrainer(cfg, show_progress=sys.stderr.isatty())
         trainer.resume_or_load(resume=args.resume)
         forget_results(cfg.OUTPUT_DIR)
-        with trainer.meter.running():
+        readers = cfg.MODEL.DEVICE == "cpu" and cfg.DATALOADER.NUM_WORKERS
+        threads = one_core_left_free() if readers else contextlib.nullcontext()
+        with threads, trainer.meter.running():
             results = trainer.train()
         write_results(trainer, results)
     if results:
         verify_results(cfg, results_by_test_set(cfg, results))
     return results
+
+
+@contextlib.contextmanager
+def one_core_left_free() -> Iterator[None]:
+    """Compute on all cores but one, unless OMP_NUM_THREADS says otherwise.
+
+    The threads of one operation wait for each other: where another process, such as the one
+    that reads the images, takes the core of one of them, all come to a near standstill.
+
+    Yields:
+        Nothing.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, threads - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _extract(argv: list[str]) -> int:

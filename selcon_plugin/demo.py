@@ -26,7 +26,12 @@ import yaml
 from numpy.typing import NDArray
 from torch import nn
 
-from selcon_plugin.cli import builtin_config, flatten_config, load_config
+from selcon_plugin.cli import (
+    builtin_config,
+    flatten_config,
+    load_config,
+    one_core_left_free,
+)
 from selcon_plugin.datasets import generate_synthetic_persons
 from selcon_plugin.visualize import LabeledImages, loss_curve, ranked_sheet
 
@@ -85,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.fresh:
         _remove_run(output)
     try:
-        with _log_into(output / _LOG), _one_core_left_free():
+        with _log_into(output / _LOG), one_core_left_free():
             _run(cfg, output)
     except KeyboardInterrupt:
         _say("\nStopped. The same command goes on after the last finished epoch.")
@@ -371,22 +376,6 @@ def _log_into(file: Path) -> Iterator[None]:
             log.handlers, log.propagate = old_handlers, propagate
             log.setLevel(level)
         to_file.close()
-
-
-@contextlib.contextmanager
-def _one_core_left_free() -> Iterator[None]:
-    """Compute on all cores but one, unless OMP_NUM_THREADS says otherwise.
-
-    The threads of one operation wait for each other: where another process, such as the one
-    that reads the images, takes the core of one of them, all come to a near standstill.
-    """
-    threads = torch.get_num_threads()
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, threads - 1))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from PIL import Image
 pytest.importorskip("fastreid")
 
 from selcon_plugin import demo
+from selcon_plugin.cli import one_core_left_free
 from selcon_plugin.datasets import SyntheticPersonsSpec, generate_synthetic_persons
 
 SPEC = SyntheticPersonsSpec(
@@ -134,11 +135,11 @@ def test_one_core_is_left_free_unless_the_user_decides(monkeypatch):
     try:
         torch.set_num_threads(2)
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        with demo._one_core_left_free():
+        with one_core_left_free():
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 2
         monkeypatch.setenv("OMP_NUM_THREADS", "2")
-        with demo._one_core_left_free():
+        with one_core_left_free():
             assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)

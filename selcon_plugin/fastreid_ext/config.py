@@ -163,6 +163,13 @@ def add_selcon_config(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
+def _fill_in(node: CfgNode, options: Mapping[str, Option]) -> None:
+    """Put a default where None stood for it, so that the config says what is used."""
+    for name, option in options.items():
+        if node[name.upper()] is None:
+            node[name.upper()] = option.default
+
+
 @contextlib.contextmanager
 def of_any_type(cfg: CfgNode) -> Iterator[None]:
     """Let a merge change the type of the keys that take several, such as ``EPS: auto``.
@@ -345,6 +352,9 @@ def complete_config(cfg: CfgNode) -> CfgNode:
         option.check(value, label=f"MODEL.SELCON.CLUSTERING.{name}")
     selected_method_options(cfg)
     selected_labeler_options(cfg)
+    node = cfg.MODEL.SELCON
+    _fill_in(node, _own_method_options(node.METHOD))
+    _fill_in(node.CLUSTERING, labeler_options(node.CLUSTERING.LABELER))
     _check_combinations(cfg)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("MODEL.DEVICE is cuda, but CUDA is not available: using the CPU")

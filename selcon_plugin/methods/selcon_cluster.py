@@ -1,10 +1,11 @@
-"""SelConCluster: the selective contrastive loss on clusters, every image kept.
+"""SelConCluster: the selective contrastive loss on clusters.
 
 Joins two lines of work. From cluster methods: images are clustered anew each epoch, batches
 hold several images of each cluster, and the memory starts each epoch from fresh features.
 From Selective Contrastive Learning: an image is compared with images and not with cluster
-centres, its positives are the nearest few of its cluster, its negatives the hardest images
-of other clusters, and outliers take part as images of their own.
+centres, its positives are weighted, the nearest of its cluster, and its negatives are the
+hardest images outside of it. Outliers are negatives; with a share of the batch
+(``OUTLIER_SHARE``) they are also trained, each with itself as the positive.
 
 This package's own method; its parts come from Pang et al., 2020
 (https://arxiv.org/abs/2010.07608) and Dai et al., 2022 (https://arxiv.org/abs/2103.11568).
@@ -36,12 +37,12 @@ class SelConCluster(SelectiveContrastive):
         selection: As in :class:`SelectiveContrastive`; both choices need clusters.
         center_weight: Share of the cluster's mean in the mixture row with which an image
             begins an epoch; the rest is its own feature.
-        num_neighbors: K, neighbours that count as positives.
+        num_neighbors: K, images of the cluster that count as positives: all of most.
+        num_negatives: N, the nearest images outside of the cluster.
         self_weight: λ_t, weight of the image's own row.
         neighbor_scale: α, factor on the weight shared by the neighbours; 1 makes all
             weights sum to 1.
         temperature: τ, divides the similarities.
-        bank_momentum: Weight of the old row when a bank is written.
         normalize_parts: Whether the concatenated parts are scaled to unit length.
         warmup_epochs: Epochs without neighbours at the start.
         **options: The other options of :class:`SelectiveContrastive`.
@@ -58,11 +59,11 @@ class SelConCluster(SelectiveContrastive):
         *,
         selection: Annotated[str, Choice(("jaccard", "cluster"))] = "cluster",
         center_weight: Annotated[float, Interval(0, 1)] = 1.0,
-        num_neighbors: Annotated[int, Interval(0)] = 7,
-        self_weight: Annotated[float, Interval(0, 1, above=True)] = 0.5,
+        num_neighbors: Annotated[int, Interval(0)] = 31,
+        num_negatives: Annotated[int, Interval(1)] = 3000,
+        self_weight: Annotated[float, Interval(0, 1, above=True)] = 0.1,
         neighbor_scale: Annotated[float, Interval(0)] = 1.0,
         temperature: Annotated[float, Interval(0, above=True)] = 0.05,
-        bank_momentum: Annotated[float, Interval(0, 1)] = 0.1,
         normalize_parts: bool = True,
         warmup_epochs: Annotated[int, Interval(0)] = 0,
         **options: Any,
@@ -74,10 +75,10 @@ class SelConCluster(SelectiveContrastive):
             part_dim,
             selection=selection,
             num_neighbors=num_neighbors,
+            num_negatives=num_negatives,
             self_weight=self_weight,
             neighbor_scale=neighbor_scale,
             temperature=temperature,
-            bank_momentum=bank_momentum,
             normalize_parts=normalize_parts,
             warmup_epochs=warmup_epochs,
             **options,

@@ -33,7 +33,7 @@ CLUSTERED = {
 METHODS = {
     "ClusterContrast": {},
     "ClusterContrast hard": {"CLUSTER_UPDATE": "hard", "CAMERA_WEIGHT": "batch"},
-    "SelConCluster": {"METHOD": "SelConCluster", "OUTLIER_SHARE": 0.5},
+    "SelConCluster": {"METHOD": "SelConCluster", "OUTLIER_SHARE": 0.5, "NUM_NEIGHBORS": 3},
     "SCL jaccard": {"METHOD": "SelectiveContrastive", "SELECTION": "jaccard"},
     "SCL cluster": {"METHOD": "SelectiveContrastive", "SELECTION": "cluster"},
 }

@@ -50,6 +50,17 @@ def test_script_without_add_selcon_config_gets_the_defaults():
     assert complete_config(get_cfg()).MODEL.SELCON.NUM_NEIGHBORS == 7
 
 
+def test_complete_config_says_what_the_method_and_labeler_use():
+    cfg = add_selcon_config(get_cfg())
+    assert cfg.MODEL.SELCON.TEMPERATURE is None  # methods differ
+    cfg.MODEL.SELCON.METHOD = "ClusterContrast"
+    cfg = complete_config(cfg)
+    assert cfg.MODEL.SELCON.TEMPERATURE == 0.05
+    assert cfg.MODEL.SELCON.NUM_NEIGHBORS is None  # it has none
+    assert cfg.MODEL.SELCON.CLUSTERING.EPS == 0.6
+    assert str(complete_config(cfg)) == str(cfg)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
