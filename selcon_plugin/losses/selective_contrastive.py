@@ -134,6 +134,7 @@ def selective_contrastive_loss(
     positive_weight: Tensor,
     negative_mask: Tensor | None = None,
     temperature: float = 0.1,
+    focal_gamma: float = 0.0,
 ) -> Tensor:
     r"""Pull each anchor towards its positives and away from its negatives.
 
@@ -153,6 +154,10 @@ def selective_contrastive_loss(
     entry is False. What is absent is not in :math:`A_i`; the index in its place may be any
     row. An anchor without positives has loss 0, and counts in the mean.
 
+    With ``focal_gamma`` :math:`\gamma` each :math:`L_i` is multiplied by :math:`(1 -
+    P_i)^\gamma`, where :math:`P_i` is the softmax's share of all positives: anchors that
+    already find them count less. Its gradient is taken as well.
+
     Args:
         features: Anchor features, shape ``(B, C)``; or ``(B, V, C)`` for several views of
             each anchor that share candidates, so that the bank is read once.
@@ -163,14 +168,15 @@ def selective_contrastive_loss(
             positives, shape ``(B, P)``, 0 for those it does not have.
         negative_mask: Which negatives there are, bool, shape ``(B, N)``; None for all.
         temperature: Softmax temperature τ; similarities are divided by it.
+        focal_gamma: Exponent γ of the focal factor, at least 0 (off).
 
     Returns:
         Scalar loss, mean over the batch; for several views one mean per view, shape
         ``(V,)``.
 
     Raises:
-        ValueError: If ``temperature`` is not positive, or if ``positive_weight`` or
-            ``negative_mask`` does not fit the indices.
+        ValueError: If ``temperature`` is not positive, ``focal_gamma`` is negative, or
+            ``positive_weight`` or ``negative_mask`` does not fit the indices.
 
     Example:
         >>> bank = torch.eye(2)
@@ -191,6 +197,8 @@ def selective_contrastive_loss(
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
+    if not focal_gamma >= 0:
+        raise ValueError(f"focal_gamma must be 0 or more, got {focal_gamma}")
     present = _present_candidates(
         positive_index, negative_index, positive_weight, negative_mask
     )
@@ -204,12 +212,23 @@ def selective_contrastive_loss(
     weight = positive_weight.to(log_prob)
     with torch.autocast(device_type=log_prob.device.type, enabled=False):
         if weight.dim() == 1:
-            loss = -(log_prob @ weight).mean(dim=0)  # (V,)
+            losses = -(log_prob @ weight)  # (B, V)
         else:
-            loss = -(log_prob @ weight[:, :, None]).squeeze(2).mean(dim=0)
+            losses = -(log_prob @ weight[:, :, None]).squeeze(2)
+        if focal_gamma:
+            losses = losses * _focal_factor(log_prob, focal_gamma)
+        loss = losses.mean(dim=0)  # (V,)
     # float32, unless the features themselves are float64.
     loss = loss.to(torch.promote_types(features.dtype, torch.float32))
     return loss if features.dim() == 3 else loss[0]
+
+
+def _focal_factor(log_prob: Tensor, gamma: float) -> Tensor:
+    """Return (1 - P)^γ, P the share of the positives; ``(B, V, P)`` to ``(B, V)``."""
+    share = log_prob.logsumexp(dim=2).clamp(max=0.0)  # rounding may pass log 1
+    # At P = 1 an exponent below 1 has an infinite gradient.
+    others = (-torch.expm1(share)).clamp(min=torch.finfo(share.dtype).tiny)
+    return others**gamma
 
 
 class SelectiveContrastiveLoss(nn.Module):
@@ -224,6 +243,7 @@ class SelectiveContrastiveLoss(nn.Module):
         self_weight: Weight λ_t of the own entry.
         neighbor_scale: Factor α on the weight shared by the neighbours.
         temperature: Softmax temperature τ.
+        focal_gamma: Exponent γ of the focal factor, at least 0 (off).
 
     Raises:
         ValueError: If ``num_neighbors`` is negative or ``temperature`` not positive.
@@ -244,6 +264,7 @@ class SelectiveContrastiveLoss(nn.Module):
         self_weight: float = 0.5,
         neighbor_scale: float = 1.75,
         temperature: float = 0.1,
+        focal_gamma: float = 0.0,
     ) -> None:
         super().__init__()
         if num_neighbors < 0:
@@ -254,6 +275,7 @@ class SelectiveContrastiveLoss(nn.Module):
         self.self_weight = self_weight
         self.neighbor_scale = neighbor_scale
         self.temperature = temperature
+        self.focal_gamma = focal_gamma
         # Kept on the device, so that a step copies nothing; not state, since it follows
         # from the settings.
         self.register_buffer("weights", self._weights(1 + num_neighbors), persistent=False)
@@ -267,7 +289,8 @@ class SelectiveContrastiveLoss(nn.Module):
         """Describe the settings in ``print(model)``."""
         return (
             f"num_neighbors={self.num_neighbors}, self_weight={self.self_weight}, "
-            f"neighbor_scale={self.neighbor_scale}, temperature={self.temperature}"
+            f"neighbor_scale={self.neighbor_scale}, temperature={self.temperature}, "
+            f"focal_gamma={self.focal_gamma}"
         )
 
     def forward(
@@ -315,4 +338,5 @@ class SelectiveContrastiveLoss(nn.Module):
             positive_weight=weights,
             negative_mask=negative_mask,
             temperature=self.temperature,
+            focal_gamma=self.focal_gamma,
         )

@@ -73,6 +73,8 @@ class SelectiveContrastive(Method):
             negatives are random.
         camera_weight: Weight of a sample by the cameras that see its cluster, as in
             :class:`ClusterMethod`; needs clusters.
+        focal_gamma: Exponent of the focal factor: images that already find their positives
+            count less; 0 for none.
         bank_dtype: Type of the banks; half precision halves their memory.
         seed: Seed of the warm-up's random negatives.
 
@@ -105,6 +107,7 @@ class SelectiveContrastive(Method):
         normalize_parts: bool = False,
         warmup_epochs: Annotated[int, Interval(0)] = 3,
         camera_weight: Annotated[str, Choice(CAMERA_WEIGHTS)] = "none",
+        focal_gamma: Annotated[float, Interval(0)] = 0.0,
         bank_dtype: Annotated[str, Choice(tuple(_DTYPES))] = "float32",
         seed: Annotated[int, Interval(0)] = 0,
     ) -> None:
@@ -124,7 +127,7 @@ class SelectiveContrastive(Method):
         self.warmup_epochs = warmup_epochs
         self.seed = seed
         self.criterion = SelectiveContrastiveLoss(
-            num_neighbors, self_weight, neighbor_scale, temperature
+            num_neighbors, self_weight, neighbor_scale, temperature, focal_gamma
         )
         self.memory = TriBankMemory(
             num_images,

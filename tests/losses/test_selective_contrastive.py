@@ -245,7 +245,9 @@ def masked_case(case: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def masked_loss_by_loops(case: dict[str, Tensor], temperature: float) -> float:
+def masked_loss_by_loops(
+    case: dict[str, Tensor], temperature: float, gamma: float = 0.0
+) -> float:
     total = 0.0
     for i in range(B):
         feature = case["features"][i].double()
@@ -264,9 +266,10 @@ def masked_loss_by_loops(case: dict[str, Tensor], temperature: float) -> float:
         ]
         present = [value for value, w in zip(positives, weights, strict=True) if w]
         denominator = sum(present) + sum(negatives)
+        factor = (sum(negatives) / denominator) ** gamma if gamma and present else 1.0
         for value, weight in zip(positives, weights, strict=True):
             if weight:
-                total -= weight * math.log(value / denominator)
+                total -= factor * weight * math.log(value / denominator)
     return total / B
 
 
@@ -279,6 +282,48 @@ def test_own_weights_and_absent_candidates_equal_definition_by_loops(
         found = selective_contrastive_loss(**on_device, temperature=temperature)
         expected = masked_loss_by_loops(case, temperature)
         assert found.item() == pytest.approx(expected, rel=2e-6)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+def test_focal_factor_equals_definition_by_loops(
+    case: dict[str, Tensor], path: str, gamma: float
+) -> None:
+    case = masked_case(case)
+    found = selective_contrastive_loss(**case, temperature=0.5, focal_gamma=gamma)
+    expected = masked_loss_by_loops(case, 0.5, gamma)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+    assert found.item() < masked_loss_by_loops(case, 0.5)
+
+
+def test_focal_gradient_is_right_and_finite_at_a_perfect_match(
+    case: dict[str, Tensor],
+) -> None:
+    case["bank"] = case["bank"].double()
+
+    def loss_of(features: Tensor) -> Tensor:
+        changed = case | {"features": features}
+        return selective_contrastive_loss(**changed, focal_gamma=2.0)
+
+    features = case["features"].double().requires_grad_()
+    assert torch.autograd.gradcheck(loss_of, (features,))
+    match = torch.eye(4)[:1].requires_grad_()
+    loss = selective_contrastive_loss(
+        match,
+        torch.eye(4),
+        torch.tensor([[0]]),
+        torch.tensor([[1]]),
+        positive_weight=torch.ones(1),
+        temperature=1e-3,
+        focal_gamma=0.5,
+    )
+    loss.backward()
+    assert match.grad is not None
+    assert match.grad.isfinite().all()
+
+
+def test_negative_focal_exponent_is_refused(case: dict[str, Tensor]) -> None:
+    with pytest.raises(ValueError, match="focal_gamma must be 0 or more, got -1"):
+        selective_contrastive_loss(**case, focal_gamma=-1.0)
 
 
 @pytest.mark.parametrize("given", ["positive_weight", "negative_mask"])
