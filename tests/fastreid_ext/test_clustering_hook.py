@@ -53,9 +53,9 @@ def with_method(cfg, name):
         cfg.MODEL.SELCON.NUM_NEGATIVES = 10
     else:
         # Keys of other methods, set by the tiny config, are refused here.
-        for key, default in (("NUM_NEIGHBORS", 7), ("NUM_NEGATIVES", 500)):
-            cfg.MODEL.SELCON[key] = default
-        cfg.MODEL.SELCON.WARMUP_EPOCHS = None
+        defaults = add_selcon_config(get_cfg()).MODEL.SELCON
+        for key in ("NUM_NEIGHBORS", "NUM_NEGATIVES", "WARMUP_EPOCHS"):
+            cfg.MODEL.SELCON[key] = defaults[key]
     options = {f"MODEL.SELCON.{key}": value for key, value in METHODS[name].items()}
     return configured(cfg, options)
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from fastreid.config import get_cfg
 from fastreid.engine.train_loop import HookBase
 from fastreid.utils import comm
 from torch import nn
 
-from selcon_plugin.fastreid_ext import SelConTrainer
+from selcon_plugin.fastreid_ext import SelConTrainer, add_selcon_config
 from selcon_plugin.fastreid_ext.config import of_any_type
 from selcon_plugin.fastreid_ext.embedding import unwrap
 from selcon_plugin.fastreid_ext.launch import launch
@@ -53,14 +54,7 @@ CLUSTERED = {
 METHODS = {
     "SelectiveContrastive": {},
     "SelectiveContrastive by jaccard": CLUSTERED | {"MODEL.SELCON.SELECTION": "jaccard"},
-    "ClusterContrast": CLUSTERED
-    | {
-        "MODEL.SELCON.CLUSTER_UPDATE": "hard",
-        # Set by the tiny config for another method, refused here.
-        "MODEL.SELCON.NUM_NEIGHBORS": 7,
-        "MODEL.SELCON.NUM_NEGATIVES": 500,
-        "MODEL.SELCON.WARMUP_EPOCHS": None,
-    },
+    "ClusterContrast": CLUSTERED | {"MODEL.SELCON.CLUSTER_UPDATE": "hard"},
     "SelConCluster": CLUSTERED | {"MODEL.SELCON.OUTLIER_SHARE": 0.5},
 }
 
@@ -74,8 +68,11 @@ def test_two_processes_equal_one(tiny_cfg, tmp_path, name):
     for key, value in METHODS[name].items():
         with of_any_type(tiny_cfg):
             tiny_cfg.merge_from_list([key, value])
-    if METHODS[name].get("MODEL.SELCON.WARMUP_EPOCHS", 0) is None:
-        tiny_cfg.MODEL.SELCON.WARMUP_EPOCHS = None
+    if name == "ClusterContrast":
+        # Set by the tiny config for another method, refused here.
+        defaults = add_selcon_config(get_cfg()).MODEL.SELCON
+        for key in ("NUM_NEIGHBORS", "NUM_NEGATIVES", "WARMUP_EPOCHS"):
+            tiny_cfg.MODEL.SELCON[key] = defaults[key]
     folders = [tmp_path / name for name in ("one", "several")]
     for folder, count in zip(folders, (1, 2), strict=True):
         folder.mkdir()
