@@ -53,7 +53,7 @@ def mutual_reachability(
     for image in np.flatnonzero(np.diff(bounds) >= min_samples):
         near = data[bounds[image] : bounds[image + 1]]
         core[image] = np.partition(near, min_samples - 1)[min_samples - 1]
-    column = distance.indices
+    column = distance.indices.astype(np.int32, copy=False)  # as scipy's tree wants it
     row = np.repeat(np.arange(len(core), dtype=column.dtype), np.diff(bounds))
     reach = np.maximum(data, np.maximum(core[row], core[column]))
     kept = (reach < 1) & (row < column)
@@ -97,6 +97,7 @@ def hdbscan_labels(
     if not len(kept):
         return labels
     _, first = np.unique(component[kept], return_index=True)
+    first = first.astype(np.int32)
     chain = scipy.sparse.coo_array(
         (np.ones(len(first) - 1), (first[:-1], first[1:])), shape=(len(kept), len(kept))
     )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import logging
 from typing import Annotated, Any
 
@@ -156,6 +157,8 @@ def test_all_labelers_are_found_by_name_and_their_defaults_are_legal() -> None:
     for name in expected:
         options = labeler_options(name)
         defaults = {key: option.default for key, option in options.items()}
+        if name == "Infomap" and importlib.util.find_spec("infomap") is None:
+            continue  # an optional package, which has no release for Python 3.10
         assert isinstance(build_labeler(name, **defaults), Labeler)
 
 

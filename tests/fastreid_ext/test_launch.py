@@ -64,7 +64,6 @@ def test_two_processes_equal_one(tiny_cfg, tmp_path, name):
     tiny_cfg.SOLVER.MAX_EPOCH = 3
     tiny_cfg.MODEL.BACKBONE.NORM = "BN"
     tiny_cfg.MODEL.SELCON.METHOD = name.partition(" ")[0]
-    by_jaccard = "jaccard" in name
     for key, value in METHODS[name].items():
         with of_any_type(tiny_cfg):
             tiny_cfg.merge_from_list([key, value])
@@ -81,16 +80,19 @@ def test_two_processes_equal_one(tiny_cfg, tmp_path, name):
     losses, single = torch.load(folders[0] / "rank0.pt")
     losses_several, first = torch.load(folders[1] / "rank0.pt")
     _, second = torch.load(folders[1] / "rank1.pt")
-    for name, value in first.items():
-        assert torch.equal(second[name], value), name
-    # Sums over the batch are taken in another order: 1e-5 after 15 steps. But Jaccard
-    # distances are often all but equal, and rounding decides which comes first.
-    assert losses_several == pytest.approx(losses, abs=0.05 if by_jaccard else 1e-5)
+    for key, value in first.items():
+        assert torch.equal(second[key], value), key
     assert len(losses) == 15
+    if "jaccard" in name:
+        # Jaccard distances are often all but equal, and the rounding of the features
+        # decides which comes first: the same until the first of them is used.
+        assert losses_several[:5] == pytest.approx(losses[:5], abs=1e-5)
+        return
+    # Sums over the batch are taken in another order: 1e-5 after 15 steps.
+    assert losses_several == pytest.approx(losses, abs=1e-5)
     assert torch.equal(first["method.labels"], single["method.labels"])
     for bank in (name for name in first if name.endswith("bank")):
-        tolerance = 0.1 if by_jaccard else 1e-4
-        assert torch.allclose(first[bank], single[bank], atol=tolerance), bank
+        assert torch.allclose(first[bank], single[bank], atol=1e-4), bank
 
 
 def test_batch_must_divide_among_processes(tiny_cfg, monkeypatch):
