@@ -89,8 +89,13 @@ class Method(nn.Module, ABC):
         module.epoch = int(module._epoch)
         module.step = int(module._step)
         module.prepared = bool(module._prepared)
-        every = torch.arange(module.num_images, device=module.labels.device)
-        module.instance_level = torch.equal(module.labels, every)
+        module._read_instance_level()
+
+    def _read_instance_level(self) -> None:
+        # From the labels in either case, so that a resumed run sees what the unbroken one
+        # saw: a labeler that makes singletons of outliers may find nothing else, too.
+        every = torch.arange(self.num_images, device=self.labels.device)
+        self.instance_level = torch.equal(self.labels, every)
 
     def start_epoch(self, epoch: int) -> None:
         """Tell the method which epoch begins, counted from 0."""
@@ -106,7 +111,7 @@ class Method(nn.Module, ABC):
                 f"images, got {'none' if given is None else f'those of {given.num_images}'}"
             )
         self.labels.copy_(pseudo_labels.labels)
-        self.instance_level = pseudo_labels.instance_level
+        self._read_instance_level()
         return pseudo_labels
 
     def _finish_prepare(self) -> None:

@@ -163,6 +163,17 @@ def test_labels_of_other_images_are_refused() -> None:
         method.prepare(Embeddings(units(M, seed=0)), None, PseudoLabels.numbered([0, 1]))
 
 
+def test_singletons_alone_are_the_same_before_and_after_a_checkpoint() -> None:
+    """As OutlierPolicy("singleton") leaves them where nothing else was found."""
+    method = build_method("ClusterContrast", M, C)
+    singletons = PseudoLabels(torch.arange(M))
+    method.prepare(Embeddings(units(M, seed=0)), None, singletons)
+    fresh = build_method("ClusterContrast", M, C)
+    fresh.load_state_dict(method.state_dict())
+    assert method.instance_level
+    assert fresh.instance_level
+
+
 def test_every_image_its_own_class_survives_a_checkpoint() -> None:
     method = build_method("ClusterContrast", M, C)
     method.prepare(Embeddings(units(M, seed=0)), None, PseudoLabels.each_its_own(M))
