@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selcon_plugin.memory import TriBankMemory, write_rows
+from selcon_plugin.memory import InstanceMemory, TriBankMemory, write_rows
 
 M, B, K, S, D = 12, 6, 3, 2, 4
 C = S * D
@@ -195,3 +195,23 @@ def test_banks_are_persistent_and_survive_a_round_trip() -> None:
     fresh.load_state_dict(state)
     for name, bank in memory.named_buffers():
         assert torch.equal(fresh.get_buffer(name), bank)
+
+
+def test_instance_memory_writes_the_own_rows_in_batch_order(device: str) -> None:
+    memory = InstanceMemory(M, C, momentum=0.2).to(device)
+    features = 3.0 * units(M, C, seed=0)
+    memory.fill(features.to(device))
+    expected = F.normalize(features, dim=1)
+    assert torch.allclose(memory.bank.cpu(), expected)
+    index, batch = torch.tensor([4, 0, 4, 4]), units(4, C, seed=1)
+    for row, feature in zip(index.tolist(), batch, strict=True):
+        write(expected, row, feature, 0.2)
+    memory.update(index.to(device), 5.0 * batch.to(device))
+    assert torch.allclose(memory.bank.cpu(), expected, atol=1e-6)
+
+
+def test_instance_memory_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\], got 1.5"):
+        InstanceMemory(M, C, momentum=1.5)
+    with pytest.raises(ValueError, match=rf"features must be \({M}, {C}\), got \(3, {C}\)"):
+        InstanceMemory(M, C).fill(units(3, C, seed=0))

@@ -4,6 +4,10 @@ from selcon_plugin.losses.cluster_contrastive import (
     ClusterContrastiveLoss,
     cluster_contrastive_loss,
 )
+from selcon_plugin.losses.instance_contrastive import (
+    class_similarity,
+    instance_contrastive_loss,
+)
 from selcon_plugin.losses.selective_contrastive import (
     SelectiveContrastiveLoss,
     positive_weights,
@@ -13,7 +17,9 @@ from selcon_plugin.losses.selective_contrastive import (
 __all__ = [
     "ClusterContrastiveLoss",
     "SelectiveContrastiveLoss",
+    "class_similarity",
     "cluster_contrastive_loss",
+    "instance_contrastive_loss",
     "positive_weights",
     "selective_contrastive_loss",
 ]

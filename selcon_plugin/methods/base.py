@@ -41,6 +41,8 @@ class Method(nn.Module, ABC):
 
     Attributes:
         needs_clusters: Whether :meth:`prepare` wants pseudo-labels.
+        needs_cameras: Whether the cameras of images must be known; checked by
+            :meth:`check_cameras`.
         uses_parts: Whether part features are used; without, the head builds none.
         default_sampler: How batches are drawn unless the user says otherwise: ``"stream"``
             for shuffled images, else a planner of :mod:`selcon_plugin.samplers`.
@@ -54,6 +56,7 @@ class Method(nn.Module, ABC):
     """
 
     needs_clusters: bool = False
+    needs_cameras: ClassVar[bool] = False
     uses_parts: ClassVar[bool] = True
     default_sampler: ClassVar[str] = "stream"
 
@@ -122,6 +125,41 @@ class Method(nn.Module, ABC):
         self.step += 1
         self._step.fill_(self.step)
 
+    def check_cameras(self, camids: Tensor | None) -> None:
+        """Refuse images without camera ids if the method cannot do without.
+
+        Args:
+            camids: Camera of each image, int64 ``(M,)``, -1 where unknown; or None.
+
+        Raises:
+            ValueError: If cameras are needed and none is known.
+        """
+        if self.needs_cameras and (camids is None or not bool((camids >= 0).any())):
+            raise ValueError(
+                f"{type(self).__name__} learns from the camera of each image, and no "
+                "camera is known here: give camera ids (for a folder of images "
+                "--camera-pattern), or choose a method without"
+            )
+
+    def clustering_features(self) -> Tensor | None:
+        """Return features ``(M, C)`` to be clustered in place of freshly extracted ones.
+
+        None, the rule, to extract. A method that clusters its own bank returns it once it
+        is prepared; its :meth:`prepare` then gets the bank as the embeddings.
+        """
+        return None
+
+    def make_views(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Make further views of a training batch, for :meth:`loss` to compare.
+
+        Args:
+            images: The augmented batch, RGB on the scale 0..255, shape ``(B, 3, H, W)``.
+
+        Returns:
+            Batches of the same shape and scale; none unless a method says otherwise.
+        """
+        return ()
+
     @abstractmethod
     def prepare(
         self,
@@ -142,7 +180,11 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def loss(
-        self, embeddings: Embeddings, index: Tensor, camids: Tensor | None
+        self,
+        embeddings: Embeddings,
+        index: Tensor,
+        camids: Tensor | None,
+        *views: Embeddings,
     ) -> dict[str, Tensor]:
         """Compute the training losses of a batch; reads the banks and never writes them.
 
@@ -152,6 +194,8 @@ class Method(nn.Module, ABC):
             embeddings: Features of the batch, with gradient.
             index: Which training image each is, int64, shape ``(B,)``.
             camids: Camera of each image, int64, shape ``(B,)``, or None.
+            *views: Features of what :meth:`make_views` made of the batch, with gradient; a
+                method that makes none need not take them.
 
         Returns:
             Scalars by name; training minimises their sum.

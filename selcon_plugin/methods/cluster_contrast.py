@@ -58,7 +58,11 @@ class ClusterContrast(ClusterMethod):
         self.memory.reset(cluster_means(features, labels))
 
     def loss(
-        self, embeddings: Embeddings, index: Tensor, camids: Tensor | None
+        self,
+        embeddings: Embeddings,
+        index: Tensor,
+        camids: Tensor | None,
+        *views: Embeddings,
     ) -> dict[str, Tensor]:
         """Contrast every sample with all clusters' rows."""
         loss = self._contrast(

@@ -184,19 +184,23 @@ class SelectiveContrastive(Method):
             self._listed_distance.copy_(distance)
 
     def loss(
-        self, embeddings: Embeddings, index: Tensor, camids: Tensor | None
+        self,
+        embeddings: Embeddings,
+        index: Tensor,
+        camids: Tensor | None,
+        *views: Embeddings,
     ) -> dict[str, Tensor]:
-        """Choose positives and negatives, then contrast both views with the bank."""
+        """Choose positives and negatives, then contrast both branches with the bank."""
         chosen = self._last = self.select(embeddings, index, camids)
         self._pending.append(chosen)
         global_features, part_features = embeddings
-        views = global_features
+        branches = global_features
         if part_features is not None:
-            # Both views of an image share its candidates: the bank is read once for both.
+            # Both branches of an image share its candidates: the bank is read once.
             parts = self.memory.concatenate_parts(part_features)
-            views = torch.stack([global_features, parts], dim=1)
+            branches = torch.stack([global_features, parts], dim=1)
         loss = self.criterion(
-            views,
+            branches,
             self.memory.mixture_bank,
             chosen.positive_index,
             chosen.negative_index,

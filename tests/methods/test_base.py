@@ -28,7 +28,11 @@ class Minimal(Method):
         self._finish_prepare()
 
     def loss(
-        self, embeddings: Embeddings, index: Tensor, camids: Tensor | None
+        self,
+        embeddings: Embeddings,
+        index: Tensor,
+        camids: Tensor | None,
+        *views: Embeddings,
     ) -> dict[str, Tensor]:
         return {"loss": embeddings.global_features.sum()}
 
@@ -107,3 +111,13 @@ def test_defaults_of_the_optional_reports() -> None:
     method = Minimal(10, 4)
     assert method.diagnostics() == {}
     assert method.selected_positives() is None
+
+
+def test_missing_cameras_are_named() -> None:
+    method = Minimal(10, 4)
+    method.check_cameras(None)
+    method.needs_cameras = True  # type: ignore[misc]
+    for camids in (None, torch.full((10,), -1)):
+        with pytest.raises(ValueError, match="no camera is known here: give camera ids"):
+            method.check_cameras(camids)
+    method.check_cameras(torch.zeros(10, dtype=torch.int64))
