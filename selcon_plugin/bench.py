@@ -13,20 +13,19 @@ import contextlib
 import itertools
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from selcon_plugin.bench_hosts import HOSTS, BenchHost, load_bench_config
 from selcon_plugin.bench_report import (
     METRICS,
     Outcome,
@@ -35,23 +34,13 @@ from selcon_plugin.bench_report import (
     differences,
     write_file,
 )
-from selcon_plugin.cli import flatten_config, load_config
-
-# FastReID is imported inside the functions: it reads FASTREID_DATASETS when it is.
+from selcon_plugin.cli import flatten_config, host_of
 
 _RESULTS = "results.json"  # of `selcon train`: there when a run is finished
 _SETTINGS = "bench.yaml"  # the effective config that a run was begun with
 _CONSOLE = "console.txt"  # what a run printed
-_LOG = "log.txt"  # FastReID's
 _LOCK = ".lock"
 
-# Set for each run.
-_RUN_KEYS = ("OUTPUT_DIR", "MODEL.SELCON.SEED")
-
-_PROGRESS = re.compile(
-    r"(?:eta: (?:(?P<days>\d+) days?, )?(?P<time>\d+:\d+:\d+)  )?"
-    r"epoch/iter: (?P<epoch>\d+)/"
-)
 _POLL_SECONDS = 1.0
 _STOP_SECONDS = 10.0
 
@@ -88,7 +77,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "(Markdown, CSV, JSON). A bench that was stopped goes on.",
     )
     parser.add_argument(
-        "--configs", nargs="+", required=True, metavar="FILE.yml", help="FastReID configs"
+        "--configs", nargs="+", required=True, metavar="FILE.yml", help="configs"
     )
     parser.add_argument(
         "--seeds", type=int, default=3, metavar="N", help="seeds 0..N-1; default: 3"
@@ -117,7 +106,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             raise ValueError(f"--{name} must be 1 or more, got {value}")
     if not files:
         raise ValueError(f"--configs needs .yml files, got {args.opts[0]!r}")
-    for key in _RUN_KEYS:
+    run_keys = [key for host in HOSTS.values() for key in (host.output_key, host.seed_key)]
+    for key in run_keys:
         if key in args.opts[::2]:
             raise ValueError(f"{key} is set by --output and --seeds: leave it out")
     return args
@@ -161,20 +151,20 @@ def row_names(files: Sequence[str]) -> list[str]:
 
 def _plan(args: argparse.Namespace, output: Path) -> list[Run]:
     """Read all configs; write each run's settings into its folder, or compare them."""
-    options = []
-    if args.dataset:
-        value = repr((args.dataset,))
-        options += ["DATASETS.NAMES", value, "DATASETS.TESTS", value]
-    if args.epochs is not None:
-        options += ["SOLVER.MAX_EPOCH", str(args.epochs)]
+    hosts = [HOSTS[host_of(file)] for file in args.configs]
+    _check_options(args.opts, hosts)
     runs, texts = [], []
-    for name, file in zip(row_names(args.configs), args.configs, strict=True):
-        cfg = _load(file, [*options, *args.opts])
+    for name, file, host in zip(row_names(args.configs), args.configs, hosts, strict=True):
+        options = host.dataset_options(args.dataset) if args.dataset else []
+        if args.epochs is not None:
+            options += [host.epochs_key, str(args.epochs)]
+        cfg = load_bench_config(file, [*options, *host.option_pairs(args.opts)])
         for seed in range(args.seeds):
             folder = output / name / f"seed{seed}"
-            cfg.OUTPUT_DIR, cfg.MODEL.SELCON.SEED = str(folder), seed
+            host.set_run(cfg, str(folder), seed)
             texts.append(cfg.dump())
-            runs.append(Run(name, seed, folder, flatten_config(yaml.safe_load(texts[-1]))))
+            settings = flatten_config(yaml.safe_load(texts[-1]))
+            runs.append(Run(name, seed, folder, settings, host.name))
     for run in runs:
         _check_folder(run)
     for run, text in zip(runs, texts, strict=True):
@@ -184,27 +174,11 @@ def _plan(args: argparse.Namespace, output: Path) -> list[Run]:
     return sorted(runs, key=lambda run: run.seed)
 
 
-def _load(file: str, options: list[str]) -> Any:
-    """Read a config, and refuse what could not be trained before anything else is."""
-    with warnings.catch_warnings():
-        # On its first import FastReID says that its ranking is not compiled.
-        warnings.filterwarnings("ignore", message="Cython .*evaluation")
-        cfg = load_config(file, options)
-        from fastreid.data.datasets import DATASET_REGISTRY
-
-        from selcon_plugin.fastreid_ext import SelConTrainer
-    try:
-        SelConTrainer.check_meta_architecture(cfg)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    known = sorted(DATASET_REGISTRY._obj_map)
-    for name in (*cfg.DATASETS.NAMES, *cfg.DATASETS.TESTS):
-        if name not in known:
-            raise ValueError(
-                f"{file}: unknown data set {name!r}; known are {', '.join(known)}"
-            )
-    cfg.defrost()
-    return cfg
+def _check_options(options: Sequence[str], hosts: Sequence[BenchHost]) -> None:
+    used = {key for host in hosts for key in host.option_pairs(options)[::2]}
+    for key in options[::2]:
+        if key not in used:
+            raise ValueError(f"{key} is a key of another host than that of the configs")
 
 
 def _check_folder(run: Run) -> None:
@@ -213,7 +187,8 @@ def _check_folder(run: Run) -> None:
     Raises:
         ValueError: If it was begun with other settings, or by another command.
     """
-    if not any((run.folder / name).exists() for name in ("last_checkpoint", _RESULTS)):
+    begun = (HOSTS[run.host].checkpoints, _RESULTS)
+    if not any((run.folder / name).exists() for name in begun):
         return  # nothing to lose
     file = run.folder / _SETTINGS
     if not file.exists():
@@ -283,9 +258,10 @@ def _command(run: Run) -> list[str]:
 
 def _train(run: Run, title: str, lock: int) -> str:
     """Train in a process of its own; return why it failed, or nothing."""
-    log, console = run.folder / _LOG, run.folder / _CONSOLE
+    host, console = HOSTS[run.host], run.folder / _CONSOLE
+    log = run.folder / (host.log or _CONSOLE)
     log_start, console_start = _size(log), _size(console)
-    epochs = run.settings["SOLVER.MAX_EPOCH"]
+    epochs = run.settings[host.epochs_key]
     if not sys.stdout.isatty():
         _say(f"{title}: begins, prints into {console}")
     started = time.monotonic()
@@ -299,7 +275,8 @@ def _train(run: Run, title: str, lock: int) -> str:
         )
     try:
         while process.poll() is None:
-            state = progress(_tail(log, log_start), epochs, time.monotonic() - started)
+            elapsed = time.monotonic() - started
+            state = progress(_tail(log, log_start), epochs, elapsed, host)
             _show(f"{title}: {state}")
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=_POLL_SECONDS)
@@ -324,22 +301,27 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def progress(log: str, epochs: int, elapsed: float) -> str:
+def progress(
+    log: str, epochs: int, elapsed: float, host: BenchHost = HOSTS["fastreid"]
+) -> str:
     """Say how far a run is.
 
     Args:
-        log: End of FastReID's log.
+        log: End of the host's log.
         epochs: Epochs of the whole run.
         elapsed: Seconds since this part of the run began.
+        host: The host.
 
     Returns:
-        Epoch, time, and time left as FastReID estimates it.
+        Epoch, time, and time left as the host estimates it.
     """
-    found = list(_PROGRESS.finditer(log))
+    found = list(host.progress.finditer(log))
     if not found:
         return f"{_duration(elapsed)}, starting"
     last = found[-1]
-    text = f"epoch {int(last['epoch']) + 1}/{epochs}, {_duration(elapsed)}"
+    text = (
+        f"epoch {int(last['epoch']) + 1 - host.first_epoch}/{epochs}, {_duration(elapsed)}"
+    )
     if last["time"] is None:
         return text
     hours, minutes, seconds = map(int, last["time"].split(":"))
@@ -422,7 +404,8 @@ def _stopped_by_sigterm() -> Iterator[None]:
 
 def _in_words(metrics: Mapping[str, Mapping[str, float]]) -> str:
     return "".join(
-        f"; {test_set}: " + ", ".join(f"{name} {found[name]:.1f} %" for name in METRICS)
+        f"; {test_set}: "
+        + ", ".join(f"{name} {found[name]:.1f} %" for name in METRICS if name in found)
         for test_set, found in metrics.items()
     )
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from selcon_plugin.bench_hosts import HOSTS
+
 METRICS = ("mAP", "Rank-1", "mINP")
 
 # Settings that may differ between the parts of one run, and say nothing about a method.
@@ -31,6 +33,7 @@ _BUDGET_KEYS = (
     *("TEST.", "MODEL.SELCON.TEST_CAMERA_TERM"),
 )
 _STEPS = "steps of training"
+_HOST = "host"
 
 
 @dataclass(frozen=True)
@@ -39,15 +42,17 @@ class Run:
 
     Attributes:
         config: The config's name in the table.
-        seed: ``MODEL.SELCON.SEED``.
-        folder: ``OUTPUT_DIR``.
+        seed: Seed of the run.
+        folder: Where it writes.
         settings: Effective values by their full keys.
+        host: Package of the host.
     """
 
     config: str
     seed: int
     folder: Path
     settings: Mapping[str, Any] = field(default_factory=dict)
+    host: str = "fastreid"
 
     def __str__(self) -> str:
         return f"{self.config} seed {self.seed}"
@@ -107,7 +112,10 @@ def summarize(outcomes: Sequence[Outcome], num_seeds: int) -> list[dict[str, Any
                 "failed": sum(bool(outcome.error) for outcome in mine),
             }
             found = [r["metrics"][test_set] for r in records if test_set in r["metrics"]]
-            figures = {name: [metrics[name] for metrics in found] for name in METRICS}
+            figures = {
+                name: [metrics[name] for metrics in found if name in metrics]
+                for name in METRICS
+            }
             figures["minutes"] = [r["train_seconds"] / 60 for r in records]
             figures["clusters"] = _known(records, "num_clusters")
             for name, values in figures.items():
@@ -154,12 +162,12 @@ def budget_notes(differing: Mapping[str, Mapping[str, Any]]) -> list[str]:
     unequal = {
         key: values
         for key, values in differing.items()
-        if key == _STEPS or key.startswith(_BUDGET_KEYS)
+        if key in (_STEPS, _HOST) or key.startswith(_BUDGET_KEYS)
     }
     if not unequal:
         return [
-            "* Same budget: backbone, input size, data, epochs, steps, batch size, device "
-            "and test settings are equal."
+            "* Same budget: host, backbone, input size, data, epochs, steps, batch size, "
+            "device and test settings are equal."
         ]
     lines = ["* **The budgets differ:**"]
     for key, values in unequal.items():
@@ -242,13 +250,21 @@ class Report:
         """Compare the configs, and the steps that their finished runs took."""
         settings: dict[str, dict[str, Any]] = {}
         for outcome in self.outcomes:
-            first = settings.setdefault(outcome.run.config, dict(outcome.run.settings))
+            run = outcome.run
+            own = {**HOSTS[run.host].comparable(run.settings), _HOST: run.host}
+            first = settings.setdefault(run.config, own)
             if outcome.record is not None:
                 first[_STEPS] = outcome.record["steps"]
         finished = [flat for flat in settings.values() if _STEPS in flat]
         if len(finished) < len(settings):  # not known yet of all
             for flat in finished:
                 del flat[_STEPS]
+        if len({flat[_HOST] for flat in settings.values()}) > 1:
+            # Most keys of a host have no counterpart in the other.
+            common = set.intersection(*(set(flat) for flat in settings.values()))
+            settings = {
+                name: {key: flat[key] for key in common} for name, flat in settings.items()
+            }
         return differences(settings)
 
 

@@ -13,8 +13,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from selcon_plugin.engine.settings import ConfigKeys
 
 # The hosts are imported inside the commands: `selcon doctor` must run where they cannot be
 # imported, and FastReID reads FASTREID_DATASETS when it is.
@@ -98,14 +102,27 @@ def builtin_config(name: str) -> str:
 def _train_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"selcon {prog}",
-        description="Arguments as in FastReID's train script, and those for a folder.",
-    )
-    parser.add_argument("--config-file", default="", metavar="FILE", help="FastReID config")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR"
+        description="Arguments as in FastReID's train script, those for a folder, and the "
+        "choice of the host.",
     )
     parser.add_argument(
-        "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS only"
+        "--config-file", default="", metavar="FILE", help="FastReID or torchreid config"
+    )
+    parser.add_argument(
+        "--host",
+        choices=("fastreid", "torchreid"),
+        default="",
+        help="framework that trains; default: the one whose keys the config has",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint in OUTPUT_DIR (torchreid: data.save_dir)",
+    )
+    parser.add_argument(
+        "--eval-only",
+        action="store_true",
+        help="evaluate MODEL.WEIGHTS (torchreid: model.load_weights) only",
     )
     parser.add_argument(
         "--num-gpus", type=int, default=1, help="processes on this machine (CPU or GPU)"
@@ -148,15 +165,17 @@ def load_config(
     *,
     images: str = "",
     camera_pattern: str = "",
+    host: str = "",
 ) -> Any:
-    """Read a config file and options into a checked FastReID config.
+    """Read a config file and options into the checked config of a host.
 
     Args:
-        config_file: FastReID config; empty for FastReID's defaults, or with ``images`` for
-            the package's ``image_folder.yml``.
+        config_file: Config of the host; empty for its defaults, or with ``images`` for the
+            package's own.
         opts: ``KEY VALUE`` pairs.
         images: Folder of images to train on.
         camera_pattern: How to find their cameras.
+        host: ``"fastreid"`` or ``"torchreid"``; empty for the one whose keys the file has.
 
     Returns:
         Complete, frozen config.
@@ -164,18 +183,58 @@ def load_config(
     Raises:
         FileNotFoundError: If the file does not exist.
     """
+    if config_file and not Path(config_file).is_file():
+        raise FileNotFoundError(f"--config-file {config_file!r} does not exist")
+    load = {"fastreid": _load_fastreid_config, "torchreid": _load_torchreid_config}
+    cfg = load[host or host_of(config_file)](config_file, opts, images, camera_pattern)
+    cfg.freeze()
+    return cfg
+
+
+def host_of(config_file: str) -> str:
+    """Tell by its keys whose config a file is.
+
+    Args:
+        config_file: Path, or empty.
+
+    Returns:
+        ``"torchreid"`` for keys in lower case, else ``"fastreid"``.
+
+    Raises:
+        ValueError: If the file is not YAML.
+    """
+    if not config_file:
+        return "fastreid"
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(config_file).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{config_file} is not YAML: {error}") from error
+    keys = list(content) if isinstance(content, dict) else []
+    lower_case = bool(keys) and all(str(key).islower() for key in keys)
+    return "torchreid" if lower_case else "fastreid"
+
+
+def is_torchreid(cfg: Any) -> bool:
+    """Tell whether a config is torchreid's."""
+    return "selcon" in cfg
+
+
+def _load_fastreid_config(
+    config_file: str, opts: Sequence[str], images: str, camera_pattern: str
+) -> Any:
     from fastreid.config import get_cfg
 
     from selcon_plugin.fastreid_ext import add_selcon_config, complete_config
+    from selcon_plugin.fastreid_ext.config import KEYS
 
     cfg = add_selcon_config(get_cfg())
     if images:
         config_file = config_file or builtin_config("image_folder.yml")
     if config_file:
-        if not Path(config_file).is_file():
-            raise FileNotFoundError(f"--config-file {config_file!r} does not exist")
-        _merge(cfg, lambda: cfg.merge_from_file(config_file), config_file)
-    _merge(cfg, lambda: cfg.merge_from_list(list(opts)), "the command line")
+        _merge(cfg, KEYS, lambda: cfg.merge_from_file(config_file), config_file)
+    _merge(cfg, KEYS, lambda: cfg.merge_from_list(list(opts)), "the command line")
     # Set as they are: a config option would be read as a Python literal, and take the
     # folder "2024" for a number.
     if camera_pattern:
@@ -185,17 +244,35 @@ def load_config(
         cfg.DATASETS.IMAGE_FOLDER.ROOT = str(Path(images).expanduser())
         if cfg.MODEL.META_ARCHITECTURE == "Baseline":
             cfg.MODEL.META_ARCHITECTURE = "SelCon"
-    cfg = complete_config(cfg)
-    cfg.freeze()
-    return cfg
+    return complete_config(cfg)
 
 
-def _merge(cfg: Any, merge: Callable[[], None], source: str) -> None:
+def _load_torchreid_config(
+    config_file: str, opts: Sequence[str], images: str, camera_pattern: str
+) -> Any:
+    from selcon_plugin.torchreid_ext.config import KEYS, complete_config, get_default_config
+
+    cfg = get_default_config()
+    if images:
+        config_file = config_file or builtin_config("torchreid/image_folder.yml")
+    if config_file:
+        _merge(cfg, KEYS, lambda: cfg.merge_from_file(config_file), config_file)
+    _merge(cfg, KEYS, lambda: cfg.merge_from_list(list(opts)), "the command line")
+    if camera_pattern:
+        cfg.image_folder.camera_pattern = camera_pattern
+    if images:
+        cfg.data.sources, cfg.data.targets = ["imagefolderreid"], []
+        cfg.image_folder.root = str(Path(images).expanduser())
+    return complete_config(cfg)
+
+
+def _merge(cfg: Any, keys: ConfigKeys, merge: Callable[[], None], source: str) -> None:
     """Merge into a config; turn yacs's errors into ones that help."""
-    from selcon_plugin.fastreid_ext.config import of_any_type
-
+    node = cfg
+    for name in keys.path.split("."):
+        node = node[name]
     try:
-        with of_any_type(cfg):
+        with keys.of_any_type(node):
             merge()
     except KeyError as error:
         key = str(error.args[0]).rpartition(": ")[2]
@@ -203,16 +280,10 @@ def _merge(cfg: Any, merge: Callable[[], None], source: str) -> None:
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(f"unknown config key {key} in {source}{hint}") from error
     except (AssertionError, ValueError) as error:
-        raise ValueError(f"{source}: {error}{_legal_values(str(error))}") from error
-
-
-def _legal_values(message: str) -> str:
-    """Say what is legal for the key that yacs names at the end of a type error."""
-    from selcon_plugin.fastreid_ext.config import describe_key
-
-    legal = describe_key(message.rpartition("config key: ")[2])
-    # To yacs a whole number is no float: 1 has to be written 1.0.
-    return f"; it must be {legal}, written with its type (1.0, not 1)" if legal else ""
+        legal = keys.describe(str(error).rpartition("config key: ")[2])
+        # To yacs a whole number is no float: 1 has to be written 1.0.
+        hint = f"; it must be {legal}, written with its type (1.0, not 1)" if legal else ""
+        raise ValueError(f"{source}: {error}{hint}") from error
 
 
 def flatten_config(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -247,8 +318,15 @@ def _eval(argv: list[str]) -> int:
 
 def _launch(args: argparse.Namespace) -> int:
     cfg = load_config(
-        args.config_file, args.opts, images=args.images, camera_pattern=args.camera_pattern
+        args.config_file,
+        args.opts,
+        images=args.images,
+        camera_pattern=args.camera_pattern,
+        host=args.host,
     )
+    if is_torchreid(cfg):
+        _run_torchreid(cfg, args)
+        return 0
     from selcon_plugin.fastreid_ext.launch import launch
 
     launch(
@@ -260,6 +338,23 @@ def _launch(args: argparse.Namespace) -> int:
         args=(cfg, args),
     )
     return 0
+
+
+def _run_torchreid(cfg: Any, args: argparse.Namespace) -> None:
+    """Train or evaluate in torchreid."""
+    from selcon_plugin.torchreid_ext.train import run_config
+
+    if args.num_gpus > 1 or args.num_machines > 1:
+        raise ValueError(
+            "torchreid trains in one process, on all GPUs that CUDA_VISIBLE_DEVICES shows "
+            "it: leave out --num-gpus and --num-machines"
+        )
+    if args.eval_only:
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.test.evaluate = True
+    with one_core_left_free() if not cfg.use_gpu and cfg.data.workers else nullcontext():
+        run_config(cfg, resume=args.resume)
 
 
 def run(cfg: Any, args: argparse.Namespace) -> Any:
@@ -278,12 +373,9 @@ def run(cfg: Any, args: argparse.Namespace) -> Any:
     from fastreid.engine import default_setup
     from fastreid.evaluation.testing import verify_results
 
+    from selcon_plugin.engine.run_record import forget_results
     from selcon_plugin.fastreid_ext import SelConTrainer
-    from selcon_plugin.fastreid_ext.run_record import (
-        forget_results,
-        results_by_test_set,
-        write_results,
-    )
+    from selcon_plugin.fastreid_ext.run_record import results_by_test_set, write_results
     from selcon_plugin.fastreid_ext.trainer import load_trained_model, share_host_log
 
     default_setup(cfg, args)
@@ -297,7 +389,7 @@ def run(cfg: Any, args: argparse.Namespace) -> Any:
         trainer.resume_or_load(resume=args.resume)
         forget_results(cfg.OUTPUT_DIR)
         readers = cfg.MODEL.DEVICE == "cpu" and cfg.DATALOADER.NUM_WORKERS
-        threads = one_core_left_free() if readers else contextlib.nullcontext()
+        threads = one_core_left_free() if readers else nullcontext()
         with threads, trainer.meter.running():
             results = trainer.train()
         write_results(trainer, results)

@@ -25,6 +25,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 import types
 import warnings
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 __all__ = [
@@ -120,7 +122,9 @@ def import_torchreid() -> types.ModuleType:
     root = "torchreid"
     if importlib.util.find_spec("torchreid.reid") is not None:
         root = "torchreid.reid"
-    return importlib.import_module(root)
+    module = importlib.import_module(root)
+    _let_unreadable_images_fail(module)
+    return module
 
 
 # --- before a host is imported -----------------------------------------------------------
@@ -424,3 +428,38 @@ def _faiss_searches_on_gpu(faiss: Any) -> bool:
     # The names FastReID's search_option=0 calls; later faiss releases dropped the second.
     needed = ("StandardGpuResources", "cast_integer_to_long_ptr", "bruteForceKnn")
     return torch.cuda.is_available() and all(hasattr(faiss, name) for name in needed)
+
+
+# --- after torchreid is imported ---------------------------------------------------------
+
+_READ_PAUSES = (0.0, 1.0, 2.0)  # seconds before each try
+
+
+def _let_unreadable_images_fail(torchreid: types.ModuleType) -> None:
+    """Let torchreid give up on an image that cannot be read.
+
+    Without it: a run that meets a broken image file, in a test set for instance, neither
+    goes on nor ends. ``read_image`` tries again without a pause until it succeeds, and
+    prints a line each time. A file on a network drive still gets three tries.
+    Can go when: torchreid's ``read_image`` raises its error.
+    """
+    original = getattr(torchreid.utils, "read_image", None)
+    if original is None or hasattr(original, _MENDED):
+        return
+    if "while not " not in inspect.getsource(original):
+        return  # a reader that does not wait for success
+
+    @functools.wraps(original)
+    def read_image(path: str) -> Any:
+        for pause in _READ_PAUSES:
+            time.sleep(pause)
+            try:
+                with Image.open(path) as image:
+                    return image.convert("RGB")
+            except OSError as error:
+                fault = error
+        raise OSError(f"{path} cannot be read as an image: {fault}") from fault
+
+    setattr(read_image, _MENDED, True)
+    for part in ("utils", "utils.tools", "data.datasets.dataset"):
+        sys.modules[f"{torchreid.__name__}.{part}"].__dict__["read_image"] = read_image

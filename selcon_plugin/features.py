@@ -69,9 +69,8 @@ def check_parts_fit(num_rows: int, num_parts: int) -> None:
     if num_rows < num_parts:
         raise ValueError(
             f"cannot cut a feature map of {num_rows} rows into {num_parts} horizontal "
-            f"parts: use at most {num_rows} parts (MODEL.SELCON.NUM_PARTS), a smaller "
-            "stride of the last stage (MODEL.BACKBONE.LAST_STRIDE 1) or a larger input "
-            "(INPUT.SIZE_TRAIN)"
+            f"parts: use at most {num_rows} parts (NUM_PARTS), a smaller stride of the "
+            "last stage (LAST_STRIDE 1) or a larger input"
         )
 
 
@@ -97,6 +96,29 @@ def split_stripes(feature_map: Tensor, num_parts: int) -> list[Tensor]:
         ]
         for part in range(num_parts)
     ]
+
+
+class GeneralizedMeanPool(nn.Module):
+    r"""Pool a feature map by :math:`(\operatorname{mean} x^p)^{1/p}` with a learnt p.
+
+    p = 1 is average pooling; the larger p, the nearer to max pooling. Radenović et al.,
+    "Fine-tuning CNN Image Retrieval with No Human Annotation", 2018.
+    https://arxiv.org/abs/1711.02512
+
+    Args:
+        exponent: p at the start.
+        floor: Values below it are raised to it, since powers need positive ones.
+    """
+
+    def __init__(self, exponent: float = 3.0, floor: float = 1e-6) -> None:
+        super().__init__()
+        self.exponent = nn.Parameter(torch.tensor([exponent]))
+        self.floor = floor
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        """Pool ``(B, F, h, w)`` to ``(B, F, 1, 1)``."""
+        powers = feature_map.clamp(min=self.floor).pow(self.exponent)
+        return F.adaptive_avg_pool2d(powers, 1).pow(1.0 / self.exponent)
 
 
 class GlobalPartEmbedding(nn.Module):
@@ -138,8 +160,7 @@ class GlobalPartEmbedding(nn.Module):
             raise ValueError(
                 f"the embedding dimension ({embedding_dim}) must be a multiple of the "
                 f"number of parts ({num_parts}), because the concatenated parts share the "
-                "mixture bank with the global vector; change MODEL.HEADS.EMBEDDING_DIM or "
-                "MODEL.SELCON.NUM_PARTS"
+                "mixture bank with the global vector; change EMBEDDING_DIM or NUM_PARTS"
             )
         if not project_global and embedding_dim != feature_dim:
             raise ValueError(
@@ -164,6 +185,12 @@ class GlobalPartEmbedding(nn.Module):
             self.part_bias = nn.Parameter(torch.zeros(num_parts, self.part_dim))
             self.part_norm = make_norm(num_parts * self.part_dim)
         self.reset_parameters()
+
+    def drop_parts(self) -> None:
+        """Take the part branch out, for a method that has no use for it."""
+        if self.num_parts:
+            self.num_parts = self.part_dim = 0
+            del self.part_weight, self.part_bias, self.part_norm
 
     def reset_parameters(self) -> None:
         """Draw the linear layers anew: Kaiming-normal in fan-out mode, zero bias."""

@@ -124,6 +124,8 @@ class Option:
             return "True, False"
         if isinstance(self.legal, Choice):
             return ", ".join(self.legal.values)
+        if self.legal is None:
+            return self.describe()
         return " or ".join([str(self.legal), *self.words])
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import importlib.util
+import inspect
 import json
 import pickle
 import subprocess
@@ -498,6 +499,87 @@ def test_torchreid_ranks_by_both_protocols():
         # Query 0 finds its match first, query 1 second.
         np.testing.assert_allclose(cmc, [0.5, 1, 1])
         assert mean_average_precision == pytest.approx(0.75)
+
+
+class TriedAgainError(Exception):
+    """Raised by the fifth line that torchreid prints about one file."""
+
+
+@pytest.fixture
+def torchreid_reader(monkeypatch):
+    """torchreid's own reader, put back into every place where it is called."""
+    torchreid = compat.import_torchreid()
+    tools = sys.modules[f"{torchreid.__name__}.utils.tools"]
+    dataset = sys.modules[f"{torchreid.__name__}.data.datasets.dataset"]
+    own = inspect.unwrap(tools.read_image)
+    places = (torchreid.utils, tools, dataset)
+    for place in places:
+        monkeypatch.setattr(place, "read_image", own)
+    lines = []
+
+    def print_five_times(line):
+        lines.append(line)
+        if len(lines) == 5:
+            raise TriedAgainError
+
+    monkeypatch.setattr(tools, "print", print_five_times, raising=False)
+    monkeypatch.setattr(compat, "_READ_PAUSES", (0, 0, 0))
+    return torchreid, places
+
+
+@pytest.fixture(params=[b"", b"no image", "truncated"])
+def broken_image(request, tmp_path):
+    path = tmp_path / "broken.jpg"
+    if request.param == "truncated":
+        Image.effect_noise((64, 32), 50).save(path)
+        path.write_bytes(path.read_bytes()[:-200])
+    else:
+        path.write_bytes(request.param)
+    return path
+
+
+@needs_torchreid
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # torchreid's own
+def test_broken_image_stops_torchreid_once_mended(torchreid_reader, broken_image):
+    torchreid, places = torchreid_reader
+    with pytest.raises(TriedAgainError):
+        torchreid.utils.read_image(str(broken_image))
+    compat._let_unreadable_images_fail(torchreid)
+    for place in places:
+        with pytest.raises(OSError, match=r"broken\.jpg cannot be read as an image: "):
+            place.read_image(str(broken_image))
+
+
+@needs_torchreid
+def test_reader_is_mended_once(torchreid_reader):
+    torchreid, places = torchreid_reader
+    compat._let_unreadable_images_fail(torchreid)
+    mended = torchreid.utils.read_image
+    compat._let_unreadable_images_fail(torchreid)
+    assert all(place.read_image is mended for place in places)
+
+
+@needs_torchreid
+def test_mended_reader_reads_what_torchreids_does(torchreid_reader, tmp_path):
+    torchreid, _ = torchreid_reader
+    path = str(tmp_path / "palette.png")
+    Image.effect_noise((8, 4), 50).convert("P").save(path)
+    own = torchreid.utils.read_image(path)
+    compat._let_unreadable_images_fail(torchreid)
+    mended = torchreid.utils.read_image(path)
+    assert mended.mode == "RGB"
+    assert mended.tobytes() == own.tobytes()
+
+
+@needs_torchreid
+def test_reader_that_raises_is_untouched(torchreid_reader, monkeypatch):
+    torchreid, _ = torchreid_reader
+
+    def read_image(path): ...
+
+    monkeypatch.setattr(torchreid.utils, "read_image", read_image)
+    compat._let_unreadable_images_fail(torchreid)
+    assert torchreid.utils.read_image is read_image
 
 
 # --- torchreid's two layouts -------------------------------------------------------------

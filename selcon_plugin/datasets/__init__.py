@@ -1,11 +1,15 @@
 """Data without identities to learn from: drawn people, and folders of crops."""
 
 from selcon_plugin.datasets.image_folder import ImageItem, read_image_folder
-from selcon_plugin.datasets.market_folder import read_market_folder
-from selcon_plugin.datasets.synthetic_persons import (
+from selcon_plugin.datasets.market_folder import (
     GALLERY_FOLDER,
     QUERY_FOLDER,
     TRAIN_FOLDER,
+    MarketSplits,
+    read_market_folder,
+    read_market_splits,
+)
+from selcon_plugin.datasets.synthetic_persons import (
     SyntheticPersonsSpec,
     generate_synthetic_persons,
 )
@@ -15,8 +19,10 @@ __all__ = [
     "QUERY_FOLDER",
     "TRAIN_FOLDER",
     "ImageItem",
+    "MarketSplits",
     "SyntheticPersonsSpec",
     "generate_synthetic_persons",
     "read_image_folder",
     "read_market_folder",
+    "read_market_splits",
 ]

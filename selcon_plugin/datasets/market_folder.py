@@ -3,11 +3,48 @@
 import logging
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 logger = logging.getLogger(__name__)
 
+TRAIN_FOLDER = "bounding_box_train"
+QUERY_FOLDER = "query"
+GALLERY_FOLDER = "bounding_box_test"
+
 _NAME = re.compile(r"([-\d]+)_c(\d)")
 _IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp"})
+
+
+class MarketSplits(NamedTuple):
+    """A data set in the layout of Market-1501; each entry is ``(path, pid, camid)``.
+
+    Attributes:
+        train: Pictures to train on.
+        query: Pictures to look for.
+        gallery: Pictures to find them in.
+    """
+
+    train: list[tuple[str, int, int]]
+    query: list[tuple[str, int, int]]
+    gallery: list[tuple[str, int, int]]
+
+
+def read_market_splits(folder: str | Path) -> MarketSplits:
+    """List the pictures of a whole data set; see :func:`read_market_folder`.
+
+    Args:
+        folder: The folder that holds ``bounding_box_train``, ``query`` and
+            ``bounding_box_test``.
+
+    Returns:
+        The three splits.
+    """
+    folder = Path(folder)
+    return MarketSplits(
+        train=read_market_folder(folder / TRAIN_FOLDER),
+        query=read_market_folder(folder / QUERY_FOLDER),
+        gallery=read_market_folder(folder / GALLERY_FOLDER),
+    )
 
 
 def read_market_folder(folder: str | Path) -> list[tuple[str, int, int]]:

@@ -21,6 +21,11 @@ import numpy as np
 from tqdm import tqdm
 
 from selcon_plugin.datasets.atomic_folder import publish_folder
+from selcon_plugin.datasets.market_folder import (
+    GALLERY_FOLDER,
+    QUERY_FOLDER,
+    TRAIN_FOLDER,
+)
 from selcon_plugin.datasets.synthetic_cameras import (
     MAX_CAMERAS,
     jpeg_quality,
@@ -30,10 +35,6 @@ from selcon_plugin.datasets.synthetic_cameras import (
 from selcon_plugin.datasets.synthetic_looks import FAMILY_SIZE, make_look
 
 logger = logging.getLogger(__name__)
-
-TRAIN_FOLDER = "bounding_box_train"
-QUERY_FOLDER = "query"
-GALLERY_FOLDER = "bounding_box_test"
 
 _VERSION = 1  # to be raised whenever a change alters the pictures
 _MANIFEST = "manifest.json"

@@ -1,6 +1,7 @@
 """FastReID adapter. Importing it registers everything with FastReID.
 
-* meta-architecture ``SelCon``, head ``GlobalPartHead``, backbone ``build_timm_backbone``;
+* meta-architecture ``SelCon``, head ``GlobalPartHead``, backbones ``build_timm_backbone``
+  and ``build_torchreid_backbone``;
 * data sets ``ImageFolderReID`` and ``SyntheticPersons``;
 * ``SelConTrainer`` takes the place of FastReID's ``DefaultTrainer``; ``ClusteringHook`` is
   what it adds for methods that cluster.
@@ -10,7 +11,10 @@ from selcon_plugin.compat import prepare_fastreid
 
 prepare_fastreid()
 
-from selcon_plugin.fastreid_ext.backbones import build_timm_backbone  # noqa: E402
+from selcon_plugin.fastreid_ext.backbones import (  # noqa: E402
+    build_timm_backbone,
+    build_torchreid_backbone,
+)
 from selcon_plugin.fastreid_ext.clustering_hook import ClusteringHook  # noqa: E402
 from selcon_plugin.fastreid_ext.config import add_selcon_config, complete_config  # noqa: E402
 from selcon_plugin.fastreid_ext.datasets import ImageFolderReID, SyntheticPersons  # noqa: E402
@@ -27,5 +31,6 @@ __all__ = [
     "SyntheticPersons",
     "add_selcon_config",
     "build_timm_backbone",
+    "build_torchreid_backbone",
     "complete_config",
 ]

@@ -1,4 +1,4 @@
-"""Any timm model as a FastReID backbone.
+"""Any timm or torchreid model as a FastReID backbone.
 
 In a config::
 
@@ -9,17 +9,31 @@ In a config::
         PRETRAIN: True
         PRETRAIN_PATH: "pypi:efficientnet_lite0"   # "": timm's own; or the path of a file
 
+or::
+
+    MODEL:
+      BACKBONE:
+        NAME: build_torchreid_backbone
+        TORCHREID_NAME: osnet_ain_x1_0
+        PRETRAIN: True
+        PRETRAIN_PATH: ""   # torchreid's own download; or the path of a file
+
 ``FEAT_DIM`` need not be set: ``SelCon`` finds it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from fastreid.config import CfgNode
 from fastreid.modeling.backbones import BACKBONE_REGISTRY
 
-from selcon_plugin.backbones import TimmBackbone, create_timm_backbone
+from selcon_plugin.backbones import ModelBackbone, TimmBackbone, create_timm_backbone
 
-__all__ = ["build_timm_backbone"]
+__all__ = ["build_timm_backbone", "build_torchreid_backbone"]
+
+_Backbone = TypeVar("_Backbone", bound=ModelBackbone)
 
 
 @BACKBONE_REGISTRY.register()
@@ -42,16 +56,49 @@ def build_timm_backbone(cfg: CfgNode) -> TimmBackbone:
         ValueError: If ``TIMM_NAME`` is empty or unknown to timm, if the weights do not fit,
             or if the model does not run on images of ``INPUT.SIZE_TRAIN``. Other errors
             are those of ``create_timm_backbone``.
-    """
+    """  # noqa: DOC502  (raised by what this calls)
+    return _build(cfg, "TIMM_NAME", "tf_efficientnet_lite0", create_timm_backbone)
+
+
+@BACKBONE_REGISTRY.register()
+def build_torchreid_backbone(cfg: CfgNode) -> ModelBackbone:
+    """Build the torchreid model that the config names, as a backbone.
+
+    Reads ``TORCHREID_NAME`` and otherwise the same keys as ``build_timm_backbone``. See
+    ``selcon_plugin.torchreid_ext.backbones.create_torchreid_backbone``.
+
+    Args:
+        cfg: FastReID's config, after ``add_selcon_config``.
+
+    Returns:
+        A module from images ``(B, 3, H, W)``, normalised by FastReID, to a feature map
+        ``(B, C, h, w)``, with attributes ``feature_dim`` and ``feature_stride``.
+
+    Raises:
+        HostMissingError: If torchreid is not installed; the message says how to install it.
+        ValueError: If ``TORCHREID_NAME`` is empty or unknown to torchreid, if the weights
+            do not fit, or if the model does not run on images of ``INPUT.SIZE_TRAIN``.
+            Other errors are those of ``create_torchreid_backbone``.
+    """  # noqa: DOC502  (raised by what this calls)
+    # Here, not above: FastReID's users need not have torchreid.
+    from selcon_plugin.torchreid_ext.backbones import create_torchreid_backbone
+
+    return _build(cfg, "TORCHREID_NAME", "osnet_ain_x1_0", create_torchreid_backbone)
+
+
+def _build(
+    cfg: CfgNode, key: str, example: str, create: Callable[..., _Backbone]
+) -> _Backbone:
+    """Build the model that ``MODEL.BACKBONE.<key>`` names; name the keys in errors."""
     backbone = cfg.MODEL.BACKBONE
-    name = backbone.get("TIMM_NAME", "")
+    name = backbone.get(key, "")
     if not name:
         raise ValueError(
-            "MODEL.BACKBONE.NAME build_timm_backbone needs MODEL.BACKBONE.TIMM_NAME, which "
-            f"is {name!r}: set it to a name in timm, such as tf_efficientnet_lite0"
+            f"MODEL.BACKBONE.NAME {backbone.NAME} needs MODEL.BACKBONE.{key}, which is "
+            f"{name!r}: set it to a name, such as {example}"
         )
     try:
-        return create_timm_backbone(
+        return create(
             name,
             input_size=tuple(cfg.INPUT.SIZE_TRAIN),
             pretrained=backbone.PRETRAIN,
@@ -61,7 +108,7 @@ def build_timm_backbone(cfg: CfgNode) -> TimmBackbone:
             pixel_std=cfg.MODEL.PIXEL_STD,
         )
     except (ValueError, FileNotFoundError) as error:
-        keys = f"MODEL.BACKBONE.TIMM_NAME {name!r}"
+        keys = f"MODEL.BACKBONE.{key} {name!r}"
         if backbone.PRETRAIN:
             keys += f", MODEL.BACKBONE.PRETRAIN_PATH {backbone.PRETRAIN_PATH!r}"
         raise type(error)(f"{keys}: {error}") from error

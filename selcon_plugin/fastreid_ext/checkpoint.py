@@ -5,55 +5,14 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch
 from fastreid.utils.checkpoint import Checkpointer
 
+from selcon_plugin.engine.atomic import save_atomically
 from selcon_plugin.fastreid_ext.meta_arch import SelCon
 
 # Prefix of the method's buffers in a SelCon state dict.
 _METHOD_PREFIX = "method."
 _TEACHER_PREFIX = "teacher."
-
-
-class RunState:
-    """What a run is besides its weights: the order of its images and its random streams.
-
-    All randomness of a run follows from its seed and the iteration (sampler position, the
-    augmentation of each sample, warm-up negatives, per-epoch seeds of every rank), so that
-    a seed, a batch size and a list of images are the whole state. Resuming with another one
-    would silently mix two runs: it is refused.
-
-    Args:
-        facts: What must not change between the parts of a run.
-    """
-
-    def __init__(self, **facts: str | int) -> None:
-        self.facts = facts
-
-    def state_dict(self) -> dict[str, str | int]:
-        """Return the facts."""
-        return dict(self.facts)
-
-    def load_state_dict(self, state: dict[str, str | int]) -> None:
-        """Compare a checkpoint's facts with this run's.
-
-        Args:
-            state: What :meth:`state_dict` returned when the checkpoint was written.
-
-        Raises:
-            ValueError: If a fact differs; names it with both values.
-        """
-        differing = [
-            f"{name} was {state[name]!r} and is {value!r}"
-            for name, value in self.facts.items()
-            if name in state and state[name] != value
-        ]
-        if differing:
-            raise ValueError(
-                f"cannot resume: {'; '.join(differing)}. Resume with the settings and "
-                "images of the interrupted run, or begin a new one (another OUTPUT_DIR, "
-                "the old checkpoint as MODEL.WEIGHTS)"
-            )
 
 
 class SelConCheckpointer(Checkpointer):
@@ -76,12 +35,7 @@ class SelConCheckpointer(Checkpointer):
         data.update(kwargs)
         file = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", file)
-        partial = f"{file}.partial"
-        with open(partial, "wb") as stream:
-            torch.save(data, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, file)
+        save_atomically(data, file)
         self.tag_last_checkpoint(os.path.basename(file))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from fastreid.config import CfgNode
@@ -11,13 +10,10 @@ from fastreid.data.datasets import DATASET_REGISTRY
 from fastreid.data.datasets.bases import ImageDataset
 
 from selcon_plugin.datasets import (
-    GALLERY_FOLDER,
-    QUERY_FOLDER,
-    TRAIN_FOLDER,
     SyntheticPersonsSpec,
     generate_synthetic_persons,
     read_image_folder,
-    read_market_folder,
+    read_market_splits,
 )
 
 UNKNOWN_PID = -1
@@ -111,17 +107,9 @@ class SyntheticPersons(ImageDataset):
         folder = generate_synthetic_persons(
             root, spec or SyntheticPersonsSpec(), progress=True
         )
+        splits = read_market_splits(folder)
         train = [
             (path, f"{self.dataset_name}_{pid}", f"{self.dataset_name}_{camid}")
-            for path, pid, camid in self._read(folder, TRAIN_FOLDER)
+            for path, pid, camid in splits.train
         ]
-        query = self._read(folder, QUERY_FOLDER)
-        gallery = self._read(folder, GALLERY_FOLDER)
-        super().__init__(train, query, gallery, **kwargs)
-
-    @staticmethod
-    def _read(folder: Path, split: str) -> list[tuple[str, int, int]]:
-        return [
-            (str(path), pid, camid)
-            for path, pid, camid in read_market_folder(folder / split)
-        ]
+        super().__init__(train, splits.query, splits.gallery, **kwargs)

@@ -7,14 +7,9 @@ from pathlib import Path
 import numpy as np
 from fastreid.config import CfgNode
 
-from selcon_plugin.fastreid_ext.data import (
-    IndexedDataset,
-    build_extraction_loader,
-    training_items,
-)
-from selcon_plugin.fastreid_ext.embedding import extract_embeddings
+from selcon_plugin.fastreid_ext.data import IndexedDataset, training_items
+from selcon_plugin.fastreid_ext.embedding import extract_training_set
 from selcon_plugin.fastreid_ext.trainer import load_trained_model
-from selcon_plugin.features import fused_feature
 
 
 def extract_folder(cfg: CfgNode, output: str | Path) -> tuple[int, int]:
@@ -30,11 +25,7 @@ def extract_folder(cfg: CfgNode, output: str | Path) -> tuple[int, int]:
     """
     model = load_trained_model(cfg)
     dataset = IndexedDataset(training_items(cfg), transform=None)
-    loader = build_extraction_loader(cfg, dataset)
-    embeddings = extract_embeddings(model, loader, len(dataset))
-    features = fused_feature(
-        embeddings, global_distance_weight=model.global_distance_weight
-    ).cpu()
+    features = model.test_feature(extract_training_set(cfg, model, dataset)).cpu()
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     with open(output, "wb") as stream:  # savez would append .npz to another ending
         np.savez_compressed(

@@ -2,127 +2,58 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from fastreid.engine.hooks import PeriodicCheckpointer
 from fastreid.engine.train_loop import HookBase
 from fastreid.utils import comm
-from torch import Tensor
 from tqdm import tqdm
 
-from selcon_plugin.diagnostics import neighbor_precision
-from selcon_plugin.fastreid_ext.data import IndexedDataset, build_extraction_loader
-from selcon_plugin.fastreid_ext.embedding import (
-    calibrate_normalization,
-    extract_training_set,
-    unwrap,
-)
+from selcon_plugin.engine.run import TrainingRun
 
 
 class MethodHook(HookBase):
-    """Run the method along the training loop.
-
-    * before training: make fresh normalisation and teacher ready, and fill the banks of a
-      method without clusters, unless a checkpoint brought them;
-    * before each epoch: tell the method, and seed all random streams by ``(seed, epoch,
-      rank)``, so that a run resumed at an epoch goes on as the unbroken one would;
-    * after each step: write the batch into the banks, let the teacher follow.
+    """Prepare the method, seed each epoch, write the banks after each step.
 
     Args:
-        cfg: Complete config.
-        dataset: The training images.
+        run: The training run.
     """
 
-    def __init__(self, cfg: Any, dataset: IndexedDataset) -> None:
-        self._cfg = cfg
-        self._dataset = dataset
+    def __init__(self, run: TrainingRun) -> None:
+        self._run = run
 
     def before_train(self) -> None:
         """Prepare what a checkpoint did not bring."""
-        model = unwrap(self.trainer.model)
-        assert model.method is not None
-        if model.method.prepared:
-            return
-        test_view = build_extraction_loader(self._cfg, self._dataset).dataset
-        calibrate_normalization(model, test_view, self._cfg.TEST.IMS_PER_BATCH)
-        model.update_teacher(restart=True)
-        if not model.method.needs_clusters:
-            embeddings = extract_training_set(self._cfg, model, self._dataset)
-            camids = torch.tensor(self._dataset.camids, device=model.device)
-            model.method.prepare(embeddings, camids)
+        self._run.before_training()
 
     def before_epoch(self) -> None:
         """Begin an epoch."""
-        epoch = self.trainer.epoch
-        model = unwrap(self.trainer.model)
-        assert model.method is not None
-        model.method.start_epoch(epoch)
-        seed = np.random.SeedSequence((self._cfg.MODEL.SELCON.SEED, epoch, comm.get_rank()))
-        seed_all(int(seed.generate_state(1)[0]))
+        self._run.start_epoch(self.trainer.epoch)
 
     def after_step(self) -> None:
         """Write the banks and move the teacher."""
-        model = unwrap(self.trainer.model)
-        model.update_banks()
-        model.update_teacher()
-
-
-def seed_all(seed: int) -> None:
-    """Seed the random streams of Python, NumPy and PyTorch (CPU and GPU)."""
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002  (FastReID and its transforms use the global stream)
-    torch.manual_seed(seed)
-
-
-def known_pids(dataset: IndexedDataset) -> Tensor | None:
-    """Return the identities for diagnostics, or None where they say nothing.
-
-    Args:
-        dataset: The training images.
-
-    Returns:
-        Identity of each image, int64 ``(M,)``; None if all images have one, or each its
-        own.
-    """
-    num_pids = len(set(dataset.true_pids))
-    if not 1 < num_pids < len(dataset):
-        return None
-    return torch.tensor(dataset.true_pids)
+        self._run.after_step()
 
 
 class DiagnosticsHook(HookBase):
     """Write what a user watches to FastReID's log, JSON and TensorBoard writers.
 
-    The only place in training where identities appear, and only if the data set has them:
-    the share of true matches among the chosen neighbours. Nothing flows back.
-
     Args:
-        dataset: The training images.
+        run: The training run.
         period: Steps between reports; 0 for none.
     """
 
-    def __init__(self, dataset: IndexedDataset, period: int) -> None:
+    def __init__(self, run: TrainingRun, period: int) -> None:
+        self._run = run
         self._period = period
-        self._true_pids = known_pids(dataset)
 
     def after_step(self) -> None:
         """Report every ``period`` steps."""
         if not self._period or (self.trainer.iter + 1) % self._period:
             return
-        method = unwrap(self.trainer.model).method
-        assert method is not None
-        report = method.diagnostics()
-        selected = method.selected_positives()
-        if selected is not None and self._true_pids is not None:
-            anchors, neighbors = selected
-            report["neighbor_precision"] = neighbor_precision(
-                anchors.cpu(), neighbors.cpu(), self._true_pids
-            )
+        report = self._run.diagnostics()
         if report:
             # As measured: the writers' median over 20 reports would lag by epochs.
             self.trainer.storage.put_scalars(smoothing_hint=False, **report)

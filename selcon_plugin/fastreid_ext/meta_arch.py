@@ -10,14 +10,12 @@ from fastreid.config import CfgNode
 from fastreid.modeling.backbones import build_backbone
 from fastreid.modeling.heads import build_heads
 from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
-from torch import Tensor, nn
+from torch import Tensor
 
-from selcon_plugin.backbones import as_feature_map, infer_feature_shape
-from selcon_plugin.ema import EMATeacher
+from selcon_plugin.engine.network import EmbeddingNetwork, usable_parts
 from selcon_plugin.fastreid_ext.config import complete_config, selected_method_options
-from selcon_plugin.features import Embeddings, check_parts_fit, fused_feature
-from selcon_plugin.methods import Method, build_method, method_class
-from selcon_plugin.normalization import convert_ghost_batch_norm
+from selcon_plugin.features import Embeddings
+from selcon_plugin.methods import build_method
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +24,7 @@ _HOST_DEFAULT_HEAD = "EmbeddingHead"
 
 
 @META_ARCH_REGISTRY.register()
-class SelCon(nn.Module):
+class SelCon(EmbeddingNetwork):
     """Meta-architecture that trains without identities.
 
     In training mode a batch's ``targets`` are the images' own indices, and the result is
@@ -40,51 +38,13 @@ class SelCon(nn.Module):
     number the trainer sets. With 0 there is no method, which is all that evaluation needs.
     """
 
-    pixel_mean: Tensor
-    pixel_std: Tensor
-
     def __init__(self, cfg: CfgNode) -> None:
-        super().__init__()
         cfg = complete_config(cfg)
         cfg.defrost()
-        self.input_size: tuple[int, int] = tuple(cfg.INPUT.SIZE_TRAIN)
-        self.backbone = build_backbone(cfg)
-        self._fit_head_to_backbone(cfg)
-        if cfg.MODEL.HEADS.NAME == _HOST_DEFAULT_HEAD:
-            cfg.MODEL.HEADS.NAME = "GlobalPartHead"
-        self.heads = build_heads(cfg)
-        if cfg.MODEL.SELCON.GHOST_BATCH_SIZE:
-            for part in (self.backbone, self.heads):
-                convert_ghost_batch_norm(part, cfg.MODEL.SELCON.GHOST_BATCH_SIZE)
-        self.teacher: EMATeacher | None = None
-        if cfg.MODEL.SELCON.EMA_DECAY:
-            self.teacher = EMATeacher(self._network(), cfg.MODEL.SELCON.EMA_DECAY)
-        mean, std = torch.tensor(cfg.MODEL.PIXEL_MEAN), torch.tensor(cfg.MODEL.PIXEL_STD)
-        self.register_buffer("pixel_mean", mean.view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", std.view(1, -1, 1, 1), persistent=False)
-        options = selected_method_options(cfg)
-        self.global_distance_weight: float = options.get("global_distance_weight", 0.5)
-        self.method: Method | None = None
-        if cfg.MODEL.HEADS.NUM_CLASSES:
-            self.method = build_method(
-                cfg.MODEL.SELCON.METHOD,
-                cfg.MODEL.HEADS.NUM_CLASSES,
-                self.heads.global_dim,
-                self.heads.num_parts,
-                self.heads.part_dim,
-                **options,
-            )
-        # The batch, or micro-batches, whose step is under way: read by loss(), to be
-        # written by update_banks().
-        self._pending: list[tuple[Tensor, Embeddings]] = []
-
-    def _network(self) -> nn.ModuleDict:
-        """Return backbone and head as one module; not registered a second time."""
-        return nn.ModuleDict({"backbone": self.backbone, "heads": self.heads})
-
-    def _fit_head_to_backbone(self, cfg: CfgNode) -> None:
-        """Set the head's sizes to what the backbone really returns."""
-        channels, rows, _ = infer_feature_shape(self.backbone, self.input_size)
+        node = cfg.MODEL.SELCON
+        backbone = build_backbone(cfg)
+        size = tuple(cfg.INPUT.SIZE_TRAIN)
+        channels, node.NUM_PARTS = usable_parts(backbone, size, node.METHOD, node.NUM_PARTS)
         if channels != cfg.MODEL.BACKBONE.FEAT_DIM:
             logger.info(
                 "The backbone's feature map has %d channels; MODEL.BACKBONE.FEAT_DIM %d is "
@@ -93,22 +53,28 @@ class SelCon(nn.Module):
                 cfg.MODEL.BACKBONE.FEAT_DIM,
             )
             cfg.MODEL.BACKBONE.FEAT_DIM = channels
-        method = cfg.MODEL.SELCON.METHOD
-        if not method_class(method).uses_parts and cfg.MODEL.SELCON.NUM_PARTS:
-            logger.info("%s has no use for parts: the head has none", method)
-            cfg.MODEL.SELCON.NUM_PARTS = 0
-        if rows == 1 and cfg.MODEL.SELCON.NUM_PARTS:
-            logger.warning(
-                "%s returns one vector and no feature map: training without parts",
-                cfg.MODEL.BACKBONE.NAME,
+        if cfg.MODEL.HEADS.NAME == _HOST_DEFAULT_HEAD:
+            cfg.MODEL.HEADS.NAME = "GlobalPartHead"
+        super().__init__(
+            backbone,
+            build_heads(cfg),
+            pixel_mean=cfg.MODEL.PIXEL_MEAN,
+            pixel_std=cfg.MODEL.PIXEL_STD,
+            images_normalized=False,
+            ghost_batch_size=node.GHOST_BATCH_SIZE,
+        )
+        self.add_teacher(node.EMA_DECAY)
+        options = selected_method_options(cfg)
+        self.global_distance_weight = options.get("global_distance_weight", 0.5)
+        if cfg.MODEL.HEADS.NUM_CLASSES:
+            self.method = build_method(
+                node.METHOD,
+                cfg.MODEL.HEADS.NUM_CLASSES,
+                self.heads.global_dim,
+                self.heads.num_parts,
+                self.heads.part_dim,
+                **options,
             )
-            cfg.MODEL.SELCON.NUM_PARTS = 0
-        check_parts_fit(rows, cfg.MODEL.SELCON.NUM_PARTS)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the model's buffers."""
-        return self.pixel_mean.device
 
     def embed(
         self, batched_inputs: dict[str, Any] | Tensor, *, student: bool = False
@@ -117,35 +83,14 @@ class SelCon(nn.Module):
 
         Args:
             batched_inputs: A batch with ``images``, or the images ``(B, 3, h, w)``
-                themselves, RGB, 0..255. Left unchanged: FastReID's own models normalise in
-                place, after which a flip test normalises twice.
+                themselves, RGB, 0..255.
             student: Whether to use the weights in training even where a teacher would
                 take their place.
 
         Returns:
             Unit global and part features.
-
-        Raises:
-            TypeError: If the head named in the config does not return embeddings.
         """
-        images: Tensor = (
-            batched_inputs["images"] if isinstance(batched_inputs, dict) else batched_inputs
-        )
-        images = (images.to(self.device) - self.pixel_mean) / self.pixel_std
-        size = (images.shape[2], images.shape[3])
-        backbone, heads = self.backbone, self.heads
-        if self.teacher is not None and not self.training and not student:
-            network = self.teacher.module
-            assert isinstance(network, nn.ModuleDict)
-            backbone, heads = network["backbone"], network["heads"]
-        embeddings = heads(as_feature_map(backbone(images), size))
-        if not isinstance(embeddings, Embeddings):
-            raise TypeError(
-                "MODEL.HEADS.NAME must name a head that returns selcon_plugin.Embeddings, "
-                f"such as GlobalPartHead; {type(self.heads).__name__} returned "
-                f"{type(embeddings).__name__}"
-            )
-        return embeddings
+        return super().embed(_images(batched_inputs), student=student)
 
     def forward(
         self, batched_inputs: dict[str, Any] | Tensor
@@ -158,50 +103,21 @@ class SelCon(nn.Module):
 
         Returns:
             Losses by name, or features of shape ``(B, C + S*D)``.
-
-        Raises:
-            RuntimeError: If the model was built without the number of training images.
         """
-        embeddings = self.embed(batched_inputs)
         if not self.training:
-            return fused_feature(
-                embeddings, global_distance_weight=self.global_distance_weight
-            )
+            return self.test_feature(self.embed(batched_inputs))
         if not torch.is_grad_enabled():
-            return {}  # FastReID's PreciseBN: a pass for its side effect on the statistics
-        if self.method is None:
-            raise RuntimeError(
-                "SelCon was built without training images (MODEL.HEADS.NUM_CLASSES is 0); "
-                "train it with SelConTrainer, which sets their number"
-            )
+            # FastReID's PreciseBN: a pass for its side effect on the statistics.
+            self.embed(batched_inputs)
+            return {}
         assert isinstance(batched_inputs, dict)
-        index = batched_inputs["targets"].to(self.device)
-        camids = batched_inputs["camids"].to(self.device)
-        losses = self.method.loss(embeddings, index, camids)
-        self._pending.append((index, embeddings.detach()))
-        return losses
+        return self.losses(
+            batched_inputs["images"], batched_inputs["targets"], batched_inputs["camids"]
+        )
 
-    def update_banks(self) -> None:
-        """Write what was seen since the last call into the method's banks.
 
-        Raises:
-            RuntimeError: If there was no training step since the last call.
-        """
-        if not self._pending or self.method is None:
-            raise RuntimeError("update_banks() must follow a training step")
-        index, embeddings = zip(*self._pending, strict=True)
-        self._pending = []
-        self.method.update(torch.cat(index), Embeddings.cat(embeddings))
-
-    def update_teacher(self, *, restart: bool = False) -> None:
-        """Let the teacher follow the weights by one step; nothing without a teacher.
-
-        Args:
-            restart: Whether to take the weights over as they are, to begin a run.
-        """
-        if self.teacher is None:
-            return
-        if restart:
-            self.teacher.reset(self._network())
-        else:
-            self.teacher.update(self._network())
+def _images(batched_inputs: dict[str, Any] | Tensor) -> Tensor:
+    if isinstance(batched_inputs, dict):
+        images: Tensor = batched_inputs["images"]
+        return images
+    return batched_inputs

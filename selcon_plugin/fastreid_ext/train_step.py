@@ -12,41 +12,7 @@ from fastreid.utils.params import ContiguousParams
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-
-def split_batch(batch: dict[str, Any], num_micro_batches: int) -> list[dict[str, Any]]:
-    """Cut a batch into contiguous parts of equal size.
-
-    Contiguous, so that the blocks of K images of one cluster stay whole wherever K divides
-    the size of a part.
-
-    Args:
-        batch: FastReID's batch: tensors and lists by name, each with one entry per image.
-        num_micro_batches: Number of parts.
-
-    Returns:
-        The parts in order; their tensors are views.
-
-    Raises:
-        ValueError: If the number of images is no multiple of the number of parts, or an
-            entry has another length than the others.
-    """
-    if num_micro_batches == 1:
-        return [batch]
-    lengths = {name: len(values) for name, values in batch.items()}
-    if len(set(lengths.values())) != 1:
-        raise ValueError(f"a batch needs one entry per image everywhere, got {lengths}")
-    batch_size = next(iter(lengths.values()))
-    if batch_size % num_micro_batches:
-        raise ValueError(
-            f"a batch of {batch_size} images cannot be cut into {num_micro_batches} "
-            "micro-batches of equal size: choose a number of micro-batches that divides "
-            "the number of images per process (SOLVER.IMS_PER_BATCH / processes)"
-        )
-    size = batch_size // num_micro_batches
-    return [
-        {name: values[start : start + size] for name, values in batch.items()}
-        for start in range(0, batch_size, size)
-    ]
+from selcon_plugin.engine.batches import split_batch
 
 
 def _record_event(tensor: Tensor) -> torch.cuda.Event | None:

@@ -20,26 +20,24 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from selcon_plugin.clustering import Labeler
+from selcon_plugin.engine.extraction import calibrate_normalization
+from selcon_plugin.engine.run import TrainingRun, seed_all
+from selcon_plugin.engine.run_record import RunMeter
+from selcon_plugin.engine.run_state import RunState
+from selcon_plugin.engine.settings import STREAM_SAMPLER, clusters_per_batch
 from selcon_plugin.fastreid_ext import data as selcon_data
-from selcon_plugin.fastreid_ext.checkpoint import RunState, SelConCheckpointer
+from selcon_plugin.fastreid_ext.checkpoint import SelConCheckpointer
 from selcon_plugin.fastreid_ext.clustering_hook import ClusteringHook
-from selcon_plugin.fastreid_ext.config import (
-    STREAM_SAMPLER,
-    build_configured_labeler,
-    complete_config,
-    sampler_name,
-)
-from selcon_plugin.fastreid_ext.embedding import unwrap
+from selcon_plugin.fastreid_ext.config import KEYS, complete_config, sampler_name
+from selcon_plugin.fastreid_ext.embedding import extract_training_set, unwrap
 from selcon_plugin.fastreid_ext.evaluation import CameraTermEvaluator
 from selcon_plugin.fastreid_ext.hooks import (
     CheckpointHook,
     DiagnosticsHook,
     MethodHook,
     ProgressHook,
-    seed_all,
 )
 from selcon_plugin.fastreid_ext.meta_arch import SelCon
-from selcon_plugin.fastreid_ext.run_record import RunMeter
 from selcon_plugin.fastreid_ext.train_step import (
     AccumulatingAMPTrainer,
     AccumulatingTrainer,
@@ -165,7 +163,7 @@ class SelConTrainer(DefaultTrainer):
         method = unwrap(model).method
         assert method is not None
         if method.needs_clusters:
-            return build_configured_labeler(cfg)
+            return KEYS.labeler(cfg.MODEL.SELCON)
         if sampler_name(cfg) != STREAM_SAMPLER:
             raise ValueError(
                 f"MODEL.SELCON.SAMPLER {sampler_name(cfg)} draws from clusters, and "
@@ -226,6 +224,27 @@ class SelConTrainer(DefaultTrainer):
         """Begin the data iterator anew at the sampler's present place."""
         self._trainer._data_loader_iter = iter(self.data_loader)
 
+    def _build_run(self) -> TrainingRun:
+        cfg, dataset, model = self.cfg, self.data_loader.dataset, unwrap(self.model)
+        clustering = cfg.MODEL.SELCON.CLUSTERING
+        test_view = selcon_data.build_extraction_loader(cfg, dataset).dataset
+        return TrainingRun(
+            model,
+            dataset,
+            self.data_loader.sampler,
+            self.labeler,
+            extract=lambda: extract_training_set(cfg, model, dataset),
+            calibrate=lambda: calibrate_normalization(
+                model, test_view, cfg.TEST.IMS_PER_BATCH
+            ),
+            seed=cfg.MODEL.SELCON.SEED,
+            cluster_period=clustering.PERIOD,
+            cluster_features=clustering.FEATURES,
+            min_clusters=clusters_per_batch(
+                sampler_name(cfg), cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE
+            ),
+        )
+
     def build_hooks(self) -> list[HookBase]:
         """Add the method's hooks to FastReID's.
 
@@ -233,12 +252,11 @@ class SelConTrainer(DefaultTrainer):
             Hooks in the order in which they run. The method's come first, so that a step's
             banks are written before anything is evaluated or saved.
         """
-        dataset = self.data_loader.dataset
-        result: list[HookBase] = [MethodHook(self.cfg, dataset)]
+        run = self._build_run()
+        result: list[HookBase] = [MethodHook(run)]
         if self.labeler is not None:
-            result.append(ClusteringHook(self.cfg, dataset, self.labeler))
-        period = self.cfg.MODEL.SELCON.DIAGNOSTICS_PERIOD
-        result.append(DiagnosticsHook(dataset, period))
+            result.append(ClusteringHook(run))
+        result.append(DiagnosticsHook(run, self.cfg.MODEL.SELCON.DIAGNOSTICS_PERIOD))
         for hook in super().build_hooks():
             if isinstance(hook, host_hooks.IterationTimer):
                 # FastReID leaves the first three steps out and then fails to print the time

@@ -1,8 +1,11 @@
+import importlib.util
+from types import ModuleType
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from selcon_plugin.compat import HostMissingError, prepare_fastreid
+from selcon_plugin.compat import HostMissingError, import_torchreid, prepare_fastreid
 
 try:
     prepare_fastreid()
@@ -14,15 +17,15 @@ from fastreid.modeling.backbones import build_backbone
 from fastreid.modeling.meta_arch import Baseline
 
 from selcon_plugin.backbones import TimmBackbone, as_feature_map, infer_feature_dim
+from selcon_plugin.fastreid_ext import add_selcon_config
 from selcon_plugin.fastreid_ext.backbones import build_timm_backbone
 
 SIZE = (64, 32)
 
 
 def config(**backbone: object) -> CfgNode:
-    cfg = get_cfg()
+    cfg = add_selcon_config(get_cfg())
     cfg.INPUT.SIZE_TRAIN = list(SIZE)
-    cfg.MODEL.BACKBONE.TIMM_NAME = ""
     for key, value in backbone.items():
         cfg.MODEL.BACKBONE[key] = value
     return cfg
@@ -30,6 +33,18 @@ def config(**backbone: object) -> CfgNode:
 
 def timm_config(name: str, **backbone: object) -> CfgNode:
     return config(NAME="build_timm_backbone", TIMM_NAME=name, **backbone)
+
+
+def torchreid_config(name: str, **backbone: object) -> CfgNode:
+    return config(NAME="build_torchreid_backbone", TORCHREID_NAME=name, **backbone)
+
+
+@pytest.fixture
+def torchreid() -> ModuleType:
+    try:
+        return import_torchreid()
+    except HostMissingError as error:
+        pytest.skip(str(error))
 
 
 # FastReID's own, by config alone: (keys, channels, map of a 64x32 image)
@@ -130,3 +145,60 @@ def test_bad_weights_are_explained(tmp_path) -> None:
         build_backbone(cfg)
     cfg.MODEL.BACKBONE.PRETRAIN = False  # as FastReID sets it to evaluate or resume
     build_backbone(cfg)
+
+
+# --- torchreid's models ------------------------------------------------------------------
+
+
+def test_torchreid_backbone_sees_the_pixels_as_torchreid_does(
+    torchreid: ModuleType, tmp_path
+) -> None:
+    model = torchreid.models.build_model(
+        "osnet_ain_x0_25", 5, pretrained=False, use_gpu=False
+    ).eval()
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "zoo.pth")
+    cfg = torchreid_config(
+        "osnet_ain_x0_25", PRETRAIN=True, PRETRAIN_PATH=str(tmp_path / "zoo.pth")
+    )
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [127.5] * 3, [127.5] * 3
+    backbone = build_backbone(cfg)
+    assert backbone.training
+    assert infer_feature_dim(backbone, SIZE) == backbone.feature_dim == 128
+    assert backbone.feature_stride == 16
+    host = Baseline(
+        backbone=backbone,
+        heads=nn.Identity(),
+        pixel_mean=cfg.MODEL.PIXEL_MEAN,
+        pixel_std=cfg.MODEL.PIXEL_STD,
+    )
+    pixels = torch.randint(0, 256, (2, 3, *SIZE)).float()
+    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    with torch.no_grad():
+        expected: Tensor = model.featuremaps((pixels / 255 - mean) / std)
+        actual = backbone.eval()(host.preprocess_image(pixels))
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_torchreid_last_stride_comes_from_the_config(torchreid: ModuleType) -> None:
+    strides = [
+        build_backbone(torchreid_config("resnet18", LAST_STRIDE=s)).feature_stride
+        for s in (1, 2)
+    ]
+    assert strides == [16, 32]
+
+
+def test_torchreid_names_are_explained(torchreid: ModuleType) -> None:
+    match = r"build_torchreid_backbone needs MODEL.BACKBONE.TORCHREID_NAME, which is ''"
+    with pytest.raises(ValueError, match=match):
+        build_backbone(torchreid_config(""))
+    match = r"MODEL.BACKBONE.TORCHREID_NAME 'osnet_ain'.*closest: osnet_ain_x1_0"
+    with pytest.raises(ValueError, match=match):
+        build_backbone(torchreid_config("osnet_ain"))
+
+
+def test_torchreid_is_needed_only_for_its_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(HostMissingError, match="pip install --no-deps torchreid"):
+        build_backbone(torchreid_config("osnet_x0_25"))

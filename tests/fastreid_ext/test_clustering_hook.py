@@ -16,7 +16,7 @@ from selcon_plugin.fastreid_ext import (
     SyntheticPersons,
     add_selcon_config,
 )
-from selcon_plugin.fastreid_ext.config import of_any_type
+from selcon_plugin.fastreid_ext.config import KEYS
 from selcon_plugin.fastreid_ext.embedding import extract_training_set, unwrap
 
 # Clusters are found on 40 images in the features of a random network.
@@ -42,7 +42,7 @@ METHODS = {
 def configured(cfg, values):
     cfg = cfg.clone()
     for key, value in values.items():
-        with of_any_type(cfg):
+        with KEYS.of_any_type(cfg.MODEL.SELCON):
             cfg.merge_from_list([key, value])
     return cfg
 
@@ -328,7 +328,7 @@ def test_micro_batches_equal_the_ghost_batches_of_a_whole_one(tiny_cfg, tmp_path
         ("MODEL.SELCON.CLUSTERING.LABELER", "Magic", r"LABELER must be .*'DBSCAN'"),
         ("MODEL.SELCON.CLUSTERING.NUM_CLUSTERS", 7, r"labeler DBSCAN has no such option"),
         ("MODEL.SELCON.MICRO_BATCHES", 3, r"IMS_PER_BATCH \(8\) must be a multiple"),
-        ("DATALOADER.NUM_INSTANCE", 3, r"multiple of DATALOADER\.NUM_INSTANCE \(3\)"),
+        ("DATALOADER.NUM_INSTANCE", 3, r"cluster \(3\).*keys .*DATALOADER\.NUM_INSTANCE"),
         ("MODEL.SELCON.SAMPLER", "random", r"SAMPLER must be .*'pk_camera'"),
         ("MODEL.SELCON.SELECTION", "jaccard", r"method ClusterContrast has no such"),
     ],

@@ -8,12 +8,9 @@ from fastreid.config import get_cfg
 
 from selcon_plugin.cli import load_config
 from selcon_plugin.clustering import labeler_names, labeler_options
+from selcon_plugin.engine.settings import clustering_options
 from selcon_plugin.fastreid_ext import add_selcon_config, complete_config
-from selcon_plugin.fastreid_ext.config import (
-    adapter_options,
-    clustering_options,
-    selected_method_options,
-)
+from selcon_plugin.fastreid_ext.config import KEYS, selected_method_options
 from selcon_plugin.methods import base, build_method, method_names, method_options
 from selcon_plugin.methods.selective_contrastive import SelectiveContrastive
 from selcon_plugin.options import Interval
@@ -167,9 +164,9 @@ def assert_lists(text, options):
 
 
 def test_readme_lists_every_key_with_default_and_legal_values():
-    own = {o.name: o for o in adapter_options().values() if o.name != "METHOD"}
+    own = {o.name: o for o in KEYS.run_options().values() if o.name != "method"}
     assert_lists(section("`MODEL.SELCON`: what every method has"), own)
-    own = {o.name: o for o in clustering_options().values() if o.name != "LABELER"}
+    own = {o.name: o for o in clustering_options().values() if o.name != "labeler"}
     assert_lists(section("`MODEL.SELCON.CLUSTERING`"), own)
     for name in method_names():
         assert f"`{name}`" in section("Methods")

@@ -108,7 +108,9 @@ def test_another_transform_keeps_images_order_and_cameras():
 
 def test_fewer_images_than_a_batch_is_an_error_that_says_so(tiny_cfg):
     tiny_cfg.SOLVER.IMS_PER_BATCH = 64
-    with pytest.raises(ValueError, match=r"40 training images.*IMS_PER_BATCH \(64\)"):
+    with pytest.raises(
+        ValueError, match=r"40 training images.*batch size \(64\).*IMS_PER_BATCH"
+    ):
         build_train_loader(tiny_cfg)
 
 

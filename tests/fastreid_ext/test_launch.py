@@ -8,7 +8,7 @@ from fastreid.utils import comm
 from torch import nn
 
 from selcon_plugin.fastreid_ext import SelConTrainer, add_selcon_config
-from selcon_plugin.fastreid_ext.config import of_any_type
+from selcon_plugin.fastreid_ext.config import KEYS
 from selcon_plugin.fastreid_ext.embedding import unwrap
 from selcon_plugin.fastreid_ext.launch import launch
 
@@ -65,7 +65,7 @@ def test_two_processes_equal_one(tiny_cfg, tmp_path, name):
     tiny_cfg.MODEL.BACKBONE.NORM = "BN"
     tiny_cfg.MODEL.SELCON.METHOD = name.partition(" ")[0]
     for key, value in METHODS[name].items():
-        with of_any_type(tiny_cfg):
+        with KEYS.of_any_type(tiny_cfg.MODEL.SELCON):
             tiny_cfg.merge_from_list([key, value])
     if name == "ClusterContrast":
         # Set by the tiny config for another method, refused here.

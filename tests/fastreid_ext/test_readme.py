@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 
 from selcon_plugin.cli import main
@@ -21,14 +22,35 @@ def nested(values):
     return tree
 
 
-def test_script_runs_with_a_config_of_one_line_more(tiny_values, tmp_path, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def code_in(section):
+    """The Python code of a section of the README, which is one block."""
+    text = (ROOT / "README.md").read_text().partition(f"## {section}\n")[2]
+    blocks = re.findall(r"```python\n(.*?)```", text.partition("\n## ")[0], re.DOTALL)
     assert len(blocks) == 1
+    return blocks[0]
+
+
+def test_script_runs_with_a_config_of_one_line_more(tiny_values, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = nested(tiny_values | {"OUTPUT_DIR": "out"})
     Path("my_config.yml").write_text(yaml.safe_dump(config))
-    exec(compile(blocks[0], "README.md", "exec"), {})
+    exec(compile(code_in("I use FastReID"), "README.md", "exec"), {})
     assert Path("out/model_final.pth").exists()
+
+
+def test_torchreid_script_runs_as_it_stands(tmp_path, monkeypatch):
+    pytest.importorskip("torchreid")
+    code = code_in("I use torchreid")
+    assert len([line for line in code.splitlines() if line]) <= 10
+    monkeypatch.chdir(tmp_path)
+    for long, short in (
+        ("max_epoch=20", "max_epoch=1"),
+        ("width=64", "width=64, workers=0"),
+    ):
+        assert long in code
+        code = code.replace(long, short)
+    exec(compile(code, "README.md", "exec"), {})
+    assert Path("logs/osnet/model/model.pth.tar-1").exists()
 
 
 def test_links_lead_somewhere():

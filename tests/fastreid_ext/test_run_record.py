@@ -6,14 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from selcon_plugin.fastreid_ext import run_record
-from selcon_plugin.fastreid_ext.run_record import (
-    RunMeter,
-    forget_results,
-    peak_memory_mib,
-    results_by_test_set,
-    write_results,
-)
+from selcon_plugin.engine import run_record
+from selcon_plugin.engine.run_record import RunMeter, forget_results, peak_memory_mib
+from selcon_plugin.fastreid_ext.run_record import results_by_test_set, write_results
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from selcon_plugin.engine.batches import split_batch
 from selcon_plugin.fastreid_ext.train_step import (
     AccumulatingAMPTrainer,
     AccumulatingTrainer,
-    split_batch,
 )
 from selcon_plugin.normalization import convert_ghost_batch_norm
 

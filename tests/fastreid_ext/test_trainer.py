@@ -5,8 +5,9 @@ import pytest
 import torch
 from fastreid.data.datasets import DATASET_REGISTRY
 
+from selcon_plugin.engine.extraction import calibrate_normalization
 from selcon_plugin.fastreid_ext import SelConTrainer, SyntheticPersons
-from selcon_plugin.fastreid_ext.embedding import calibrate_normalization, unwrap
+from selcon_plugin.fastreid_ext.embedding import unwrap
 
 
 @DATASET_REGISTRY.register()

@@ -1,0 +1,107 @@
+"""Batches: which sampler draws them, and how they are cut for a small GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from selcon_plugin.engine.settings import STREAM_SAMPLER
+from selcon_plugin.samplers import BatchStream, ClusterSampler, StreamSampler
+
+
+def build_sampler(
+    name: str,
+    num_images: int,
+    *,
+    batch_size: int,
+    num_instances: int = 4,
+    outlier_share: float = 0.0,
+    micro_batches: int = 1,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> BatchStream:
+    """Build the sampler of a run.
+
+    Args:
+        name: ``"stream"`` or the name of a planner.
+        num_images: Training images M.
+        batch_size: Images in a batch, over all processes.
+        num_instances: Images of each cluster in a batch.
+        outlier_share: Share of each batch drawn from outliers.
+        micro_batches: Parts into which a process cuts its share of a batch.
+        seed: Seed of all draws.
+        rank: This process.
+        world_size: Number of processes.
+
+    Returns:
+        The sampler.
+
+    Raises:
+        ValueError: If there are fewer images than a batch holds, or the batch cannot be cut
+            evenly.
+    """
+    if num_images < batch_size:
+        raise ValueError(
+            f"{num_images} training images do not fill one batch: lower the batch size "
+            f"({batch_size}) or add images"
+        )
+    pieces = world_size * micro_batches
+    if batch_size % pieces:
+        raise ValueError(
+            f"the batch size ({batch_size}, over all processes) must be a multiple of "
+            f"micro-batches ({micro_batches}) x processes ({world_size})"
+        )
+    common = {
+        "batch_size": batch_size,
+        "seed": seed,
+        "rank": rank,
+        "world_size": world_size,
+    }
+    if name == STREAM_SAMPLER:
+        return StreamSampler(num_images, **common)
+    if batch_size % (pieces * num_instances):
+        # Else the images of a cluster would be torn apart.
+        raise ValueError(
+            f"the batch size ({batch_size}) must be a multiple of images per cluster "
+            f"({num_instances}) x micro-batches ({micro_batches}) x processes "
+            f"({world_size})"
+        )
+    return ClusterSampler(
+        planner=name, num_instances=num_instances, outlier_share=outlier_share, **common
+    )
+
+
+def split_batch(batch: dict[str, Any], num_micro_batches: int) -> list[dict[str, Any]]:
+    """Cut a batch into contiguous parts of equal size.
+
+    Contiguous, so that the blocks of K images of one cluster stay whole wherever K divides
+    the size of a part.
+
+    Args:
+        batch: Tensors and lists by name, each with one entry per image.
+        num_micro_batches: Number of parts.
+
+    Returns:
+        The parts in order; their tensors are views.
+
+    Raises:
+        ValueError: If the number of images is no multiple of the number of parts, or an
+            entry has another length than the others.
+    """
+    if num_micro_batches == 1:
+        return [batch]
+    lengths = {name: len(values) for name, values in batch.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"a batch needs one entry per image everywhere, got {lengths}")
+    batch_size = next(iter(lengths.values()))
+    if batch_size % num_micro_batches:
+        raise ValueError(
+            f"a batch of {batch_size} images cannot be cut into {num_micro_batches} "
+            "micro-batches of equal size: choose a number of micro-batches that divides "
+            "the number of images per process"
+        )
+    size = batch_size // num_micro_batches
+    return [
+        {name: values[start : start + size] for name, values in batch.items()}
+        for start in range(0, batch_size, size)
+    ]

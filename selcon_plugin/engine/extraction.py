@@ -1,0 +1,119 @@
+"""Features of all training images, and fresh normalisation layers made ready for them."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from selcon_plugin.distributed import rank, world_size
+from selcon_plugin.engine.images import IndexedImages
+from selcon_plugin.engine.network import EmbeddingNetwork
+from selcon_plugin.features import Embeddings
+from selcon_plugin.samplers import StreamSampler
+
+logger = logging.getLogger(__name__)
+
+# Batches shown to fresh normalisation layers before the first features are taken.
+_CALIBRATION_BATCHES = 16
+
+
+@torch.no_grad()
+def extract_embeddings(
+    network: EmbeddingNetwork,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    num_images: int,
+) -> Embeddings:
+    """Compute the embeddings of all images, in evaluation mode.
+
+    Under distributed training each rank computes its share and all get the whole.
+
+    Args:
+        network: Left in the mode it was in.
+        batches: Images and their indices, every image once; of this rank.
+        num_images: Images M.
+
+    Returns:
+        Embeddings of images 0..M-1 on the network's device.
+    """
+    was_training = network.training
+    network.eval()
+    globals_: Tensor | None = None
+    parts: Tensor | None = None
+    for images, index in _with_progress(batches, "extracting features"):
+        place = index.to(network.device)
+        global_features, part_features = network.embed(images)
+        if globals_ is None:
+            globals_ = global_features.new_zeros(num_images, *global_features.shape[1:])
+            if part_features is not None:
+                parts = part_features.new_zeros(num_images, *part_features.shape[1:])
+        globals_[place] = global_features
+        if parts is not None and part_features is not None:
+            parts[place] = part_features
+    network.train(was_training)
+    assert globals_ is not None
+    if world_size() > 1:  # every row is zero but on the rank that computed it
+        dist.all_reduce(globals_)
+        if parts is not None:
+            dist.all_reduce(parts)
+    return Embeddings(globals_, parts)
+
+
+def _with_progress(batches: Iterable[Any], what: str) -> Iterable[Any]:
+    hidden = rank() > 0 or not sys.stderr.isatty()
+    bar: Iterable[Any] = tqdm(batches, desc=what, unit="batch", leave=False, disable=hidden)
+    return bar
+
+
+@torch.no_grad()
+def calibrate_normalization(
+    network: EmbeddingNetwork,
+    dataset: IndexedImages,
+    batch_size: int,
+) -> bool:
+    """Give the head's fresh batch-norm layers the statistics of the training images.
+
+    A new BatchNorm normalises by mean 0 and variance 1 in evaluation mode; pooled features
+    then all point the same way and the first banks rank badly. Layers that have seen data
+    (loaded weights) are left alone.
+
+    Args:
+        network: In any mode; its head's statistics change.
+        dataset: Training images with the test transform.
+        batch_size: Images per batch.
+
+    Returns:
+        Whether there was anything to calibrate.
+    """
+    fresh = [
+        module
+        for module in network.heads.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and module.num_batches_tracked is not None
+        and int(module.num_batches_tracked) == 0
+    ]
+    if not fresh:
+        return False
+    was_training = network.training
+    network.eval()
+    momenta = [layer.momentum for layer in fresh]
+    for layer in fresh:
+        layer.train()
+        layer.momentum = None  # the average over all batches, each with the same weight
+    # The same random images on every rank: all ranks get the same statistics.
+    stream = iter(StreamSampler(len(dataset), seed=dataset.seed))
+    batch_size = min(batch_size, len(dataset))
+    for _ in range(min(_CALIBRATION_BATCHES, len(dataset) // batch_size)):
+        samples = [dataset[next(stream).index] for _ in range(batch_size)]
+        images = torch.stack([dataset.image_of(sample) for sample in samples])
+        network.embed(images, student=True)
+    for layer, momentum in zip(fresh, momenta, strict=True):
+        layer.momentum = momentum
+    network.train(was_training)
+    return True

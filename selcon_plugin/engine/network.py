@@ -1,0 +1,250 @@
+"""The network in training: backbone, head, teacher, and the method with its banks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selcon_plugin.backbones import as_feature_map, infer_feature_shape
+from selcon_plugin.ema import EMATeacher
+from selcon_plugin.features import Embeddings, check_parts_fit, fused_feature
+from selcon_plugin.methods import Method, method_class
+from selcon_plugin.normalization import convert_ghost_batch_norm
+
+logger = logging.getLogger(__name__)
+
+
+def usable_parts(
+    backbone: nn.Module, input_size: tuple[int, int], method: str, num_parts: int
+) -> tuple[int, int]:
+    """Find the channels of a backbone's map and how many parts it can be cut into.
+
+    Args:
+        backbone: Images to feature map.
+        input_size: Height and width of the images.
+        method: Registered name.
+        num_parts: Parts asked for.
+
+    Returns:
+        Channels F, and the parts: 0 where the method has no use for them, and, with a
+        warning, where the backbone returns one vector.
+    """
+    channels, rows, _ = infer_feature_shape(backbone, input_size)
+    if not method_class(method).uses_parts and num_parts:
+        logger.info("%s has no use for parts: the head has none", method)
+        num_parts = 0
+    if rows == 1 and num_parts:
+        logger.warning("The backbone returns no feature map: training without parts")
+        num_parts = 0
+    check_parts_fit(rows, num_parts)
+    return channels, num_parts
+
+
+class EmbeddingNetwork(nn.Module):
+    """Backbone and head; in training also the method, and a teacher if wanted.
+
+    Its state dict holds the method's banks and labels. The teacher, whose weights follow
+    those in training, takes the network's place in evaluation mode: for clustering and for
+    the test.
+
+    Args:
+        backbone: Images to feature map, tokens or vectors.
+        heads: Feature map to :class:`Embeddings`, with ``global_dim``, ``num_parts`` and
+            ``part_dim``.
+        pixel_mean: Mean of each channel on the scale 0..255.
+        pixel_std: Standard deviation of each channel on that scale.
+        images_normalized: Whether the host's loader has applied them; else it is done here.
+        ghost_batch_size: Images that batch normalisation sees together; 0 for all.
+
+    Attributes:
+        method: What trains; None in a network that is only evaluated.
+        teacher: None without.
+        global_distance_weight: Share of the global feature in the test feature.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        heads: nn.Module,
+        *,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        images_normalized: bool,
+        ghost_batch_size: int = 0,
+    ) -> None:
+        super().__init__()
+        mean, std = torch.tensor(pixel_mean), torch.tensor(pixel_std)
+        self.register_buffer("pixel_mean", mean.view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", std.view(1, -1, 1, 1), persistent=False)
+        self.images_normalized = images_normalized
+        self.backbone = backbone
+        self.heads: Any = heads
+        if ghost_batch_size:
+            for part in (self.backbone, self.heads):
+                convert_ghost_batch_norm(part, ghost_batch_size)
+        self.teacher: EMATeacher | None = None
+        self.method: Method | None = None
+        self.global_distance_weight = 0.5
+        # The batch, or micro-batches, whose step is under way: read by losses(), to be
+        # written by update_banks().
+        self._pending: list[tuple[Tensor, Embeddings]] = []
+
+    def add_teacher(self, decay: float) -> None:
+        """Let a teacher follow the weights from now on.
+
+        Args:
+            decay: Weight of the old value; 0 for no teacher.
+        """
+        if decay:
+            self.teacher = EMATeacher(self._trained(), decay)
+
+    def _trained(self) -> nn.ModuleDict:
+        """Return backbone and head as one module; not registered a second time."""
+        return nn.ModuleDict({"backbone": self.backbone, "heads": self.heads})
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the network's buffers."""
+        return self.pixel_mean.device
+
+    def embed(self, images: Tensor, *, student: bool = False) -> Embeddings:
+        """Images to embeddings.
+
+        Args:
+            images: RGB, as the host's loader gives them, shape ``(B, 3, h, w)``. Left
+                unchanged: FastReID's own models normalise in place, after which a flip test
+                normalises twice.
+            student: Whether to use the weights in training even where a teacher would
+                take their place.
+
+        Returns:
+            Unit global and part features.
+
+        Raises:
+            TypeError: If the head does not return embeddings.
+        """
+        images = images.to(self.device)
+        if not self.images_normalized:
+            images = self._normalize(images)
+        size = (images.shape[2], images.shape[3])
+        backbone, heads = self.backbone, self.heads
+        if self.teacher is not None and not self.training and not student:
+            network = self.teacher.module
+            assert isinstance(network, nn.ModuleDict)
+            backbone, heads = network["backbone"], network["heads"]
+        embeddings = heads(as_feature_map(backbone(images), size))
+        if not isinstance(embeddings, Embeddings):
+            raise TypeError(
+                "the head must return selcon_plugin.Embeddings, as GlobalPartEmbedding "
+                "does, or in FastReID GlobalPartHead (MODEL.HEADS.NAME); "
+                f"{type(self.heads).__name__} returned {type(embeddings).__name__}"
+            )
+        return embeddings
+
+    def _normalize(self, pixels: Tensor) -> Tensor:
+        return (pixels - self.pixel_mean) / self.pixel_std
+
+    def test_feature(self, embeddings: Embeddings) -> Tensor:
+        """Join global and part features so that cosine ranks like the training distance.
+
+        Args:
+            embeddings: Of a batch.
+
+        Returns:
+            Unit vectors ``(B, C + S*D)``.
+        """
+        return fused_feature(embeddings, global_distance_weight=self.global_distance_weight)
+
+    def losses(self, images: Tensor, index: Tensor, camids: Tensor) -> dict[str, Tensor]:
+        """Compute the method's losses of a batch, and remember it for the banks.
+
+        Args:
+            images: As for :meth:`embed`.
+            index: Which training image each is, int64 ``(B,)``.
+            camids: Camera of each image, int64 ``(B,)``, -1 where unknown.
+
+        Returns:
+            Scalars by name.
+        """
+        views = [self.embed(view) for view in self.views_of(images)]
+        return self.method_losses(self.embed(images), index, camids, views)
+
+    def method_losses(
+        self,
+        embeddings: Embeddings,
+        index: Tensor,
+        camids: Tensor,
+        views: Sequence[Embeddings] = (),
+    ) -> dict[str, Tensor]:
+        """Compute the losses from features, for a host that computes these itself.
+
+        Args:
+            embeddings: Features of the batch, with gradient.
+            index: Which training image each is, int64 ``(B,)``.
+            camids: Camera of each image, int64 ``(B,)``, -1 where unknown.
+            views: Features of each of :meth:`views_of`.
+
+        Returns:
+            Scalars by name.
+
+        Raises:
+            RuntimeError: If the network has no method.
+        """
+        if self.method is None:
+            raise RuntimeError(
+                "this network was built without training images and has no method: the "
+                "host's trainer (SelConTrainer, ImageSelConEngine) gives it one"
+            )
+        index, camids = index.to(self.device), camids.to(self.device)
+        losses = self.method.loss(embeddings, index, camids, *views)
+        self._pending.append((index, embeddings.detach()))
+        return losses
+
+    def views_of(self, images: Tensor) -> list[Tensor]:
+        """Make the views of a batch that the method asks for.
+
+        Args:
+            images: As for :meth:`embed`.
+
+        Returns:
+            Batches of the same form; none for most methods.
+        """
+        if self.method is None or type(self.method).make_views is Method.make_views:
+            return []
+        pixels = images.to(self.device)
+        if not self.images_normalized:
+            return list(self.method.make_views(pixels))
+        pixels = pixels * self.pixel_std + self.pixel_mean
+        return [self._normalize(view) for view in self.method.make_views(pixels)]
+
+    def update_banks(self) -> None:
+        """Write what was seen since the last call into the method's banks.
+
+        Raises:
+            RuntimeError: If there was no training step since the last call.
+        """
+        if not self._pending or self.method is None:
+            raise RuntimeError("update_banks() must follow a training step")
+        index, embeddings = zip(*self._pending, strict=True)
+        self._pending = []
+        self.method.update(torch.cat(index), Embeddings.cat(embeddings))
+
+    def update_teacher(self, *, restart: bool = False) -> None:
+        """Let the teacher follow the weights by one step; nothing without a teacher.
+
+        Args:
+            restart: Whether to take the weights over as they are, to begin a run.
+        """
+        if self.teacher is None:
+            return
+        if restart:
+            self.teacher.reset(self._trained())
+        else:
+            self.teacher.update(self._trained())

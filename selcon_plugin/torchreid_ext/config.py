@@ -1,0 +1,155 @@
+"""Config in torchreid's style: its keys with their defaults, and a node for the plugin.
+
+torchreid's keys are those of its ``scripts/default_config.py``, which no release installs:
+a config written for its train script is read as it is. What trains on identities
+(``loss``) or on videos (``video``) has no effect here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, get_args
+
+import torch
+from yacs.config import CfgNode
+
+from selcon_plugin.datasets import SyntheticPersonsSpec
+from selcon_plugin.engine.settings import ConfigKeys
+from selcon_plugin.options import Choice, Interval, Option
+from selcon_plugin.torchreid_ext.models import Pool
+
+# How torchreid's config writes the plugin's keys.
+KEYS = ConfigKeys(
+    "selcon",
+    str.lower,
+    extra=(
+        Option("embedding_dim", 0, int, Interval(0)),
+        Option("pool", "avg", str, Choice(get_args(Pool))),
+        Option("bn_neck", False, bool, None),
+        Option("weights", "", str, None),
+        Option("last_stride", 1, int, Interval(1, 2)),
+        Option("checkpoint_period", 1, int, Interval(0)),
+    ),
+)
+
+# By node: key and default.
+_HOST_KEYS: dict[str, dict[str, Any]] = {
+    "model": {"name": "resnet50", "pretrained": True, "load_weights": "", "resume": ""},
+    "data": {
+        "type": "image",
+        "root": "reid-data",
+        "sources": ["market1501"],
+        "targets": ["market1501"],
+        "workers": 4,
+        "split_id": 0,
+        "height": 256,
+        "width": 128,
+        "combineall": False,
+        "transforms": ["random_flip"],
+        "k_tfm": 1,
+        "norm_mean": [0.485, 0.456, 0.406],
+        "norm_std": [0.229, 0.224, 0.225],
+        "save_dir": "log",
+        "load_train_targets": False,
+    },
+    "market1501": {"use_500k_distractors": False},
+    "cuhk03": {
+        "labeled_images": False,
+        "classic_split": False,
+        "use_metric_cuhk03": False,
+    },
+    "sampler": {
+        "train_sampler": "RandomSampler",
+        "train_sampler_t": "RandomSampler",
+        "num_instances": 4,
+        "num_cams": 1,
+        "num_datasets": 1,
+    },
+    "video": {"seq_len": 15, "sample_method": "evenly", "pooling_method": "avg"},
+    "train": {
+        "optim": "adam",
+        "lr": 0.0003,
+        "weight_decay": 5e-4,
+        "max_epoch": 60,
+        "start_epoch": 0,
+        "batch_size": 32,
+        "fixbase_epoch": 0,
+        "open_layers": ["classifier"],
+        "staged_lr": False,
+        "new_layers": ["classifier"],
+        "base_lr_mult": 0.1,
+        "lr_scheduler": "single_step",
+        "stepsize": [20],
+        "gamma": 0.1,
+        "print_freq": 20,
+        "seed": 1,
+    },
+    "sgd": {"momentum": 0.9, "dampening": 0.0, "nesterov": False},
+    "rmsprop": {"alpha": 0.99},
+    "adam": {"beta1": 0.9, "beta2": 0.999},
+    "loss": {
+        "name": "softmax",
+        "softmax": {"label_smooth": True},
+        "triplet": {"margin": 0.3, "weight_t": 1.0, "weight_x": 0.0},
+    },
+    "test": {
+        "batch_size": 100,
+        "dist_metric": "euclidean",
+        "normalize_feature": False,
+        "ranks": [1, 5, 10, 20],
+        "evaluate": False,
+        "eval_freq": -1,
+        "start_eval": 0,
+        "rerank": False,
+        "visrank": False,
+        "visrank_topk": 10,
+    },
+}
+_DEFAULT_SEED = _HOST_KEYS["train"]["seed"]
+# torchreid's name for what a script leaves open where there is a classifier.
+_CLASSIFIER = ["classifier"]
+
+
+def get_default_config() -> CfgNode:
+    """Return torchreid's default config with the plugin's keys.
+
+    Returns:
+        Config: torchreid's nodes; ``selcon``; ``image_folder`` (``root``,
+        ``camera_pattern``) and ``synthetic_persons`` (size and seed) for the data sets of
+        these names.
+    """
+    cfg = CfgNode(_HOST_KEYS)
+    cfg.use_gpu = torch.cuda.is_available()
+    cfg.selcon = CfgNode(KEYS.defaults())
+    cfg.image_folder = CfgNode({"root": "", "camera_pattern": ""})
+    cfg.synthetic_persons = CfgNode(dataclasses.asdict(SyntheticPersonsSpec()))
+    return cfg.clone()  # the defaults above hold lists
+
+
+def complete_config(cfg: CfgNode) -> CfgNode:
+    """Return a checked copy of a config.
+
+    Args:
+        cfg: Config with the plugin's keys; not changed.
+
+    Returns:
+        Checked config, in which the chosen method's defaults stand for None. torchreid's
+        ``train.seed``, where it was set, is the seed of the run.
+
+    Raises:
+        ValueError: If a key of ``selcon`` is illegal (names key, value and legal range), or
+            the config is for videos.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    if cfg.data.type != "image":
+        raise ValueError(
+            f"data.type is {cfg.data.type!r}: training without identities takes images"
+        )
+    KEYS.check(cfg.selcon)
+    for key in ("open_layers", "new_layers"):
+        if cfg.train[key] == _CLASSIFIER:
+            cfg.train[key] = ["heads"]  # what takes the classifier's place
+    if cfg.train.seed != _DEFAULT_SEED and not cfg.selcon.seed:
+        cfg.selcon.seed = cfg.train.seed
+    return cfg

@@ -1,0 +1,162 @@
+"""The door where identities are dropped: torchreid's images, label-blind and indexed."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from selcon_plugin.engine.images import UNKNOWN, IndexedImages
+from selcon_plugin.samplers import BatchStream
+
+logger = logging.getLogger(__name__)
+
+
+class IndexedReIDImages(IndexedImages):
+    """Images of a torchreid data set whose only label is their own index.
+
+    A sample is torchreid's, with ``pid`` = index.
+    """
+
+    def sample(self, index: int, image: Any) -> dict[str, Any]:
+        """Make torchreid's sample, whose ``pid`` is the image's index."""
+        return {
+            "img": image,
+            "pid": index,
+            "camid": self.camids[index],
+            "impath": self.paths[index],
+            "dsetid": 0,
+        }
+
+    def image_of(self, sample: dict[str, Any]) -> Tensor:
+        """Return the image in a sample."""
+        image: Tensor = sample["img"]
+        return image
+
+
+def read_rgb(path: str) -> Image.Image:
+    """Read an image; torchreid's own reader tries a broken file again without end.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The image in RGB.
+
+    Raises:
+        OSError: If it cannot be read; names the file.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise OSError(f"cannot read the image {path}: {error}") from error
+
+
+def training_images(datamanager: Any, seed: int) -> IndexedReIDImages:
+    """Take the training images of a data manager, whatever its sources.
+
+    Args:
+        datamanager: torchreid's ``ImageDataManager``.
+        seed: Seed of the augmentation.
+
+    Returns:
+        The images with the manager's training transform.
+
+    Raises:
+        ValueError: If it is a manager of videos.
+    """
+    if datamanager.data_type != "image":
+        raise ValueError(
+            "ImageSelConEngine trains on images: give it an ImageDataManager, not a "
+            f"manager of {datamanager.data_type} data"
+        )
+    trainset = datamanager.train_loader.dataset
+    if trainset.k_tfm > 1:
+        logger.warning("k_tfm %d: one augmented copy of each image is used", trainset.k_tfm)
+    items = [(path, _known(pid), _known(camid)) for path, pid, camid, *_ in trainset.train]
+    return IndexedReIDImages(items, read_rgb, trainset.transform, seed)
+
+
+def _known(number: int) -> int:
+    return UNKNOWN if number < 0 else number
+
+
+class EpochLoader:
+    """The batches of one epoch after the other, as torchreid's engines iterate them.
+
+    Args:
+        dataset: Training images.
+        sampler: Endless; begins each epoch at its ``start``.
+        iters_per_epoch: Batches in an epoch.
+        num_workers: Processes that read images.
+        pin_memory: Whether batches are put where a GPU fetches them fast.
+    """
+
+    def __init__(
+        self,
+        dataset: IndexedReIDImages,
+        sampler: BatchStream,
+        iters_per_epoch: int,
+        *,
+        num_workers: int,
+        pin_memory: bool,
+    ) -> None:
+        self.dataset = dataset
+        self.sampler = sampler
+        self.batch_size = sampler.batch_size
+        self._iters_per_epoch = iters_per_epoch
+        self._options = {"num_workers": num_workers, "pin_memory": pin_memory}
+
+    def __len__(self) -> int:
+        return self._iters_per_epoch
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        # No more keys than the epoch has: workers read ahead.
+        keys = list(itertools.islice(self.sampler, len(self) * self.batch_size))
+        loader: DataLoader[dict[str, Any]] = DataLoader(
+            self.dataset,
+            batch_size=self.batch_size,
+            sampler=keys,
+            **self._options,  # type: ignore[arg-type]
+        )
+        # A loader that starts draws a seed: the training's own stream must not notice.
+        with torch.random.fork_rng(devices=[]):
+            batches = iter(loader)
+        yield from batches
+
+
+class ExtractionLoader:
+    """Every image once, in order, under the test transform.
+
+    Args:
+        dataset: Images with the test transform.
+        batch_size: Images in a batch.
+        num_workers: Processes that read images.
+        pin_memory: Whether batches are put where a GPU fetches them fast.
+    """
+
+    def __init__(
+        self,
+        dataset: IndexedImages,
+        batch_size: int,
+        *,
+        num_workers: int,
+        pin_memory: bool,
+    ) -> None:
+        self._loader = DataLoader(
+            dataset, batch_size, num_workers=num_workers, pin_memory=pin_memory
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self._loader:
+            yield batch["img"], batch["pid"]

@@ -1,0 +1,581 @@
+"""``ImageSelConEngine``, which takes the place of torchreid's ``ImageSoftmaxEngine``."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selcon_plugin.clustering import Labeler, labeler_options
+from selcon_plugin.compat import import_torchreid
+from selcon_plugin.engine.atomic import save_atomically
+from selcon_plugin.engine.batches import build_sampler, split_batch
+from selcon_plugin.engine.extraction import calibrate_normalization, extract_embeddings
+from selcon_plugin.engine.run import TrainingRun, seed_all
+from selcon_plugin.engine.run_record import RunMeter
+from selcon_plugin.engine.run_state import RunState
+from selcon_plugin.engine.settings import (
+    AUTO,
+    STREAM_SAMPLER,
+    clustering_options,
+    clusters_per_batch,
+    configured_labeler,
+    run_options,
+    sampler_of,
+)
+from selcon_plugin.features import Embeddings
+from selcon_plugin.methods import build_method, method_class, method_options
+from selcon_plugin.options import check_options
+from selcon_plugin.torchreid_ext.data import (
+    EpochLoader,
+    ExtractionLoader,
+    IndexedReIDImages,
+    training_images,
+)
+from selcon_plugin.torchreid_ext.models import SelConModel, adopt_model
+
+logger = logging.getLogger(__name__)
+
+_Engine: Any = import_torchreid().engine.Engine
+
+_CHECKPOINT = re.compile(r"model\.pth\.tar-(\d+)")
+# Entry of a checkpoint beside torchreid's own.
+_ENTRY = "selcon"
+
+
+class ImageSelConEngine(_Engine):
+    """Train without identities on torchreid's data manager, model, optimiser and schedule.
+
+    Constructor and :meth:`run` are used as those of ``ImageSoftmaxEngine``; evaluation,
+    ``visrank`` and TensorBoard are torchreid's. Identities of the training set are not
+    looked at.
+
+    Checkpoints are torchreid's files, with banks and labels inside. To go on from one::
+
+        start_epoch = engine.resume("log/osnet/model/model.pth.tar-20")
+        engine.run(save_dir="log/osnet", max_epoch=60, start_epoch=start_epoch)
+
+    torchreid's ``resume_from_checkpoint`` does as well for a :class:`SelConModel`, but does
+    not notice other settings or other images.
+
+    Args:
+        datamanager: torchreid's ``ImageDataManager``: images, transforms, batch size.
+        model: :class:`SelConModel`, or any torchreid model: its classifier then gives way
+            to our head, whose weights are added to the optimiser. May be wrapped in
+            ``nn.DataParallel``.
+        optimizer: Of the model's parameters.
+        scheduler: Learning rates by epoch, or None.
+        method: Registered name; see :func:`selcon_plugin.methods.method_names`.
+        clustering: For methods with clusters. Either a labeler, or a dict: ``labeler``, its
+            options (``eps`` ...), ``period``, ``features``, ``reliability``,
+            ``drop_single_camera``, ``outliers``. None for the defaults.
+        use_gpu: As torchreid's.
+        num_instances: Images of each cluster in a batch.
+        head: Arguments of :class:`SelConModel` for a model without our head.
+        checkpoint_period: Epochs between checkpoints; 0 for the last epoch alone.
+        **options: Options of the method, such as ``temperature``, and of the run:
+            ``sampler``, ``outlier_share``, ``iters_per_epoch``, ``micro_batches``,
+            ``ema_decay``, ``diagnostics_period``, ``keep_checkpoints``, ``seed``.
+
+    Attributes:
+        start_epoch: Epoch to begin with; set by :meth:`resume`.
+        results: Percent by metric, by test set, of the last evaluation.
+        meter: Time and memory of training.
+
+    Raises:
+        ValueError: If an option is unknown or illegal, or data and options do not fit.
+    """
+
+    def __init__(
+        self,
+        datamanager: Any,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any = None,
+        method: str = "SelectiveContrastive",
+        clustering: Labeler | Mapping[str, Any] | None = None,
+        use_gpu: bool = True,
+        *,
+        num_instances: int = 4,
+        head: Mapping[str, Any] | None = None,
+        checkpoint_period: int = 1,
+        **options: Any,
+    ) -> None:
+        super().__init__(datamanager, use_gpu)
+        self._options, self._method_options = _sort_options(method, options)
+        self._method_name = method
+        self._clustering = clustering
+        self._checkpoint_period = checkpoint_period
+        self.model, self._network = _with_head(
+            model, optimizer, scheduler, datamanager, dict(head or {})
+        )
+        if not method_class(method).uses_parts and self._network.heads.num_parts:
+            logger.info("%s has no use for parts: the head has none", method)
+            self._network.drop_parts()
+        if self._network.device.type == "cpu":
+            # Convolutions on a CPU are up to a third faster with channels innermost.
+            self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # Also of a test without training.
+        self._network.global_distance_weight = self._method_options.get(
+            "global_distance_weight", self._network.global_distance_weight
+        )
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.register_model("model", self.model, optimizer, scheduler)
+        self.test_loader: dict[str, Any] = {
+            name: loaders
+            for name, loaders in datamanager.test_loader.items()
+            if len(loaders["query"].dataset)
+        }
+        images = training_images(datamanager, self._options["seed"])
+        self._training = self._build_run(images, num_instances)
+        self.meter = RunMeter()
+        self.results: dict[str, dict[str, float]] = {}
+        self.num_clusters: int | None = None
+        self.start_epoch = 0
+        self._save_dir = ""
+        self._step = 0
+        self._ready = False
+
+    # --- setting up -----------------------------------------------------------------------
+
+    def _build_run(self, images: IndexedReIDImages, num_instances: int) -> TrainingRun:
+        host_loader, options = self.datamanager.train_loader, self._options
+        batch_size = host_loader.batch_size
+        readers = {
+            "num_workers": host_loader.num_workers,
+            "pin_memory": host_loader.pin_memory,
+        }
+        sampler_name = sampler_of(self._method_name, options["sampler"])
+        sampler = build_sampler(
+            sampler_name,
+            len(images),
+            batch_size=batch_size,
+            num_instances=num_instances,
+            outlier_share=options["outlier_share"],
+            micro_batches=options["micro_batches"],
+            seed=options["seed"],
+        )
+        iters = options["iters_per_epoch"] or len(images) // batch_size
+        self.train_loader = EpochLoader(images, sampler, iters, **readers)
+        test_view = images.with_transform(self.datamanager.transform_te)
+        test_batch = max(
+            [loaders["query"].batch_size for loaders in self.test_loader.values()],
+            default=batch_size,
+        )
+        extraction = ExtractionLoader(test_view, test_batch, **readers)
+        clustering, labeler = _read_clustering(self._clustering)
+        head = self._network.heads
+        # Built for its checks, and for its needs; the network's own comes with training.
+        probe = build_method(
+            self._method_name,
+            1,
+            head.global_dim,
+            head.num_parts,
+            head.part_dim,
+            **self._method_options,
+        )
+        if not probe.needs_clusters and sampler_name != STREAM_SAMPLER:
+            raise ValueError(
+                f"sampler {sampler_name} draws from clusters, and {self._method_name} "
+                f"with these options makes none: leave it at {AUTO!r}"
+            )
+        return TrainingRun(
+            self._network,
+            images,
+            sampler,
+            labeler if probe.needs_clusters else None,
+            extract=lambda: extract_embeddings(self._network, extraction, len(images)),
+            calibrate=lambda: calibrate_normalization(self._network, test_view, test_batch),
+            seed=options["seed"],
+            cluster_period=clustering["period"],
+            cluster_features=clustering["features"],
+            min_clusters=clusters_per_batch(sampler_name, batch_size, num_instances),
+            report=self._report_clusters,
+        )
+
+    @property
+    def _facts(self) -> RunState:
+        images = self._training.dataset
+        return RunState(
+            num_images=len(images),
+            image_list=images.fingerprint,
+            seed=self._options["seed"],
+            batch_size=self.train_loader.batch_size,
+            method=self._method_name,
+        )
+
+    def _get_ready(self) -> None:
+        """Give the network its method, and banks to begin with."""
+        network, images = self._network, self._training.dataset
+        if network.method is None:
+            seed_all(self._options["seed"])
+            method = build_method(
+                self._method_name,
+                len(images),
+                network.heads.global_dim,
+                network.heads.num_parts,
+                network.heads.part_dim,
+                **self._method_options,
+            )
+            network.method = method.to(network.device)
+        self._add_teacher()
+        self._training.before_training()
+        self._ready = True
+
+    def _add_teacher(self) -> None:
+        """Give the network its teacher, and what a checkpoint left for it to take."""
+        if self._network.teacher is None:
+            self._network.add_teacher(self._options["ema_decay"])
+        self._network.take_left_for_run()
+
+    # --- training -------------------------------------------------------------------------
+
+    def run(
+        self, save_dir: str = "log", max_epoch: int = 0, *args: Any, **kwargs: Any
+    ) -> None:
+        """Train and evaluate, as torchreid's ``run``, whose arguments these are.
+
+        A run that is complete when it is resumed is evaluated.
+
+        Args:
+            save_dir: Folder of checkpoints and TensorBoard files.
+            max_epoch: Epochs in all.
+            *args: As in torchreid.
+            **kwargs: As in torchreid; ``start_epoch`` is where :meth:`resume` left off.
+        """
+        call = inspect.signature(super().run).bind(save_dir, max_epoch, *args, **kwargs)
+        call.arguments.setdefault("start_epoch", self.start_epoch)
+        self._save_dir = save_dir
+        with _messages_shown():
+            complete = 0 < max_epoch <= call.arguments["start_epoch"]
+            if complete and not call.arguments.get("test_only"):
+                # torchreid would save the end of the run as its first epoch.
+                logger.info("The run is complete: nothing to train")
+                call.arguments |= {"test_only": True, "rerank": False}
+            super().run(*call.args, **call.kwargs)
+
+    def train(
+        self, print_freq: int = 10, fixbase_epoch: int = 0, open_layers: Any = None
+    ) -> None:
+        """Train for one epoch, as torchreid's ``train``.
+
+        Args:
+            print_freq: Batches between printed lines.
+            fixbase_epoch: Epochs in which ``open_layers`` alone are trained.
+            open_layers: Names of parts of the model: ``"heads"``, ``"backbone"``.
+        """
+        with self.meter.running():
+            if not self._ready:
+                self._get_ready()
+            self._step = self.epoch * len(self.train_loader)
+            self._training.start_epoch(self.epoch)
+            self._training.renew_batches(self.epoch, self._step)
+            super().train(print_freq, fixbase_epoch, open_layers)
+        done, period = self.epoch + 1, self._checkpoint_period
+        if period and done % period == 0 and done < self.max_epoch:
+            self.save_model(self.epoch, 0.0, self._save_dir)
+
+    def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
+        """Train on one batch.
+
+        Args:
+            data: A batch of the train loader.
+
+        Returns:
+            Losses by name, their sum, and now and then what a user watches.
+        """
+        micro_batches = split_batch(data, self._options["micro_batches"])
+        losses: dict[str, Tensor] = {}
+        self.optimizer.zero_grad()
+        for micro_batch in micro_batches:
+            found = self._losses(micro_batch)
+            total = torch.stack(list(found.values())).sum() / len(micro_batches)
+            total.backward()  # type: ignore[no-untyped-call]
+            for name, loss in {**found, "loss": total * len(micro_batches)}.items():
+                share = loss.detach() / len(micro_batches)
+                losses[name] = losses[name] + share if name in losses else share
+        self.optimizer.step()
+        self._training.after_step()
+        self._step += 1
+        summary = {name: loss.item() for name, loss in losses.items()}
+        period = self._options["diagnostics_period"]
+        if period and self._step % period == 0:
+            summary.update(self._training.diagnostics())
+        return summary
+
+    def _losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        images, index = self.parse_data_for_train(batch)
+        views = [self.model(view) for view in self._network.views_of(images)]
+        embeddings: Embeddings = self.model(images.to(self._network.device))
+        return self._network.method_losses(embeddings, index, batch["camid"], views)
+
+    def _report_clusters(self, measured: Mapping[str, float]) -> None:
+        if "num_clusters" in measured:
+            self.num_clusters = int(measured["num_clusters"])
+        if self.writer is not None:
+            for name, value in measured.items():
+                self.writer.add_scalar(f"Clusters/{name}", value, self.epoch)
+
+    # --- evaluation -----------------------------------------------------------------------
+
+    def test(self, *args: Any, **kwargs: Any) -> float:
+        """Evaluate on the test sets, as torchreid's ``test``.
+
+        Args:
+            *args: As in torchreid.
+            **kwargs: As in torchreid.
+
+        Returns:
+            Rank-1 of the last test set, 0 to 1; 0 where there is none.
+        """
+        if not self.test_loader:
+            logger.info("There is no test set: nothing is evaluated")
+            return 0.0
+        self._add_teacher()
+        rank1: float = super().test(*args, **kwargs)
+        return rank1
+
+    def _evaluate(
+        self, dataset_name: str = "", ranks: Sequence[int] = (1,), **kwargs: Any
+    ) -> tuple[float, float]:
+        # torchreid fails on a rank beyond what is left of a small gallery.
+        smallest = _smallest_gallery(self.datamanager.test_dataset[dataset_name])
+        ranks = [rank for rank in ranks if rank <= smallest]
+        rank1, mean_ap = super()._evaluate(dataset_name=dataset_name, ranks=ranks, **kwargs)
+        self.results[dataset_name] = {
+            "mAP": 100.0 * float(mean_ap),
+            "Rank-1": 100.0 * float(rank1),
+        }
+        return rank1, mean_ap
+
+    # --- checkpoints ----------------------------------------------------------------------
+
+    def save_model(
+        self, epoch: int, rank1: float, save_dir: str, is_best: bool = False
+    ) -> None:
+        """Write torchreid's checkpoint, and what a run needs to go on.
+
+        A file appears under its name only when it is complete.
+
+        Args:
+            epoch: Epoch that ended, counted from 0.
+            rank1: Rank-1 of its evaluation.
+            save_dir: Folder of the run.
+            is_best: Whether to save it as ``model-best.pth.tar`` too.
+        """
+        folder = Path(save_dir) / "model"
+        folder.mkdir(parents=True, exist_ok=True)
+        labeler, scheduler = self._training.labeler, self.scheduler
+        checkpoint = {
+            "state_dict": self.model.state_dict(),
+            "epoch": epoch + 1,
+            "rank1": float(rank1),
+            "optimizer": self.optimizer.state_dict(),
+            _ENTRY: {
+                "run": self._facts.state_dict(),
+                "meter": self.meter.state_dict(),
+                "labeler": {} if labeler is None else labeler.state_dict(),
+                "num_clusters": self.num_clusters,
+            },
+        }
+        if scheduler is not None:
+            checkpoint["scheduler"] = scheduler.state_dict()
+        file = folder / f"model.pth.tar-{epoch + 1}"
+        save_atomically(checkpoint, file)
+        logger.info("Checkpoint saved to %s", file)
+        if is_best:
+            save_atomically(checkpoint, folder / "model-best.pth.tar")
+        keep = self._options["keep_checkpoints"]
+        if keep:
+            # What an earlier, longer run left behind is not touched.
+            own = [old for old in _checkpoints(folder) if _epoch_of(old) <= epoch + 1]
+            for old in own[:-keep]:
+                old.unlink()
+
+    def resume(self, path: str | os.PathLike[str]) -> int:
+        """Go on from a checkpoint: weights, optimiser, schedule, banks, labels.
+
+        Args:
+            path: A checkpoint, or a run's ``save_dir``: the one written last is taken.
+
+        Returns:
+            The epoch to go on with, for ``run(start_epoch=...)``.
+
+        Raises:
+            ValueError: If it is not this engine's, or of a run with other settings, images
+                or another model. ``FileNotFoundError`` if there is none.
+        """
+        file = _find_checkpoint(Path(path).expanduser())
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        if _ENTRY not in checkpoint:
+            raise ValueError(
+                f"{file} is not a checkpoint of ImageSelConEngine: to begin from its "
+                "weights, load them with torchreid's load_pretrained_weights"
+            )
+        entry = checkpoint[_ENTRY]
+        self._facts.load_state_dict(entry["run"])
+        try:
+            self.model.load_state_dict(checkpoint["state_dict"])
+        except RuntimeError as error:
+            raise ValueError(
+                f"cannot resume: {file} is of another model than this one: {error}"
+            ) from error
+        self._add_teacher()
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        if self.scheduler is not None and "scheduler" in checkpoint:
+            self.scheduler.load_state_dict(checkpoint["scheduler"])
+        if self._training.labeler is not None:
+            self._training.labeler.load_state_dict(entry["labeler"])
+        self.meter.load_state_dict(entry["meter"])
+        self.num_clusters = entry["num_clusters"]
+        self.start_epoch = int(checkpoint["epoch"])
+        logger.info("Resumed from %s, at epoch %d", file, self.start_epoch + 1)
+        return self.start_epoch
+
+
+def _smallest_gallery(test_set: Mapping[str, Any]) -> int:
+    """Return the gallery images of a query, at least: all but its own on its camera."""
+    seen = Counter((pid, camid) for _, pid, camid, *_ in test_set["gallery"])
+    own = max(seen[pid, camid] for _, pid, camid, *_ in test_set["query"])
+    return len(test_set["gallery"]) - own
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """List a folder's checkpoints by epoch."""
+    files = [file for file in folder.glob("*") if _CHECKPOINT.fullmatch(file.name)]
+    return sorted(files, key=_epoch_of)
+
+
+def _epoch_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _find_checkpoint(path: Path) -> Path:
+    """Return a checkpoint, or the one written last in a run's folder."""
+    if path.is_dir():
+        path = path / "model"
+        # Not the highest epoch: the folder may hold what an earlier, longer run left.
+        path = max(_checkpoints(path), key=lambda f: f.stat().st_mtime_ns, default=path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    return path
+
+
+def _sort_options(
+    method: str, options: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divide options into those of the run, complete, and those of the method."""
+    own = method_options(method)
+    run = run_options()
+    for name in ("method", "num_parts", "project_global", "ghost_batch_size"):
+        del run[name]  # of the model
+    chosen = {name: value for name, value in options.items() if name in run}
+    rest = {name: value for name, value in options.items() if name not in run}
+    unknown = [name for name in rest if name not in own]
+    if unknown:
+        raise ValueError(
+            f"ImageSelConEngine has no option {unknown[0]} with the method {method}: it "
+            f"has {', '.join(run)}, and of the method {', '.join(own)}"
+        )
+    values = {name: option.default for name, option in run.items()}
+    values |= check_options(run, chosen, owner="ImageSelConEngine")
+    if "seed" in own:
+        rest["seed"] = values["seed"]
+    return values, check_options(own, rest, owner=method)
+
+
+def _read_clustering(
+    clustering: Labeler | Mapping[str, Any] | None,
+) -> tuple[dict[str, Any], Labeler]:
+    """Read the argument ``clustering`` into its own values and a labeler."""
+    known = clustering_options()
+    values = {name: option.default for name, option in known.items()}
+    if isinstance(clustering, Labeler):
+        return values, clustering
+    given = dict(clustering or {})
+    own = {name: given.pop(name) for name in list(given) if name in known}
+    values |= check_options(known, own, owner="clustering")
+    options = labeler_options(values["labeler"])
+    for name in given:
+        if name not in options:
+            raise ValueError(
+                f"clustering has no option {name} with the labeler {values['labeler']}: it "
+                f"has {', '.join(known)}, and of the labeler {', '.join(options)}"
+            )
+    checked = check_options(options, given, owner=values["labeler"])
+    return values, configured_labeler(values, checked)
+
+
+def _with_head(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    datamanager: Any,
+    head: dict[str, Any],
+) -> tuple[nn.Module, SelConModel]:
+    """Return the model to call, and the network with our head inside it."""
+    inner = model.module if isinstance(model, nn.DataParallel) else model
+    if isinstance(inner, SelConModel):
+        if head:
+            raise ValueError(
+                f"head {head} is for models without our head: build this one with it, by "
+                "build_selcon_model"
+            )
+        return model, inner
+    size = (datamanager.height, datamanager.width)
+    mean, std = _normalization(datamanager)
+    network = adopt_model(
+        inner,
+        optimizer,
+        scheduler,
+        **{"input_size": size, "pixel_mean": mean, "pixel_std": std, **head},
+    )
+    if isinstance(model, nn.DataParallel):
+        return nn.DataParallel(network, model.device_ids), network
+    return network, network
+
+
+def _normalization(datamanager: Any) -> tuple[list[float], list[float]]:
+    """Return mean and deviation on the scale 0..255 by which the manager normalises."""
+    for transform in datamanager.transform_te.transforms:
+        if hasattr(transform, "mean") and hasattr(transform, "std"):
+            return (
+                [255.0 * value for value in transform.mean],
+                [255.0 * value for value in transform.std],
+            )
+    return [0.0] * 3, [255.0] * 3
+
+
+class _Printed(logging.Handler):
+    """Shows messages as torchreid shows its own: on what is standard output by then."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stdout.write(f"{self.format(record)}\n")
+
+
+@contextlib.contextmanager
+def _messages_shown() -> Iterator[None]:
+    """Print what the package logs, where nobody has set up logging."""
+    ours = logging.getLogger("selcon_plugin")
+    if ours.hasHandlers():
+        yield
+        return
+    handler, level = _Printed(), ours.level
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
+        ours.setLevel(level)

@@ -1,0 +1,326 @@
+"""``SelConModel``: a torchreid model with our head, and its names in torchreid's factory.
+
+In a script::
+
+    import selcon_plugin.torchreid_ext
+    model = torchreid.models.build_model("selcon_osnet_x1_0", num_classes=0)
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from selcon_plugin.backbones import (
+    IMAGENET_PIXEL_MEAN,
+    IMAGENET_PIXEL_STD,
+    create_timm_backbone,
+    infer_feature_shape,
+)
+from selcon_plugin.engine.network import EmbeddingNetwork
+from selcon_plugin.features import (
+    Embeddings,
+    GeneralizedMeanPool,
+    GlobalPartEmbedding,
+    check_parts_fit,
+)
+from selcon_plugin.imagenet_weights import load_weights, read_state_dict
+from selcon_plugin.torchreid_ext.backbones import (
+    MODEL_PREFIX,
+    TorchreidBackbone,
+    add_to_model_factory,
+    create_torchreid_backbone,
+    torchreid_model_names,
+)
+
+logger = logging.getLogger(__name__)
+
+Pool = Literal["avg", "max", "gem"]
+
+_POOLS = {
+    "avg": lambda: nn.AdaptiveAvgPool2d(1),
+    "max": lambda: nn.AdaptiveMaxPool2d(1),
+    "gem": GeneralizedMeanPool,
+}
+_DEFAULT_PARTS = 8
+_TIMM_PREFIX = "timm:"
+# What a run adds to the network; a model that is loaded before has no place for it.
+_RUN_PREFIXES = ("method.", "teacher.")
+
+
+class SelConModel(EmbeddingNetwork):
+    """A backbone with global and part features, for :class:`ImageSelConEngine`.
+
+    In training mode it returns :class:`Embeddings`, in evaluation mode one unit vector per
+    image, as torchreid's tools expect: evaluation, ``visrank``, ``FeatureExtractor``.
+
+    The engine adds the method, with its banks and labels, when training begins; it is part
+    of the state dict, and so of torchreid's checkpoints. A checkpoint that is loaded before
+    leaves banks and labels here until then.
+
+    Args:
+        backbone: Images to feature map, such as :class:`TorchreidBackbone`.
+        input_size: Height and width of the images.
+        num_parts: Horizontal parts; None for 8, or fewer where the map does not allow 8.
+        embedding_dim: Global feature dimension C; 0 for the backbone's.
+        project_global: Whether the global branch has a linear layer.
+        pool: ``"avg"``, ``"max"`` or ``"gem"``.
+        bn_neck: Whether the normalisation has no shift, as in the usual BN neck.
+        ghost_batch_size: Images that batch normalisation sees together; 0 for all.
+        pixel_mean: The loader's mean per channel, on the scale 0..255.
+        pixel_std: The loader's standard deviation per channel, on that scale.
+
+    Raises:
+        ValueError: If ``pool`` is unknown or the sizes do not fit.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        input_size: Sequence[int] = (256, 128),
+        num_parts: int | None = None,
+        embedding_dim: int = 0,
+        project_global: bool = True,
+        pool: Pool = "avg",
+        bn_neck: bool = False,
+        ghost_batch_size: int = 0,
+        pixel_mean: Sequence[float] = IMAGENET_PIXEL_MEAN,
+        pixel_std: Sequence[float] = IMAGENET_PIXEL_STD,
+    ) -> None:
+        if pool not in _POOLS:
+            raise ValueError(
+                f"pool must be one of {', '.join(get_args(Pool))}, got {pool!r}"
+            )
+        channels, rows, _ = infer_feature_shape(backbone, input_size)
+        embedding_dim = embedding_dim or channels
+        if num_parts is None:
+            num_parts = _most_parts(rows, embedding_dim)
+        check_parts_fit(rows, num_parts)
+        head = GlobalPartEmbedding(
+            channels,
+            embedding_dim,
+            num_parts,
+            project_global=project_global,
+            pool=_POOLS[pool],
+            norm=functools.partial(_batch_norm, shift=not bn_neck),
+        )
+        super().__init__(
+            backbone,
+            head,
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
+            images_normalized=True,
+            ghost_batch_size=ghost_batch_size,
+        )
+        self._left_for_run: dict[str, Tensor] = {}
+
+    def forward(self, images: Tensor) -> Embeddings | Tensor:
+        """Compute embeddings (training) or test features (evaluation).
+
+        Args:
+            images: Normalised as torchreid's loaders do, shape ``(B, 3, h, w)``.
+
+        Returns:
+            Embeddings, or unit vectors ``(B, C + S*D)``.
+        """
+        embeddings = self.embed(images)
+        return embeddings if self.training else self.test_feature(embeddings)
+
+    def drop_parts(self) -> None:
+        """Take the part branch out of the head."""
+        self.heads.drop_parts()
+
+    def take_left_for_run(self) -> None:
+        """Load what an earlier checkpoint left for method and teacher, where they are now.
+
+        Nothing is left after a fresh start.
+        """
+        left = self._left_for_run
+        for name in _RUN_PREFIXES:
+            part = getattr(self, name.rstrip("."))
+            keys = [key for key in left if key.startswith(name)]
+            if part is not None and keys:
+                state = {key.removeprefix(name): left.pop(key) for key in keys}
+                part.load_state_dict(state)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
+        # Called for this module before its children: what changes here they see.
+        own = {
+            key.removeprefix(prefix): key for key in state_dict if key.startswith(prefix)
+        }
+        if any(key.startswith("heads.") for key in own) and "heads.part_weight" not in own:
+            self.drop_parts()
+        for name in _RUN_PREFIXES:
+            if getattr(self, name.rstrip(".")) is None:
+                for key in [key for key in own if key.startswith(name)]:
+                    self._left_for_run[key] = state_dict.pop(own[key])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _most_parts(rows: int, embedding_dim: int) -> int:
+    """Return the most parts, up to the usual number, that map and embedding allow."""
+    if rows == 1:
+        return 0
+    fitting = range(1, min(rows, _DEFAULT_PARTS) + 1)
+    return max(parts for parts in fitting if embedding_dim % parts == 0)
+
+
+def _batch_norm(channels: int, *, shift: bool) -> nn.Module:
+    norm = nn.BatchNorm2d(channels)
+    if not shift:
+        # Absent and not frozen: torchreid sets every parameter free at each epoch.
+        norm.register_parameter("bias", None)
+    return norm
+
+
+def build_selcon_model(
+    name: str,
+    *,
+    pretrained: bool = True,
+    weights: str = "",
+    last_stride: int = 1,
+    input_size: Sequence[int] = (256, 128),
+    pixel_mean: Sequence[float] = IMAGENET_PIXEL_MEAN,
+    pixel_std: Sequence[float] = IMAGENET_PIXEL_STD,
+    **head: Any,
+) -> SelConModel:
+    """Build a torchreid model, or one of timm's, with our head.
+
+    Args:
+        name: Name in torchreid, for instance ``"osnet_x1_0"``, with or without ``selcon_``;
+            or in timm after ``timm:``, for instance ``"timm:tf_efficientnet_lite0"``.
+        pretrained: Whether to begin from ImageNet weights, or ``weights``.
+        weights: File of weights; empty for those that torchreid, or timm, downloads; see
+            :func:`create_torchreid_backbone`, :func:`create_timm_backbone`.
+        last_stride: 1 keeps the resolution in the last stage of ResNets.
+        input_size: Height and width of the images.
+        pixel_mean: The loader's mean per channel, on the scale 0..255.
+        pixel_std: The loader's standard deviation per channel, on that scale.
+        **head: Other arguments of :class:`SelConModel`.
+
+    Returns:
+        The model.
+    """
+    own_name = name.removeprefix(MODEL_PREFIX)
+    create: Callable[..., nn.Module] = create_torchreid_backbone
+    if own_name.startswith(_TIMM_PREFIX):
+        own_name, create = own_name.removeprefix(_TIMM_PREFIX), create_timm_backbone
+    backbone = create(
+        own_name,
+        input_size=input_size,
+        pretrained=pretrained,
+        weights=weights,
+        last_stride=last_stride,
+        pixel_mean=pixel_mean,
+        pixel_std=pixel_std,
+    )
+    return SelConModel(
+        backbone, input_size=input_size, pixel_mean=pixel_mean, pixel_std=pixel_std, **head
+    )
+
+
+def load_network(model: SelConModel, file: str) -> None:
+    """Load a network's weights, without what belongs to the run that made them.
+
+    Args:
+        model: Model to load into.
+        file: A checkpoint of :class:`ImageSelConEngine`, whose teacher's weights are taken
+            if it had one; or weights of a torchreid model, which go into the backbone.
+
+    Raises:
+        ValueError: If the file is of another model. ``FileNotFoundError`` if there is none.
+    """
+    read = read_state_dict(Path(file).expanduser())
+    state = {key.removeprefix("module."): tensor for key, tensor in read.items()}
+    if not any(key.startswith("backbone.") for key in state):
+        load_weights(cast(nn.Module, model.backbone.model), state, file)
+        return
+    taught = "teacher.module."
+    network = {k: v for k, v in state.items() if not k.startswith(_RUN_PREFIXES)}
+    network |= {k.removeprefix(taught): v for k, v in state.items() if k.startswith(taught)}
+    try:
+        model.load_state_dict(network)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the weights from {file} do not fit: {error}. Build the model by the name "
+            "and with the head that it was trained with"
+        ) from error
+
+
+def register_models() -> list[str]:
+    """Add a ``selcon_`` name for each of torchreid's models to its factory.
+
+    Returns:
+        The names. A second call changes nothing.
+    """
+    names = []
+    for name in torchreid_model_names():
+        names.append(MODEL_PREFIX + name)
+        add_to_model_factory(names[-1], functools.partial(_from_factory, name))
+    return names
+
+
+def _from_factory(
+    name: str,
+    num_classes: int = 0,
+    loss: str = "",
+    pretrained: bool = True,
+    use_gpu: bool = True,
+) -> SelConModel:
+    # Classes and loss are those of training on identities.
+    return build_selcon_model(name, pretrained=pretrained)
+
+
+def adopt_model(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    **options: Any,
+) -> SelConModel:
+    """Put our head on a plain torchreid model, and its weights into the optimiser.
+
+    So that a script changes its engine alone. The head learns at the rate of the
+    optimiser's last group, which is that of torchreid's new layers.
+
+    Args:
+        model: A torchreid model; its layers behind the feature map are taken out.
+        optimizer: Built on the model's parameters; gets a group with the head's.
+        scheduler: Its schedule or None; follows the new group as well.
+        **options: Arguments of :class:`SelConModel`.
+
+    Returns:
+        The model with head, on the model's device.
+
+    Raises:
+        ValueError: If the schedule cannot take another group.
+    """
+    if scheduler is not None and (
+        not hasattr(scheduler, "base_lrs") or hasattr(scheduler, "lr_lambdas")
+    ):
+        raise ValueError(
+            f"the schedule {type(scheduler).__name__} cannot take in the head's weights: "
+            "build the model by build_selcon_model, then optimiser and schedule on it"
+        )
+    device = next(model.parameters()).device
+    backbone = TorchreidBackbone(model, input_size=options["input_size"])
+    adopted = SelConModel(backbone, **options).to(device)
+    last = optimizer.param_groups[-1]
+    group = {key: value for key, value in last.items() if key != "params"}
+    optimizer.add_param_group({**group, "params": list(adopted.heads.parameters())})
+    if scheduler is not None:
+        scheduler.base_lrs.append(last.get("initial_lr", last["lr"]))
+    logger.info(
+        "%s gets a head of %d parts in place of its classifier",
+        type(model).__name__,
+        adopted.heads.num_parts,
+    )
+    return adopted

@@ -1,0 +1,244 @@
+"""A run from a config in torchreid's style: what ``selcon train --host torchreid`` does."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from typing import Any
+
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from selcon_plugin.compat import import_torchreid
+from selcon_plugin.datasets import SyntheticPersonsSpec
+from selcon_plugin.engine.run import seed_all
+from selcon_plugin.engine.run_record import forget_results, write_results
+from selcon_plugin.engine.settings import clustering_options, run_options
+from selcon_plugin.torchreid_ext.config import KEYS
+from selcon_plugin.torchreid_ext.datasets import (
+    register_image_folder,
+    register_synthetic_persons,
+)
+from selcon_plugin.torchreid_ext.engine import ImageSelConEngine
+from selcon_plugin.torchreid_ext.models import (
+    SelConModel,
+    build_selcon_model,
+    load_network,
+)
+
+logger = logging.getLogger(__name__)
+
+_IMAGE_FOLDER, _SYNTHETIC_PERSONS = "imagefolderreid", "syntheticpersons"
+
+
+def build_datamanager(cfg: CfgNode) -> Any:
+    """Build torchreid's ``ImageDataManager``.
+
+    Args:
+        cfg: Complete config.
+
+    Returns:
+        The manager.
+    """
+    data = cfg.data
+    return import_torchreid().data.ImageDataManager(
+        root=data.root,
+        sources=_bound_names(cfg, data.sources),
+        targets=_bound_names(cfg, data.targets),
+        height=data.height,
+        width=data.width,
+        transforms=data.transforms,
+        k_tfm=data.k_tfm,
+        norm_mean=data.norm_mean,
+        norm_std=data.norm_std,
+        use_gpu=cfg.use_gpu,
+        split_id=data.split_id,
+        combineall=data.combineall,
+        batch_size_train=cfg.train.batch_size,
+        batch_size_test=cfg.test.batch_size,
+        workers=data.workers,
+        cuhk03_labeled=cfg.cuhk03.labeled_images,
+        cuhk03_classic_split=cfg.cuhk03.classic_split,
+        market1501_500k=cfg.market1501.use_500k_distractors,
+    )
+
+
+def _bound_names(cfg: CfgNode, names: list[str]) -> list[str]:
+    """Put, for our data sets, names that are bound to what the config says of them."""
+    bound = []
+    for name in names:
+        if name == _IMAGE_FOLDER and cfg.image_folder.root:
+            folder, pattern = cfg.image_folder.root, cfg.image_folder.camera_pattern
+            bound.append(_name_with(name, (folder, pattern)))
+            register_image_folder(bound[-1], folder, pattern)
+        elif name == _SYNTHETIC_PERSONS:
+            spec = SyntheticPersonsSpec(**cfg.synthetic_persons)
+            same = spec == SyntheticPersonsSpec()
+            bound.append(name if same else _name_with(name, spec))
+            register_synthetic_persons(bound[-1], spec)
+        else:
+            bound.append(name)
+    return bound
+
+
+def _name_with(name: str, options: Any) -> str:
+    """Tell apart what torchreid knows by its name alone."""
+    return f"{name}-{zlib.crc32(repr(options).encode()):08x}"
+
+
+def _plain_name(name: str) -> str:
+    """Return the name that a config has for what :func:`_name_with` told apart."""
+    plain = name.rpartition("-")[0]
+    return plain if plain in (_IMAGE_FOLDER, _SYNTHETIC_PERSONS) else name
+
+
+def build_model(cfg: CfgNode) -> SelConModel:
+    """Build the model of a config, on the GPU if one is used.
+
+    Args:
+        cfg: Complete config.
+
+    Returns:
+        The model with ``model.load_weights`` loaded.
+    """
+    node = cfg.selcon
+    model = build_selcon_model(
+        cfg.model.name,
+        # Nothing to download for what is to be evaluated.
+        pretrained=cfg.model.pretrained and not cfg.test.evaluate,
+        weights=node.weights,
+        last_stride=node.last_stride,
+        input_size=(cfg.data.height, cfg.data.width),
+        pixel_mean=[255.0 * value for value in cfg.data.norm_mean],
+        pixel_std=[255.0 * value for value in cfg.data.norm_std],
+        num_parts=node.num_parts,
+        embedding_dim=node.embedding_dim,
+        project_global=node.project_global,
+        pool=node.pool,
+        bn_neck=node.bn_neck,
+        ghost_batch_size=node.ghost_batch_size,
+    )
+    if cfg.model.load_weights:
+        load_network(model, cfg.model.load_weights)
+    return model.cuda() if cfg.use_gpu else model
+
+
+def build_engine(cfg: CfgNode) -> ImageSelConEngine:
+    """Build data, model, optimiser, schedule and engine.
+
+    Args:
+        cfg: Complete config.
+
+    Returns:
+        The engine, ready to run.
+    """
+    torchreid, node, train = import_torchreid(), cfg.selcon, cfg.train
+    seed_all(node.seed)
+    datamanager = build_datamanager(cfg)
+    model: nn.Module = build_model(cfg)
+    if torch.cuda.device_count() > 1 and cfg.use_gpu:
+        model = nn.DataParallel(model)
+    optimizer = torchreid.optim.build_optimizer(
+        model,
+        optim=train.optim,
+        lr=train.lr,
+        weight_decay=train.weight_decay,
+        momentum=cfg.sgd.momentum,
+        sgd_dampening=cfg.sgd.dampening,
+        sgd_nesterov=cfg.sgd.nesterov,
+        rmsprop_alpha=cfg.rmsprop.alpha,
+        adam_beta1=cfg.adam.beta1,
+        adam_beta2=cfg.adam.beta2,
+        staged_lr=train.staged_lr,
+        new_layers=train.new_layers,
+        base_lr_mult=train.base_lr_mult,
+    )
+    scheduler = torchreid.optim.build_lr_scheduler(
+        optimizer,
+        lr_scheduler=train.lr_scheduler,
+        stepsize=train.stepsize,
+        gamma=train.gamma,
+        max_epoch=train.max_epoch,
+    )
+    run = {name: node[name] for name in run_options()}
+    for of_model in ("num_parts", "project_global", "ghost_batch_size"):
+        del run[of_model]
+    clustering = {name: node.clustering[name] for name in clustering_options()}
+    method_options = KEYS.selected(node, "method")
+    return ImageSelConEngine(
+        datamanager,
+        model,
+        optimizer,
+        scheduler,
+        clustering={**clustering, **KEYS.selected(node, "labeler")},
+        use_gpu=cfg.use_gpu,
+        num_instances=cfg.sampler.num_instances,
+        checkpoint_period=node.checkpoint_period,
+        **{**run, **method_options},
+    )
+
+
+def run_config(cfg: CfgNode, *, resume: bool = False) -> ImageSelConEngine:
+    """Train and evaluate, or evaluate alone (``test.evaluate``).
+
+    Args:
+        cfg: Complete config.
+        resume: Whether to go on from the last checkpoint in ``data.save_dir``, if there is
+            one. ``model.resume`` names another.
+
+    Returns:
+        The engine after the run; its ``results`` hold the metrics.
+
+    Raises:
+        ValueError: If there is nothing to evaluate, or no weights to evaluate.
+    """
+    test, train, folder = cfg.test, cfg.train, cfg.data.save_dir
+    if test.evaluate and not (cfg.model.load_weights or cfg.model.resume):
+        raise ValueError("model.load_weights must name a checkpoint to evaluate")
+    engine = build_engine(cfg)
+    if test.evaluate and not engine.test_loader:
+        raise ValueError("data.targets has no test images: there is nothing to evaluate on")
+    engine.start_epoch = train.start_epoch
+    if cfg.model.resume:
+        engine.resume(cfg.model.resume)
+    elif resume and not test.evaluate:
+        try:
+            engine.resume(folder)
+        except FileNotFoundError:
+            logger.info("There is no checkpoint in %s: training from the start", folder)
+    if not test.evaluate:
+        forget_results(folder)
+    engine.run(
+        folder,
+        train.max_epoch,
+        start_epoch=engine.start_epoch,
+        print_freq=train.print_freq,
+        fixbase_epoch=train.fixbase_epoch,
+        open_layers=train.open_layers,
+        start_eval=test.start_eval,
+        eval_freq=test.eval_freq,
+        test_only=test.evaluate,
+        dist_metric=test.dist_metric,
+        normalize_feature=test.normalize_feature,
+        visrank=test.visrank,
+        visrank_topk=test.visrank_topk,
+        use_metric_cuhk03=cfg.cuhk03.use_metric_cuhk03,
+        ranks=test.ranks,
+        rerank=test.rerank,
+    )
+    if not test.evaluate:
+        write_results(
+            folder,
+            method=cfg.selcon.method,
+            seed=cfg.selcon.seed,
+            num_images=len(engine.train_loader.dataset),
+            epochs=train.max_epoch,
+            steps=train.max_epoch * len(engine.train_loader),
+            metrics={_plain_name(name): found for name, found in engine.results.items()},
+            meter=engine.meter,
+            num_clusters=engine.num_clusters,
+            device=next(engine.model.parameters()).device,
+            host="torchreid",
+        )
+    return engine

@@ -1,0 +1,96 @@
+"""A tiny network on a tiny data set in torchreid: everything real, on one core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from selcon_plugin.compat import import_torchreid
+from selcon_plugin.datasets import SyntheticPersonsSpec, generate_synthetic_persons
+from selcon_plugin.torchreid_ext import (
+    ImageSelConEngine,
+    build_selcon_model,
+    register_synthetic_persons,
+)
+
+SPEC = SyntheticPersonsSpec(
+    num_train_ids=8, num_test_ids=4, images_per_id=5, num_cameras=3, num_distractors=3
+)
+SCL = {"num_neighbors": 3, "num_negatives": 20, "warmup_epochs": 1}
+# Clusters are found on 40 images in the features of a random network.
+CLUSTERING = {"eps": 0.7, "min_samples": 2, "k1": 8, "k2": 3}
+BATCH = 8
+
+torchreid: Any = import_torchreid()
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("datasets")
+    generate_synthetic_persons(root, SPEC)
+    register_synthetic_persons("few", SPEC)
+    return root
+
+
+@pytest.fixture
+def manager(data_root: Path) -> Callable[..., Any]:
+    """Make a data manager."""
+
+    def make(**changes: Any) -> Any:
+        options = {
+            "sources": "few",
+            "height": 64,
+            "width": 32,
+            "batch_size_train": BATCH,
+            "batch_size_test": 16,
+            "workers": 0,
+            "use_gpu": False,
+            "transforms": ["random_flip", "random_crop", "random_erase"],
+        }
+        return torchreid.data.ImageDataManager(
+            root=str(data_root), **{**options, **changes}
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_engine(manager: Callable[..., Any]) -> Callable[..., ImageSelConEngine]:
+    """Make an engine around OSNet x0.25 with two parts."""
+
+    def make(
+        *,
+        datamanager: Any = None,
+        model: Any = None,
+        method: str = "SelectiveContrastive",
+        scheduler: str = "cosine",
+        **options: Any,
+    ) -> ImageSelConEngine:
+        torch.manual_seed(0)
+        if model is None:
+            model = build_selcon_model(
+                "osnet_x0_25", pretrained=False, input_size=(64, 32), num_parts=2
+            )
+        optimizer = torchreid.optim.build_optimizer(model, optim="sgd", lr=0.02)
+        schedule = torchreid.optim.build_lr_scheduler(
+            optimizer, lr_scheduler=scheduler, max_epoch=4
+        )
+        if method == "SelectiveContrastive":
+            options = {**SCL, **options}
+        else:
+            options.setdefault("clustering", CLUSTERING)
+        return ImageSelConEngine(
+            datamanager or manager(),
+            model,
+            optimizer,
+            schedule,
+            method=method,
+            use_gpu=False,
+            **options,
+        )
+
+    return make
