@@ -267,17 +267,26 @@ def _sum_rows(features: Tensor, rows: Tensor, num_rows: int) -> Tensor:
 
 
 @torch.no_grad()
-def cluster_means(features: Tensor, labels: Tensor) -> Tensor:
-    """Average the features of each cluster and scale the means to unit length.
+def cluster_means(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    num_clusters: int | None = None,
+    normalize: bool = True,
+) -> Tensor:
+    """Average the features of each cluster, by default scaled to unit length.
 
     Args:
         features: Unit vectors of all images, shape ``(M, C)``.
         labels: Cluster of each image, int64, shape ``(M,)``, on any device; -1 for an
             outlier, which is left out.
+        num_clusters: Number of clusters, where it is known; else it is read from the
+            labels, for which a GPU makes the caller wait.
+        normalize: Whether the means are scaled to unit length.
 
     Returns:
-        Float32 unit vectors, shape ``(num_clusters, C)``, on the device of ``features``; a
-        number that no image has gives a zero row.
+        Float32 means, shape ``(num_clusters, C)``, on the device of ``features``; a number
+        that no image has gives a zero row.
 
     Raises:
         ValueError: If there is not one label for each feature.
@@ -292,10 +301,15 @@ def cluster_means(features: Tensor, labels: Tensor) -> Tensor:
             f"labels must hold one label for each of the {len(features)} features, got "
             f"shape {tuple(labels.shape)}"
         )
-    num_clusters = int(labels.max()) + 1 if len(labels) else 0
+    if num_clusters is None:
+        num_clusters = int(labels.max()) + 1 if len(labels) else 0
     # Outliers go to a row of their own, which is cut off: no copy of the features.
     rows = torch.where(labels < 0, num_clusters, labels).to(features.device)
-    return F.normalize(_sum_rows(features, rows, num_clusters + 1)[:num_clusters], dim=1)
+    sums = _sum_rows(features, rows, num_clusters + 1)[:num_clusters]
+    if normalize:
+        return F.normalize(sums, dim=1)
+    counts = sums.new_zeros(num_clusters + 1).index_add_(0, rows, sums.new_ones(len(rows)))
+    return sums / counts[:num_clusters, None].clamp(min=1)
 
 
 class ClusterMemory(nn.Module):

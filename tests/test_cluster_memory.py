@@ -244,6 +244,13 @@ def test_cluster_means_equal_definition_by_loops(device: str) -> None:
         torch.testing.assert_close(found[cluster].cpu(), expected)
 
 
+def test_means_need_not_be_scaled_nor_their_number_be_read(device: str) -> None:
+    features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [5.0, 5.0]], device=device)
+    labels = torch.tensor([0, 2, 0, -1], device=device)
+    found = cluster_means(features, labels, num_clusters=4, normalize=False)
+    assert found.tolist() == [[0.5, 0.5], [0.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
+
+
 def test_cluster_means_are_the_same_every_time_and_in_float32(device: str) -> None:
     features = units(5000, 32, seed=0).to(device)
     labels = (torch.arange(5000) % 3).to(device)

@@ -92,9 +92,10 @@ class Method(nn.Module, ABC):
         module.epoch = int(module._epoch)
         module.step = int(module._step)
         module.prepared = bool(module._prepared)
-        module._read_instance_level()
+        module._read_labels()
 
-    def _read_instance_level(self) -> None:
+    def _read_labels(self) -> None:
+        """Note what follows from the labels; after they are set, and after a checkpoint."""
         # From the labels in either case, so that a resumed run sees what the unbroken one
         # saw: a labeler that makes singletons of outliers may find nothing else, too.
         every = torch.arange(self.num_images, device=self.labels.device)
@@ -114,7 +115,7 @@ class Method(nn.Module, ABC):
                 f"images, got {'none' if given is None else f'those of {given.num_images}'}"
             )
         self.labels.copy_(pseudo_labels.labels)
-        self._read_instance_level()
+        self._read_labels()
         return pseudo_labels
 
     def _finish_prepare(self) -> None:

@@ -1,15 +1,16 @@
-"""What methods with one memory row per cluster share. Not a method itself."""
+"""What methods with banks of clusters share. Not a method itself."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from selcon_plugin.camera_entropy import CAMERA_WEIGHTS, CameraWeighting
 from selcon_plugin.clustering import PseudoLabels
+from selcon_plugin.clustering.pseudo_labels import outliers_alone
 from selcon_plugin.distributed import gather_batch
 from selcon_plugin.features import Embeddings
 from selcon_plugin.losses import cluster_contrastive_loss
@@ -34,11 +35,22 @@ class ClusterMethod(Method):
             :mod:`selcon_plugin.camera_entropy`.
         focal_gamma: Exponent of the focal factor 1 - p on a sample's loss, which raises
             the share of hard samples; 0 for none.
+
+    Attributes:
+        outliers_are_classes: Whether each outlier is a class of its own, numbered after the
+            clusters. Outliers are drawn if a share of the batch (``OUTLIER_SHARE``) is
+            theirs.
+        classes: Class of each image, int64 ``(M,)``: its cluster; for an outlier -1 or, if
+            outliers are classes, its own.
+        num_classes: Classes in all.
     """
 
     needs_clusters = True
     uses_parts = False
     default_sampler = "pk_camera"
+    outliers_are_classes: ClassVar[bool] = False
+
+    classes: Tensor
 
     def __init__(
         self,
@@ -51,16 +63,28 @@ class ClusterMethod(Method):
         focal_gamma: Annotated[float, Interval(0)] = 0.0,
     ) -> None:
         super().__init__(num_images, global_dim, num_parts, part_dim)
+        # Not state: it follows from the labels.
+        self.register_buffer("classes", self.labels.clone(), persistent=False)
+        self.num_classes = 0
         self.camera_weighting = CameraWeighting(num_images, camera_weight)
         self.focal_gamma = focal_gamma
 
     @abstractmethod
     def _rebuild(self, features: Tensor, labels: Tensor) -> None:
-        """Make the banks of new clusters from all images' features ``(M, C)``."""
+        """Make the banks of new classes ``(M,)`` from all images' features ``(M, C)``."""
 
     @abstractmethod
     def _write(self, index: Tensor, features: Tensor, targets: Tensor) -> None:
         """Write a batch of all ranks into the banks; the features are float32."""
+
+    def _read_labels(self) -> None:
+        super()._read_labels()
+        if self.outliers_are_classes:
+            classes = torch.from_numpy(outliers_alone(self.labels.cpu().numpy()))
+            self.classes.copy_(classes)
+        else:
+            self.classes.copy_(self.labels)
+        self.num_classes = int(self.classes.max()) + 1
 
     @torch.no_grad()
     def prepare(
@@ -72,7 +96,7 @@ class ClusterMethod(Method):
         """Keep the labels and rebuild the banks."""
         self._set_labels(pseudo_labels)
         self.camera_weighting.prepare(self.labels, camids)
-        self._rebuild(embeddings.global_features, self.labels)
+        self._rebuild(embeddings.global_features, self.classes)
         self._finish_prepare()
 
     def _contrast(
@@ -84,14 +108,14 @@ class ClusterMethod(Method):
         *,
         temperature: float,
     ) -> Tensor:
-        """Contrast a batch with a bank of one row per cluster, weighted as asked for."""
-        targets = self.labels[index]
+        """Contrast a batch with a bank of one row per class, weighted as asked for."""
         return cluster_contrastive_loss(
             features,
             bank,
-            targets,
+            self.classes[index],
             temperature=temperature,
-            sample_weight=self.camera_weighting(index, targets, camids),
+            # An outlier has no cluster to weigh it by: its weight is 1.
+            sample_weight=self.camera_weighting(index, self.labels[index], camids),
             focal_gamma=self.focal_gamma,
         )
 
@@ -100,5 +124,5 @@ class ClusterMethod(Method):
         """Write the batch of all ranks into the banks."""
         index = gather_batch(index)
         features = gather_batch(embeddings.global_features.detach().float())
-        self._write(index, features, self.labels[index])
+        self._write(index, features, self.classes[index])
         self._finish_update()

@@ -38,6 +38,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "ClusterContrast": {},
     "ClusterContrast, hard": {"cluster_update": "hard", "camera_weight": "batch"},
     "SelConCluster": {"num_negatives": 100},
+    "SpCL": {"temperature": 0.1},
+    "HHCL": {},
+    "HHCL, instances": {"form": "instances", "instance_slots": 4},
+    "OutlierAware": {},
 }
 
 
