@@ -38,6 +38,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "ClusterContrast": {},
     "ClusterContrast, hard": {"cluster_update": "hard", "camera_weight": "batch"},
     "SelConCluster": {"num_negatives": 100},
+    # Sums over cameras: a higher temperature for smaller steps.
+    "CAP": {"inter_epoch": 0, "temperature": 0.2},
+    "O2CAP": {"temperature": 0.2},
+    "ViTC": {},
 }
 
 
