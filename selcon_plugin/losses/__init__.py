@@ -1,5 +1,11 @@
 """Losses: pure functions, each with a module form that holds the settings."""
 
+from selcon_plugin.losses.camera_proxy import (
+    associate_proxies,
+    inter_camera_loss,
+    intra_camera_loss,
+    online_association_loss,
+)
 from selcon_plugin.losses.cluster_contrastive import (
     ClusterContrastiveLoss,
     cluster_contrastive_loss,
@@ -17,9 +23,13 @@ from selcon_plugin.losses.selective_contrastive import (
 __all__ = [
     "ClusterContrastiveLoss",
     "SelectiveContrastiveLoss",
+    "associate_proxies",
     "class_similarity",
     "cluster_contrastive_loss",
     "instance_contrastive_loss",
+    "inter_camera_loss",
+    "intra_camera_loss",
+    "online_association_loss",
     "positive_weights",
     "selective_contrastive_loss",
 ]

@@ -42,6 +42,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "HHCL": {},
     "HHCL, instances": {"form": "instances", "instance_slots": 4},
     "OutlierAware": {},
+    # Sums over cameras: a higher temperature for smaller steps.
+    "CAP": {"inter_epoch": 0, "temperature": 0.2},
+    "O2CAP": {"temperature": 0.2},
+    "ViTC": {},
 }
 
 

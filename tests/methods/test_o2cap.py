@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from selcon_plugin.clustering import PseudoLabels
+from selcon_plugin.features import Embeddings
+from selcon_plugin.losses import online_association_loss
+from selcon_plugin.methods import build_method
+from selcon_plugin.methods.cap import CAP
+from selcon_plugin.methods.o2cap import O2CAP
+
+M, C = 30, 16
+LABELS = torch.tensor([i // 5 if i < 25 else -1 for i in range(M)])
+CAMIDS = torch.arange(M) % 4
+BATCH = torch.tensor([0, 1, 7, 12, 26, 18])
+
+
+def units(count: int, *, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(count, C, generator=generator), dim=1)
+
+
+def make_method(camids: Tensor = CAMIDS, **options: Any) -> O2CAP:
+    method = build_method("O2CAP", M, C, **options)
+    assert isinstance(method, O2CAP)
+    method.prepare(Embeddings(units(M, seed=0)), camids, PseudoLabels(LABELS))
+    return method
+
+
+def losses_of(method: O2CAP | CAP) -> dict[str, float]:
+    found = method.loss(Embeddings(units(len(BATCH), seed=3)), BATCH, None)
+    return {name: value.item() for name, value in found.items()}
+
+
+def test_offline_and_intra_camera_losses_are_those_of_cap() -> None:
+    cap = build_method("CAP", M, C, inter_epoch=0, inter_weight=1.0)
+    assert isinstance(cap, CAP)
+    cap.prepare(Embeddings(units(M, seed=0)), CAMIDS, PseudoLabels(LABELS))
+    wanted = losses_of(cap)
+    found = losses_of(make_method(intra_weight=0.5))
+    assert found["loss_offline"] == pytest.approx(wanted["loss_inter"])
+    assert found["loss_intra"] == pytest.approx(0.5 * wanted["loss_intra"])
+
+
+def test_intra_camera_loss_is_off_as_in_the_release() -> None:
+    assert set(losses_of(make_method())) == {"loss_offline", "loss_online"}
+
+
+@pytest.mark.parametrize(("image_share", "num_positives"), [(0.15, 3), (0.0, 1), (1.0, 2)])
+def test_online_loss_sums_over_cameras(image_share: float, num_positives: int) -> None:
+    options: dict[str, Any] = {
+        "image_share": image_share,
+        "num_positives": num_positives,
+        "num_negatives": 4,
+        "temperature": 0.1,
+    }
+    method = make_method(**options)
+    features, proxies = units(len(BATCH), seed=3), method.proxies
+    wanted = 0.0
+    for camera in range(4):
+        seen = (CAMIDS[BATCH] == camera) & (LABELS[BATCH] >= 0)
+        if seen.any():
+            wanted += online_association_loss(
+                features[seen] @ proxies.bank.T,
+                proxies.bank,
+                proxies.proxies[BATCH[seen]],
+                proxies.cameras,
+                **options,
+            ).item()
+    assert losses_of(method)["loss_online"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_own_proxy_chooses_itself_where_images_have_no_say() -> None:
+    """One positive chosen by the proxy alone, under one camera: the cluster's own row."""
+    camids = torch.zeros(M, dtype=torch.int64)
+    found = losses_of(make_method(camids, image_share=0.0, num_positives=1))
+    assert found["loss_online"] == pytest.approx(found["loss_offline"], rel=1e-6)
