@@ -267,13 +267,15 @@ def _sum_rows(features: Tensor, rows: Tensor, num_rows: int) -> Tensor:
 
 
 @torch.no_grad()
-def cluster_means(features: Tensor, labels: Tensor) -> Tensor:
+def cluster_means(features: Tensor, labels: Tensor, *, normalize: bool = True) -> Tensor:
     """Average the features of each cluster and scale the means to unit length.
 
     Args:
         features: Unit vectors of all images, shape ``(M, C)``.
         labels: Cluster of each image, int64, shape ``(M,)``, on any device; -1 for an
             outlier, which is left out.
+        normalize: False leaves the means as they are: the inner product with one is then
+            the mean of the products with its members.
 
     Returns:
         Float32 unit vectors, shape ``(num_clusters, C)``, on the device of ``features``; a
@@ -295,7 +297,11 @@ def cluster_means(features: Tensor, labels: Tensor) -> Tensor:
     num_clusters = int(labels.max()) + 1 if len(labels) else 0
     # Outliers go to a row of their own, which is cut off: no copy of the features.
     rows = torch.where(labels < 0, num_clusters, labels).to(features.device)
-    return F.normalize(_sum_rows(features, rows, num_clusters + 1)[:num_clusters], dim=1)
+    sums = _sum_rows(features, rows, num_clusters + 1)[:num_clusters]
+    if normalize:
+        return F.normalize(sums, dim=1)
+    counts = torch.bincount(rows, minlength=num_clusters + 1)[:num_clusters]
+    return sums / counts.clamp(min=1)[:, None]
 
 
 class ClusterMemory(nn.Module):

@@ -13,6 +13,7 @@ from selcon_plugin.losses.selective_contrastive import (
     positive_weights,
     selective_contrastive_loss,
 )
+from selcon_plugin.losses.softmax_triplet import softmax_triplet_loss
 
 __all__ = [
     "ClusterContrastiveLoss",
@@ -22,4 +23,5 @@ __all__ = [
     "instance_contrastive_loss",
     "positive_weights",
     "selective_contrastive_loss",
+    "softmax_triplet_loss",
 ]
