@@ -251,6 +251,18 @@ def test_means_need_not_be_scaled_nor_their_number_be_read(device: str) -> None:
     assert found.tolist() == [[0.5, 0.5], [0.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
 
 
+def test_product_with_a_plain_mean_is_the_mean_of_the_products(device: str) -> None:
+    features, query = units(50, C, seed=0).to(device), units(1, C, seed=1)[0].to(device)
+    labels = torch.arange(50) % 4 - 1
+    labels[labels == 1] = 3  # a number that no image has
+    means = cluster_means(features, labels, normalize=False)
+    products = features @ query
+    for cluster in (0, 2, 3):
+        wanted = products[labels.to(device) == cluster].mean()
+        torch.testing.assert_close(means[cluster] @ query, wanted)
+    assert not means[1].any()
+
+
 def test_cluster_means_are_the_same_every_time_and_in_float32(device: str) -> None:
     features = units(5000, 32, seed=0).to(device)
     labels = (torch.arange(5000) % 3).to(device)

@@ -19,6 +19,7 @@ from selcon_plugin.losses.selective_contrastive import (
     positive_weights,
     selective_contrastive_loss,
 )
+from selcon_plugin.losses.softmax_triplet import softmax_triplet_loss
 
 __all__ = [
     "ClusterContrastiveLoss",
@@ -32,4 +33,5 @@ __all__ = [
     "online_association_loss",
     "positive_weights",
     "selective_contrastive_loss",
+    "softmax_triplet_loss",
 ]

@@ -25,6 +25,7 @@ from selcon_plugin.datasets import (
 )
 from selcon_plugin.features import Embeddings
 from selcon_plugin.methods import Method, build_method, method_names
+from selcon_plugin.methods.cacl import grey_images
 from selcon_plugin.samplers import BatchStream, ClusterSampler, StreamSampler
 
 STEPS, STEPS_PER_EPOCH, BATCH_SIZE, DIM = 30, 10, 32, 128
@@ -46,13 +47,21 @@ METHODS: dict[str, dict[str, Any]] = {
     "CAP": {"inter_epoch": 0, "temperature": 0.2},
     "O2CAP": {"temperature": 0.2},
     "ViTC": {},
+    "ISE": {"support_epochs": 3},
+    "PPLR": {"num_parts": 2, "part_dim": DIM // 2, "smoothing_epochs": 1},
+    # At 0.05 the focal factor leaves little to learn in thirty steps.
+    "CACL": {"temperature": 0.2},
 }
 
 
 class People(NamedTuple):
-    """ImageNet features ``(M, 1280)``, cameras and identities of the images."""
+    """ImageNet features ``(M, 2, 1280)`` of the images' upper and lower halves.
+
+    In colour and in grey; and the images' cameras and identities.
+    """
 
     features: Tensor
+    grey_features: Tensor
     camids: Tensor
     pids: Tensor
 
@@ -80,21 +89,34 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> People:
     ).eval()
     mean = torch.tensor([123.675, 116.28, 103.53])[:, None, None]
     std = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
-    batches = ((images.permute(0, 3, 1, 2) - mean) / std).split(50)
-    with torch.no_grad():
-        maps = torch.cat([backbone(batch) for batch in batches])
+
+    def extract(images: Tensor) -> Tensor:
+        batches = ((images - mean) / std).split(50)
+        with torch.no_grad():
+            maps = torch.cat([backbone(batch) for batch in batches])
+        return maps.unflatten(2, (2, -1)).mean(dim=(3, 4)).transpose(1, 2)
+
+    images = images.permute(0, 3, 1, 2)
     pids, camids = torch.tensor([item[1:] for item in items]).unbind(dim=1)
-    return People(maps.mean(dim=(2, 3)), camids, pids)
+    return People(extract(images), extract(grey_images(images)), camids, pids)
 
 
 class Head(nn.Module):
-    def __init__(self, in_dim: int) -> None:
+    def __init__(self, in_dim: int, num_parts: int) -> None:
         super().__init__()
         self.linear = nn.Linear(in_dim, DIM)
         self.norm = nn.BatchNorm1d(DIM)
+        self.num_parts = num_parts
+        if num_parts:
+            self.part_linear = nn.Linear(in_dim, DIM // num_parts)
+            self.part_norm = nn.BatchNorm1d(DIM)
 
-    def forward(self, features: Tensor) -> Embeddings:
-        return Embeddings(F.normalize(self.norm(self.linear(features)), dim=1))
+    def forward(self, halves: Tensor) -> Embeddings:
+        whole = F.normalize(self.norm(self.linear(halves.mean(dim=1))), dim=1)
+        if not self.num_parts:
+            return Embeddings(whole)
+        parts = self.part_norm(self.part_linear(halves).flatten(1))
+        return Embeddings(whole, F.normalize(parts.view(len(parts), 2, -1), dim=2))
 
 
 def mean_average_precision(features: Tensor, people: People) -> float:
@@ -114,11 +136,15 @@ def mean_average_precision(features: Tensor, people: People) -> float:
 def run(method: Method, people: People) -> tuple[float, float]:
     """Train for thirty steps; return the mean average precision before and after."""
     torch.manual_seed(0)
-    head = Head(people.features.shape[1])
+    head = Head(people.features.shape[2], method.num_parts)
+    norms = [layer for layer in head.modules() if isinstance(layer, nn.BatchNorm1d)]
     with torch.no_grad():  # the statistics that the engine calibrates
-        head.norm.momentum = None
+        for norm in norms:
+            norm.momentum = None
         head(people.features)
-        head.norm.momentum = 0.1
+        for norm in norms:
+            norm.momentum = 0.1
+    makes_view = bool(method.make_views(torch.zeros(1, 3, 1, 1)))
     optimizer = torch.optim.SGD(head.parameters(), lr=0.005, momentum=0.9)
     labeler = DBSCANLabeler(eps="auto", k1=15, k2=4)
     sampler: BatchStream = StreamSampler(len(people.pids), batch_size=BATCH_SIZE)
@@ -144,7 +170,8 @@ def run(method: Method, people: People) -> tuple[float, float]:
         for _, images in zip(range(STEPS_PER_EPOCH), batches, strict=False):
             index = torch.from_numpy(images)
             embeddings = head(people.features[index])
-            losses = method.loss(embeddings, index, people.camids[index])
+            views = [head(people.grey_features[index])] if makes_view else []
+            losses = method.loss(embeddings, index, people.camids[index], *views)
             optimizer.zero_grad()
             torch.stack(list(losses.values())).sum().backward()
             optimizer.step()

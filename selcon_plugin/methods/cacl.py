@@ -1,0 +1,170 @@
+"""CACL: a second view without colour regularises the first.
+
+Clusters of images are to a good part clusters of clothes' colours. CACL embeds every batch
+a second time in shades of grey, learns clusters in that view as well, and pulls the colour
+view towards it: shape and texture have to carry what colour carried alone.
+
+Li et al., "Cluster-guided Asymmetric Contrastive Learning for Unsupervised Person
+Re-Identification", TIP 2022. https://arxiv.org/abs/2106.07846
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from selcon_plugin.distributed import gather_batch
+from selcon_plugin.features import Embeddings
+from selcon_plugin.memory import InstanceMemory, cluster_means
+from selcon_plugin.methods.base import register_method
+from selcon_plugin.methods.cluster_method import ClusterMethod
+from selcon_plugin.options import Interval
+
+
+def grey_images(images: Tensor) -> Tensor:
+    """Take the colour out of images: their luma (ITU-R BT.601) in all three channels.
+
+    Args:
+        images: RGB, shape ``(B, 3, H, W)``, any scale.
+
+    Returns:
+        Float32, the same shape; grey images come out as they went in.
+    """
+    red, green, blue = images.float().unbind(dim=1)
+    luma = red + 0.587 * (green - red) + 0.114 * (blue - red)
+    return luma[:, None].expand_as(images)
+
+
+@register_method("CACL")
+class CACL(ClusterMethod):
+    """Cluster-guided asymmetric contrast of a colour and a grey view, with one network.
+
+    A reconstruction with one network. The paper trains two, one for each view, and puts a
+    projector between the colour features and what they are compared with; here one network
+    embeds both views, and the features are compared as they are. The paper's filter of
+    clusters is not part of this method.
+
+    Each view has a memory of one row per image, which is clustered (the colour one),
+    written with the view's own features and kept from epoch to epoch. A cluster's logit is
+    the mean of the similarities to its members. The loss is the sum of
+
+    * the contrast of each view with the clusters in its own memory, with a focal factor;
+    * the mean negative cosine between the colour feature and the image's grey feature;
+    * the mean negative cosine between the colour feature and its cluster's grey mean.
+
+    The grey side of the last two is a constant: only the colour view follows. Both memories
+    start from the colour features of the first extraction, the only ones there are; the
+    grey rows then follow the grey view. In the paper outliers are clusters of one image:
+    ``MODEL.SELCON.CLUSTERING.OUTLIERS: singleton``. Without it they are not contrasted, and
+    follow their grey feature alone.
+
+    Args:
+        num_images: Training images M.
+        global_dim: Global feature dimension C.
+        num_parts: Not used.
+        part_dim: Not used.
+        temperature: τ, divides the similarities.
+        bank_momentum: Weight of the old row when a memory is written.
+        grey_feature_weight: Weight of the pull towards the image's grey feature.
+        grey_cluster_weight: Weight of the pull towards the cluster's grey mean.
+        focal_gamma: Exponent of the focal factor 1 - p on a sample's loss, which raises the
+            share of hard samples; 0 for none.
+        **options: The other options of :class:`ClusterMethod`.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        global_dim: int,
+        num_parts: int = 0,
+        part_dim: int = 0,
+        *,
+        temperature: Annotated[float, Interval(0, above=True)] = 0.05,
+        bank_momentum: Annotated[float, Interval(0, 1)] = 0.2,
+        grey_feature_weight: Annotated[float, Interval(0)] = 1.0,
+        grey_cluster_weight: Annotated[float, Interval(0)] = 1.0,
+        focal_gamma: Annotated[float, Interval(0)] = 4.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            num_images,
+            global_dim,
+            num_parts,
+            part_dim,
+            focal_gamma=focal_gamma,
+            **options,
+        )
+        self.temperature = temperature
+        self.grey_feature_weight = grey_feature_weight
+        self.grey_cluster_weight = grey_cluster_weight
+        self.memory = InstanceMemory(num_images, global_dim, momentum=bank_momentum)
+        self.grey_memory = InstanceMemory(num_images, global_dim, momentum=bank_momentum)
+        # Grey features that loss() saw and update() of the same step writes: not state.
+        # Several where gradients are accumulated.
+        self._pending: list[Tensor] = []
+
+    def make_views(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Make the grey view of a batch."""
+        return (grey_images(images),)
+
+    def clustering_features(self) -> Tensor | None:
+        """Return the colour memory, once it is filled."""
+        return self.memory.bank if self.prepared else None
+
+    def _rebuild(self, features: Tensor, labels: Tensor) -> None:
+        if not self.prepared:
+            self.memory.fill(features)
+            self.grey_memory.fill(features)
+
+    def loss(
+        self,
+        embeddings: Embeddings,
+        index: Tensor,
+        camids: Tensor | None,
+        *views: Embeddings,
+    ) -> dict[str, Tensor]:
+        """Contrast both views, and pull the colour view towards the grey one."""
+        if len(views) != 1:
+            raise ValueError(
+                "CACL compares the colour view of a batch with one grey view, got "
+                f"{len(views)} further views: hand loss() the embeddings of what "
+                "make_views() made of the images"
+            )
+        color, grey = embeddings.global_features, views[0].global_features
+        self._pending.append(grey.detach())
+        color_means = cluster_means(self.memory.bank, self.labels, normalize=False)
+        grey_means = cluster_means(self.grey_memory.bank, self.labels, normalize=False)
+        tau = self.temperature
+        loss_color = self._contrast(color, color_means, index, camids, temperature=tau)
+        loss_grey = self._contrast(grey, grey_means, index, camids, temperature=tau)
+        targets = self.labels[index]
+        inside = targets >= 0
+        to_feature = F.cosine_similarity(color.float(), grey.detach().float())
+        to_cluster = F.cosine_similarity(color.float(), grey_means[targets])
+        to_cluster = (to_cluster * inside).sum() / inside.sum().clamp(min=1)
+        return {
+            "loss_color": loss_color,
+            "loss_grey": loss_grey,
+            "loss_grey_feature": -self.grey_feature_weight * to_feature.mean(),
+            "loss_grey_cluster": -self.grey_cluster_weight * to_cluster,
+        }
+
+    @torch.no_grad()
+    def update(self, index: Tensor, embeddings: Embeddings) -> None:
+        """Write both views of the batch of all ranks into their memories.
+
+        Raises:
+            RuntimeError: If no loss was computed for this batch.
+        """
+        seen = torch.cat(self._pending) if self._pending else index.new_zeros(0, 0)
+        if len(seen) < len(index):
+            raise RuntimeError("update() must follow loss() of the same batch")
+        self._pending = [seen[-len(index) :]]
+        super().update(index, embeddings)
+
+    def _write(self, index: Tensor, features: Tensor, targets: Tensor) -> None:
+        self.memory.update(index, features)
+        self.grey_memory.update(index, gather_batch(self._pending.pop().float()))

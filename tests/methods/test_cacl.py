@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from selcon_plugin.clustering import PseudoLabels
+from selcon_plugin.features import Embeddings
+from selcon_plugin.losses import instance_contrastive_loss
+from selcon_plugin.memory import InstanceMemory
+from selcon_plugin.methods import Method, build_method
+from selcon_plugin.methods.cacl import grey_images
+
+M, C = 24, 16
+LABELS = [i // 5 if i < 20 else -1 for i in range(M)]  # 4 clusters of 5, 4 outliers
+CAMIDS = torch.arange(M) % 3
+BATCH = torch.tensor([0, 1, 21, 5, 6, 10])
+TARGETS = [LABELS[i] for i in BATCH.tolist()]
+
+
+def units(count: int, *, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(count, C, generator=generator), dim=1)
+
+
+def make_method(**options: Any) -> Method:
+    method = build_method("CACL", M, C, **options)
+    method.prepare(Embeddings(units(M, seed=0)), CAMIDS, PseudoLabels.numbered(LABELS))
+    method.grey_memory.fill(units(M, seed=1))  # as after some steps
+    return method
+
+
+def focal_in_loops(bank: Tensor, features: Tensor, gamma: float) -> float:
+    losses = []
+    for feature, target in zip(features.double(), TARGETS, strict=True):
+        if target < 0:
+            continue
+        exps = []
+        for k in range(4):
+            members = [row for row, label in zip(bank, LABELS, strict=True) if label == k]
+            similarities = [float(feature @ row.double()) for row in members]
+            exps.append(math.exp(sum(similarities) / len(similarities) / 0.05))
+        p = exps[target] / sum(exps)
+        losses.append(-((1 - p) ** gamma) * math.log(p))
+    return sum(losses) / len(losses)
+
+
+def test_grey_images_are_their_luma(device: str) -> None:
+    images = torch.zeros(3, 3, 2, 2, device=device)
+    for channel in range(3):
+        images[channel, channel] = 200.0
+    grey = grey_images(images)
+    assert grey.shape == images.shape
+    for image, share in zip(grey, (0.299, 0.587, 0.114), strict=True):
+        assert torch.allclose(image, torch.full_like(image, 200.0 * share))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_grey_images_stay_as_they_are(dtype: torch.dtype) -> None:
+    shades = torch.arange(256, dtype=dtype).view(1, 1, 16, 16).expand(2, 3, -1, -1)
+    (view,) = make_method().make_views(shades)
+    assert torch.equal(view, shades.float())
+
+
+def test_loss_is_the_definition() -> None:
+    method = make_method(grey_feature_weight=0.5, grey_cluster_weight=2.0)
+    color, grey = units(len(BATCH), seed=3), units(len(BATCH), seed=4)
+    losses = method.loss(Embeddings(color), BATCH, CAMIDS[BATCH], Embeddings(grey))
+    to_feature = [float(a @ b) for a, b in zip(color, grey, strict=True)]
+    to_cluster = []
+    for feature, target in zip(color, TARGETS, strict=True):
+        if target >= 0:
+            mean = method.grey_memory.bank[5 * target : 5 * target + 5].mean(dim=0)
+            to_cluster.append(float(feature @ mean / mean.norm()))
+    wanted = {
+        "loss_color": focal_in_loops(method.memory.bank, color, 4.0),
+        "loss_grey": focal_in_loops(method.grey_memory.bank, grey, 4.0),
+        "loss_grey_feature": -0.5 * sum(to_feature) / len(to_feature),
+        "loss_grey_cluster": -2.0 * sum(to_cluster) / len(to_cluster),
+    }
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(
+        wanted, rel=1e-4
+    )
+
+
+def test_without_focal_factor_each_view_learns_as_in_spcl() -> None:
+    """Contrast with the mean over the members in an instance memory."""
+    method = make_method(focal_gamma=0.0)
+    color, grey = units(len(BATCH), seed=3), units(len(BATCH), seed=4)
+    losses = method.loss(Embeddings(color), BATCH, CAMIDS[BATCH], Embeddings(grey))
+    views = {
+        "loss_color": (color, method.memory.bank),
+        "loss_grey": (grey, method.grey_memory.bank),
+    }
+    for name, (features, bank) in views.items():
+        wanted = instance_contrastive_loss(
+            features, bank, method.labels, torch.tensor(TARGETS), own="mean", others="mean"
+        )
+        assert losses[name].item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_the_colour_view_follows_and_the_grey_view_does_not() -> None:
+    method = make_method()
+    color = units(len(BATCH), seed=3).requires_grad_()
+    grey = units(len(BATCH), seed=4).requires_grad_()
+    losses = method.loss(Embeddings(color), BATCH, CAMIDS[BATCH], Embeddings(grey))
+    (losses["loss_grey_feature"] + losses["loss_grey_cluster"]).backward()
+    assert grey.grad is None
+    assert color.grad is not None
+    assert color.grad.any()
+    color.grad = None
+    losses["loss_grey"].backward()
+    assert color.grad is None
+    assert grey.grad is not None
+
+
+def test_a_view_like_the_grey_one_is_pulled_no_further() -> None:
+    method = make_method()
+    grey = units(len(BATCH), seed=4)
+    losses = method.loss(Embeddings(grey), BATCH, CAMIDS[BATCH], Embeddings(grey))
+    assert losses["loss_grey_feature"].item() == pytest.approx(-1.0)
+
+
+@pytest.mark.parametrize("parts", [[6], [4, 2]])
+def test_each_view_writes_its_own_memory(parts: list[int]) -> None:
+    method = make_method()
+    color, grey = units(len(BATCH), seed=3), units(len(BATCH), seed=4)
+    wanted = []
+    for bank, features in ((0, color), (1, grey)):
+        memory = InstanceMemory(M, C, momentum=0.2)
+        memory.fill(units(M, seed=bank))
+        memory.update(BATCH, features)
+        wanted.append(memory.bank)
+    stale = Embeddings(units(3, seed=9))  # of a step that was not taken
+    method.loss(stale, BATCH[:3], CAMIDS[:3], stale)
+    pieces = zip(*(t.split(parts) for t in (color, grey, BATCH)), strict=True)
+    for one, other, index in pieces:
+        method.loss(Embeddings(one), index, CAMIDS[index], Embeddings(other))
+    method.update(BATCH, Embeddings(color))
+    assert torch.equal(method.memory.bank, wanted[0])
+    assert torch.equal(method.grey_memory.bank, wanted[1])
+    with pytest.raises(RuntimeError, match="must follow loss"):
+        method.update(BATCH, Embeddings(color))
+
+
+def test_memories_start_from_the_first_features_and_are_kept() -> None:
+    method = build_method("CACL", M, C)
+    assert method.clustering_features() is None
+    first = units(M, seed=0)
+    method.prepare(Embeddings(first), CAMIDS, PseudoLabels.numbered(LABELS))
+    assert torch.allclose(method.memory.bank, first)
+    assert torch.equal(method.grey_memory.bank, method.memory.bank)
+    clustered = method.clustering_features()
+    assert clustered is method.memory.bank
+    labels = PseudoLabels.numbered([i // 4 for i in range(M)])
+    method.prepare(Embeddings(units(M, seed=7)), CAMIDS, labels)
+    assert torch.equal(method.labels, labels.labels)
+    assert torch.allclose(method.memory.bank, first)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_another_number_of_views_is_refused(count: int) -> None:
+    method = make_method()
+    view = Embeddings(units(len(BATCH), seed=3))
+    with pytest.raises(ValueError, match=f"got {count} further views: .* make_views"):
+        method.loss(view, BATCH, CAMIDS[BATCH], *[view] * count)
