@@ -30,7 +30,7 @@ from selcon_plugin.clustering import (
     label_images,
 )
 from selcon_plugin.features import Embeddings
-from selcon_plugin.methods import Method, build_method, method_names
+from selcon_plugin.methods import Method, build_method, method_class, method_names
 
 ROOT = Path(__file__).resolve().parents[2]
 SELECTIVE = {"num_neighbors": 3, "num_negatives": 8}
@@ -86,7 +86,7 @@ def clusters(epoch: int) -> PseudoLabels:
 
 def build(case: str) -> Method:
     name = case.partition(",")[0]
-    parts = (S, C // S) if build_method(name, M, C).uses_parts else (0, 0)
+    parts = (S, C // S) if method_class(name).uses_parts else (0, 0)
     return build_method(name, M, C, *parts, **CASES[case])
 
 
