@@ -8,6 +8,10 @@ from selcon_plugin.losses.instance_contrastive import (
     class_similarity,
     instance_contrastive_loss,
 )
+from selcon_plugin.losses.sample_to_instance import (
+    sample_constraint_loss,
+    sample_to_instance_loss,
+)
 from selcon_plugin.losses.selective_contrastive import (
     SelectiveContrastiveLoss,
     positive_weights,
@@ -21,5 +25,7 @@ __all__ = [
     "cluster_contrastive_loss",
     "instance_contrastive_loss",
     "positive_weights",
+    "sample_constraint_loss",
+    "sample_to_instance_loss",
     "selective_contrastive_loss",
 ]
