@@ -38,6 +38,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "ClusterContrast": {},
     "ClusterContrast, hard": {"cluster_update": "hard", "camera_weight": "batch"},
     "SelConCluster": {"num_negatives": 100},
+    "HCM": {},
+    "MultiLevel": {},
+    "RTMem": {},
+    "DCMIP": {"instance_epoch": 1},
 }
 
 
