@@ -7,6 +7,7 @@ Shape shorthand in this module:
     K: neighbours per image; an image has 1 + K positives, column 0 is its own row
     N: negatives per image
     L: listed neighbours per bank row
+    P: clusters present in a batch
 """
 
 from __future__ import annotations
@@ -177,6 +178,22 @@ def prefer_listed(
     return (distance + 5.0).scatter(1, listed_index, listed_distance.to(distance))
 
 
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """Make the random numbers of one training step.
+
+    Seeded by the step and not by a running stream: a resumed run, and every rank of a
+    distributed one, draws what the unbroken single run would.
+
+    Args:
+        seed: Seed of the run.
+        step: Steps done so far.
+
+    Returns:
+        A CPU generator, so that CPU and GPU runs draw the same.
+    """
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
 def draw_random_negatives(
     index: Tensor, *, num_images: int, num_negatives: int, generator: torch.Generator
 ) -> Tensor:
@@ -202,3 +219,36 @@ def draw_random_negatives(
     left_out = torch.where(is_own.any(dim=1), is_own.int().argmax(dim=1), count)
     column = torch.arange(count, device=index.device)[None, :]
     return drawn[column + (column >= left_out[:, None])]
+
+
+def draw_members(
+    labels: Tensor, count: int, *, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Draw images of each cluster at random, none twice while others are left.
+
+    The order in which images are drawn does not depend on the clusters' numbers.
+
+    Args:
+        labels: Cluster of each image, int64, shape ``(B,)``; -1 for an outlier, which is
+            not drawn.
+        count: Images per cluster; a cluster of fewer gives all of its images, again and
+            again.
+        generator: CPU generator; CPU and GPU runs draw the same images.
+
+    Returns:
+        The clusters present in ascending order, int64 ``(P,)``, and the positions of their
+        images in ``labels``, int64 ``(P, count)``.
+
+    Example:
+        >>> labels = torch.tensor([4, 1, -1, 4])
+        >>> clusters, positions = draw_members(labels, 2, generator=step_generator(0, 0))
+        >>> clusters.tolist(), positions.sort(dim=1).values.tolist()
+        ([1, 4], [[1, 1], [0, 3]])
+    """
+    order = torch.randperm(len(labels), generator=generator).to(labels.device)
+    order = order[labels[order] >= 0]
+    order = order[torch.argsort(labels[order], stable=True)]  # by cluster, shuffled within
+    clusters, sizes = torch.unique_consecutive(labels[order], return_counts=True)
+    first = sizes.cumsum(dim=0) - sizes
+    place = torch.arange(count, device=labels.device) % sizes[:, None]
+    return clusters, order[first[:, None] + place]

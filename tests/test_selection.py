@@ -9,10 +9,12 @@ from torch import Tensor
 from selcon_plugin.selection import (
     _warn_clamped,
     clamp_counts,
+    draw_members,
     draw_random_negatives,
     prefer_listed,
     select_neighbors,
     select_within_clusters,
+    step_generator,
 )
 
 
@@ -230,3 +232,42 @@ def test_listed_rows_come_first_by_their_own_distance() -> None:
     assert positives.tolist() == [[0, 4, 2, 1]]
     assert negatives.tolist() == [[3]]
     assert distance[0, 4] == pytest.approx(3.9)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_members_drawn_are_distinct_and_of_their_cluster(count: int, device: str) -> None:
+    labels = torch.tensor([7, -1, 2, 7, 7, 2, -1, 5])
+    clusters, positions = draw_members(
+        labels.to(device), count, generator=step_generator(0, 3)
+    )
+    assert clusters.tolist() == [2, 5, 7]
+    assert positions.shape == (3, count)
+    for cluster, drawn in zip(clusters.tolist(), positions.tolist(), strict=True):
+        members = set((labels == cluster).nonzero().flatten().tolist())
+        assert set(drawn) <= members
+        assert len(set(drawn)) == min(count, len(members))
+
+
+def test_every_member_is_drawn_in_its_turn() -> None:
+    labels = torch.tensor([0, 1, 0, 0, 1])
+    counts = torch.zeros(5, dtype=torch.int64)
+    for step in range(600):
+        _, drawn = draw_members(labels, 1, generator=step_generator(1, step))
+        counts[drawn] += 1
+    assert counts.tolist() == pytest.approx([200, 300, 200, 200, 300], abs=50)
+
+
+def test_draws_do_not_depend_on_the_clusters_numbers() -> None:
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 2, 0])
+    renamed = torch.tensor([2, 0, 1])[labels]
+    _, first = draw_members(labels, 4, generator=step_generator(0, 5))
+    _, second = draw_members(renamed, 4, generator=step_generator(0, 5))
+    assert torch.equal(first[[1, 2, 0]], second)
+
+
+def test_without_a_cluster_nobody_is_drawn() -> None:
+    clusters, positions = draw_members(
+        torch.tensor([-1, -1]), 3, generator=step_generator(0, 0)
+    )
+    assert len(clusters) == 0
+    assert positions.shape == (0, 3)

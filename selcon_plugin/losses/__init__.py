@@ -14,6 +14,10 @@ from selcon_plugin.losses.instance_contrastive import (
     class_similarity,
     instance_contrastive_loss,
 )
+from selcon_plugin.losses.sample_to_instance import (
+    sample_constraint_loss,
+    sample_to_instance_loss,
+)
 from selcon_plugin.losses.selective_contrastive import (
     SelectiveContrastiveLoss,
     positive_weights,
@@ -32,6 +36,8 @@ __all__ = [
     "intra_camera_loss",
     "online_association_loss",
     "positive_weights",
+    "sample_constraint_loss",
+    "sample_to_instance_loss",
     "selective_contrastive_loss",
     "softmax_triplet_loss",
 ]

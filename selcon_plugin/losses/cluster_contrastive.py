@@ -32,6 +32,7 @@ def cluster_contrastive_loss(
     temperature: float = 0.05,
     sample_weight: Tensor | None = None,
     focal_gamma: float = 0.0,
+    detach_focal: bool = False,
 ) -> Tensor:
     r"""Pull each image towards its cluster's vector and away from all others.
 
@@ -44,7 +45,8 @@ def cluster_contrastive_loss(
     and the batch loss is the mean of :math:`L_i` over the images that have a cluster. The
     mean is not divided by the weights: all weights 2 double the loss. With :math:`\gamma =
     0` and no weights this is InfoNCE over the clusters. The focal factor takes part in the
-    gradient; cluster-guided asymmetric contrast uses :math:`\gamma = 4`.
+    gradient unless ``detach_focal``; cluster-guided asymmetric contrast uses :math:`\gamma
+    = 4`.
 
     The features are scaled to unit length here, the bank is used as it is. The bank is a
     constant: it gets no gradient and is never written. Logits and softmax are at least
@@ -60,6 +62,8 @@ def cluster_contrastive_loss(
             from :func:`~selcon_plugin.camera_entropy.camera_entropy_weights`; None for 1.
         focal_gamma: Exponent of the focal factor, at least 0 (off): the larger, the less
             well-matched images count.
+        detach_focal: Whether the focal factor is a constant, a weight: the gradient is then
+            that of InfoNCE times the factor.
 
     Returns:
         Scalar loss.
@@ -107,7 +111,8 @@ def cluster_contrastive_loss(
     if focal_gamma:
         # At p_y = 1, a perfect match, an exponent below 1 has an infinite gradient.
         others = (-torch.expm1(-losses)).clamp(min=torch.finfo(dtype).tiny)  # 1 - p_y
-        losses = losses * others**focal_gamma
+        factor = others**focal_gamma
+        losses = losses * (factor.detach() if detach_focal else factor)
     if sample_weight is not None:
         losses = losses * sample_weight.to(losses)
     return losses.sum() / (targets != _OUTLIER).sum().clamp(min=1)
@@ -119,6 +124,7 @@ class ClusterContrastiveLoss(nn.Module):
     Args:
         temperature: Softmax temperature τ.
         focal_gamma: Exponent of the focal factor, at least 0 (off).
+        detach_focal: Whether the focal factor is a constant.
 
     Example:
         >>> criterion = ClusterContrastiveLoss(temperature=1.0)
@@ -127,15 +133,24 @@ class ClusterContrastiveLoss(nn.Module):
         torch.Size([])
     """
 
-    def __init__(self, temperature: float = 0.05, focal_gamma: float = 0.0) -> None:
+    def __init__(
+        self,
+        temperature: float = 0.05,
+        focal_gamma: float = 0.0,
+        detach_focal: bool = False,
+    ) -> None:
         super().__init__()
         _check_settings(temperature, focal_gamma)
         self.temperature = temperature
         self.focal_gamma = focal_gamma
+        self.detach_focal = detach_focal
 
     def extra_repr(self) -> str:
         """Describe the settings in ``print(model)``."""
-        return f"temperature={self.temperature}, focal_gamma={self.focal_gamma}"
+        return (
+            f"temperature={self.temperature}, focal_gamma={self.focal_gamma}, "
+            f"detach_focal={self.detach_focal}"
+        )
 
     def forward(
         self,
@@ -162,4 +177,5 @@ class ClusterContrastiveLoss(nn.Module):
             temperature=self.temperature,
             sample_weight=sample_weight,
             focal_gamma=self.focal_gamma,
+            detach_focal=self.detach_focal,
         )

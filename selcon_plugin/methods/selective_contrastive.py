@@ -30,6 +30,7 @@ from selcon_plugin.selection import (
     prefer_listed,
     select_neighbors,
     select_within_clusters,
+    step_generator,
 )
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -232,14 +233,11 @@ class SelectiveContrastive(Method):
             ``(B, 1)`` and ``(B, N + K)``.
         """
         if self.epoch < self.warmup_epochs:
-            # A generator seeded by the step and not by a running stream: a resumed run, and
-            # every rank of a distributed one, draws what the unbroken single run would.
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
             negative_index = draw_random_negatives(
                 index,
                 num_images=self.num_images,
                 num_negatives=self.num_negatives + self.num_neighbors,
-                generator=generator,
+                generator=step_generator(self.seed, self.step),
             )
             return Selection(index[:, None], negative_index)
         distance = fused_distance(

@@ -183,6 +183,30 @@ def test_focal_factor_by_hand() -> None:
     assert loss.item() == pytest.approx(math.log(2) / 16)
 
 
+def test_detached_focal_factor_is_a_weight(case: dict[str, Tensor]) -> None:
+    features = case["features"].double().requires_grad_()
+    case = case | {"features": features, "temperature": 0.3}  # type: ignore[dict-item]
+    inside = case["targets"] >= 0
+    factors = torch.ones(B, dtype=torch.float64)
+    for i in inside.nonzero().flatten().tolist():
+        one = {**case, "features": features[i : i + 1], "targets": case["targets"][i, None]}
+        factors[i] = (1 - torch.exp(-cluster_contrastive_loss(**one))).item() ** 2
+    weighted = cluster_contrastive_loss(**case, sample_weight=factors)
+    focal = cluster_contrastive_loss(**case, focal_gamma=2.0, detach_focal=True)
+    torch.testing.assert_close(focal, weighted)
+    torch.testing.assert_close(focal, cluster_contrastive_loss(**case, focal_gamma=2.0))
+    wanted, found, attached = (
+        torch.autograd.grad(loss, features, retain_graph=True)[0]
+        for loss in (
+            weighted,
+            focal,
+            cluster_contrastive_loss(**case, focal_gamma=2.0),
+        )
+    )
+    torch.testing.assert_close(found, wanted)
+    assert not torch.allclose(found, attached, rtol=1e-2)
+
+
 def test_relabelling_the_clusters_changes_nothing(case: dict[str, Tensor]) -> None:
     expected = cluster_contrastive_loss(**case)
     order = torch.randperm(CLUSTERS, generator=torch.Generator().manual_seed(0))
@@ -211,8 +235,8 @@ def test_autocast_keeps_logits_in_full_precision(
 @pytest.mark.parametrize("gamma", [0.0, 4.0])
 def test_module_equals_function(case: dict[str, Tensor], gamma: float) -> None:
     weight = torch.linspace(0.5, 1.5, B)
-    criterion = ClusterContrastiveLoss(0.1, gamma)
-    settings = {"temperature": 0.1, "focal_gamma": gamma}
+    criterion = ClusterContrastiveLoss(0.1, gamma, detach_focal=True)
+    settings = {"temperature": 0.1, "focal_gamma": gamma, "detach_focal": True}
     plain = cluster_contrastive_loss(**case, **settings)  # type: ignore[arg-type]
     weighted = cluster_contrastive_loss(**case, sample_weight=weight, **settings)  # type: ignore[arg-type]
     assert torch.equal(criterion(**case), plain)

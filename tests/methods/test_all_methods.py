@@ -40,6 +40,7 @@ CASES: dict[str, dict[str, Any]] = {name: {} for name in method_names()} | {
     "SelConCluster": SELECTIVE,
     "ClusterContrast, hard": {"cluster_update": "hard", "camera_weight": "batch"},
     "HHCL, instances": {"form": "instances", "instance_slots": 3},
+    "DCMIP": {"instance_epoch": 6, "instance_slots": 3},
 }
 
 M, C, S = 40, 16, 2

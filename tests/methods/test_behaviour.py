@@ -51,6 +51,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "PPLR": {"num_parts": 2, "part_dim": DIM // 2, "smoothing_epochs": 1},
     # At 0.05 the focal factor leaves little to learn in thirty steps.
     "CACL": {"temperature": 0.2},
+    "HCM": {},
+    "MultiLevel": {},
+    "RTMem": {},
+    "DCMIP": {"instance_epoch": 1},
 }
 
 
