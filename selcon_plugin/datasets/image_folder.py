@@ -36,8 +36,7 @@ def read_image_folder(folder: str | Path, *, camera_pattern: str = "") -> list[I
     """List the readable images below a folder, with their cameras.
 
     Every file is decoded once, so that a broken one is met here and not in the middle of
-    the
-    training: broken and zero-byte files are left out and named in one warning.
+    the training: broken and zero-byte files are left out and named in one warning.
 
     Args:
         folder: Searched to any depth for jpg, jpeg, png, webp and bmp files.
@@ -51,9 +50,8 @@ def read_image_folder(folder: str | Path, *, camera_pattern: str = "") -> list[I
 
     Raises:
         FileNotFoundError: If the folder does not exist.
-        ValueError: If it holds no readable image, if the pattern is no regular expression,
-        or
-            if it fits none of the files.
+        ValueError: If it holds no readable image, or if the pattern is no regular
+            expression or fits none of the files.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():

@@ -15,12 +15,28 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from selcon_plugin.datasets import read_image_folder
 from selcon_plugin.samplers import SampleKey
 
 UNKNOWN = -1
 
 # Path, identity, camera; names or numbers, UNKNOWN where not known.
 Item = tuple[str, Any, Any]
+
+
+def extra_items(folder: str) -> list[Item]:
+    """List a folder of images that join the training set, such as generated ones.
+
+    Args:
+        folder: Any folder of images; empty for none.
+
+    Returns:
+        Its images, of unknown identity and camera.
+    """
+    if not folder:
+        return []
+    images = read_image_folder(folder, camera_pattern="none")
+    return [(image.path, UNKNOWN, UNKNOWN) for image in images]
 
 
 class IndexedImages(Dataset[dict[str, Any]]):

@@ -50,6 +50,7 @@ def run_options() -> dict[str, Option]:
         Option("iters_per_epoch", 0, int, Interval(0)),
         Option("micro_batches", 1, int, Interval(1)),
         Option("ghost_batch_size", 0, int, Interval(0)),
+        Option("extra_images", "", str, None),
         Option("ema_decay", 0.0, float, Interval(0, 1, below=True)),
         Option("seed", 0, int, Interval(0)),
     )

@@ -18,7 +18,7 @@ from fastreid.utils import comm
 from torch import Tensor
 
 from selcon_plugin.engine.batches import build_sampler
-from selcon_plugin.engine.images import IndexedImages, Item
+from selcon_plugin.engine.images import IndexedImages, Item, extra_items
 from selcon_plugin.fastreid_ext.config import sampler_name
 from selcon_plugin.fastreid_ext.datasets import build_dataset
 from selcon_plugin.samplers import BatchStream
@@ -98,14 +98,14 @@ class TrainLoader:
 
 
 def training_items(cfg: CfgNode) -> list[Item]:
-    """List the training images of all data sets in ``DATASETS.NAMES``."""
+    """List the training images: of all data sets in ``DATASETS.NAMES``, and extra ones."""
     items: list[Item] = []
     for name in cfg.DATASETS.NAMES:
         data = build_dataset(cfg, name, combineall=cfg.DATASETS.COMBINEALL)
         if comm.is_main_process():
             data.show_train()
         items.extend(data.train)
-    return items
+    return items + extra_items(cfg.MODEL.SELCON.EXTRA_IMAGES)
 
 
 def build_train_loader(cfg: CfgNode) -> TrainLoader:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from selcon_plugin.engine.images import UNKNOWN, IndexedImages
+from selcon_plugin.engine.images import UNKNOWN, IndexedImages, Item, extra_items
 from selcon_plugin.samplers import BatchStream
 
 logger = logging.getLogger(__name__)
@@ -59,11 +59,14 @@ def read_rgb(path: str) -> Image.Image:
         raise OSError(f"cannot read the image {path}: {error}") from error
 
 
-def training_images(datamanager: Any, seed: int) -> IndexedReIDImages:
+def training_images(
+    datamanager: Any, seed: int, extra_images: str = ""
+) -> IndexedReIDImages:
     """Take the training images of a data manager, whatever its sources.
 
     Args:
         datamanager: torchreid's ``ImageDataManager``.
+        extra_images: Folder of images that join them.
         seed: Seed of the augmentation.
 
     Returns:
@@ -80,7 +83,10 @@ def training_images(datamanager: Any, seed: int) -> IndexedReIDImages:
     trainset = datamanager.train_loader.dataset
     if trainset.k_tfm > 1:
         logger.warning("k_tfm %d: one augmented copy of each image is used", trainset.k_tfm)
-    items = [(path, _known(pid), _known(camid)) for path, pid, camid, *_ in trainset.train]
+    items: list[Item] = [
+        (path, _known(pid), _known(camid)) for path, pid, camid, *_ in trainset.train
+    ]
+    items += extra_items(extra_images)
     return IndexedReIDImages(items, read_rgb, trainset.transform, seed)
 
 

@@ -85,7 +85,8 @@ class ImageSelConEngine(_Engine):
         checkpoint_period: Epochs between checkpoints; 0 for the last epoch alone.
         **options: Options of the method, such as ``temperature``, and of the run:
             ``sampler``, ``outlier_share``, ``iters_per_epoch``, ``micro_batches``,
-            ``ema_decay``, ``diagnostics_period``, ``keep_checkpoints``, ``seed``.
+            ``extra_images``, ``ema_decay``, ``diagnostics_period``, ``keep_checkpoints``,
+            ``seed``.
 
     Attributes:
         start_epoch: Epoch to begin with; set by :meth:`resume`.
@@ -137,7 +138,9 @@ class ImageSelConEngine(_Engine):
             for name, loaders in datamanager.test_loader.items()
             if len(loaders["query"].dataset)
         }
-        images = training_images(datamanager, self._options["seed"])
+        images = training_images(
+            datamanager, self._options["seed"], self._options["extra_images"]
+        )
         self._training = self._build_run(images, num_instances)
         self.meter = RunMeter()
         self.results: dict[str, dict[str, float]] = {}

@@ -119,3 +119,14 @@ def test_identity_samplers_give_way_with_a_warning(tiny_cfg, caplog):
     loader = build_train_loader(tiny_cfg)
     assert "BalancedIdentitySampler" in caplog.text
     assert isinstance(loader.sampler, StreamSampler)
+
+
+def test_extra_images_join_the_training_set_without_camera(tiny_cfg, tmp_path):
+    names = [str(tmp_path / f"made_{i}.jpg") for i in range(3)]
+    for name in names:
+        Image.new("RGB", (32, 64), (200, 30, 30)).save(name)
+    plain = build_train_loader(tiny_cfg).dataset
+    tiny_cfg.MODEL.SELCON.EXTRA_IMAGES = str(tmp_path)
+    dataset = build_train_loader(tiny_cfg).dataset
+    assert sorted(dataset.paths) == sorted(plain.paths + names)
+    assert {dataset.camids[dataset.paths.index(name)] for name in names} == {-1}
