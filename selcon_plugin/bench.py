@@ -34,7 +34,7 @@ from selcon_plugin.bench_report import (
     differences,
     write_file,
 )
-from selcon_plugin.cli import flatten_config, host_of
+from selcon_plugin.cli import add_import_argument, flatten_config, host_of, import_files
 
 _RESULTS = "results.json"  # of `selcon train`: there when a run is finished
 _SETTINGS = "bench.yaml"  # the effective config that a run was begun with
@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = _parse(arguments)
+    import_files(args.imports)
     output = Path(args.output)
     runs = _plan(args, output)
     try:
@@ -89,6 +90,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--output", default="logs/bench", metavar="FOLDER", help="default: logs/bench"
     )
+    add_import_argument(parser)
     parser.add_argument(
         "opts",
         metavar="KEY VALUE",
@@ -164,7 +166,7 @@ def _plan(args: argparse.Namespace, output: Path) -> list[Run]:
             host.set_run(cfg, str(folder), seed)
             texts.append(cfg.dump())
             settings = flatten_config(yaml.safe_load(texts[-1]))
-            runs.append(Run(name, seed, folder, settings, host.name))
+            runs.append(Run(name, seed, folder, settings, host.name, tuple(args.imports)))
     for run in runs:
         _check_folder(run)
     for run, text in zip(runs, texts, strict=True):
@@ -253,6 +255,7 @@ def _command(run: Run) -> list[str]:
     return [
         *(sys.executable, "-m", "selcon_plugin", "train"),
         *("--resume", "--config-file", config),
+        *(word for file in run.imports for word in ("--import", file)),
     ]
 
 

@@ -46,6 +46,7 @@ class Run:
         folder: Where it writes.
         settings: Effective values by their full keys.
         host: Package of the host.
+        imports: Python files that it imports first.
     """
 
     config: str
@@ -53,6 +54,7 @@ class Run:
     folder: Path
     settings: Mapping[str, Any] = field(default_factory=dict)
     host: str = "fastreid"
+    imports: Sequence[str] = ()
 
     def __str__(self) -> str:
         return f"{self.config} seed {self.seed}"

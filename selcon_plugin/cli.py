@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import importlib.util
 import logging
 import os
 import sys
@@ -133,6 +134,7 @@ def _train_parser(prog: str) -> argparse.ArgumentParser:
         "--dist-url", default="auto", help="tcp://host:port at which the machines meet"
     )
     _add_folder_arguments(parser)
+    add_import_argument(parser)
     parser.add_argument(
         "opts",
         metavar="KEY VALUE",
@@ -157,6 +159,43 @@ def _add_folder_arguments(parser: argparse.ArgumentParser) -> None:
         help="finds the camera in a file's path: first group or whole match; default: the "
         "first sub-folder; none: no cameras",
     )
+
+
+def add_import_argument(parser: argparse.ArgumentParser) -> None:
+    """Let a command take files that register methods, labelers or samplers."""
+    parser.add_argument(
+        "--import",
+        action="append",
+        default=[],
+        dest="imports",
+        metavar="FILE.py",
+        help="Python file to import first, such as one with a method of your own; may be "
+        "given several times",
+    )
+
+
+def import_files(files: Sequence[str]) -> None:
+    """Import Python files, each once in a process.
+
+    Args:
+        files: Paths of files; a file's name is its module's.
+
+    Raises:
+        FileNotFoundError: If one does not exist.
+    """
+    for file in files:
+        path = Path(file).resolve()
+        if not path.is_file():
+            raise FileNotFoundError(f"--import {file!r} does not exist")
+        loaded = sys.modules.get(path.stem)
+        if loaded is not None and getattr(loaded, "__file__", None) == str(path):
+            continue
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module
+        spec.loader.exec_module(module)
 
 
 def load_config(
@@ -317,6 +356,7 @@ def _eval(argv: list[str]) -> int:
 
 
 def _launch(args: argparse.Namespace) -> int:
+    import_files(args.imports)
     cfg = load_config(
         args.config_file,
         args.opts,
@@ -370,6 +410,7 @@ def run(cfg: Any, args: argparse.Namespace) -> Any:
     Raises:
         ValueError: If there is nothing to evaluate.
     """
+    import_files(args.imports)  # in a process of its own, it has not been done
     from fastreid.engine import default_setup
     from fastreid.evaluation.testing import verify_results
 
@@ -427,6 +468,7 @@ def _extract(argv: list[str]) -> int:
     )
     parser.add_argument("--config-file", default="", metavar="FILE", help="FastReID config")
     _add_folder_arguments(parser)
+    add_import_argument(parser)
     parser.add_argument("--output", required=True, metavar="FILE.npz", help="file to write")
     parser.add_argument(
         "opts",
@@ -438,6 +480,7 @@ def _extract(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if not args.images:
         raise ValueError("extract needs --images FOLDER")
+    import_files(args.imports)
     cfg = load_config(
         args.config_file, args.opts, images=args.images, camera_pattern=args.camera_pattern
     )

@@ -1,6 +1,9 @@
 """The code of README.md runs as it stands."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,7 +57,8 @@ def test_torchreid_script_runs_as_it_stands(tmp_path, monkeypatch):
 
 
 def test_links_lead_somewhere():
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("*/README.md")]:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("*/README.md")]
+    for page in [*pages, *ROOT.glob("docs/**/*.md")]:
         for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
             assert (page.parent / link).exists(), (page, link)
 
@@ -72,3 +76,34 @@ def test_make_targets_named_exist():
     named = set(re.findall(r"`make (\w+)", (ROOT / "README.md").read_text()))
     assert named
     assert named <= targets
+
+
+def test_worked_example_of_a_method_trains(tiny_values, tmp_path, monkeypatch):
+    text = (ROOT / "docs/add_a_method.md").read_text()
+    code, settings = (
+        re.search(rf"```{language}\n(.*?)```", text, re.DOTALL)[1]
+        for language in ("python", "yaml")
+    )
+    lines = [line for line in (code + settings).splitlines() if line]
+    assert len(lines) < 60
+    monkeypatch.chdir(tmp_path)
+    Path("margin_contrast.py").write_text(code)
+    own = {key: value for key, value in tiny_values.items() if "SELCON" not in key}
+    own |= {"MODEL.SELCON.CLUSTERING.EPS": 0.7, "MODEL.SELCON.CLUSTERING.MIN_SAMPLES": 2}
+    own |= {"MODEL.SELCON.CLUSTERING.K1": 8, "OUTPUT_DIR": "out"}
+    Path("configs/SyntheticPersons").mkdir(parents=True)
+    Path("configs/SyntheticPersons/base.yml").write_text(yaml.safe_dump(nested(own)))
+    Path("margin_contrast.yml").write_text(settings)
+    # In a process of its own: what it registers stays there.
+    command = re.search(r"^selcon (train .*)$", text, re.MULTILINE)[1].split()
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "selcon_plugin", *command],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = yaml.safe_load(Path("out/results.json").read_text())
+    assert results["method"] == "MarginContrast"
+    assert results["metrics"]["SyntheticPersons"]["mAP"] > 0
