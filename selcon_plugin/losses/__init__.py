@@ -8,6 +8,7 @@ from selcon_plugin.losses.instance_contrastive import (
     class_similarity,
     instance_contrastive_loss,
 )
+from selcon_plugin.losses.priority_contrastive import priority_contrastive_loss
 from selcon_plugin.losses.selective_contrastive import (
     SelectiveContrastiveLoss,
     positive_weights,
@@ -21,5 +22,6 @@ __all__ = [
     "cluster_contrastive_loss",
     "instance_contrastive_loss",
     "positive_weights",
+    "priority_contrastive_loss",
     "selective_contrastive_loss",
 ]

@@ -16,7 +16,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from selcon_plugin.clustering import DBSCANLabeler, label_images
+from selcon_plugin.clustering import (
+    DBSCANLabeler,
+    EnsembleLabeler,
+    Labeler,
+    label_images,
+)
 from selcon_plugin.compat import prepare_torchvision
 from selcon_plugin.datasets import (
     SyntheticPersonsSpec,
@@ -38,7 +43,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "ClusterContrast": {},
     "ClusterContrast, hard": {"cluster_update": "hard", "camera_weight": "batch"},
     "SelConCluster": {"num_negatives": 100},
+    "JCL": {},
+    "HCL": {},
+    "MGCEHCL": {},
 }
+# Of methods that need more of their labels than the usual labeler gives.
+LABELERS: dict[str, Labeler] = {"MGCEHCL": EnsembleLabeler(eps="auto", k1=15, k2=4)}
 
 
 class People(NamedTuple):
@@ -112,7 +122,8 @@ def run(method: Method, people: People) -> tuple[float, float]:
         head(people.features)
         head.norm.momentum = 0.1
     optimizer = torch.optim.SGD(head.parameters(), lr=0.005, momentum=0.9)
-    labeler = DBSCANLabeler(eps="auto", k1=15, k2=4)
+    usual = DBSCANLabeler(eps="auto", k1=15, k2=4)
+    labeler = LABELERS.get(type(method).__name__, usual)
     sampler: BatchStream = StreamSampler(len(people.pids), batch_size=BATCH_SIZE)
     if method.default_sampler != "stream":
         sampler = ClusterSampler(batch_size=BATCH_SIZE, planner=method.default_sampler)
