@@ -30,8 +30,8 @@ class HCL(ClusterMethod):
 
     Reconstructed from the abstract, which names the two levels: the form of the instance
     loss, the weight and the update of the banks (every sample of the batch, in its order)
-    are this package's. At equal weight the instance loss, which trusts every pair of a
-    cluster, learns less on SyntheticPersons.
+    are this package's. The default weight is a guess, as in
+    :class:`~selcon_plugin.methods.jcl.JCL`.
 
     Args:
         num_images: Training images M.
