@@ -45,7 +45,7 @@ class LabelFilter(Protocol):
             labeler: Who found the labels.
 
         Returns:
-            Corrected labels; ``distance`` and ``measured`` are carried on.
+            Corrected labels; ``distance``, ``labelings`` and ``measured`` are carried on.
         """
 
     def state_dict(self) -> dict[str, Any]:

@@ -85,29 +85,38 @@ def share_pseudo_labels(
         device: Where the process group's tensors live.
 
     Returns:
-        The same labels and distances on every rank; what was measured stays on rank 0.
+        The same labels, distances and ``labelings`` on every rank; what was measured stays
+        on rank 0.
     """
     if world_size() == 1:
         assert pseudo_labels is not None
         return pseudo_labels
-    arrays: list[Tensor | None] = [None] * 5
+    arrays: list[Tensor | None] = [None] * 6
     if pseudo_labels is not None:
-        graph = pseudo_labels.distance
-        flags = [pseudo_labels.instance_level, graph is not None]
+        graph, labelings = pseudo_labels.distance, pseudo_labels.labelings
+        num_labelings = 0 if labelings is None else len(labelings)
+        flags = [pseudo_labels.instance_level, graph is not None, num_labelings]
         arrays[:2] = [torch.tensor(flags, dtype=torch.int64), pseudo_labels.labels]
+        if labelings is not None:
+            arrays[2] = labelings.flatten()
         if graph is not None:
             indptr, indices = (a.astype(np.int64) for a in (graph.indptr, graph.indices))
-            arrays[2:] = [torch.from_numpy(a) for a in (indptr, indices, graph.data)]
-    flags_, labels = (broadcast_tensor(a, torch.int64, device) for a in arrays[:2])
+            arrays[3:] = [torch.from_numpy(a) for a in (indptr, indices, graph.data)]
+    flags_, labels, flat = (broadcast_tensor(a, torch.int64, device) for a in arrays[:3])
     graph = None
     if flags_[1]:
-        indptr_, indices_ = (broadcast_tensor(a, torch.int64, device) for a in arrays[2:4])
-        data = broadcast_tensor(arrays[4], torch.float32, device)
+        indptr_, indices_ = (broadcast_tensor(a, torch.int64, device) for a in arrays[3:5])
+        data = broadcast_tensor(arrays[5], torch.float32, device)
         parts = (data.numpy(), indices_.numpy(), indptr_.numpy())
         graph = csr_array(parts, shape=(len(labels), len(labels)))
     if pseudo_labels is not None:
         return pseudo_labels
-    return PseudoLabels(labels, distance=graph, instance_level=bool(flags_[0]))
+    return PseudoLabels(
+        labels,
+        distance=graph,
+        instance_level=bool(flags_[0]),
+        labelings=flat.view(int(flags_[2]), -1) if flags_[2] else None,
+    )
 
 
 def nearest_by_distance(pseudo_labels: PseudoLabels, count: int) -> tuple[Tensor, Tensor]:

@@ -14,15 +14,18 @@ by their labels in those is enough.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import combinations
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import scipy.sparse
+import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from selcon_plugin.clustering.auto_eps import EPS_GRID, choose_eps
 from selcon_plugin.clustering.base import Labeler, register_labeler
 from selcon_plugin.clustering.dbscan import dbscan_labels
 from selcon_plugin.clustering.jaccard import jaccard_distance
@@ -147,21 +150,19 @@ def cluster_agreement(labelings: Labelings, labels: ArrayLike) -> NDArray[np.flo
 class EnsembleLabeler(Labeler):
     """DBSCAN with three eps on one graph of Jaccard distances, joined where they agree.
 
+    The clusterings themselves are the labels' ``labelings``, for :func:`co_association`.
     ``measured["agreement"]`` is the average co-association of clustered images with the
     rest of their cluster: 1 where the three clusterings are the same.
 
     Args:
-        eps: Middle eps; the others are ``eps - delta`` and ``eps + delta``.
+        eps: Middle eps; the others are ``eps - delta`` and ``eps + delta``. "auto" finds it
+            without labels, see :func:`~selcon_plugin.clustering.auto_eps.choose_eps`.
         delta: Step between them.
         min_samples: Neighbours, itself included, that make a core image.
         agreement: Images are joined if they share a cluster in more than this share of the
             clusterings, below 1.
         k1: Neighbours in the Jaccard distance.
         k2: Neighbours averaged by its query expansion, 1 for none.
-
-    Attributes:
-        labelings: The three clusterings of the last call, int64 ``(3, M)``, for
-            :func:`co_association`; None before the first.
 
     Raises:
         ValueError: If ``agreement`` is 1, or ``delta`` leads below 0 or to 1 and beyond.
@@ -170,14 +171,15 @@ class EnsembleLabeler(Labeler):
     def __init__(
         self,
         *,
-        eps: Annotated[float, Interval(0, 1, above=True)] = 0.6,
+        eps: Annotated[float | Literal["auto"], Interval(0, 1, above=True)] = 0.6,
         delta: Annotated[float, Interval(0, 1)] = 0.02,
         min_samples: Annotated[int, Interval(1)] = 4,
         agreement: Annotated[float, Interval(0, 1)] = 0.5,
         k1: Annotated[int, Interval(1)] = 30,
         k2: Annotated[int, Interval(1)] = 6,
     ) -> None:
-        if not 0 < eps - delta <= eps + delta < 1:
+        least, most = (EPS_GRID[0], EPS_GRID[-1]) if eps == "auto" else (eps, eps)
+        if not 0 < least - delta <= most + delta < 1:
             raise ValueError(
                 f"eps - delta and eps + delta must lie between 0 and 1, got eps {eps} and "
                 f"delta {delta}: make delta smaller"
@@ -188,32 +190,43 @@ class EnsembleLabeler(Labeler):
                 "below asks for all clusterings"
             )
         self.eps = eps
+        self._reach = most + max(delta, _GRAPH_MARGIN)
         self.delta = delta
         self.min_samples = min_samples
         self.agreement = agreement
         self.k1 = k1
         self.k2 = k2
-        self.labelings: NDArray[np.int64] | None = None
 
     def cluster(self, features: Tensor) -> PseudoLabels:
-        """Compute the distances, cluster them three times, and join.
+        """Compute the distances, find eps if asked to, cluster three times, and join.
 
         Args:
             features: Unit vectors ``(M, C)``.
 
         Returns:
-            Labels, the graph, and ``agreement`` in ``measured``.
+            Labels, the graph, the three clusterings in ``labelings``, and ``eps`` and
+            ``agreement`` in ``measured``.
         """
-        reach = self.eps + max(self.delta, _GRAPH_MARGIN)
         distance: Any = jaccard_distance(
-            features, k1=self.k1, k2=self.k2, max_distance=reach if reach < 1 else None
+            features,
+            k1=self.k1,
+            k2=self.k2,
+            max_distance=self._reach if self._reach < 1 else None,
         )
-        eps_values = (self.eps - self.delta, self.eps, self.eps + self.delta)
-        self.labelings = np.stack(
-            [dbscan_labels(distance, eps, self.min_samples) for eps in eps_values]
+        labels_at = partial(dbscan_labels, distance, min_samples=self.min_samples)
+        eps = self.eps
+        if eps == "auto":
+            eps = choose_eps(distance, labels_at, self.min_samples)
+        labelings = np.stack(
+            [labels_at(e) for e in (eps - self.delta, eps, eps + self.delta)]
         )
-        labels = agreement_labels(self.labelings, self.agreement)
+        labels = agreement_labels(labelings, self.agreement)
         inside = labels != OUTLIER
-        shares = cluster_agreement(self.labelings, labels)[inside]
-        measured = {"agreement": float(shares.mean()) if len(shares) else 0.0}
-        return PseudoLabels.numbered(labels, distance=distance, measured=measured)
+        shares = cluster_agreement(labelings, labels)[inside]
+        agreement = float(shares.mean()) if len(shares) else 0.0
+        return PseudoLabels.numbered(
+            labels,
+            distance=distance,
+            measured={"eps": eps, "agreement": agreement},
+            labelings=torch.from_numpy(labelings),
+        )

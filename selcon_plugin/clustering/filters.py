@@ -255,6 +255,4 @@ def _nearest_cluster(
 
 def _relabeled(pseudo_labels: PseudoLabels, labels: NDArray[np.int64]) -> PseudoLabels:
     """Put other labels in place, numbered without a gap."""
-    return PseudoLabels.numbered(
-        labels, distance=pseudo_labels.distance, measured=pseudo_labels.measured
-    )
+    return replace(pseudo_labels, labels=PseudoLabels.numbered(labels).labels)

@@ -28,12 +28,15 @@ class PseudoLabels:
             quality.
         instance_level: Whether these are not clusters, but every image its own class: what
             a run falls back to for an epoch whose clusters cannot be trained on.
+        labelings: The T clusterings that an ensemble was joined from, int64 ``(T, M)`` on
+            the CPU, -1 for an outlier; None from a labeler that makes only one.
     """
 
     labels: Tensor
     distance: Any = None
     measured: Mapping[str, float] = field(default_factory=dict)
     instance_level: bool = False
+    labelings: Tensor | None = None
 
     def __post_init__(self) -> None:
         labels = self.labels
@@ -41,6 +44,12 @@ class PseudoLabels:
             raise ValueError(
                 "labels must be int64 of shape (M,), got "
                 f"{labels.dtype} of shape {tuple(labels.shape)}"
+            )
+        given = self.labelings
+        if given is not None and (given.dim() != 2 or given.shape[1] != len(labels)):
+            raise ValueError(
+                f"labelings must hold clusterings of the {len(labels)} images, (T, M), got "
+                f"shape {tuple(given.shape)}"
             )
         used = torch.unique(labels)
         used = used[used != OUTLIER]

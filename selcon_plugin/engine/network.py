@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from selcon_plugin.ema import EMATeacher
 from selcon_plugin.features import Embeddings, check_parts_fit, fused_feature
 from selcon_plugin.methods import Method, method_class
 from selcon_plugin.normalization import convert_ghost_batch_norm
+from selcon_plugin.wave_block import WaveBlockKind, insert_wave_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,9 @@ class EmbeddingNetwork(nn.Module):
         pixel_std: Standard deviation of each channel on that scale.
         images_normalized: Whether the host's loader has applied them; else it is done here.
         ghost_batch_size: Images that batch normalisation sees together; 0 for all.
+        wave_block: WaveBlock behind stages of the backbone: ``"none"``, ``"plain"`` or
+            ``"attentive"``; see :mod:`selcon_plugin.wave_block`.
+        input_size: Height and width of the images.
 
     Attributes:
         method: What trains; None in a network that is only evaluated.
@@ -78,6 +82,8 @@ class EmbeddingNetwork(nn.Module):
         pixel_std: Sequence[float],
         images_normalized: bool,
         ghost_batch_size: int = 0,
+        wave_block: str = "none",
+        input_size: Sequence[int] = (256, 128),
     ) -> None:
         super().__init__()
         mean, std = torch.tensor(pixel_mean), torch.tensor(pixel_std)
@@ -86,6 +92,9 @@ class EmbeddingNetwork(nn.Module):
         self.images_normalized = images_normalized
         self.backbone = backbone
         self.heads: Any = heads
+        if wave_block != "none":
+            kind = cast(WaveBlockKind, wave_block)
+            insert_wave_blocks(backbone, kind, input_size=input_size)
         if ghost_batch_size:
             for part in (self.backbone, self.heads):
                 convert_ghost_batch_norm(part, ghost_batch_size)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from selcon_plugin.clustering import (
     Labeler,
@@ -25,6 +25,7 @@ from selcon_plugin.clustering import (
 from selcon_plugin.methods import method_class, method_names, method_options
 from selcon_plugin.options import Choice, Interval, Option
 from selcon_plugin.samplers import planner_names
+from selcon_plugin.wave_block import WaveBlockKind
 
 # Words of the option "sampler" besides the planners of selcon_plugin.samplers.
 AUTO, STREAM_SAMPLER = "auto", "stream"
@@ -51,6 +52,7 @@ def run_options() -> dict[str, Option]:
         Option("micro_batches", 1, int, Interval(1)),
         Option("ghost_batch_size", 0, int, Interval(0)),
         Option("extra_images", "", str, None),
+        Option("wave_block", "none", str, Choice(("none", *get_args(WaveBlockKind)))),
         Option("ema_decay", 0.0, float, Interval(0, 1, below=True)),
         Option("seed", 0, int, Interval(0)),
     )

@@ -62,6 +62,8 @@ class SelCon(EmbeddingNetwork):
             pixel_std=cfg.MODEL.PIXEL_STD,
             images_normalized=False,
             ghost_batch_size=node.GHOST_BATCH_SIZE,
+            wave_block=node.WAVE_BLOCK,
+            input_size=size,
         )
         self.add_teacher(node.EMA_DECAY)
         options = selected_method_options(cfg)

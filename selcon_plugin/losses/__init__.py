@@ -14,6 +14,7 @@ from selcon_plugin.losses.instance_contrastive import (
     class_similarity,
     instance_contrastive_loss,
 )
+from selcon_plugin.losses.priority_contrastive import priority_contrastive_loss
 from selcon_plugin.losses.sample_to_instance import (
     sample_constraint_loss,
     sample_to_instance_loss,
@@ -36,6 +37,7 @@ __all__ = [
     "intra_camera_loss",
     "online_association_loss",
     "positive_weights",
+    "priority_contrastive_loss",
     "sample_constraint_loss",
     "sample_to_instance_loss",
     "selective_contrastive_loss",

@@ -49,6 +49,8 @@ logger = logging.getLogger(__name__)
 _Engine: Any = import_torchreid().engine.Engine
 
 _CHECKPOINT = re.compile(r"model\.pth\.tar-(\d+)")
+# Options of a run that are the model's, in torchreid a thing of its own.
+MODEL_OPTIONS = ("num_parts", "project_global", "ghost_batch_size", "wave_block")
 # Entry of a checkpoint beside torchreid's own.
 _ENTRY = "selcon"
 
@@ -481,8 +483,8 @@ def _sort_options(
     """Divide options into those of the run, complete, and those of the method."""
     own = method_options(method)
     run = run_options()
-    for name in ("method", "num_parts", "project_global", "ghost_batch_size"):
-        del run[name]  # of the model
+    for name in ("method", *MODEL_OPTIONS):
+        del run[name]
     chosen = {name: value for name, value in options.items() if name in run}
     rest = {name: value for name, value in options.items() if name not in run}
     unknown = [name for name in rest if name not in own]

@@ -73,6 +73,8 @@ class SelConModel(EmbeddingNetwork):
         pool: ``"avg"``, ``"max"`` or ``"gem"``.
         bn_neck: Whether the normalisation has no shift, as in the usual BN neck.
         ghost_batch_size: Images that batch normalisation sees together; 0 for all.
+        wave_block: ``"none"``, ``"plain"`` or ``"attentive"``; see
+            :mod:`selcon_plugin.wave_block`.
         pixel_mean: The loader's mean per channel, on the scale 0..255.
         pixel_std: The loader's standard deviation per channel, on that scale.
 
@@ -91,6 +93,7 @@ class SelConModel(EmbeddingNetwork):
         pool: Pool = "avg",
         bn_neck: bool = False,
         ghost_batch_size: int = 0,
+        wave_block: str = "none",
         pixel_mean: Sequence[float] = IMAGENET_PIXEL_MEAN,
         pixel_std: Sequence[float] = IMAGENET_PIXEL_STD,
     ) -> None:
@@ -118,6 +121,8 @@ class SelConModel(EmbeddingNetwork):
             pixel_std=pixel_std,
             images_normalized=True,
             ghost_batch_size=ghost_batch_size,
+            wave_block=wave_block,
+            input_size=input_size,
         )
         self._left_for_run: dict[str, Tensor] = {}
 

@@ -20,7 +20,7 @@ from selcon_plugin.torchreid_ext.datasets import (
     register_image_folder,
     register_synthetic_persons,
 )
-from selcon_plugin.torchreid_ext.engine import ImageSelConEngine
+from selcon_plugin.torchreid_ext.engine import MODEL_OPTIONS, ImageSelConEngine
 from selcon_plugin.torchreid_ext.models import (
     SelConModel,
     build_selcon_model,
@@ -118,6 +118,7 @@ def build_model(cfg: CfgNode) -> SelConModel:
         pool=node.pool,
         bn_neck=node.bn_neck,
         ghost_batch_size=node.ghost_batch_size,
+        wave_block=node.wave_block,
     )
     if cfg.model.load_weights:
         load_network(model, cfg.model.load_weights)
@@ -162,7 +163,7 @@ def build_engine(cfg: CfgNode) -> ImageSelConEngine:
         max_epoch=train.max_epoch,
     )
     run = {name: node[name] for name in run_options()}
-    for of_model in ("num_parts", "project_global", "ghost_batch_size"):
+    for of_model in MODEL_OPTIONS:
         del run[of_model]
     clustering = {name: node.clustering[name] for name in clustering_options()}
     method_options = KEYS.selected(node, "method")

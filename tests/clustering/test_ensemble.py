@@ -112,17 +112,32 @@ def test_one_eps_three_times_is_dbscan(device: str) -> None:
     assert found.num_outliers > 0
 
 
+def test_eps_is_found_as_dbscan_finds_it() -> None:
+    features = people(30, 12, noise=0.9)
+    alone = DBSCANLabeler(eps="auto", k1=15)(features)
+    found = EnsembleLabeler(eps="auto", delta=0.04, k1=15)(features)
+    assert found.measured["eps"] == alone.measured["eps"]
+    assert found.labelings is not None
+    middle = PseudoLabels.numbered(found.labelings[1])
+    assert torch.equal(middle.labels, alone.labels)
+    with pytest.raises(
+        ValueError, match=r"got eps auto and delta 0\.2: make delta smaller"
+    ):
+        EnsembleLabeler(eps="auto", delta=0.2)
+
+
 def test_clusterings_are_those_of_three_eps() -> None:
     features = people(30, 12, noise=0.9)
     labeler = EnsembleLabeler(eps=0.5, delta=0.15, k1=15)
     found = labeler(features)
-    assert labeler.labelings is not None
-    for labels, eps in zip(labeler.labelings, (0.35, 0.5, 0.65), strict=True):
+    assert found.labelings is not None
+    labelings = found.labelings.numpy()
+    for labels, eps in zip(labelings, (0.35, 0.5, 0.65), strict=True):
         alone = DBSCANLabeler(eps=eps, k1=15)(features)
         assert torch.equal(PseudoLabels.numbered(labels).labels, alone.labels)
-    expected = agreement_labels(labeler.labelings, 0.5)
+    expected = agreement_labels(labelings, 0.5)
     assert torch.equal(found.labels, PseudoLabels.numbered(expected).labels)
-    shares = cluster_agreement(labeler.labelings, expected)[expected >= 0]
+    shares = cluster_agreement(labelings, expected)[expected >= 0]
     assert found.measured["agreement"] == pytest.approx(shares.mean())
     assert 0.5 < found.measured["agreement"] < 1
 

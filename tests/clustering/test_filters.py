@@ -44,7 +44,12 @@ def apply(
     camids: Tensor | None = None,
     labeler: Any = None,
 ) -> PseudoLabels:
-    given = PseudoLabels.numbered(labels, distance="graph", measured={"eps": 0.5})
+    given = PseudoLabels.numbered(
+        labels,
+        distance="graph",
+        measured={"eps": 0.5},
+        labelings=torch.as_tensor(labels)[None],
+    )
     if features is None:
         features = torch.eye(max(1, given.num_images))[: given.num_images]
     before = given.labels.clone()
@@ -52,6 +57,7 @@ def apply(
     assert torch.equal(given.labels, before)
     assert found.distance == "graph"
     assert found.measured["eps"] == 0.5
+    assert found.labelings is given.labelings
     return found
 
 

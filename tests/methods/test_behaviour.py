@@ -16,7 +16,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from selcon_plugin.clustering import DBSCANLabeler, label_images
+from selcon_plugin.clustering import (
+    DBSCANLabeler,
+    EnsembleLabeler,
+    Labeler,
+    label_images,
+)
 from selcon_plugin.compat import prepare_torchvision
 from selcon_plugin.datasets import (
     SyntheticPersonsSpec,
@@ -55,7 +60,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "MultiLevel": {},
     "RTMem": {},
     "DCMIP": {"instance_epoch": 1},
+    "JCL": {},
+    "HCL": {},
+    "MGCEHCL": {},
 }
+# Of methods that need more of their labels than the usual labeler gives.
+LABELERS: dict[str, Labeler] = {"MGCEHCL": EnsembleLabeler(eps="auto", k1=15, k2=4)}
 
 
 class People(NamedTuple):
@@ -150,7 +160,8 @@ def run(method: Method, people: People) -> tuple[float, float]:
             norm.momentum = 0.1
     makes_view = bool(method.make_views(torch.zeros(1, 3, 1, 1)))
     optimizer = torch.optim.SGD(head.parameters(), lr=0.005, momentum=0.9)
-    labeler = DBSCANLabeler(eps="auto", k1=15, k2=4)
+    usual = DBSCANLabeler(eps="auto", k1=15, k2=4)
+    labeler = LABELERS.get(type(method).__name__, usual)
     sampler: BatchStream = StreamSampler(len(people.pids), batch_size=BATCH_SIZE)
     if method.default_sampler != "stream":
         sampler = ClusterSampler(batch_size=BATCH_SIZE, planner=method.default_sampler)
