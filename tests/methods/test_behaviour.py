@@ -147,17 +147,22 @@ def mean_average_precision(features: Tensor, people: People) -> float:
     return float(np.mean(precisions))
 
 
+@torch.no_grad()
+def calibrate(head: Head, people: People) -> None:
+    """Give fresh normalisation the statistics of the images, as the engine does."""
+    norms = [layer for layer in head.modules() if isinstance(layer, nn.BatchNorm1d)]
+    for norm in norms:
+        norm.momentum = None
+    head(people.features)
+    for norm in norms:
+        norm.momentum = 0.1
+
+
 def run(method: Method, people: People) -> tuple[float, float]:
     """Train for thirty steps; return the mean average precision before and after."""
     torch.manual_seed(0)
     head = Head(people.features.shape[2], method.num_parts)
-    norms = [layer for layer in head.modules() if isinstance(layer, nn.BatchNorm1d)]
-    with torch.no_grad():  # the statistics that the engine calibrates
-        for norm in norms:
-            norm.momentum = None
-        head(people.features)
-        for norm in norms:
-            norm.momentum = 0.1
+    calibrate(head, people)
     makes_view = bool(method.make_views(torch.zeros(1, 3, 1, 1)))
     optimizer = torch.optim.SGD(head.parameters(), lr=0.005, momentum=0.9)
     usual = DBSCANLabeler(eps="auto", k1=15, k2=4)
