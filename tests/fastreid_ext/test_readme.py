@@ -1,5 +1,6 @@
 """The code of README.md runs as it stands."""
 
+import inspect
 import os
 import re
 import subprocess
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from selcon_plugin.cli import main
+from selcon_plugin.cli import load_config, main
+from selcon_plugin.methods import method_class, method_names
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,3 +109,20 @@ def test_worked_example_of_a_method_trains(tiny_values, tmp_path, monkeypatch):
     results = yaml.safe_load(Path("out/results.json").read_text())
     assert results["method"] == "MarginContrast"
     assert results["metrics"]["SyntheticPersons"]["mAP"] > 0
+
+
+def test_every_method_has_a_row_with_file_config_page_and_paper():
+    table = (ROOT / "README.md").read_text().partition("<!-- methods: begin -->")[2]
+    rows = table.partition("<!-- methods: end -->")[0].strip().splitlines()[2:]
+    listed = []
+    for row in rows:
+        name = re.search(r"`(\w+)`", row)[1]
+        listed.append(name)
+        file, config, page = re.findall(r"\]\((?!http)([^)]+)\)", row)
+        assert Path(inspect.getfile(method_class(name))) == ROOT / file
+        assert load_config(str(ROOT / config)).MODEL.SELCON.METHOD == name
+        assert Path(file).stem == Path(page).stem
+        # It is this package's own combination, and no paper has it.
+        assert "](http" in row or name == "SelConCluster"
+        assert re.search(r"\d+\.\d ± \d+\.\d", row)
+    assert sorted(listed) == method_names()
