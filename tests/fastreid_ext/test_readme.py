@@ -120,7 +120,7 @@ def test_every_method_has_a_row_with_file_config_page_and_paper():
         listed.append(name)
         file, config, page = re.findall(r"\]\((?!http)([^)]+)\)", row)
         assert Path(inspect.getfile(method_class(name))) == ROOT / file
-        assert load_config(str(ROOT / config)).MODEL.SELCON.METHOD == name
+        assert name == load_config(str(ROOT / config)).MODEL.SELCON.METHOD
         assert Path(file).stem == Path(page).stem
         # It is this package's own combination, and no paper has it.
         assert "](http" in row or name == "SelConCluster"
