@@ -13,11 +13,11 @@ Exit status: 0 if every fault was caught, 1 if not.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -304,27 +304,55 @@ def copy_repository(folder: Path) -> None:
             shutil.copy(source, folder / name)
 
 
+def preload() -> None:
+    """Import what the tests need besides the package, once for all of them."""
+    for name in ("pytest", "torch", "scipy.sparse", "sklearn.cluster"):
+        importlib.import_module(name)
+
+
 def run_tests(folder: Path, tests: tuple[str, ...]) -> tuple[int, str, float]:
-    """Run tests in a copy until the first fails.
+    """Run tests in a copy until the first fails, in a process of their own.
+
+    Args:
+        folder: The copy.
+        tests: Arguments of pytest.
 
     Returns:
         Pytest's exit status, its output, and seconds.
+
+    Raises:
+        RuntimeError: If the package is imported already: the copy would not be.
     """
-    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-    # Compiled files are told apart by their time in seconds: too coarse here.
-    env = os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    if "selcon_plugin" in sys.modules:
+        raise RuntimeError("the package is imported already: run this as a program")
+    log = folder / "output.txt"
     started = time.perf_counter()
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    return done.returncode, done.stdout + done.stderr, time.perf_counter() - started
+    process = os.fork()
+    if not process:
+        _run_in_this_process(folder, tests, log)
+    _, status = os.waitpid(process, 0)
+    # A process that a signal ended has no exit status.
+    code = os.waitstatus_to_exitcode(status)
+    return abs(code), log.read_text(), time.perf_counter() - started
+
+
+def _run_in_this_process(folder: Path, tests: tuple[str, ...], log: Path) -> None:
+    """Run tests in a copy, and end the process."""
+    import pytest
+
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    path = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path)  # for processes that tests start
+    # Compiled files are told apart by their time in seconds: too coarse here.
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    sys.dont_write_bytecode = True
+    with log.open("w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    status = pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests])
+    sys.stdout.flush()
+    os._exit(int(status))
 
 
 def try_fault(folder: Path, fault: Fault) -> Outcome:
@@ -363,10 +391,13 @@ def check_unharmed(folder: Path, faults: tuple[Fault, ...]) -> None:
     Raises:
         RuntimeError: If they fail without any fault.
     """
-    for tests in dict.fromkeys(fault.tests for fault in faults):
-        status, output, _ = run_tests(folder, tests)
+    tests = dict.fromkeys(fault.tests for fault in faults)
+    whole_files = tuple(name[0] for name in tests if len(name) == 1)
+    chosen = [name for name in tests if len(name) > 1]
+    for together in [whole_files, *chosen] if whole_files else chosen:
+        status, output, _ = run_tests(folder, together)
         if status:
-            raise RuntimeError(f"{' '.join(tests)} fails without a fault:\n{output}")
+            raise RuntimeError(f"{' '.join(together)} fails without a fault:\n{output}")
 
 
 def as_markdown(outcomes: list[Outcome]) -> str:
@@ -404,6 +435,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy_repository(folder)
+        preload()
         check_unharmed(folder, faults)
         for fault in faults:
             outcomes.append(try_fault(folder, fault))
