@@ -7,6 +7,7 @@ at once, those of other machines when what they wait for times out.
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 import os
 import signal
 import socket
@@ -16,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from fastreid.utils import comm
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.multiprocessing.spawn import (
@@ -28,6 +28,7 @@ from torch.multiprocessing.spawn import (
 
 # Long enough for one process to cluster or to evaluate while the others wait.
 TIMEOUT_MINUTES = 30.0
+_WEEK = 7 * 24 * 60
 
 # What a user's mistakes raise: the message says it all.
 _MISTAKES = (ValueError, FileNotFoundError, ImportError)
@@ -72,11 +73,14 @@ def launch(
 
     Raises:
         ValueError: If there are not that many GPUs, several machines have no common
-            ``dist_url``, the time-out is not positive, or ``main`` raised a user's mistake.
+            ``dist_url``, the time-out is out of range, or ``main`` raised a user's mistake.
         ProcessFailure: If one of several processes failed; says which and why.
     """
-    if not timeout_minutes > 0:
-        raise ValueError(f"--dist-timeout must be above 0 minutes, got {timeout_minutes}")
+    if not 0 < timeout_minutes <= _WEEK:
+        raise ValueError(
+            f"--dist-timeout must be above 0 and at most {_WEEK} minutes, a week, got "
+            f"{timeout_minutes}"
+        )
     if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return _run_under_torchrun(main, args, timeout_minutes)
     world_size = num_machines * num_processes
@@ -90,7 +94,7 @@ def launch(
         if num_machines > 1:
             raise ValueError("several machines need a common --dist-url tcp://host:port")
         dist_url = f"tcp://127.0.0.1:{_free_port()}"
-    failures = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    failures = multiprocessing.get_context("spawn").SimpleQueue()
     worker_args = (
         main,
         world_size,

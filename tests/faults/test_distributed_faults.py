@@ -16,7 +16,9 @@ import torch.distributed as dist
 
 pytest.importorskip("fastreid")
 
+from selcon_plugin.cli import _train_parser
 from selcon_plugin.fastreid_ext.launch import (
+    TIMEOUT_MINUTES,
     ProcessFailure,
     _free_port,
     _raise_first_failure,
@@ -114,10 +116,14 @@ def test_first_failure_is_told_from_those_that_follow(
         _raise_first_failure(processes, Failures(failures), first_rank=4, world_size=8)
 
 
-@pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan")])
-def test_time_out_must_be_positive(minutes: float) -> None:
-    with pytest.raises(ValueError, match=r"--dist-timeout must be above 0 minutes"):
+@pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan"), float("inf")])
+def test_time_out_must_be_in_range(minutes: float) -> None:
+    with pytest.raises(ValueError, match="--dist-timeout must be above 0 and at most"):
         launch(exchange, 2, timeout_minutes=minutes)
+
+
+def test_command_line_has_the_same_default() -> None:
+    assert _train_parser("train").parse_args([]).dist_timeout == TIMEOUT_MINUTES
 
 
 def program(*arguments: str) -> subprocess.Popen[str]:
