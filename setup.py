@@ -83,6 +83,7 @@ setup(
             *TORCHREID_NEEDS,
             *DEMO_NEEDS,
             "codespell",
+            "hypothesis",
             'infomap ; python_version >= "3.11"',
             "mypy",
             "pytest>=8",

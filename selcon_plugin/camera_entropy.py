@@ -210,10 +210,10 @@ class CameraWeighting(nn.Module):
             return None
         if self.mode == "batch":
             # The histogram is that of the whole batch, on however many ranks.
-            whole = camera_entropy_weights(
-                gather_batch(targets), gather_batch(camids), mode="batch"
-            )
-            weights = whole[rank() * len(targets) :][: len(targets)]
+            own_rank = torch.full_like(targets, rank())
+            shared = gather_batch(torch.stack([targets, camids, own_rank], dim=1))
+            whole = camera_entropy_weights(shared[:, 0], shared[:, 1], mode="batch")
+            weights = whole[shared[:, 2] == rank()]
         else:
             weights = camera_entropy_weights(
                 index,

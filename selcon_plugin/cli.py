@@ -133,6 +133,14 @@ def _train_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--dist-url", default="auto", help="tcp://host:port at which the machines meet"
     )
+    parser.add_argument(
+        "--dist-timeout",
+        type=float,
+        default=30.0,
+        metavar="MINUTES",
+        help="how long a process waits for another before it gives up; more than the "
+        "longest clustering or evaluation takes; default: 30",
+    )
     _add_folder_arguments(parser)
     add_import_argument(parser)
     parser.add_argument(
@@ -367,16 +375,21 @@ def _launch(args: argparse.Namespace) -> int:
     if is_torchreid(cfg):
         _run_torchreid(cfg, args)
         return 0
-    from selcon_plugin.fastreid_ext.launch import launch
+    from selcon_plugin.fastreid_ext.launch import ProcessFailure, launch
 
-    launch(
-        run,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(cfg, args),
-    )
+    try:
+        launch(
+            run,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            timeout_minutes=args.dist_timeout,
+            args=(cfg, args),
+        )
+    except ProcessFailure as error:
+        sys.stderr.write(f"selcon train: error: {error}\n")
+        return 1
     return 0
 
 

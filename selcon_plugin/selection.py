@@ -37,7 +37,7 @@ def _warn_clamped(asked: tuple[int, int], used: tuple[int, int], num_images: int
 def clamp_counts(
     num_images: int, num_neighbors: int, num_negatives: int
 ) -> tuple[int, int]:
-    """Fit K and N to a bank of M rows: K ≤ M - 1, then N ≤ M - 1 - K.
+    """Fit K and N to a bank of M rows: K ≤ M - 1, then N ≤ M - 1 - K; 0 without rows.
 
     Warns once per process when the bank is too small for what was asked.
 
@@ -49,8 +49,9 @@ def clamp_counts(
     Returns:
         The counts that fit, ``(K, N)``.
     """
-    neighbors = min(num_neighbors, num_images - 1)
-    negatives = min(num_negatives, num_images - 1 - neighbors)
+    num_others = max(num_images - 1, 0)
+    neighbors = min(num_neighbors, num_others)
+    negatives = min(num_negatives, num_others - neighbors)
     if (neighbors, negatives) != (num_neighbors, num_negatives):
         _warn_clamped((num_neighbors, num_negatives), (neighbors, negatives), num_images)
     return neighbors, negatives

@@ -32,7 +32,8 @@ def extract_embeddings(
 ) -> Embeddings:
     """Compute the embeddings of all images, in evaluation mode.
 
-    Under distributed training each rank computes its share and all get the whole.
+    Under distributed training each rank computes its share, which may be empty, and all get
+    the whole.
 
     Args:
         network: Left in the mode it was in.
@@ -40,24 +41,24 @@ def extract_embeddings(
         num_images: Images M.
 
     Returns:
-        Embeddings of images 0..M-1 on the network's device.
+        Float32 embeddings of images 0..M-1 on the network's device.
     """
     was_training = network.training
     network.eval()
-    globals_: Tensor | None = None
+    # Sized by the head and not by the first batch: a rank may have no image.
+    heads, device = network.heads, network.device
+    globals_ = torch.zeros(num_images, heads.global_dim, device=device)
     parts: Tensor | None = None
+    if heads.num_parts:
+        size = (num_images, heads.num_parts, heads.part_dim)
+        parts = torch.zeros(size, device=device)
     for images, index in _with_progress(batches, "extracting features"):
-        place = index.to(network.device)
+        rows = index.to(device)
         global_features, part_features = network.embed(images)
-        if globals_ is None:
-            globals_ = global_features.new_zeros(num_images, *global_features.shape[1:])
-            if part_features is not None:
-                parts = part_features.new_zeros(num_images, *part_features.shape[1:])
-        globals_[place] = global_features
+        globals_[rows] = global_features.float()
         if parts is not None and part_features is not None:
-            parts[place] = part_features
+            parts[rows] = part_features.float()
     network.train(was_training)
-    assert globals_ is not None
     if world_size() > 1:  # every row is zero but on the rank that computed it
         dist.all_reduce(globals_)
         if parts is not None:

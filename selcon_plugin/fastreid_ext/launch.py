@@ -1,20 +1,46 @@
-"""Start one or several training processes, on GPUs (NCCL) or CPUs (gloo)."""
+"""Start one or several training processes, on GPUs (NCCL) or CPUs (gloo).
+
+A process that fails or is killed takes the others with it: those of its machine are ended
+at once, those of other machines when what they wait for times out.
+"""
 
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 import os
+import signal
 import socket
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from fastreid.utils import comm
-from torch.multiprocessing.spawn import spawn
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.multiprocessing.spawn import (
+    ProcessContext,
+    ProcessExitedException,
+    ProcessRaisedException,
+    spawn,
+)
 
-# Long enough for one rank to draw data or evaluate while the others wait.
-_TIMEOUT = datetime.timedelta(hours=2)
+# Long enough for one process to cluster or to evaluate while the others wait.
+TIMEOUT_MINUTES = 30.0
+_WEEK = 7 * 24 * 60
+
+# What a user's mistakes raise: the message says it all.
+_MISTAKES = (ValueError, FileNotFoundError, ImportError)
+
+_USUAL_CAUSES = {
+    "SIGKILL": " (out of memory?)",
+    "SIGABRT": " (did NCCL wait in vain? see the log above)",
+}
+
+
+class ProcessFailure(RuntimeError):  # noqa: N818  (as in ProcessExitedException)
+    """A training process failed or was killed; the others have been ended."""
 
 
 def launch(
@@ -24,6 +50,7 @@ def launch(
     num_machines: int = 1,
     machine_rank: int = 0,
     dist_url: str = "auto",
+    timeout_minutes: float = TIMEOUT_MINUTES,
     args: tuple[Any, ...] = (),
 ) -> Any:
     """Run ``main`` in one or several processes.
@@ -37,17 +64,25 @@ def launch(
         num_machines: Number of machines.
         machine_rank: Rank of this machine.
         dist_url: Meeting point, ``tcp://host:port``; "auto" finds a free local port.
+        timeout_minutes: How long a process waits for another before it gives up. Must
+            exceed the longest work that one does alone: clustering, evaluation.
         args: Arguments of ``main``.
 
     Returns:
         What ``main`` returned where it ran in this process, else None.
 
     Raises:
-        ValueError: If there are not that many GPUs, or several machines have no common
-            ``dist_url``.
+        ValueError: If there are not that many GPUs, several machines have no common
+            ``dist_url``, the time-out is out of range, or ``main`` raised a user's mistake.
+        ProcessFailure: If one of several processes failed; says which and why.
     """
+    if not 0 < timeout_minutes <= _WEEK:
+        raise ValueError(
+            f"--dist-timeout must be above 0 and at most {_WEEK} minutes, a week, got "
+            f"{timeout_minutes}"
+        )
     if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys():
-        return _run_under_torchrun(main, args)
+        return _run_under_torchrun(main, args, timeout_minutes)
     world_size = num_machines * num_processes
     if world_size == 1:
         return main(*args)
@@ -59,16 +94,64 @@ def launch(
         if num_machines > 1:
             raise ValueError("several machines need a common --dist-url tcp://host:port")
         dist_url = f"tcp://127.0.0.1:{_free_port()}"
-    worker_args = (main, world_size, num_processes, machine_rank, dist_url, args)
-    spawn(_worker, nprocs=num_processes, args=worker_args)  # type: ignore[no-untyped-call]
+    failures = multiprocessing.get_context("spawn").SimpleQueue()
+    worker_args = (
+        main,
+        world_size,
+        num_processes,
+        machine_rank,
+        dist_url,
+        timeout_minutes,
+        args,
+        failures,
+    )
+    context = spawn(  # type: ignore[no-untyped-call]
+        _worker, nprocs=num_processes, args=worker_args, join=False
+    )
+    try:
+        while not context.join():
+            pass
+    except (ProcessRaisedException, ProcessExitedException) as error:
+        # Which process the error names is chance: when one ends, the others fail as well.
+        first_rank = machine_rank * num_processes
+        _raise_first_failure(context, failures, first_rank, world_size)
+        raise ProcessFailure(str(error)) from error
     return None
 
 
-def _run_under_torchrun(main: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _raise_first_failure(
+    context: ProcessContext, failures: Any, first_rank: int, world_size: int
+) -> None:
+    """Raise what the first process to fail died of; all have ended."""
+    rest = "The others have been ended; --resume goes on from the last checkpoint"
+    for rank, process in enumerate(context.processes, first_rank):
+        # The launcher ends the others by SIGTERM.
+        if process.exitcode < 0 and process.exitcode != -signal.SIGTERM:
+            name = signal.Signals(-process.exitcode).name
+            cause = _USUAL_CAUSES.get(name, "")
+            raise ProcessFailure(
+                f"process {rank} of {world_size} was killed by {name}{cause}. {rest}"
+            )
+        if process.exitcode > 1:  # 1 is an exception: see below
+            raise SystemExit(process.exitcode)
+    if not failures.empty():
+        rank, is_mistake, message, trace = failures.get()
+        if is_mistake:
+            raise ValueError(message)
+        raise ProcessFailure(f"process {rank} of {world_size} failed. {rest}\n\n{trace}")
+
+
+def _run_under_torchrun(
+    main: Callable[..., Any], args: tuple[Any, ...], timeout_minutes: float
+) -> Any:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    return _join(main, args, rank, world_size, local_rank, local_size, "env://")
+    # Leaves the error where torchrun finds it, for its own report.
+    recorded = record(_join)
+    return recorded(
+        main, args, rank, world_size, local_rank, local_size, "env://", timeout_minutes
+    )
 
 
 def _worker(
@@ -78,10 +161,27 @@ def _worker(
     local_size: int,
     machine_rank: int,
     dist_url: str,
+    timeout_minutes: float,
     args: tuple[Any, ...],
+    failures: Any,
 ) -> None:
     rank = machine_rank * local_size + local_rank
-    _join(main, args, rank, world_size, local_rank, local_size, dist_url)
+    try:
+        _join(
+            main,
+            args,
+            rank,
+            world_size,
+            local_rank,
+            local_size,
+            dist_url,
+            timeout_minutes,
+        )
+    except Exception as error:
+        # Before this process ends: only then do the others see the connection break.
+        is_mistake = isinstance(error, _MISTAKES)
+        failures.put((rank, is_mistake, str(error), traceback.format_exc()))
+        raise
 
 
 def _join(
@@ -92,6 +192,7 @@ def _join(
     local_rank: int,
     local_size: int,
     init_method: str,
+    timeout_minutes: float,
 ) -> Any:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -101,7 +202,7 @@ def _join(
         init_method=init_method,
         rank=rank,
         world_size=world_size,
-        timeout=_TIMEOUT,
+        timeout=datetime.timedelta(minutes=timeout_minutes),
     )
     # FastReID asks this group for the rank within the machine.
     for machine in range(world_size // local_size):
@@ -110,9 +211,18 @@ def _join(
         if rank in ranks:
             comm._LOCAL_PROCESS_GROUP = group
     try:
-        return main(*args)
-    finally:
-        dist.destroy_process_group()
+        result = main(*args)
+    except RuntimeError as error:
+        # The group is left as it is: to take it down, NCCL would wait for the others.
+        if "Timed out waiting" not in str(error):
+            raise
+        raise RuntimeError(
+            f"process {rank} of {world_size} waited for another longer than --dist-timeout "
+            f"{timeout_minutes:g} minutes: that one has ended, hangs, or does work that "
+            "takes longer"
+        ) from error
+    dist.destroy_process_group()
+    return result
 
 
 def _free_port() -> int:

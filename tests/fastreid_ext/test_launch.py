@@ -1,10 +1,12 @@
 """Two processes do what one does: same banks on both ranks, same loss curve."""
 
+import numpy as np
 import pytest
 import torch
 from fastreid.config import get_cfg
 from fastreid.engine.train_loop import HookBase
 from fastreid.utils import comm
+from PIL import Image
 from torch import nn
 
 from selcon_plugin.fastreid_ext import SelConTrainer, add_selcon_config
@@ -101,3 +103,23 @@ def test_batch_must_divide_among_processes(tiny_cfg, monkeypatch):
         ValueError, match=r"IMS_PER_BATCH \(8, .*multiple of the 3 processes"
     ):
         SelConTrainer.build_train_loader(tiny_cfg)
+
+
+@pytest.mark.slow
+def test_process_without_an_image_at_extraction_trains_along(tiny_cfg, tmp_path):
+    """Four images: the third of three processes has none to extract."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(4):
+        noise = np.random.default_rng(number).integers(0, 256, (64, 32, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{number}.png")
+    tiny_cfg.DATASETS.NAMES, tiny_cfg.DATASETS.TESTS = ("ImageFolderReID",), ()
+    tiny_cfg.DATASETS.IMAGE_FOLDER.ROOT = str(folder)
+    tiny_cfg.SOLVER.IMS_PER_BATCH = 3
+    launch(train_and_save, 3, args=(tiny_cfg, str(tmp_path)))
+    losses, first = torch.load(tmp_path / "rank0.pt")
+    assert len(losses) == 2
+    _, third = torch.load(tmp_path / "rank2.pt")
+    assert first["method.memory.global_bank"].norm(dim=1).min() > 0.99
+    for key, value in first.items():
+        assert torch.equal(third[key], value), key

@@ -1,0 +1,185 @@
+"""Real processes that fail, are killed or hang: the others end, and say why."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+pytest.importorskip("fastreid")
+
+from selcon_plugin.cli import _train_parser
+from selcon_plugin.fastreid_ext.launch import (
+    TIMEOUT_MINUTES,
+    ProcessFailure,
+    _free_port,
+    _raise_first_failure,
+    launch,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+HANG = 600.0  # seconds; no test may take as long
+
+
+def exchange(fault: str, folder: str) -> None:
+    """Add up ones with the other processes; the last process fails at the third time."""
+    torch.set_num_threads(1)
+    is_last = dist.get_rank() == dist.get_world_size() - 1
+    for step in range(5):
+        if step == 3:
+            (Path(folder) / f"{dist.get_rank()}.pid").write_text(str(os.getpid()))
+        if is_last and step == 3:
+            fail(fault)
+        dist.all_reduce(torch.ones(1))
+
+
+def fail(fault: str) -> None:
+    if fault == "error":
+        raise RuntimeError("the third step went wrong")
+    if fault == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(HANG)
+
+
+def ended(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    # Of a process whose parent has not asked for its status, the entry remains.
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def assert_all_ended(folder: Path) -> None:
+    pids = [int(file.read_text()) for file in folder.glob("*.pid")]
+    assert pids
+    deadline = time.monotonic() + 10
+    while not all(ended(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert all(ended(pid) for pid in pids)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("error", r"process 1 of 2 failed(.|\n)*the third step went wrong"),
+        ("killed", r"process 1 of 2 was killed by SIGKILL .*--resume"),
+        ("hang", r"process 0 of 2 waited .* longer than --dist-timeout"),
+    ],
+)
+def test_one_process_that_fails_ends_the_others(
+    fault: str, message: str, tmp_path: Path
+) -> None:
+    started = time.monotonic()
+    with pytest.raises(ProcessFailure, match=message):
+        launch(exchange, 2, timeout_minutes=0.1, args=(fault, str(tmp_path)))
+    assert time.monotonic() - started < 60
+    assert_all_ended(tmp_path)
+
+
+class Failures(list):
+    """Stands in for the queue: what the processes reported, in order."""
+
+    def empty(self) -> bool:
+        return not self
+
+    def get(self) -> tuple:
+        return self.pop(0)
+
+
+ERROR, LOST = (5, False, "", "trace of 5"), (4, False, "", "connection closed")
+
+
+@pytest.mark.parametrize(
+    ("exit_codes", "failures", "error", "message"),
+    [
+        ([1, 1], [ERROR, LOST], ProcessFailure, "process 5 of 8 failed(.|\n)*trace of 5"),
+        ([1, 1], [(5, True, "KEY is 0", ""), LOST], ValueError, "^KEY is 0$"),
+        ([1, -9], [LOST], ProcessFailure, "process 5 of 8 was killed by SIGKILL"),
+        ([-6, -15], [], ProcessFailure, "process 4 of 8 was killed by SIGABRT .*NCCL"),
+        ([1, 143], [LOST], SystemExit, "143"),
+    ],
+)
+def test_first_failure_is_told_from_those_that_follow(
+    exit_codes: list[int], failures: list, error: type[BaseException], message: str
+) -> None:
+    processes = SimpleNamespace(processes=[SimpleNamespace(exitcode=c) for c in exit_codes])
+    with pytest.raises(error, match=message):
+        _raise_first_failure(processes, Failures(failures), first_rank=4, world_size=8)
+
+
+@pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan"), float("inf")])
+def test_time_out_must_be_in_range(minutes: float) -> None:
+    with pytest.raises(ValueError, match="--dist-timeout must be above 0 and at most"):
+        launch(exchange, 2, timeout_minutes=minutes)
+
+
+def test_command_line_has_the_same_default() -> None:
+    assert _train_parser("train").parse_args([]).dist_timeout == TIMEOUT_MINUTES
+
+
+def program(*arguments: str) -> subprocess.Popen[str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=os.environ | {"PYTHONPATH": path},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("fault", [pytest.param("error", marks=pytest.mark.slow), "killed"])
+def test_torchrun_ends_the_others_and_names_the_first(fault: str, tmp_path: Path) -> None:
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = program(*run, __file__, fault, str(tmp_path))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    cause = errors.rpartition("Root Cause")[2]
+    assert "rank      : 1 (local_rank: 1)" in cause
+    expected = {"error": "the third step went wrong", "killed": "Signal 9 (SIGKILL)"}
+    assert expected[fault] in cause
+    assert_all_ended(tmp_path)
+
+
+def test_machine_that_vanishes_ends_the_other(tmp_path: Path) -> None:
+    """Two launchers as on two machines; the second is killed with its process."""
+    meeting = f"tcp://127.0.0.1:{_free_port()}"
+    first, second = (
+        program(__file__, "hang", str(tmp_path), meeting, str(rank)) for rank in range(2)
+    )
+    try:
+        pid_file = tmp_path / "1.pid"
+        deadline = time.monotonic() + 60
+        while not (pid_file.exists() and pid_file.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        second.kill()
+        os.kill(int(pid_file.read_text()), signal.SIGKILL)
+        _, errors = first.communicate(timeout=60)
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.communicate()
+    assert first.returncode == 1
+    assert "process 0 of 2 failed" in errors
+    assert_all_ended(tmp_path)
+
+
+if __name__ == "__main__":
+    fault, folder, *machine = sys.argv[1:]
+    options = {}
+    if machine:
+        options = {
+            "num_machines": 2,
+            "machine_rank": int(machine[1]),
+            "dist_url": machine[0],
+        }
+    launch(exchange, 1, timeout_minutes=0.2, args=(fault, folder), **options)

@@ -1,0 +1,135 @@
+"""Three gloo processes whose shares differ, some empty; this file is also their program."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from selcon_plugin.camera_entropy import CameraWeighting, camera_entropy_weights
+from selcon_plugin.distributed import rank
+from selcon_plugin.engine.extraction import extract_embeddings
+from selcon_plugin.engine.network import EmbeddingNetwork
+from selcon_plugin.features import GlobalPartEmbedding
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM_PROCESSES = 3
+# Images of a data set, and what FastReID's sampler deals to three ranks.
+SHARES = {1: (1, 0, 0), 2: (1, 1, 0), 4: (2, 2, 0), 7: (3, 3, 1)}
+# A batch, and the rows of each rank.
+TARGETS, CAMIDS = torch.tensor([0, 0, 1, -1, 1, 0]), torch.tensor([0, 1, 2, 0, 2, -1])
+BATCH_SHARES = {"even": (2, 2, 2), "uneven": (3, 1, 2), "empty": (0, 4, 2)}
+
+
+def network(num_parts: int) -> EmbeddingNetwork:
+    torch.manual_seed(0)
+    head = GlobalPartEmbedding(6, embedding_dim=8, num_parts=num_parts)
+    return EmbeddingNetwork(
+        nn.Conv2d(3, 6, 3, padding=1),
+        head,
+        pixel_mean=[0.0] * 3,
+        pixel_std=[255.0] * 3,
+        images_normalized=False,
+    ).train()
+
+
+def extracted(num_images: int, num_parts: int, share: slice) -> dict[str, Any]:
+    images = torch.rand(num_images, 3, 8, 4, generator=torch.Generator().manual_seed(1))
+    rows = torch.arange(num_images)[share]
+    batches = [(255 * images[part], part) for part in rows.split(2) if len(part)]
+    net = network(num_parts)
+    found = extract_embeddings(net, batches, num_images)
+    assert net.training
+    return {"global": found.global_features, "parts": found.part_features}
+
+
+def share_of(process: int, shares: tuple[int, ...]) -> slice:
+    first = sum(shares[:process])
+    return slice(first, first + shares[process])
+
+
+def batch_weights(share: slice) -> Tensor | None:
+    weighting = CameraWeighting(len(TARGETS), "batch")
+    return weighting(torch.arange(len(TARGETS))[share], TARGETS[share], CAMIDS[share])
+
+
+def work(process: int, folder: Path) -> None:
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=process,
+        world_size=NUM_PROCESSES,
+    )
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {
+        f"extraction {num_images} {num_parts}": extracted(
+            num_images, num_parts, share_of(rank(), shares)
+        )
+        for num_images, shares in SHARES.items()
+        for num_parts in (0, 2)
+    }
+    for name, shares in BATCH_SHARES.items():
+        results[name] = batch_weights(share_of(process, shares))
+    torch.save(results, folder / f"{process}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(process), str(folder)],
+            env=os.environ | {"PYTHONPATH": path},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(NUM_PROCESSES)
+    ]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    return [torch.load(folder / f"{process}.pt") for process in range(NUM_PROCESSES)]
+
+
+@pytest.mark.parametrize("num_parts", [0, 2])
+@pytest.mark.parametrize("num_images", SHARES)
+def test_extraction_with_uneven_and_empty_shares_is_that_of_one_process(
+    ranks: list[dict[str, Any]], num_images: int, num_parts: int
+) -> None:
+    expected = extracted(num_images, num_parts, slice(None))
+    assert expected["global"].norm(dim=1).min() > 0.99  # no row left out
+    assert (expected["parts"] is None) == (num_parts == 0)
+    for results in ranks:
+        torch.testing.assert_close(
+            results[f"extraction {num_images} {num_parts}"], expected
+        )
+
+
+@pytest.mark.parametrize("name", BATCH_SHARES)
+def test_camera_weights_of_uneven_shares_are_those_of_the_batch(
+    ranks: list[dict[str, Any]], name: str
+) -> None:
+    expected = camera_entropy_weights(TARGETS, CAMIDS, mode="batch")
+    expected[TARGETS < 0] = 1.0  # as CameraWeighting counts outliers
+    assert len(expected.unique()) == 3  # or a wrong slice could be right
+    assert torch.equal(torch.cat([results[name] for results in ranks]), expected)
+    for process, results in enumerate(ranks):
+        assert len(results[name]) == BATCH_SHARES[name][process]
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,453 @@
+"""Plant faults in a copy of the package, one at a time, and see whether the tests notice.
+
+The faults below are such as a change might well bring in. Most give a run that goes
+through, with a plausible loss, and learns less or something else.
+
+    python tools/faults/planted_faults.py                       # all of them
+    python tools/faults/planted_faults.py --only momentum_side  # one
+    python tools/faults/planted_faults.py --report docs/reliability/planted_faults.md
+
+Exit status: 0 if every fault was caught, 1 if not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+COPIED = ("selcon_plugin", "tests", "configs", "conftest.py", "pyproject.toml")
+FAILED = 1  # pytest: tests ran and some failed; 2 and above: they could not run
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault: one piece of text, which occurs once in a file, replaced by another.
+
+    Attributes:
+        name: Short name.
+        effect: What it does to a run.
+        file: Inside the package.
+        right: The text that stands there.
+        wrong: What is put in its place.
+        tests: Arguments of pytest: the tests that should catch it.
+    """
+
+    name: str
+    effect: str
+    file: str
+    right: str
+    wrong: str
+    tests: tuple[str, ...]
+
+
+MEMORY, CLUSTER_MEMORY = ("tests/test_memory.py",), ("tests/test_cluster_memory.py",)
+SELECTION, SAMPLERS = ("tests/test_selection.py",), ("tests/test_samplers.py",)
+SELECTIVE_LOSS = ("tests/losses/test_selective_contrastive.py",)
+DATA = ("tests/fastreid_ext/test_data.py",)
+
+FAULTS = (
+    Fault(
+        "momentum_side",
+        "momentum weighs the new feature instead of the old row",
+        "memory.py",
+        "torch.lerp(new, bank[targets].float(), momentum)",
+        "torch.lerp(bank[targets].float(), new, momentum)",
+        MEMORY,
+    ),
+    Fault(
+        "row_not_normalized",
+        "a written bank row loses its unit length",
+        "memory.py",
+        "bank[targets] = F.normalize(mixed, dim=-1).to(bank.dtype)",
+        "bank[targets] = mixed.to(bank.dtype)",
+        MEMORY,
+    ),
+    Fault(
+        "mixture_write_order",
+        "the mixture bank is written from column 0 on, so that neighbours write last",
+        "memory.py",
+        "columns.flip(1).T.flatten()",
+        "columns.T.flatten()",
+        MEMORY,
+    ),
+    Fault(
+        "cluster_label_shift",
+        "images write the row of the next cluster",
+        "memory.py",
+        "rows = targets[clustered]\n",
+        "rows = (targets[clustered] + 1) % len(self.bank)\n",
+        CLUSTER_MEMORY,
+    ),
+    Fault(
+        "outliers_write_a_row",
+        "outliers write the last cluster's row",
+        "memory.py",
+        "clustered = (targets >= 0).nonzero()",
+        "clustered = (targets >= -1).nonzero()",
+        CLUSTER_MEMORY,
+    ),
+    Fault(
+        "easiest_instead_of_hardest",
+        "the hard update takes the image most similar to the row",
+        "memory.py",
+        "order = torch.argsort(similarity, stable=True)",
+        "order = torch.argsort(-similarity, stable=True)",
+        CLUSTER_MEMORY,
+    ),
+    Fault(
+        "negatives_overlap_positives",
+        "the furthest neighbour is a negative as well",
+        "selection.py",
+        "return positive_index, nearest[:, neighbors:]",
+        "return positive_index, nearest[:, max(neighbors - 1, 0) :]",
+        SELECTION,
+    ),
+    Fault(
+        "own_row_competes",
+        "an image's own row is chosen as its nearest neighbour",
+        "selection.py",
+        '    others = distance.scatter(1, index[:, None], float("inf"))\n    # topk',
+        "    others = distance\n    # topk",
+        SELECTION,
+    ),
+    Fault(
+        "own_row_as_negative",
+        "a random negative may be the image itself",
+        "selection.py",
+        "torch.where(is_own.any(dim=1), is_own.int().argmax(dim=1), count)",
+        "torch.full_like(index, count)",
+        SELECTION,
+    ),
+    Fault(
+        "camera_penalty_sign",
+        "images of the same camera are drawn together instead of pushed apart",
+        "distance.py",
+        "distance.add_(same, alpha=same_camera_penalty)",
+        "distance.add_(same, alpha=-same_camera_penalty)",
+        ("tests/test_distance.py",),
+    ),
+    Fault(
+        "unknown_cameras_match",
+        "images of unknown camera count as seen by one camera",
+        "distance.py",
+        "known = (camids >= 0)[:, None]",
+        "known = (camids >= -1)[:, None]",
+        ("tests/test_distance.py",),
+    ),
+    Fault(
+        "temperature_multiplies",
+        "similarities are multiplied by the temperature",
+        "losses/selective_contrastive.py",
+        "candidate_similarity(views, bank, candidates) / temperature",
+        "candidate_similarity(views, bank, candidates) * temperature",
+        SELECTIVE_LOSS,
+    ),
+    Fault(
+        "neighbor_weight_not_shared",
+        "every neighbour gets the weight meant for all of them",
+        "losses/selective_contrastive.py",
+        "neighbor_scale * (1.0 - self_weight) / (num_positives - 1)",
+        "neighbor_scale * (1.0 - self_weight)",
+        SELECTIVE_LOSS,
+    ),
+    Fault(
+        "loss_writes_bank",
+        "the loss writes the bank that it reads",
+        "methods/cluster_contrast.py",
+        '        return {"loss_cluster": loss}',
+        "        self.memory.update(embeddings.global_features, self.labels[index])\n"
+        '        return {"loss_cluster": loss}',
+        ("tests/methods/test_all_methods.py", "-k", "reads and ClusterContrast"),
+    ),
+    Fault(
+        "gather_dropped",
+        "each process writes its own part of the batch alone: the banks drift apart",
+        "distributed.py",
+        "return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])",
+        "return tensor",
+        ("tests/test_distributed.py",),
+    ),
+    Fault(
+        "uneven_share",
+        "a process of an uneven batch takes the camera weights of others' images",
+        "camera_entropy.py",
+        "weights = whole[shared[:, 2] == rank()]",
+        "weights = whole[rank() * len(targets) :][: len(targets)]",
+        ("tests/faults/test_uneven_shards.py",),
+    ),
+    Fault(
+        "rank_slice",
+        "every process trains on the first process's part of the batch",
+        "samplers.py",
+        "first = self.rank * share",
+        "first = 0",
+        SAMPLERS,
+    ),
+    Fault(
+        "sampler_ignores_start",
+        "a resumed run sees the first batches again",
+        "samplers.py",
+        "        start = self.start\n",
+        "        start = 0\n",
+        SAMPLERS,
+    ),
+    Fault(
+        "same_camera_first",
+        "a cluster's images in a batch come from the anchor's camera",
+        "samplers.py",
+        "(camids[candidates] != anchor_camera) & (anchor_camera >= 0)",
+        "(camids[candidates] == anchor_camera) & (anchor_camera >= 0)",
+        SAMPLERS,
+    ),
+    Fault(
+        "half_list_off_by_one",
+        "the half lists of the k-reciprocal expansion are one rank short",
+        "clustering/jaccard.py",
+        '"half": min(round(k1 / 2) + 1, width)',
+        '"half": min(round(k1 / 2), width)',
+        ("tests/clustering/test_jaccard.py", "-k", "loops and torch"),
+    ),
+    Fault(
+        "eps_exclusive",
+        "DBSCAN leaves out neighbours at exactly eps",
+        "clustering/dbscan.py",
+        "np.flatnonzero(distance.data <= float(eps))",
+        "np.flatnonzero(distance.data < float(eps))",
+        ("tests/clustering/test_dbscan.py",),
+    ),
+    Fault(
+        "core_image_off_by_one",
+        "DBSCAN does not count the image itself among its neighbours",
+        "clustering/dbscan.py",
+        "np.bincount(row, minlength=num_images) + 1 >= min_samples",
+        "np.bincount(row, minlength=num_images) >= min_samples",
+        ("tests/clustering/test_dbscan.py",),
+    ),
+    Fault(
+        "teacher_decay_side",
+        "the teacher takes over nearly all of the student at each step",
+        "ema.py",
+        "share = max(1.0 - self.decay, 1.0 / (self.step + 1))",
+        "share = max(self.decay, 1.0 / (self.step + 1))",
+        ("tests/test_ema.py",),
+    ),
+    Fault(
+        "extraction_in_training_mode",
+        "features for the banks are normalised by the statistics of their batch",
+        "engine/extraction.py",
+        "    network.eval()\n    # Sized",
+        "    # Sized",
+        ("tests/faults/test_uneven_shards.py",),
+    ),
+    Fault(
+        "unsorted_images",
+        "bank rows follow the order in which a file system lists the images",
+        "engine/images.py",
+        "items = sorted(items, key=lambda item: item[0])",
+        "items = list(items)",
+        DATA,
+    ),
+    Fault(
+        "identity_as_camera",
+        "the identity reaches the method in place of the camera",
+        "engine/images.py",
+        "self.camids = _enumerate_names([item[2] for item in items])",
+        "self.camids = _enumerate_names([item[1] for item in items])",
+        DATA,
+    ),
+    Fault(
+        "augmentation_ignores_position",
+        "an image is cropped and flipped the same way in every epoch",
+        "engine/images.py",
+        "np.random.SeedSequence((self.seed, position))",
+        "np.random.SeedSequence((self.seed, 0))",
+        DATA,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the tests said of a planted fault.
+
+    Attributes:
+        fault: The fault.
+        verdict: "caught", "missed", or "broken" where the tests could not run.
+        test: The first test that failed.
+        seconds: What the tests took.
+    """
+
+    fault: Fault
+    verdict: str
+    test: str
+    seconds: float
+
+
+def copy_repository(folder: Path) -> None:
+    """Copy what the tests need."""
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source, folder / name, ignore=ignored)
+        else:
+            shutil.copy(source, folder / name)
+
+
+def preload() -> None:
+    """Import what the tests need besides the package, once for all of them."""
+    for name in ("pytest", "torch", "scipy.sparse", "sklearn.cluster"):
+        importlib.import_module(name)
+
+
+def run_tests(folder: Path, tests: tuple[str, ...]) -> tuple[int, str, float]:
+    """Run tests in a copy until the first fails, in a process of their own.
+
+    Args:
+        folder: The copy.
+        tests: Arguments of pytest.
+
+    Returns:
+        Pytest's exit status, its output, and seconds.
+
+    Raises:
+        RuntimeError: If the package is imported already: the copy would not be.
+    """
+    if "selcon_plugin" in sys.modules:
+        raise RuntimeError("the package is imported already: run this as a program")
+    log = folder / "output.txt"
+    started = time.perf_counter()
+    process = os.fork()
+    if not process:
+        _run_in_this_process(folder, tests, log)
+    _, status = os.waitpid(process, 0)
+    # A process that a signal ended has no exit status.
+    code = os.waitstatus_to_exitcode(status)
+    return abs(code), log.read_text(), time.perf_counter() - started
+
+
+def _run_in_this_process(folder: Path, tests: tuple[str, ...], log: Path) -> None:
+    """Run tests in a copy, and end the process."""
+    import pytest
+
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    path = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path)  # for processes that tests start
+    # Compiled files are told apart by their time in seconds: too coarse here.
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    sys.dont_write_bytecode = True
+    with log.open("w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    status = pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests])
+    sys.stdout.flush()
+    os._exit(int(status))
+
+
+def try_fault(folder: Path, fault: Fault) -> Outcome:
+    """Plant a fault in a copy, run its tests, and mend it again.
+
+    Args:
+        folder: The copy.
+        fault: The fault.
+
+    Returns:
+        What the tests said.
+
+    Raises:
+        ValueError: If the text to replace is not there exactly once.
+    """
+    file = folder / "selcon_plugin" / fault.file
+    source = file.read_text()
+    if source.count(fault.right) != 1:
+        raise ValueError(
+            f"{fault.name}: {fault.right!r} is {source.count(fault.right)} times in "
+            f"{fault.file} and must be there once: adapt the fault to the code"
+        )
+    file.write_text(source.replace(fault.right, fault.wrong))
+    try:
+        status, output, seconds = run_tests(folder, fault.tests)
+    finally:
+        file.write_text(source)
+    failed = re.search(r"^(?:FAILED|ERROR) \S+?([^/\s]+::[^\s\[]+)", output, re.MULTILINE)
+    verdict = {0: "missed", FAILED: "caught"}.get(status, "broken")
+    return Outcome(fault, verdict, failed[1] if failed else "", seconds)
+
+
+def check_unharmed(folder: Path, faults: tuple[Fault, ...]) -> None:
+    """Run the tests on the copy as it is.
+
+    Raises:
+        RuntimeError: If they fail without any fault.
+    """
+    tests = dict.fromkeys(fault.tests for fault in faults)
+    whole_files = tuple(name[0] for name in tests if len(name) == 1)
+    chosen = [name for name in tests if len(name) > 1]
+    for together in [whole_files, *chosen] if whole_files else chosen:
+        status, output, _ = run_tests(folder, together)
+        if status:
+            raise RuntimeError(f"{' '.join(together)} fails without a fault:\n{output}")
+
+
+def as_markdown(outcomes: list[Outcome]) -> str:
+    """Write the report."""
+    caught = sum(outcome.verdict == "caught" for outcome in outcomes)
+    lines = [
+        "# Planted faults",
+        "",
+        "`python tools/faults/planted_faults.py` plants one fault at a time in a copy of",
+        "the package and runs the tests that should notice it.",
+        "",
+        f"**{caught} of {len(outcomes)} caught** (Python {platform.python_version()}, "
+        f"{platform.system()}).",
+        "",
+        "| fault | effect | file | verdict | first test to fail |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| `{o.fault.name}` | {o.fault.effect} | `{o.fault.file}` | {o.verdict} | "
+        f"{f'`{o.test}`' if o.test else ''} |"
+        for o in outcomes
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Plant the faults asked for and report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = [fault.name for fault in FAULTS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME")
+    parser.add_argument("--report", type=Path, help="Markdown file to write")
+    args = parser.parse_args(argv)
+    faults = tuple(fault for fault in FAULTS if fault.name in args.only)
+    outcomes = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_repository(folder)
+        preload()
+        check_unharmed(folder, faults)
+        for fault in faults:
+            outcomes.append(try_fault(folder, fault))
+            done = outcomes[-1]
+            print(
+                f"{done.verdict:7} {fault.name} ({done.seconds:.0f} s) {done.test}",
+                flush=True,
+            )
+    if args.report:
+        args.report.write_text(as_markdown(outcomes))
+    return int(any(outcome.verdict != "caught" for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

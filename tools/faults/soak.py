@@ -1,0 +1,230 @@
+"""Train for thousands of steps, clustering every epoch: does anything grow?
+
+A tiny network on drawn images, in FastReID, with everything on that a long run has: a new
+clustering and a new loader each epoch, checkpoints, evaluations, a teacher. After each
+epoch the memory of the process and of the GPU, open files and threads are noted.
+
+    python tools/faults/soak.py --steps 2000 --report docs/reliability/soak.md
+
+A quantity is flat if its median over the last fifth of the epochs is at most its bound
+above that over the second fifth; the first fifth is start-up. Exit status: 0 if all are
+flat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+# What may come on top between the second and the last fifth of the epochs.
+BOUNDS = {
+    "memory_mib": 24.0,  # FastReID keeps every logged value: about 2 KiB a step
+    "gpu_memory_mib": 1.0,
+    "open_files": 0.0,
+    "threads": 0.0,
+}
+LABELS = {
+    "memory_mib": "memory of the process (MiB)",
+    "gpu_memory_mib": "memory of tensors on the GPU (MiB)",
+    "open_files": "open files",
+    "threads": "threads",
+}
+PARTS = 5
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a process holds after an epoch."""
+
+    memory_mib: float
+    gpu_memory_mib: float
+    open_files: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How a quantity grew.
+
+    Attributes:
+        name: Field of :class:`Sample`.
+        early: Median over the second fifth of the epochs.
+        late: Median over the last fifth.
+        highest: Largest value after the first fifth.
+    """
+
+    name: str
+    early: float
+    late: float
+    highest: float
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether it kept to its bound."""
+        return self.late - self.early <= BOUNDS[self.name]
+
+
+def measure() -> Sample:
+    """Look at this process."""
+    import torch
+
+    status = Path("/proc/self/status").read_text()
+    memory = next(line for line in status.splitlines() if line.startswith("VmRSS:"))
+    on_gpu = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    return Sample(
+        memory_mib=int(memory.split()[1]) / 1024,
+        gpu_memory_mib=on_gpu / 2**20,
+        open_files=len(os.listdir("/proc/self/fd")),
+        threads=len(os.listdir("/proc/self/task")),
+    )
+
+
+def judge(samples: list[Sample]) -> list[Growth]:
+    """Compare the second and the last fifth of the samples.
+
+    Args:
+        samples: One for each epoch.
+
+    Returns:
+        The growth of each quantity.
+
+    Raises:
+        ValueError: If there are fewer than five samples.
+    """
+    if len(samples) < PARTS:
+        raise ValueError(f"{len(samples)} epochs are too few: at least {PARTS} are needed")
+    size = len(samples) // PARTS
+    result = []
+    for name in BOUNDS:
+        values = [asdict(sample)[name] for sample in samples]
+        early = statistics.median(values[size : 2 * size])
+        late = statistics.median(values[-size:])
+        result.append(Growth(name, early, late, max(values[size:])))
+    return result
+
+
+def config(folder: Path, args: argparse.Namespace) -> Any:
+    """Make the config of a long run of a tiny network."""
+    import torch
+    from fastreid.config import get_cfg
+
+    from selcon_plugin.datasets import SyntheticPersonsSpec, generate_synthetic_persons
+    from selcon_plugin.fastreid_ext import add_selcon_config
+
+    spec = SyntheticPersonsSpec(
+        num_train_ids=8, num_test_ids=4, images_per_id=5, num_cameras=3, num_distractors=3
+    )
+    generate_synthetic_persons(folder, spec)
+    epochs = args.steps // args.steps_per_epoch
+    values = {
+        "MODEL.META_ARCHITECTURE": "SelCon",
+        "MODEL.DEVICE": "cuda" if torch.cuda.is_available() else "cpu",
+        "MODEL.BACKBONE.NAME": "build_timm_backbone",
+        "MODEL.BACKBONE.TIMM_NAME": "test_resnet",
+        "MODEL.SELCON.METHOD": args.method,
+        "MODEL.SELCON.EMA_DECAY": 0.99,
+        "MODEL.SELCON.ITERS_PER_EPOCH": args.steps_per_epoch,
+        "MODEL.SELCON.KEEP_CHECKPOINTS": 2,
+        "MODEL.SELCON.CLUSTERING.MIN_SAMPLES": 2,
+        "MODEL.SELCON.CLUSTERING.K1": 8,
+        "MODEL.SELCON.CLUSTERING.K2": 3,
+        "INPUT.SIZE_TRAIN": [64, 32],
+        "INPUT.SIZE_TEST": [64, 32],
+        "INPUT.FLIP.ENABLED": True,
+        "DATASETS.NAMES": ("SyntheticPersons",),
+        "DATASETS.TESTS": ("SyntheticPersons",),
+        "DATALOADER.NUM_WORKERS": args.workers,
+        "DATALOADER.NUM_INSTANCE": 4,
+        "SOLVER.OPT": "SGD",
+        "SOLVER.BASE_LR": 0.005,
+        "SOLVER.IMS_PER_BATCH": 16,
+        "SOLVER.MAX_EPOCH": epochs,
+        "SOLVER.WARMUP_ITERS": 0,
+        "SOLVER.CHECKPOINT_PERIOD": max(1, epochs // 20),
+        "TEST.EVAL_PERIOD": max(1, epochs // 10),
+        "OUTPUT_DIR": str(folder / "out"),
+    } | {f"DATASETS.SYNTHETIC_PERSONS.{k.upper()}": v for k, v in vars(spec).items()}
+    cfg = add_selcon_config(get_cfg())
+    for key, value in values.items():
+        cfg.merge_from_list([key, value])
+    return cfg
+
+
+def soak(folder: Path, args: argparse.Namespace) -> list[Sample]:
+    """Train; return a sample for each epoch."""
+    os.environ["FASTREID_DATASETS"] = str(folder)  # read when FastReID is imported
+    from fastreid.engine.train_loop import HookBase
+
+    from selcon_plugin.fastreid_ext import SelConTrainer
+
+    samples: list[Sample] = []
+
+    class Recorder(HookBase):  # type: ignore[misc]
+        def after_epoch(self) -> None:
+            samples.append(measure())
+
+    trainer = SelConTrainer(config(folder, args))
+    trainer.resume_or_load(False)
+    trainer.register_hooks([Recorder()])
+    trainer.train()
+    return samples
+
+
+def as_markdown(args: argparse.Namespace, growths: list[Growth], seconds: float) -> str:
+    """Write the report."""
+    import torch
+
+    from selcon_plugin.engine.run_record import describe_device
+
+    device = describe_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    epochs = args.steps // args.steps_per_epoch
+    lines = [
+        "# Soak",
+        "",
+        f"`python tools/faults/soak.py --steps {args.steps} --steps-per-epoch "
+        f"{args.steps_per_epoch} --method {args.method} --workers {args.workers}`:",
+        f"{args.steps} steps of a tiny network on SyntheticPersons, clustered before each "
+        f"of {epochs} epochs, in {seconds:.0f} s on {device}, torch {torch.__version__}.",
+        "A quantity is flat if its median over the last fifth of the epochs is at most the "
+        "bound above that over the second fifth.",
+        "",
+        "| quantity | second fifth | last fifth | highest | bound on growth | flat |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {LABELS[g.name]} | {g.early:.1f} | {g.late:.1f} | {g.highest:.1f} | "
+        f"{BOUNDS[g.name]:g} | {'yes' if g.is_flat else 'NO'} |"
+        for g in growths
+        if g.highest or g.name != "gpu_memory_mib"
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train, judge, report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps-per-epoch", type=int, default=20)
+    parser.add_argument("--method", default="SelConCluster")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read images")
+    parser.add_argument("--report", type=Path, help="Markdown file to write")
+    args = parser.parse_args(argv)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        growths = judge(soak(Path(folder), args))
+    report = as_markdown(args, growths, time.perf_counter() - started)
+    print(report)
+    if args.report:
+        args.report.write_text(report)
+    return int(not all(growth.is_flat for growth in growths))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
