@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fastreid.utils import comm
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing import get_context
+from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 
 # Long enough for one rank to draw data or evaluate while the others wait.
 _TIMEOUT = datetime.timedelta(hours=2)
+_MEETING_POINT = re.compile(r"tcp://\S+:\d+|env://|file://\S+")
 
 
 def launch(
@@ -43,25 +46,61 @@ def launch(
         What ``main`` returned where it ran in this process, else None.
 
     Raises:
-        ValueError: If there are not that many GPUs, or several machines have no common
-            ``dist_url``.
+        ValueError: If numbers of processes and machines cannot be (:func:`check_launch`),
+            or for a mistake that a process met.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return _run_under_torchrun(main, args)
+    check_launch(num_processes, num_machines, machine_rank, dist_url)
     world_size = num_machines * num_processes
     if world_size == 1:
         return main(*args)
+    if dist_url == "auto":
+        dist_url = f"tcp://127.0.0.1:{_free_port()}"
+    mistakes = get_context("spawn").SimpleQueue()
+    worker_args = (main, world_size, num_processes, machine_rank, dist_url, args, mistakes)
+    try:
+        spawn(_worker, nprocs=num_processes, args=worker_args)  # type: ignore[no-untyped-call]
+    except ProcessRaisedException as error:
+        if mistakes.empty():
+            raise
+        raise ValueError(mistakes.get()) from error
+    return None
+
+
+def check_launch(
+    num_processes: int, num_machines: int, machine_rank: int, dist_url: str
+) -> None:
+    """Refuse numbers of processes and machines that cannot be.
+
+    Args:
+        num_processes: Processes on this machine.
+        num_machines: Number of machines.
+        machine_rank: Rank of this machine.
+        dist_url: Meeting point, or "auto".
+
+    Raises:
+        ValueError: If one is out of range; names the argument of the command line.
+    """
+    for name, value in (("--num-gpus", num_processes), ("--num-machines", num_machines)):
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+    if not 0 <= machine_rank < num_machines:
+        raise ValueError(
+            f"--machine-rank must be >= 0 and < {num_machines}, the --num-machines, got "
+            f"{machine_rank}"
+        )
+    if dist_url == "auto" and num_machines > 1:
+        raise ValueError("several machines need a common --dist-url tcp://host:port")
+    if dist_url != "auto" and not _MEETING_POINT.fullmatch(dist_url):
+        raise ValueError(
+            f"--dist-url must be auto or tcp://host:port, such as tcp://10.0.0.1:29500, "
+            f"got {dist_url!r}"
+        )
     if torch.cuda.is_available() and num_processes > torch.cuda.device_count():
         raise ValueError(
             f"--num-gpus {num_processes}, but this machine has {torch.cuda.device_count()}"
         )
-    if dist_url == "auto":
-        if num_machines > 1:
-            raise ValueError("several machines need a common --dist-url tcp://host:port")
-        dist_url = f"tcp://127.0.0.1:{_free_port()}"
-    worker_args = (main, world_size, num_processes, machine_rank, dist_url, args)
-    spawn(_worker, nprocs=num_processes, args=worker_args)  # type: ignore[no-untyped-call]
-    return None
 
 
 def _run_under_torchrun(main: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -79,9 +118,14 @@ def _worker(
     machine_rank: int,
     dist_url: str,
     args: tuple[Any, ...],
+    mistakes: Any,
 ) -> None:
     rank = machine_rank * local_size + local_rank
-    _join(main, args, rank, world_size, local_rank, local_size, dist_url)
+    try:
+        _join(main, args, rank, world_size, local_rank, local_size, dist_url)
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        mistakes.put(str(error))  # for the process that started this one to show
+        raise
 
 
 def _join(
