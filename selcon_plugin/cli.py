@@ -339,7 +339,9 @@ def _check_key(cfg: Any, key: str, source: str) -> None:
         return
     if any(known.startswith(f"{key}.") for known in flat):
         example = next(known for known in flat if known.startswith(f"{key}."))
-        raise ValueError(f"{key} in {source} is a group of keys: set one, such as {example}")
+        raise ValueError(
+            f"{key} in {source} is a group of keys: set one, such as {example}"
+        )
     close = difflib.get_close_matches(key, flat, n=3, cutoff=0.6)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     raise ValueError(f"unknown config key {key} in {source}{hint}")
@@ -415,7 +417,7 @@ def _launch(args: argparse.Namespace) -> int:
 
     make_output_folder("OUTPUT_DIR", cfg.OUTPUT_DIR)
     check_launch(args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
-    if args.num_gpus * args.num_machines > 1 and not args.eval_only:
+    if args.num_gpus > 1 and not args.eval_only:
         # To start processes that all fail takes its time.
         check_processes(cfg, args.num_gpus * args.num_machines)
     launch(

@@ -40,7 +40,7 @@ def load_data(file: Any, map_location: Any = "cpu") -> Any:
 
     Raises:
         ValueError: If the file holds anything else, or is damaged; names the file.
-            ``OSError`` if it cannot be opened.
+        OSError: If it cannot be opened.
     """
     try:
         with _allow_command_lines():
@@ -67,11 +67,11 @@ def data_only() -> Iterator[None]:
         return load_data(f, map_location)
 
     before = torch.load
-    setattr(torch, "load", load)
+    torch.load = load
     try:
         yield
     finally:
-        setattr(torch, "load", before)
+        torch.load = before
 
 
 @contextmanager
@@ -90,11 +90,11 @@ def loading_noted() -> Iterator[list[float]]:
         shares.append(1 - len(result.missing_keys) / max(1, len(module.state_dict())))
         return result
 
-    setattr(nn.Module, "load_state_dict", load_state_dict)
+    nn.Module.load_state_dict = load_state_dict
     try:
         yield shares
     finally:
-        setattr(nn.Module, "load_state_dict", original)
+        nn.Module.load_state_dict = original
 
 
 @contextmanager
@@ -108,11 +108,11 @@ def safe_extraction() -> Iterator[None]:
     """
     before = vars(tarfile.TarFile).get("extraction_filter")
     guard = getattr(tarfile, "data_filter", None)
-    setattr(tarfile.TarFile, "extraction_filter", guard and staticmethod(guard))
+    tarfile.TarFile.extraction_filter = guard and staticmethod(guard)
     try:
         yield
     finally:
-        setattr(tarfile.TarFile, "extraction_filter", before)
+        tarfile.TarFile.extraction_filter = before
 
 
 def _allow_command_lines() -> AbstractContextManager[Any]:

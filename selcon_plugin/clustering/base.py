@@ -99,8 +99,8 @@ class Labeler(ABC):
             pseudo_labels: What :meth:`cluster` found.
             eps_change: Added to the eps that it was found with.
 
-        Returns:
-            The labels; here it is the error of :meth:`check_reach`.
+        Raises:
+            NotImplementedError: In this base class; see :meth:`check_reach`.
         """
         self.check_reach(eps_change)
         raise NotImplementedError

@@ -131,7 +131,7 @@ def read_config_file(file: str, source: str = "--config-file") -> dict[str, Any]
         FileNotFoundError: If there is no such file, or no such base.
         ValueError: If it, or a base, is not YAML of keys and values, has a tag that would
             make an object, or is its own base.
-    """
+    """  # noqa: DOC502  (raised by what this calls)
     own = content = _read_yaml(file, source)
     seen, base = {Path(file).resolve()}, file
     while _BASE_KEY in content:

@@ -35,7 +35,7 @@ def extra_items(folder: str) -> list[Item]:
 
     Raises:
         ValueError: If it has no image. ``FileNotFoundError`` if it does not exist.
-    """
+    """  # noqa: DOC502  (raised under another name)
     if not folder:
         return []
     try:

@@ -9,7 +9,7 @@ from fastreid.utils.checkpoint import Checkpointer
 
 from selcon_plugin.engine.atomic import save_atomically
 from selcon_plugin.fastreid_ext.meta_arch import SelCon
-from selcon_plugin.safe_loading import MIN_LOADED_SHARE, load_data
+from selcon_plugin.safe_loading import MIN_LOADED_SHARE
 
 # Prefix of the method's buffers in a SelCon state dict.
 _METHOD_PREFIX = "method."
@@ -67,8 +67,24 @@ class SelConCheckpointer(Checkpointer):
         loaded: dict[str, Any] = super().resume_or_load(path, resume=resume)
         return loaded
 
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Load as FastReID does; errors can name the file then.
+
+        Args:
+            path: The file.
+            checkpointables: What to restore beside the weights; None for all.
+
+        Returns:
+            What the checkpoint holds besides.
+        """
+        self._file = path
+        loaded: dict[str, Any] = super().load(path, checkpointables)
+        return loaded
+
     def _load_model(self, checkpoint: Any) -> Any:
-        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
+        if not isinstance(checkpoint, dict) or not isinstance(
+            checkpoint.get("model"), dict
+        ):
             raise ValueError(
                 f"{self._file} holds no weights: expected tensors by name under 'model'"
             )
@@ -89,10 +105,6 @@ class SelConCheckpointer(Checkpointer):
         # has as many rows as there were clusters. And here everything must be there.
         self.model.load_state_dict(checkpoint.pop("model"))
         return None
-
-    def _load_file(self, f: str) -> Any:
-        self._file = f
-        return load_data(f)
 
     def _check_fit(self, incompatible: Any) -> None:
         """Refuse weights of another model, of which FastReID loads what fits, if anything."""

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fastreid.utils import comm
-from torch.multiprocessing import get_context
-from torch.multiprocessing.spawn import ProcessRaisedException, spawn
+from torch.multiprocessing.spawn import spawn
 
 # Long enough for one rank to draw data or evaluate while the others wait.
 _TIMEOUT = datetime.timedelta(hours=2)
@@ -46,25 +45,24 @@ def launch(
         What ``main`` returned where it ran in this process, else None.
 
     Raises:
-        ValueError: If numbers of processes and machines cannot be (:func:`check_launch`),
-            or for a mistake that a process met.
+        ValueError: If there are not that many GPUs, or several machines have no common
+            ``dist_url``.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return _run_under_torchrun(main, args)
-    check_launch(num_processes, num_machines, machine_rank, dist_url)
     world_size = num_machines * num_processes
     if world_size == 1:
         return main(*args)
+    if torch.cuda.is_available() and num_processes > torch.cuda.device_count():
+        raise ValueError(
+            f"--num-gpus {num_processes}, but this machine has {torch.cuda.device_count()}"
+        )
     if dist_url == "auto":
+        if num_machines > 1:
+            raise ValueError("several machines need a common --dist-url tcp://host:port")
         dist_url = f"tcp://127.0.0.1:{_free_port()}"
-    mistakes = get_context("spawn").SimpleQueue()
-    worker_args = (main, world_size, num_processes, machine_rank, dist_url, args, mistakes)
-    try:
-        spawn(_worker, nprocs=num_processes, args=worker_args)  # type: ignore[no-untyped-call]
-    except ProcessRaisedException as error:
-        if mistakes.empty():
-            raise
-        raise ValueError(mistakes.get()) from error
+    worker_args = (main, world_size, num_processes, machine_rank, dist_url, args)
+    spawn(_worker, nprocs=num_processes, args=worker_args)  # type: ignore[no-untyped-call]
     return None
 
 
@@ -90,16 +88,10 @@ def check_launch(
             f"--machine-rank must be >= 0 and < {num_machines}, the --num-machines, got "
             f"{machine_rank}"
         )
-    if dist_url == "auto" and num_machines > 1:
-        raise ValueError("several machines need a common --dist-url tcp://host:port")
     if dist_url != "auto" and not _MEETING_POINT.fullmatch(dist_url):
         raise ValueError(
             f"--dist-url must be auto or tcp://host:port, such as tcp://10.0.0.1:29500, "
             f"got {dist_url!r}"
-        )
-    if torch.cuda.is_available() and num_processes > torch.cuda.device_count():
-        raise ValueError(
-            f"--num-gpus {num_processes}, but this machine has {torch.cuda.device_count()}"
         )
 
 
@@ -118,14 +110,9 @@ def _worker(
     machine_rank: int,
     dist_url: str,
     args: tuple[Any, ...],
-    mistakes: Any,
 ) -> None:
     rank = machine_rank * local_size + local_rank
-    try:
-        _join(main, args, rank, world_size, local_rank, local_size, dist_url)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        mistakes.put(str(error))  # for the process that started this one to show
-        raise
+    _join(main, args, rank, world_size, local_rank, local_size, dist_url)
 
 
 def _join(

@@ -136,7 +136,11 @@ def _build_backbone(cfg: CfgNode) -> nn.Module:
             f"{node.PRETRAIN} and PRETRAIN_PATH {node.PRETRAIN_PATH!r} cannot be built: "
             f"{type(error).__name__}: {error}"
         ) from error
-    if node.NAME not in _OWN_BACKBONES and node.PRETRAIN_PATH and max(shares, default=1) < MIN_LOADED_SHARE:
+    if (
+        node.NAME not in _OWN_BACKBONES
+        and node.PRETRAIN_PATH
+        and max(shares, default=1) < MIN_LOADED_SHARE
+    ):
         raise ValueError(
             f"MODEL.BACKBONE.PRETRAIN_PATH {node.PRETRAIN_PATH!r}: the weights do not fit "
             f"{node.NAME}: they hold {max(shares):.0%} of its tensors by name"

@@ -15,7 +15,7 @@ from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
 from fastreid.solver import build_optimizer
 from fastreid.utils import comm
 from fastreid.utils.logger import setup_logger
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from selcon_plugin.clustering import Labeler
@@ -124,8 +124,7 @@ class SelConTrainer(DefaultTrainer):
             param_wrapper,
             num_micro_batches=cfg.MODEL.SELCON.MICRO_BATCHES,
         )
-        self.labeler = self._build_labeler(cfg, model)
-        unwrap(model).method.check_cameras(loader.dataset.camera_ids)
+        self.labeler = self._build_labeler(cfg, model, loader.dataset.camera_ids)
         self.iters_per_epoch = (
             cfg.MODEL.SELCON.ITERS_PER_EPOCH
             or len(loader.dataset) // cfg.SOLVER.IMS_PER_BATCH
@@ -160,10 +159,11 @@ class SelConTrainer(DefaultTrainer):
             )
 
     @staticmethod
-    def _build_labeler(cfg: CfgNode, model: nn.Module) -> Labeler | None:
-        """Build the labeler of a method that clusters; check that the sampler fits."""
+    def _build_labeler(cfg: CfgNode, model: nn.Module, camids: Tensor) -> Labeler | None:
+        """Build the labeler of a method that clusters; check that all fits the method."""
         method = unwrap(model).method
         assert method is not None
+        method.check_cameras(camids)
         if method.needs_clusters:
             return KEYS.labeler(cfg.MODEL.SELCON)
         if sampler_name(cfg) != STREAM_SAMPLER:

@@ -4,16 +4,12 @@ A case is an id, what the user wrote (options by key on top of a config that tra
 whole command line) and words that the line must hold: key, value, what is legal, remedy.
 """
 
-import importlib.util
-import os
 import shlex
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 from selcon_plugin.cli import main
@@ -130,7 +126,11 @@ FASTREID_CASES = [
     ("data-set", {D + "NAMES": "('Market',)"}, "DATASETS.NAMES; Market; Market1501"),
     ("test-set", {D + "TESTS": "('Duke',)"}, "DATASETS.TESTS; Duke; DukeMTMC"),
     # --- options that contradict each other
-    ("other-methods", CLUSTERS | {S + "NUM_NEIGHBORS": 5}, "NUM_NEIGHBORS; ClusterContrast"),
+    (
+        "other-methods",
+        CLUSTERS | {S + "NUM_NEIGHBORS": 5},
+        "NUM_NEIGHBORS; ClusterContrast",
+    ),
     (
         "other-labelers",
         CLUSTERS | {C + "LABELER": "KMeans", C + "EPS": 0.5},
@@ -247,7 +247,11 @@ COMMANDS = [
     ("no-machines", "train --num-machines 0 {fastreid}", "--num-machines; >= 1; 0"),
     ("rank", "train --num-machines 2 --machine-rank 2 {fastreid}", "--machine-rank; 2"),
     ("meeting", "train --num-machines 2 {fastreid}", "--dist-url; tcp://"),
-    ("dist-url", "train --num-gpus 2 --dist-url here {fastreid}", "--dist-url; here; tcp://"),
+    (
+        "dist-url",
+        "train --num-gpus 2 --dist-url here {fastreid}",
+        "--dist-url; here; tcp://",
+    ),
     ("processes-cut", "train --num-gpus 3 {fastreid}", "IMS_PER_BATCH; 8; multiple; 3"),
     (
         "processes",
