@@ -12,11 +12,14 @@ import difflib
 import importlib.util
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from selcon_plugin.engine.checks import make_output_folder, read_config_file
 
 if TYPE_CHECKING:
     from selcon_plugin.engine.settings import ConfigKeys
@@ -25,6 +28,17 @@ if TYPE_CHECKING:
 # imported, and FastReID reads FASTREID_DATASETS when it is.
 
 logger = logging.getLogger(__name__)
+
+# yacs: Type mismatch (<old type> vs. <new type>) with values (<old> vs. <new>) for ...
+_MISMATCH = re.compile(r"with values \(.* vs\. (.*)\) for config key: (.*)", re.DOTALL)
+_TYPES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "text",
+    list: "a list",
+    tuple: "a list",
+}
 
 _USAGE = """\
 usage: selcon COMMAND [ARGUMENTS]
@@ -77,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # hide it. SELCON_TRACEBACK=1 shows where it was raised.
         if os.environ.get("SELCON_TRACEBACK"):
             raise
-        sys.stderr.write(f"selcon {arguments[0]}: error: {error}\n")
+        message = " ".join(line.strip() for line in str(error).splitlines())
+        sys.stderr.write(f"selcon {arguments[0]}: error: {message}\n")
         return 2
 
 
@@ -190,11 +205,14 @@ def import_files(files: Sequence[str]) -> None:
 
     Raises:
         FileNotFoundError: If one does not exist.
+        ValueError: If one is no Python file.
     """
     for file in files:
         path = Path(file).resolve()
         if not path.is_file():
             raise FileNotFoundError(f"--import {file!r} does not exist")
+        if path.suffix != ".py":
+            raise ValueError(f"--import {file!r} is no Python file: its name ends in .py")
         loaded = sys.modules.get(path.stem)
         if loaded is not None and getattr(loaded, "__file__", None) == str(path):
             continue
@@ -228,10 +246,11 @@ def load_config(
         Complete, frozen config.
 
     Raises:
-        FileNotFoundError: If the file does not exist.
-    """
-    if config_file and not Path(config_file).is_file():
-        raise FileNotFoundError(f"--config-file {config_file!r} does not exist")
+        ValueError: If it cannot be read, or a key or a value is wrong.
+            ``FileNotFoundError`` if it does not exist.
+    """  # noqa: DOC502  (raised by what this calls)
+    if config_file:
+        read_config_file(config_file)
     load = {"fastreid": _load_fastreid_config, "torchreid": _load_torchreid_config}
     cfg = load[host or host_of(config_file)](config_file, opts, images, camera_pattern)
     cfg.freeze()
@@ -248,17 +267,11 @@ def host_of(config_file: str) -> str:
         ``"torchreid"`` for keys in lower case, else ``"fastreid"``.
 
     Raises:
-        ValueError: If the file is not YAML.
-    """
+        ValueError: If the file is not YAML of keys and values.
+    """  # noqa: DOC502  (raised by what this calls)
     if not config_file:
         return "fastreid"
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(config_file).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{config_file} is not YAML: {error}") from error
-    keys = list(content) if isinstance(content, dict) else []
+    keys = list(read_config_file(config_file))
     lower_case = bool(keys) and all(str(key).islower() for key in keys)
     return "torchreid" if lower_case else "fastreid"
 
@@ -280,8 +293,8 @@ def _load_fastreid_config(
     if images:
         config_file = config_file or builtin_config("image_folder.yml")
     if config_file:
-        _merge(cfg, KEYS, lambda: cfg.merge_from_file(config_file), config_file)
-    _merge(cfg, KEYS, lambda: cfg.merge_from_list(list(opts)), "the command line")
+        _merge_file(cfg, KEYS, config_file)
+    _merge_options(cfg, KEYS, opts)
     # Set as they are: a config option would be read as a Python literal, and take the
     # folder "2024" for a number.
     if camera_pattern:
@@ -303,8 +316,8 @@ def _load_torchreid_config(
     if images:
         config_file = config_file or builtin_config("torchreid/image_folder.yml")
     if config_file:
-        _merge(cfg, KEYS, lambda: cfg.merge_from_file(config_file), config_file)
-    _merge(cfg, KEYS, lambda: cfg.merge_from_list(list(opts)), "the command line")
+        _merge_file(cfg, KEYS, config_file)
+    _merge_options(cfg, KEYS, opts)
     if camera_pattern:
         cfg.image_folder.camera_pattern = camera_pattern
     if images:
@@ -313,24 +326,56 @@ def _load_torchreid_config(
     return complete_config(cfg)
 
 
-def _merge(cfg: Any, keys: ConfigKeys, merge: Callable[[], None], source: str) -> None:
-    """Merge into a config; turn yacs's errors into ones that help."""
+def _merge_file(cfg: Any, keys: ConfigKeys, file: str) -> None:
+    with _explained(cfg, keys, file):
+        cfg.merge_from_file(file)
+
+
+def _merge_options(cfg: Any, keys: ConfigKeys, opts: Sequence[str]) -> None:
+    source = "the command line"
+    if len(opts) % 2:
+        raise ValueError(f"{source} has the key {opts[-1]} without a value: KEY VALUE")
+    for key in opts[::2]:
+        _check_key(cfg, key, source)
+    with _explained(cfg, keys, source):
+        cfg.merge_from_list(list(opts))
+
+
+def _check_key(cfg: Any, key: str, source: str) -> None:
+    flat = flatten_config(cfg)
+    if key in flat:
+        return
+    if any(known.startswith(f"{key}.") for known in flat):
+        example = next(known for known in flat if known.startswith(f"{key}."))
+        raise ValueError(
+            f"{key} in {source} is a group of keys: set one, such as {example}"
+        )
+    close = difflib.get_close_matches(key, flat, n=3, cutoff=0.6)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    raise ValueError(f"unknown config key {key} in {source}{hint}")
+
+
+@contextlib.contextmanager
+def _explained(cfg: Any, keys: ConfigKeys, source: str) -> Iterator[None]:
+    """Turn yacs's errors, of a merge inside, into ones that help."""
     node = cfg
     for name in keys.path.split("."):
         node = node[name]
     try:
         with keys.of_any_type(node):
-            merge()
+            yield
     except KeyError as error:
-        key = str(error.args[0]).rpartition(": ")[2]
-        close = difflib.get_close_matches(key, flatten_config(cfg), n=3, cutoff=0.6)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise ValueError(f"unknown config key {key} in {source}{hint}") from error
+        _check_key(cfg, str(error.args[0]).rpartition(": ")[2], source)
+        raise
     except (AssertionError, ValueError) as error:
-        legal = keys.describe(str(error).rpartition("config key: ")[2])
+        mismatch = _MISMATCH.search(str(error))
+        if mismatch is None:
+            raise ValueError(f"{source}: {error}") from error
+        value, key = mismatch.groups()
+        legal = keys.describe(key) or _TYPES.get(type(flatten_config(cfg).get(key)), "")
         # To yacs a whole number is no float: 1 has to be written 1.0.
-        hint = f"; it must be {legal}, written with its type (1.0, not 1)" if legal else ""
-        raise ValueError(f"{source}: {error}{hint}") from error
+        remedy = f" must be {legal}, written with its type (1.0, not 1)," if legal else ""
+        raise ValueError(f"{key} in {source}{remedy} got {value}") from error
 
 
 def flatten_config(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -375,8 +420,14 @@ def _launch(args: argparse.Namespace) -> int:
     if is_torchreid(cfg):
         _run_torchreid(cfg, args)
         return 0
-    from selcon_plugin.fastreid_ext.launch import ProcessFailure, launch
+    from selcon_plugin.fastreid_ext.data import check_processes
+    from selcon_plugin.fastreid_ext.launch import ProcessFailure, check_launch, launch
 
+    make_output_folder("OUTPUT_DIR", cfg.OUTPUT_DIR)
+    check_launch(args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
+    if args.num_gpus > 1 and not args.eval_only:
+        # To start processes that all fail takes its time.
+        check_processes(cfg, args.num_gpus * args.num_machines)
     try:
         launch(
             run,
@@ -494,6 +545,7 @@ def _extract(argv: list[str]) -> int:
     if not args.images:
         raise ValueError("extract needs --images FOLDER")
     import_files(args.imports)
+    make_output_folder("the folder of --output", str(Path(args.output).parent))
     cfg = load_config(
         args.config_file, args.opts, images=args.images, camera_pattern=args.camera_pattern
     )

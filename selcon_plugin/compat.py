@@ -36,6 +36,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from selcon_plugin.safe_loading import data_only, load_data
+
 __all__ = [
     "HostMissingError",
     "import_torchreid",
@@ -92,6 +94,8 @@ def prepare_fastreid() -> None:
     _let_optimizers_keep_their_gradients()
     _keep_running_without_compiler()
     _let_reranking_run_without_gpu_faiss()
+    _load_fastreid_checkpoints_as_data()
+    _exchange_data_without_code()
 
 
 def prepare_torchreid() -> None:
@@ -124,6 +128,7 @@ def import_torchreid() -> types.ModuleType:
         root = "torchreid.reid"
     module = importlib.import_module(root)
     _let_unreadable_images_fail(module)
+    _load_torchreid_checkpoints_as_data(module)
     return module
 
 
@@ -424,6 +429,46 @@ def _let_reranking_run_without_gpu_faiss() -> None:
     module.compute_jaccard_distance = compute_jaccard_distance
 
 
+def _load_fastreid_checkpoints_as_data() -> None:
+    """Let FastReID's checkpointer read files of tensors without running code from them.
+
+    Without it: a checkpoint from a stranger runs code under torch < 2.6, where
+    ``torch.load`` does so by default; under later versions the error advises to let it.
+    Can go when: FastReID passes ``weights_only=True``.
+    """
+    module: Any = importlib.import_module("fastreid.utils.checkpoint")
+
+    def _load_file(self: Any, f: str) -> Any:
+        return load_data(f)
+
+    module.Checkpointer._load_file = _load_file
+
+
+class _DataExchange:
+    """Stands for the module ``pickle`` where processes send each other values."""
+
+    @staticmethod
+    def dumps(value: Any) -> bytes:
+        stream = io.BytesIO()
+        torch.save(value, stream)
+        return stream.getvalue()
+
+    @staticmethod
+    def loads(received: bytes) -> Any:
+        return load_data(io.BytesIO(received))
+
+
+def _exchange_data_without_code() -> None:
+    """Let FastReID's processes read what others send as data alone.
+
+    Without it: ``comm.gather`` and ``comm.all_gather``, with which FastReID collects losses
+    and features, unpickle whatever comes from the network: who reaches the port runs code.
+    Can go when: FastReID gathers tensors.
+    """
+    comm: Any = importlib.import_module("fastreid.utils.comm")
+    comm.pickle = _DataExchange
+
+
 def _faiss_searches_on_gpu(faiss: Any) -> bool:
     # The names FastReID's search_option=0 calls; later faiss releases dropped the second.
     needed = ("StandardGpuResources", "cast_integer_to_long_ptr", "bruteForceKnn")
@@ -463,3 +508,28 @@ def _let_unreadable_images_fail(torchreid: types.ModuleType) -> None:
     setattr(read_image, _MENDED, True)
     for part in ("utils", "utils.tools", "data.datasets.dataset"):
         sys.modules[f"{torchreid.__name__}.{part}"].__dict__["read_image"] = read_image
+
+
+def _load_torchreid_checkpoints_as_data(torchreid: types.ModuleType) -> None:
+    """Let torchreid read checkpoints and weights without running code from them.
+
+    Without it: ``load_checkpoint``, and with it ``load_pretrained_weights``,
+    ``resume_from_checkpoint`` and ``FeatureExtractor``, run code that a file brings along
+    under torch < 2.6, where ``torch.load`` does so by default.
+    Can go when: torchreid passes ``weights_only=True``.
+    """
+    name = f"{torchreid.__name__}.utils.torchtools"
+    original = vars(importlib.import_module(name))["load_checkpoint"]
+    if hasattr(original, _MENDED):
+        return
+
+    @functools.wraps(original)
+    def load_checkpoint(fpath: str) -> Any:
+        with data_only():
+            return original(fpath)
+
+    setattr(load_checkpoint, _MENDED, True)
+    for part in ("utils", "utils.torchtools"):
+        sys.modules[f"{torchreid.__name__}.{part}"].__dict__["load_checkpoint"] = (
+            load_checkpoint
+        )

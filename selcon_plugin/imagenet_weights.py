@@ -9,19 +9,17 @@ which are the same networks (equal features and logits are tested).
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import importlib
 import importlib.util
 import logging
-import pickle
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
+
+from selcon_plugin.safe_loading import MIN_LOADED_SHARE, load_data
 
 __all__ = ["efficientnet_lite_state_dict", "load_weights", "read_state_dict"]
 
@@ -63,8 +61,6 @@ _LITE_OTHER_STAGES = {
 # What a training framework puts before a backbone's own parameter names: DataParallel,
 # FastReID, and timm models wrapped as `TimmBackbone`.
 _WRAPPER_PREFIXES = ("module.", "backbone.", "model.")
-# Below this share of the model's tensors a file is taken to belong to another model.
-_MIN_LOADED_SHARE = 0.5
 _NAMES_IN_LOG = 6
 
 
@@ -165,7 +161,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
         converted = _converted_by_timm(model, candidates)
         if len(_matching(converted, expected)) > len(found):
             candidates, found = converted, _matching(converted, expected)
-    if len(found) < _MIN_LOADED_SHARE * len(expected):
+    if len(found) < MIN_LOADED_SHARE * len(expected):
         raise ValueError(
             f"the weights from {source} do not fit {type(model).__name__}: only "
             f"{len(found)} of its {len(expected)} tensors have an entry of the same name "
@@ -196,26 +192,14 @@ def _read_file(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return importlib.import_module("safetensors.torch").load_file(path)
-        with _allow_command_lines():
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return load_data(path)
     except ImportError as error:
         raise ValueError(f"reading {path} needs: pip install safetensors") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(
-            f"{path} is not a file of weights that can be read safely: {error}"
-        ) from error
     except Exception as error:
         # safetensors has an error class of its own, and it may not be installed
         if type(error).__name__ != "SafetensorError":
             raise
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
-
-
-def _allow_command_lines() -> contextlib.AbstractContextManager[Any]:
-    """Let a checkpoint carry its command line along, as those of MAE and DINO do."""
-    if not hasattr(torch.serialization, "safe_globals"):  # torch < 2.5
-        return contextlib.nullcontext()
-    return torch.serialization.safe_globals([argparse.Namespace])
 
 
 def _without_wrapper_prefixes(name: str, expected: Mapping[str, Tensor]) -> str:

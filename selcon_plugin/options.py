@@ -10,6 +10,7 @@ the error that names key, value and legal range.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -57,6 +58,12 @@ class Choice:
         """Tell whether ``value`` is one of the words."""
         return value in self.values
 
+    def closest(self, value: str) -> str:
+        """Ask whether a similar word was meant; ``""`` if none is similar."""
+        by_lower = {word.lower(): word for word in self.values}
+        close = difflib.get_close_matches(value.lower(), by_lower, n=1)
+        return f": did you mean {by_lower[close[0]]!r}?" if close else ""
+
     def __str__(self) -> str:
         return "one of " + ", ".join(repr(value) for value in self.values)
 
@@ -103,7 +110,8 @@ class Option:
         if not right_type:
             raise ValueError(f"{label} must be {self.describe()}, got {value!r}")
         if self.legal is not None and not self.legal.contains(value):
-            raise ValueError(f"{label} must be {self.describe()}, got {value!r}")
+            hint = self.legal.closest(value) if isinstance(self.legal, Choice) else ""
+            raise ValueError(f"{label} must be {self.describe()}, got {value!r}{hint}")
         return value
 
     def describe(self) -> str:

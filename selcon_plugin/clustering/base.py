@@ -77,6 +77,21 @@ class Labeler(ABC):
             The labels, with the sparse distances where the labeler has them.
         """
 
+    def check_reach(self, eps_change: float) -> None:
+        """Refuse a change of eps that :meth:`labels_at` cannot follow.
+
+        Args:
+            eps_change: Largest change that will be asked for.
+
+        Raises:
+            ValueError: If it is out of reach, or the labeler has no eps.
+        """
+        if type(self).labels_at is Labeler.labels_at:
+            raise ValueError(
+                f"{type(self).__name__} has no eps to change: use the DBSCAN labeler, or "
+                "leave out the filter that asks for it (ReliabilityFilter, RELIABILITY)"
+            )
+
     def labels_at(self, pseudo_labels: PseudoLabels, eps_change: float) -> Tensor:
         """Cluster the same distances again, to int64 ``(M,)``, with another eps.
 
@@ -85,12 +100,10 @@ class Labeler(ABC):
             eps_change: Added to the eps that it was found with.
 
         Raises:
-            ValueError: If the labeler has no eps.
+            NotImplementedError: In this base class; see :meth:`check_reach`.
         """
-        raise ValueError(
-            f"{type(self).__name__} has no eps to change: use the DBSCAN labeler, or leave "
-            "out the filter that asks for it (ReliabilityFilter)"
-        )
+        self.check_reach(eps_change)
+        raise NotImplementedError
 
     @torch.no_grad()
     def __call__(

@@ -137,6 +137,22 @@ class DBSCANLabeler(Labeler):
         labels = labels_at(eps)
         return PseudoLabels.numbered(labels, distance=distance, measured={"eps": eps})
 
+    def check_reach(self, eps_change: float) -> None:
+        """Refuse a change of eps beyond the graph.
+
+        Args:
+            eps_change: Largest change that will be asked for.
+
+        Raises:
+            ValueError: If the graph does not reach that far.
+        """
+        if eps_change > self.graph_margin:
+            raise ValueError(
+                f"the graph holds distances up to eps + {self.graph_margin:g}, but eps + "
+                f"{eps_change:g} is asked for (RELIABILITY): raise graph_margin "
+                f"(GRAPH_MARGIN) to {eps_change:g}"
+            )
+
     def labels_at(self, pseudo_labels: PseudoLabels, eps_change: float) -> Tensor:
         """Cluster the same graph again with another eps, see the base class.
 
@@ -147,14 +163,8 @@ class DBSCANLabeler(Labeler):
         Returns:
             Labels, int64 ``(M,)``.
 
-        Raises:
-            ValueError: If the graph does not reach that far.
         """
-        if eps_change > self.graph_margin:
-            raise ValueError(
-                f"the graph holds distances up to eps + {self.graph_margin:g}, but eps + "
-                f"{eps_change:g} is asked for: raise graph_margin to {eps_change:g}"
-            )
+        self.check_reach(eps_change)
         eps = max(0.0, pseudo_labels.measured["eps"] + eps_change)
         return torch.from_numpy(self._labels_at(pseudo_labels.distance, eps))
 

@@ -45,12 +45,13 @@ def build_sampler(
             f"{num_images} training images do not fill one batch: lower the batch size "
             f"({batch_size}) or add images"
         )
-    pieces = world_size * micro_batches
-    if batch_size % pieces:
-        raise ValueError(
-            f"the batch size ({batch_size}, over all processes) must be a multiple of "
-            f"micro-batches ({micro_batches}) x processes ({world_size})"
-        )
+    check_batch_size(
+        name,
+        batch_size,
+        num_instances=num_instances,
+        micro_batches=micro_batches,
+        world_size=world_size,
+    )
     common = {
         "batch_size": batch_size,
         "seed": seed,
@@ -59,16 +60,44 @@ def build_sampler(
     }
     if name == STREAM_SAMPLER:
         return StreamSampler(num_images, **common)
-    if batch_size % (pieces * num_instances):
-        # Else the images of a cluster would be torn apart.
+    return ClusterSampler(
+        planner=name, num_instances=num_instances, outlier_share=outlier_share, **common
+    )
+
+
+def check_batch_size(
+    name: str,
+    batch_size: int,
+    *,
+    num_instances: int,
+    micro_batches: int,
+    world_size: int,
+) -> None:
+    """Refuse a batch that cannot be cut evenly.
+
+    Args:
+        name: ``"stream"`` or the name of a planner.
+        batch_size: Images in a batch, over all processes.
+        num_instances: Images of each cluster in a batch.
+        micro_batches: Parts into which a process cuts its share of a batch.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: If a part would be smaller than another, or would tear apart the images
+            of a cluster.
+    """
+    pieces = world_size * micro_batches
+    if batch_size % pieces:
+        raise ValueError(
+            f"the batch size ({batch_size}, over all processes) must be a multiple of "
+            f"micro-batches ({micro_batches}) x processes ({world_size})"
+        )
+    if name != STREAM_SAMPLER and batch_size % (pieces * num_instances):
         raise ValueError(
             f"the batch size ({batch_size}) must be a multiple of images per cluster "
             f"({num_instances}) x micro-batches ({micro_batches}) x processes "
             f"({world_size})"
         )
-    return ClusterSampler(
-        planner=name, num_instances=num_instances, outlier_share=outlier_share, **common
-    )
 
 
 def split_batch(batch: dict[str, Any], num_micro_batches: int) -> list[dict[str, Any]]:

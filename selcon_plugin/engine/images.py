@@ -32,10 +32,16 @@ def extra_items(folder: str) -> list[Item]:
 
     Returns:
         Its images, of unknown identity and camera.
-    """
+
+    Raises:
+        ValueError: If it has no image. ``FileNotFoundError`` if it does not exist.
+    """  # noqa: DOC502  (raised under another name)
     if not folder:
         return []
-    images = read_image_folder(folder, camera_pattern="none")
+    try:
+        images = read_image_folder(folder, camera_pattern="none")
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"EXTRA_IMAGES: {error}") from error
     return [(image.path, UNKNOWN, UNKNOWN) for image in images]
 
 

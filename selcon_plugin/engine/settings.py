@@ -123,7 +123,10 @@ def configured_labeler(
         filters.append(SingleCameraFilter())
     if clustering["outliers"] != "drop":
         filters.append(OutlierPolicy(clustering["outliers"]))
-    return build_labeler(clustering["labeler"], filters=filters, **options)
+    labeler = build_labeler(clustering["labeler"], filters=filters, **options)
+    if clustering["reliability"]:
+        labeler.check_reach(ReliabilityFilter().delta)
+    return labeler
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from fastreid.utils.checkpoint import Checkpointer
 
 from selcon_plugin.engine.atomic import save_atomically
 from selcon_plugin.fastreid_ext.meta_arch import SelCon
+from selcon_plugin.safe_loading import MIN_LOADED_SHARE
 
 # Prefix of the method's buffers in a SelCon state dict.
 _METHOD_PREFIX = "method."
@@ -24,6 +25,7 @@ class SelConCheckpointer(Checkpointer):
     """
 
     _resuming = False
+    _file = ""
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write a checkpoint; a kill at any moment leaves the previous one intact."""
@@ -65,13 +67,34 @@ class SelConCheckpointer(Checkpointer):
         loaded: dict[str, Any] = super().resume_or_load(path, resume=resume)
         return loaded
 
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Load as FastReID does; errors can name the file then.
+
+        Args:
+            path: The file.
+            checkpointables: What to restore beside the weights; None for all.
+
+        Returns:
+            What the checkpoint holds besides.
+        """
+        self._file = path
+        loaded: dict[str, Any] = super().load(path, checkpointables)
+        return loaded
+
     def _load_model(self, checkpoint: Any) -> Any:
+        if not isinstance(checkpoint, dict) or not isinstance(
+            checkpoint.get("model"), dict
+        ):
+            raise ValueError(
+                f"{self._file} holds no weights: expected tensors by name under 'model'"
+            )
         if not self._resuming:
             weights = checkpoint["model"]
             for key in [k for k in weights if k.startswith(_METHOD_PREFIX)]:
                 del weights[key]
             brings_teacher = any(_TEACHER_PREFIX in key for key in weights)
             incompatible = super()._load_model(checkpoint)
+            self._check_fit(incompatible)
             if not brings_teacher and isinstance(self.model, SelCon):
                 self.model.update_teacher(restart=True)
             return incompatible
@@ -82,6 +105,22 @@ class SelConCheckpointer(Checkpointer):
         # has as many rows as there were clusters. And here everything must be there.
         self.model.load_state_dict(checkpoint.pop("model"))
         return None
+
+    def _check_fit(self, incompatible: Any) -> None:
+        """Refuse weights of another model, of which FastReID loads what fits, if anything."""
+        own = {
+            key
+            for key in self.model.state_dict()
+            if not key.removeprefix("module.").startswith((_METHOD_PREFIX, _TEACHER_PREFIX))
+        }
+        found = own - set(incompatible.missing_keys)
+        found -= {key for key, *_ in incompatible.incorrect_shapes}
+        if len(found) < MIN_LOADED_SHARE * len(own):
+            raise ValueError(
+                f"the weights from {self._file} do not fit: only {len(found)} of the "
+                f"network's {len(own)} tensors have an entry of the same name and shape. "
+                "Name the config that they were trained with, or other weights"
+            )
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         if not self._resuming:

@@ -13,18 +13,64 @@ from typing import Any
 
 import torch
 from fastreid.config import CfgNode
+from fastreid.data.datasets import DATASET_REGISTRY
+from fastreid.modeling.backbones import BACKBONE_REGISTRY
+from fastreid.modeling.heads import REID_HEADS_REGISTRY, EmbeddingHead
+from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
 
 from selcon_plugin.datasets import SyntheticPersonsSpec
+from selcon_plugin.engine.checks import (
+    check_device,
+    check_name,
+    check_size,
+    check_values,
+    value_of,
+)
 from selcon_plugin.engine.settings import ConfigKeys, sampler_of
-from selcon_plugin.options import Option
+from selcon_plugin.methods import method_options
+from selcon_plugin.options import Choice, Interval, Option
 
 logger = logging.getLogger(__name__)
+
+
+def _optimizer_names() -> tuple[str, ...]:
+    return tuple(
+        name
+        for name, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
+    )
 
 
 # How FastReID's config writes the plugin's keys.
 KEYS = ConfigKeys(
     "MODEL.SELCON", str.upper, extra=(Option("test_camera_term", False, bool, None),)
 )
+
+
+_SCHEDULES = ("MultiStepLR", "CosineAnnealingLR")  # those FastReID has arguments for
+
+# FastReID's keys whose wrong values it meets late, or in silence.
+_HOST_OPTIONS = (
+    Option("SOLVER.IMS_PER_BATCH", 64, int, Interval(1)),
+    Option("SOLVER.MAX_EPOCH", 120, int, Interval(1)),
+    Option("SOLVER.BASE_LR", 0.01, float, Interval(0)),
+    Option("SOLVER.WEIGHT_DECAY", 0.0, float, Interval(0)),
+    Option("SOLVER.MOMENTUM", 0.9, float, Interval(0, 1, below=True)),
+    Option("SOLVER.WARMUP_ITERS", 0, int, Interval(0)),
+    Option("SOLVER.CHECKPOINT_PERIOD", 20, int, Interval(1)),
+    Option("SOLVER.OPT", "Adam", str, Choice(_optimizer_names())),
+    Option("SOLVER.SCHED", "MultiStepLR", str, Choice(_SCHEDULES)),
+    Option("TEST.IMS_PER_BATCH", 64, int, Interval(1)),
+    Option("TEST.EVAL_PERIOD", 20, int, Interval(0)),
+    Option("DATALOADER.NUM_WORKERS", 8, int, Interval(0)),
+    Option("DATALOADER.NUM_INSTANCE", 4, int, Interval(1)),
+    Option("MODEL.HEADS.EMBEDDING_DIM", 0, int, Interval(0)),
+)
+_REGISTRIES = {
+    "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
+    "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
+    "MODEL.HEADS.NAME": REID_HEADS_REGISTRY,
+}
 
 
 def add_selcon_config(cfg: CfgNode) -> CfgNode:
@@ -104,11 +150,35 @@ def _check_combinations(cfg: CfgNode) -> None:
             "MODEL.SELCON.GHOST_BATCH_SIZE must be 0 (off) or at least 2, got 1: one image "
             "has no batch statistics"
         )
+    if node.TEST_CAMERA_TERM and "same_camera_penalty" not in method_options(node.METHOD):
+        raise ValueError(
+            "MODEL.SELCON.TEST_CAMERA_TERM adds SAME_CAMERA_PENALTY at test time, which "
+            f"the method {node.METHOD} does not have: leave it at False"
+        )
     if node.TEST_CAMERA_TERM and (cfg.TEST.RERANK.ENABLED or cfg.TEST.AQE.ENABLED):
         raise ValueError(
             "MODEL.SELCON.TEST_CAMERA_TERM cannot be combined with TEST.RERANK or "
             "TEST.AQE: both compare gallery images with each other, where the term has no "
             "meaning"
+        )
+
+
+def _check_host_keys(cfg: CfgNode) -> None:
+    """Refuse values and names on which FastReID would fail late, or without saying why."""
+    check_values(cfg, _HOST_OPTIONS)
+    check_size("INPUT.SIZE_TRAIN", cfg.INPUT.SIZE_TRAIN)
+    check_size("INPUT.SIZE_TEST", cfg.INPUT.SIZE_TEST)
+    check_device("MODEL.DEVICE", cfg.MODEL.DEVICE)
+    for key, registry in _REGISTRIES.items():
+        check_name(key, value_of(cfg, key), registry._obj_map)
+    for key in ("NAMES", "TESTS"):
+        for name in cfg.DATASETS[key]:
+            check_name(f"DATASETS.{key}", name, DATASET_REGISTRY._obj_map)
+    head = REID_HEADS_REGISTRY.get(cfg.MODEL.HEADS.NAME)
+    if head is not EmbeddingHead and head.__module__.startswith("fastreid."):
+        raise ValueError(
+            f"MODEL.HEADS.NAME {cfg.MODEL.HEADS.NAME!r} classifies identities: set it to "
+            "GlobalPartHead"
         )
 
 
@@ -125,8 +195,8 @@ def complete_config(cfg: CfgNode) -> CfgNode:
         Checked config, frozen if the given one was.
 
     Raises:
-        ValueError: If a key of ``MODEL.SELCON`` is illegal; names key, value and legal
-            range.
+        ValueError: If a key of ``MODEL.SELCON`` is illegal, or one of FastReID's that a run
+            needs; names key, value and what is legal.
     """  # noqa: DOC502  (raised by what this calls)
     frozen = cfg.is_frozen()
     cfg = cfg.clone()
@@ -134,6 +204,7 @@ def complete_config(cfg: CfgNode) -> CfgNode:
     if "SELCON" not in cfg.MODEL:
         add_selcon_config(cfg)
     KEYS.check(cfg.MODEL.SELCON)
+    _check_host_keys(cfg)
     _check_combinations(cfg)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("MODEL.DEVICE is cuda, but CUDA is not available: using the CPU")

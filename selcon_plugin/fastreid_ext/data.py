@@ -99,6 +99,8 @@ class TrainLoader:
 
 def training_items(cfg: CfgNode) -> list[Item]:
     """List the training images: of all data sets in ``DATASETS.NAMES``, and extra ones."""
+    if not cfg.DATASETS.NAMES:
+        raise ValueError("DATASETS.NAMES is empty: name a data set to train on")
     items: list[Item] = []
     for name in cfg.DATASETS.NAMES:
         data = build_dataset(cfg, name, combineall=cfg.DATASETS.COMBINEALL)
@@ -124,7 +126,8 @@ def build_train_loader(cfg: CfgNode) -> TrainLoader:
     dataset = IndexedDataset(
         training_items(cfg), build_transforms(cfg, is_train=True), cfg.MODEL.SELCON.SEED
     )
-    sampler = _build_sampler(cfg, len(dataset))
+    _warn_of_host_sampler(cfg)
+    sampler = _build_sampler(cfg, len(dataset), comm.get_rank(), comm.get_world_size())
     host_loader = build_reid_train_loader(
         dataset,
         sampler=sampler,
@@ -134,26 +137,62 @@ def build_train_loader(cfg: CfgNode) -> TrainLoader:
     return TrainLoader(host_loader, sampler)
 
 
-def _build_sampler(cfg: CfgNode, num_images: int) -> BatchStream:
-    node, name = cfg.MODEL.SELCON, sampler_name(cfg)
+def check_processes(cfg: CfgNode, world_size: int) -> None:
+    """Check that there are images and batches for that many processes.
+
+    Args:
+        cfg: Complete config.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: If not.
+    """  # noqa: DOC502  (raised by what this calls)
+    _build_sampler(cfg, len(training_items(cfg)), 0, world_size)
+
+
+def check_test_sets(cfg: CfgNode) -> None:
+    """Check before the training that its results can be evaluated.
+
+    Args:
+        cfg: Complete config.
+
+    Raises:
+        ValueError: If a test set has no images. ``FileNotFoundError`` if it is not there.
+    """
+    for name in cfg.DATASETS.TESTS:
+        data = build_dataset(cfg, name)
+        if not data.query or not data.gallery:
+            raise ValueError(
+                f"DATASETS.TESTS: {name} has no query and gallery images: name another "
+                "data set, or () for none"
+            )
+
+
+def _warn_of_host_sampler(cfg: CfgNode) -> None:
     if cfg.DATALOADER.SAMPLER_TRAIN != _LABEL_FREE_SAMPLER:
         logger.warning(
             "DATALOADER.SAMPLER_TRAIN %s groups images by identity, which is not known "
             "here: MODEL.SELCON.SAMPLER %s draws the batches",
             cfg.DATALOADER.SAMPLER_TRAIN,
-            name,
+            sampler_name(cfg),
         )
+
+
+def _build_sampler(
+    cfg: CfgNode, num_images: int, rank: int, world_size: int
+) -> BatchStream:
+    node = cfg.MODEL.SELCON
     try:
         return build_sampler(
-            name,
+            sampler_name(cfg),
             num_images,
             batch_size=cfg.SOLVER.IMS_PER_BATCH,
             num_instances=cfg.DATALOADER.NUM_INSTANCE,
             outlier_share=node.OUTLIER_SHARE,
             micro_batches=node.MICRO_BATCHES,
             seed=node.SEED,
-            rank=comm.get_rank(),
-            world_size=comm.get_world_size(),
+            rank=rank,
+            world_size=world_size,
         )
     except ValueError as error:
         raise ValueError(

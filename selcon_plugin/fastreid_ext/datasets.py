@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 from fastreid.config import CfgNode
@@ -41,6 +42,9 @@ def build_dataset(cfg: CfgNode, name: str, **kwargs: Any) -> ImageDataset:
 
     Returns:
         FastReID's data set.
+
+    Raises:
+        FileNotFoundError: If it is not below the data set root.
     """
     cls = DATASET_REGISTRY.get(name)
     if issubclass(cls, ImageFolderReID):
@@ -48,7 +52,17 @@ def build_dataset(cfg: CfgNode, name: str, **kwargs: Any) -> ImageDataset:
         kwargs.update(image_folder=folder.ROOT, camera_pattern=folder.CAMERA_PATTERN)
     elif issubclass(cls, SyntheticPersons):
         kwargs["spec"] = synthetic_persons_spec(cfg)
-    return cls(root=dataset_root(), **kwargs)
+    with warnings.catch_warnings():
+        # Of a folder that is not there some say that it has the old structure.
+        warnings.filterwarnings("ignore", "The current data structure is deprecated")
+        try:
+            return cls(root=dataset_root(), **kwargs)
+        except RuntimeError as error:
+            raise FileNotFoundError(
+                f"the data set {name} (DATASETS) is not complete below "
+                f"{dataset_root()!r}: {error}. Put it there, or let the environment "
+                "variable FASTREID_DATASETS name the folder that holds the data sets"
+            ) from error
 
 
 @DATASET_REGISTRY.register()

@@ -20,7 +20,7 @@ class GlobalPartHead(GlobalPartEmbedding):
     0, as FastReID's own head does.
 
     Raises:
-        ValueError: If ``POOL_LAYER`` is unknown or the sizes do not fit.
+        ValueError: If ``POOL_LAYER`` or ``NORM`` is unknown or the sizes do not fit.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -32,7 +32,15 @@ class GlobalPartHead(GlobalPartEmbedding):
             )
 
         def make_norm(channels: int) -> nn.Module:
-            layer: nn.Module = get_norm(heads.NORM, channels, bias_freeze=heads.WITH_BNNECK)
+            try:
+                layer: nn.Module = get_norm(
+                    heads.NORM, channels, bias_freeze=heads.WITH_BNNECK
+                )
+            except KeyError as error:
+                raise ValueError(
+                    "MODEL.HEADS.NORM must be one of BN, syncBN, GhostBN, FrozenBN, GN, "
+                    f"got {heads.NORM!r}"
+                ) from error
             return layer
 
         super().__init__(

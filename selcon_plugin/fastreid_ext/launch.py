@@ -10,6 +10,7 @@ import datetime
 import multiprocessing
 import os
 import signal
+import re
 import socket
 import traceback
 from collections.abc import Callable
@@ -41,6 +42,9 @@ _USUAL_CAUSES = {
 
 class ProcessFailure(RuntimeError):  # noqa: N818  (as in ProcessExitedException)
     """A training process failed or was killed; the others have been ended."""
+
+
+_MEETING_POINT = re.compile(r"tcp://\S+:\d+|env://|file://\S+")
 
 
 def launch(
@@ -139,6 +143,35 @@ def _raise_first_failure(
         if is_mistake:
             raise ValueError(message)
         raise ProcessFailure(f"process {rank} of {world_size} failed. {rest}\n\n{trace}")
+
+
+def check_launch(
+    num_processes: int, num_machines: int, machine_rank: int, dist_url: str
+) -> None:
+    """Refuse numbers of processes and machines that cannot be.
+
+    Args:
+        num_processes: Processes on this machine.
+        num_machines: Number of machines.
+        machine_rank: Rank of this machine.
+        dist_url: Meeting point, or "auto".
+
+    Raises:
+        ValueError: If one is out of range; names the argument of the command line.
+    """
+    for name, value in (("--num-gpus", num_processes), ("--num-machines", num_machines)):
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+    if not 0 <= machine_rank < num_machines:
+        raise ValueError(
+            f"--machine-rank must be >= 0 and < {num_machines}, the --num-machines, got "
+            f"{machine_rank}"
+        )
+    if dist_url != "auto" and not _MEETING_POINT.fullmatch(dist_url):
+        raise ValueError(
+            f"--dist-url must be auto or tcp://host:port, such as tcp://10.0.0.1:29500, "
+            f"got {dist_url!r}"
+        )
 
 
 def _run_under_torchrun(

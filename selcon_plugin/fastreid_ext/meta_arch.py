@@ -10,17 +10,21 @@ from fastreid.config import CfgNode
 from fastreid.modeling.backbones import build_backbone
 from fastreid.modeling.heads import build_heads
 from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
-from torch import Tensor
+from torch import Tensor, nn
 
 from selcon_plugin.engine.network import EmbeddingNetwork, usable_parts
 from selcon_plugin.fastreid_ext.config import complete_config, selected_method_options
 from selcon_plugin.features import Embeddings
 from selcon_plugin.methods import build_method
+from selcon_plugin.safe_loading import MIN_LOADED_SHARE, data_only, loading_noted
 
 logger = logging.getLogger(__name__)
 
 # FastReID's default head classifies identities; it gives way to ours.
 _HOST_DEFAULT_HEAD = "EmbeddingHead"
+
+
+_OWN_BACKBONES = ("build_timm_backbone", "build_torchreid_backbone")
 
 
 @META_ARCH_REGISTRY.register()
@@ -42,7 +46,7 @@ class SelCon(EmbeddingNetwork):
         cfg = complete_config(cfg)
         cfg.defrost()
         node = cfg.MODEL.SELCON
-        backbone = build_backbone(cfg)
+        backbone = _build_backbone(cfg)
         size = tuple(cfg.INPUT.SIZE_TRAIN)
         channels, node.NUM_PARTS = usable_parts(backbone, size, node.METHOD, node.NUM_PARTS)
         if channels != cfg.MODEL.BACKBONE.FEAT_DIM:
@@ -116,6 +120,32 @@ class SelCon(EmbeddingNetwork):
         return self.losses(
             batched_inputs["images"], batched_inputs["targets"], batched_inputs["camids"]
         )
+
+
+def _build_backbone(cfg: CfgNode) -> nn.Module:
+    """Build the backbone; say which keys are wrong where FastReID does not."""
+    node = cfg.MODEL.BACKBONE
+    try:
+        with data_only(), loading_noted() as shares:
+            backbone: nn.Module = build_backbone(cfg)
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
+        if node.NAME in _OWN_BACKBONES:
+            raise  # they name the keys themselves
+        raise ValueError(
+            f"MODEL.BACKBONE.NAME {node.NAME} with DEPTH {node.DEPTH!r}, PRETRAIN "
+            f"{node.PRETRAIN} and PRETRAIN_PATH {node.PRETRAIN_PATH!r} cannot be built: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if (
+        node.NAME not in _OWN_BACKBONES
+        and node.PRETRAIN_PATH
+        and max(shares, default=1) < MIN_LOADED_SHARE
+    ):
+        raise ValueError(
+            f"MODEL.BACKBONE.PRETRAIN_PATH {node.PRETRAIN_PATH!r}: the weights do not fit "
+            f"{node.NAME}: they hold {max(shares):.0%} of its tensors by name"
+        )
+    return backbone
 
 
 def _images(batched_inputs: dict[str, Any] | Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +15,11 @@ from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
 from fastreid.solver import build_optimizer
 from fastreid.utils import comm
 from fastreid.utils.logger import setup_logger
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from selcon_plugin.clustering import Labeler
+from selcon_plugin.engine.checks import make_output_folder
 from selcon_plugin.engine.extraction import calibrate_normalization
 from selcon_plugin.engine.run import TrainingRun, seed_all
 from selcon_plugin.engine.run_record import RunMeter
@@ -102,7 +102,8 @@ class SelConTrainer(DefaultTrainer):
         cfg = complete_config(cfg)
         self.check_meta_architecture(cfg)
         if cfg.OUTPUT_DIR and comm.is_main_process():
-            Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
+            make_output_folder("OUTPUT_DIR", cfg.OUTPUT_DIR)
+        selcon_data.check_test_sets(cfg)
         loader = self.build_train_loader(cfg)
         cfg = self.auto_scale_hyperparams(cfg, loader.dataset.num_classes)
         # FastReID logs a random seed of its own when it sets up; this one takes its place.
@@ -123,7 +124,7 @@ class SelConTrainer(DefaultTrainer):
             param_wrapper,
             num_micro_batches=cfg.MODEL.SELCON.MICRO_BATCHES,
         )
-        self.labeler = self._build_labeler(cfg, model)
+        self.labeler = self._build_labeler(cfg, model, loader.dataset.camera_ids)
         self.iters_per_epoch = (
             cfg.MODEL.SELCON.ITERS_PER_EPOCH
             or len(loader.dataset) // cfg.SOLVER.IMS_PER_BATCH
@@ -158,10 +159,11 @@ class SelConTrainer(DefaultTrainer):
             )
 
     @staticmethod
-    def _build_labeler(cfg: CfgNode, model: nn.Module) -> Labeler | None:
-        """Build the labeler of a method that clusters; check that the sampler fits."""
+    def _build_labeler(cfg: CfgNode, model: nn.Module, camids: Tensor) -> Labeler | None:
+        """Build the labeler of a method that clusters; check that all fits the method."""
         method = unwrap(model).method
         assert method is not None
+        method.check_cameras(camids)
         if method.needs_clusters:
             return KEYS.labeler(cfg.MODEL.SELCON)
         if sampler_name(cfg) != STREAM_SAMPLER:

@@ -27,6 +27,7 @@ from selcon_plugin.backbones import (
 )
 from selcon_plugin.compat import import_torchreid
 from selcon_plugin.imagenet_weights import load_weights, read_state_dict
+from selcon_plugin.safe_loading import data_only
 
 __all__ = [
     "MODEL_PREFIX",
@@ -215,7 +216,8 @@ def _download(name: str) -> nn.Module:
     untrained = _build(name)
     torch.set_rng_state(random_state)
     try:
-        model = _build(name, pretrained=True)
+        with data_only():
+            model = _build(name, pretrained=True)
     except Exception as error:
         # gdown, the network and torch.load each raise errors of their own
         raise RuntimeError(

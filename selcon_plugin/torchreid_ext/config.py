@@ -14,6 +14,7 @@ import torch
 from yacs.config import CfgNode
 
 from selcon_plugin.datasets import SyntheticPersonsSpec
+from selcon_plugin.engine.checks import check_name, check_values
 from selcon_plugin.engine.settings import ConfigKeys
 from selcon_plugin.options import Choice, Interval, Option
 from selcon_plugin.torchreid_ext.models import Pool
@@ -105,6 +106,25 @@ _HOST_KEYS: dict[str, dict[str, Any]] = {
         "visrank_topk": 10,
     },
 }
+_OPTIMIZERS = ("adam", "amsgrad", "sgd", "rmsprop", "radam")
+_SCHEDULES = ("single_step", "multi_step", "cosine")
+_TRANSFORMS = ("random_flip", "random_crop", "random_patch", "color_jitter", "random_erase")
+# torchreid's keys whose wrong values it meets late, or without naming them.
+_HOST_OPTIONS = (
+    Option("train.batch_size", 32, int, Interval(1)),
+    Option("train.max_epoch", 60, int, Interval(1)),
+    Option("train.lr", 0.0003, float, Interval(0)),
+    Option("train.weight_decay", 0.0, float, Interval(0)),
+    Option("train.optim", "adam", str, Choice(_OPTIMIZERS)),
+    Option("train.lr_scheduler", "single_step", str, Choice(_SCHEDULES)),
+    Option("train.print_freq", 20, int, Interval(1)),
+    Option("data.height", 256, int, Interval(1)),
+    Option("data.width", 128, int, Interval(1)),
+    Option("data.workers", 4, int, Interval(0)),
+    Option("sampler.num_instances", 4, int, Interval(1)),
+    Option("test.batch_size", 100, int, Interval(1)),
+    Option("test.dist_metric", "euclidean", str, Choice(("euclidean", "cosine"))),
+)
 _DEFAULT_SEED = _HOST_KEYS["train"]["seed"]
 # torchreid's name for what a script leaves open where there is a classifier.
 _CLASSIFIER = ["classifier"]
@@ -137,8 +157,8 @@ def complete_config(cfg: CfgNode) -> CfgNode:
         ``train.seed``, where it was set, is the seed of the run.
 
     Raises:
-        ValueError: If a key of ``selcon`` is illegal (names key, value and legal range), or
-            the config is for videos.
+        ValueError: If a key of ``selcon`` is illegal, or one of torchreid's that a run
+            needs (names key, value and what is legal), or the config is for videos.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -147,9 +167,25 @@ def complete_config(cfg: CfgNode) -> CfgNode:
             f"data.type is {cfg.data.type!r}: training without identities takes images"
         )
     KEYS.check(cfg.selcon)
+    _check_host_keys(cfg)
     for key in ("open_layers", "new_layers"):
         if cfg.train[key] == _CLASSIFIER:
             cfg.train[key] = ["heads"]  # what takes the classifier's place
     if cfg.train.seed != _DEFAULT_SEED and not cfg.selcon.seed:
         cfg.selcon.seed = cfg.train.seed
     return cfg
+
+
+def _check_host_keys(cfg: CfgNode) -> None:
+    """Refuse values on which torchreid would fail late, or without naming the key."""
+    check_values(cfg, _HOST_OPTIONS)
+    transforms = cfg.data.transforms
+    for name in [transforms] if isinstance(transforms, str) else transforms:
+        check_name("data.transforms", name, _TRANSFORMS)
+    if cfg.use_gpu and not torch.cuda.is_available():
+        raise ValueError("use_gpu is True, but CUDA is not available: set it to False")
+    if cfg.selcon.ghost_batch_size == 1:
+        raise ValueError(
+            "selcon.ghost_batch_size must be 0 (off) or at least 2, got 1: one image has no "
+            "batch statistics"
+        )

@@ -36,6 +36,7 @@ from selcon_plugin.engine.settings import (
 from selcon_plugin.features import Embeddings
 from selcon_plugin.methods import build_method, method_class, method_options
 from selcon_plugin.options import check_options
+from selcon_plugin.safe_loading import load_data
 from selcon_plugin.torchreid_ext.data import (
     EpochLoader,
     ExtractionLoader,
@@ -190,6 +191,7 @@ class ImageSelConEngine(_Engine):
             head.part_dim,
             **self._method_options,
         )
+        probe.check_cameras(images.camera_ids)
         if not probe.needs_clusters and sampler_name != STREAM_SAMPLER:
             raise ValueError(
                 f"sampler {sampler_name} draws from clusters, and {self._method_name} "
@@ -425,8 +427,8 @@ class ImageSelConEngine(_Engine):
                 or another model. ``FileNotFoundError`` if there is none.
         """
         file = _find_checkpoint(Path(path).expanduser())
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        if _ENTRY not in checkpoint:
+        checkpoint = load_data(file)
+        if not isinstance(checkpoint, dict) or _ENTRY not in checkpoint:
             raise ValueError(
                 f"{file} is not a checkpoint of ImageSelConEngine: to begin from its "
                 "weights, load them with torchreid's load_pretrained_weights"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +13,15 @@ from yacs.config import CfgNode
 
 from selcon_plugin.compat import import_torchreid
 from selcon_plugin.datasets import SyntheticPersonsSpec
+from selcon_plugin.engine.checks import check_name, make_output_folder
 from selcon_plugin.engine.run import seed_all
 from selcon_plugin.engine.run_record import forget_results, write_results
 from selcon_plugin.engine.settings import clustering_options, run_options
 from selcon_plugin.methods import method_class
+from selcon_plugin.safe_loading import safe_extraction
 from selcon_plugin.torchreid_ext.config import KEYS
 from selcon_plugin.torchreid_ext.datasets import (
+    image_dataset_names,
     register_image_folder,
     register_synthetic_persons,
 )
@@ -41,7 +45,29 @@ def build_datamanager(cfg: CfgNode) -> Any:
 
     Returns:
         The manager.
+
+    Raises:
+        ValueError: If a data set is unknown, or there is none to train on.
+        FileNotFoundError: If one is not there.
     """
+    data = cfg.data
+    if not data.sources:
+        raise ValueError("data.sources is empty: name a data set to train on")
+    for key in ("sources", "targets"):
+        for name in data[key]:
+            check_name(f"data.{key}", name, image_dataset_names())
+    try:
+        with safe_extraction():
+            return _build_datamanager(cfg)
+    except (RuntimeError, OSError, ImportError) as error:
+        raise FileNotFoundError(
+            f"the data sets of data.sources {list(data.sources)} and data.targets "
+            f"{list(data.targets)} are not complete below data.root {data.root!r}, and "
+            f"cannot be downloaded: {error}"
+        ) from error
+
+
+def _build_datamanager(cfg: CfgNode) -> Any:
     data = cfg.data
     return import_torchreid().data.ImageDataManager(
         root=data.root,
@@ -193,11 +219,18 @@ def run_config(cfg: CfgNode, *, resume: bool = False) -> ImageSelConEngine:
         The engine after the run; its ``results`` hold the metrics.
 
     Raises:
-        ValueError: If there is nothing to evaluate, or no weights to evaluate.
+        ValueError: If there is nothing to evaluate, no weights to evaluate, or
+            ``data.save_dir`` cannot be written to.
+        FileNotFoundError: If there is no file that the config names.
     """
     test, train, folder = cfg.test, cfg.train, cfg.data.save_dir
     if test.evaluate and not (cfg.model.load_weights or cfg.model.resume):
         raise ValueError("model.load_weights must name a checkpoint to evaluate")
+    make_output_folder("data.save_dir", folder)
+    for key in ("load_weights", "resume"):
+        file = cfg.model[key]
+        if file and not Path(file).expanduser().exists():
+            raise FileNotFoundError(f"model.{key} {file!r} does not exist")
     engine = build_engine(cfg)
     if test.evaluate and not engine.test_loader:
         raise ValueError("data.targets has no test images: there is nothing to evaluate on")
