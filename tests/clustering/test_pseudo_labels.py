@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_array
 
 from selcon_plugin.clustering.pseudo_labels import PseudoLabels, outliers_alone
 

@@ -4,6 +4,7 @@ import logging
 import multiprocessing as mp
 import os
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ class Images(IndexedImages):
 
 def to_tensor(image):
     """Show which image it is by its shade; a transform that draws nothing."""
-    return torch.from_numpy(np.asarray(image.resize((8, 16)))).permute(2, 0, 1).float()
+    return torch.from_numpy(np.array(image.resize((8, 16)))).permute(2, 0, 1).float()
 
 
 @pytest.fixture
@@ -131,14 +132,13 @@ def test_batches_do_not_depend_on_workers_which_report_to_the_training(images, w
 
 
 def test_what_failed_is_reported_once_and_forgotten_when_it_can_be_read(images):
-    content = open(images.paths[4], "rb").read()
+    content = Path(images.paths[4]).read_bytes()
     os.unlink(images.paths[4])
     images[SampleKey(4, 0)]
     assert images.take_unreported().nonzero().tolist() == [[4]]
     assert not images.take_unreported().any()
     assert images.unreadable[4]
-    with open(images.paths[4], "wb") as stream:
-        stream.write(content)
+    Path(images.paths[4]).write_bytes(content)
     assert images[SampleKey(4, 0)]["index"] == 4
     assert not images.unreadable.any()
     view = images.with_transform(to_tensor)
@@ -173,7 +173,9 @@ def test_broken_files_are_left_out_and_reported_once(items, caplog):
 def test_too_many_broken_files_stop_the_run_with_list_and_remedy(items):
     for i in (3, 8):
         open(items[i][0], "wb").close()
-    match = r"2 of 12 .*0\.15 that max_bad_share(.|\n)*03\.png: empty(.|\n)*08\.png(.|\n)*Mend"
+    match = (
+        r"2 of 12 .*0\.15 that max_bad_share(.|\n)*03\.png: empty(.|\n)*08\.png(.|\n)*Mend"
+    )
     with pytest.raises(BadImagesError, match=match):
         readable_items(items, 0.15)
     assert readable_items(items, 2 / 12)[1] == 2  # the bound itself is allowed
