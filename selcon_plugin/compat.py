@@ -33,9 +33,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 
+from selcon_plugin.datasets.reading import read_rgb
 from selcon_plugin.safe_loading import data_only, load_data
 
 __all__ = [
@@ -91,6 +91,7 @@ def prepare_fastreid() -> None:
     _allow_numpy_in_checkpoints()
     _translate_random_affine()
     _let_data_loader_run_without_cuda()
+    _let_background_reader_fail()
     _let_optimizers_keep_their_gradients()
     _keep_running_without_compiler()
     _let_reranking_run_without_gpu_faiss()
@@ -317,6 +318,37 @@ def _let_data_loader_run_without_cuda() -> None:
         delattr(loader, name)  # what DataLoader itself does is right
 
 
+def _let_background_reader_fail() -> None:
+    """Let FastReID's loader raise what went wrong in the thread that fetches batches.
+
+    Without it: with CUDA a run whose images cannot be read (or whose transform fails)
+    neither goes on nor ends. The thread dies, and the training waits for its next batch.
+    Can go when: FastReID's ``BackgroundGenerator`` hands errors on.
+    """
+    generator: Any = importlib.import_module("fastreid.data.data_utils").BackgroundGenerator
+    original = generator.run
+    if hasattr(original, _MENDED):
+        return
+
+    @functools.wraps(original)
+    def run(self: Any) -> None:
+        try:
+            original(self)
+        except Exception as error:
+            self.queue.put(None if self.exit_event.is_set() else error)
+
+    def next_batch(self: Any) -> Any:
+        batch = self.queue.get()
+        if isinstance(batch, Exception):
+            raise batch
+        if batch is None:
+            raise StopIteration
+        return batch
+
+    setattr(run, _MENDED, True)
+    generator.run, generator.next = run, next_batch
+
+
 def _let_optimizers_keep_their_gradients() -> None:
     """Make FastReID's optimizers zero gradients in place rather than drop them.
 
@@ -499,8 +531,7 @@ def _let_unreadable_images_fail(torchreid: types.ModuleType) -> None:
         for pause in _READ_PAUSES:
             time.sleep(pause)
             try:
-                with Image.open(path) as image:
-                    return image.convert("RGB")
+                return read_rgb(path)
             except OSError as error:
                 fault = error
         raise OSError(f"{path} cannot be read as an image: {fault}") from fault

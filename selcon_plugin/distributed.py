@@ -64,3 +64,26 @@ def broadcast_tensor(
         vector = tensor.to(device, dtype)
     dist.broadcast(vector, src=0)
     return vector.cpu()
+
+
+def group_device() -> torch.device:
+    """Return where the process group's tensors live; the CPU without a group."""
+    if world_size() > 1 and dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def on_any_rank(mask: Tensor) -> Tensor:
+    """Return what is true on at least one rank.
+
+    Args:
+        mask: bool, of the same shape on every rank, on the CPU.
+
+    Returns:
+        bool, the same on every rank, on the CPU.
+    """
+    if world_size() == 1:
+        return mask
+    shared = mask.to(group_device(), torch.uint8)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return shared.bool().cpu()

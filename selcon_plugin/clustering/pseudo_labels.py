@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import csr_array
 from torch import Tensor
 
 OUTLIER = -1
@@ -95,6 +96,34 @@ class PseudoLabels:
             Labels 0..M-1, marked ``instance_level``.
         """
         return cls(torch.arange(num_images), instance_level=True, **other)
+
+    def among(self, kept: Tensor) -> PseudoLabels:
+        """Return the labels of all images, from labels of some.
+
+        Args:
+            kept: Which images these are labels of, bool ``(M,)``.
+
+        Returns:
+            The same labels; of the others each is an outlier, far from everything. Where
+            every image is its own class, so are the others.
+        """
+        graph = self.distance
+        if graph is not None:
+            counts = torch.zeros(len(kept), dtype=torch.int64)
+            counts[kept] = torch.from_numpy(graph.indptr).long().diff()
+            indptr = np.concatenate([[0], counts.cumsum(0).numpy()])
+            indices = kept.nonzero().flatten().numpy()[graph.indices]
+            graph = csr_array((graph.data, indices, indptr), shape=(len(kept), len(kept)))
+        if self.instance_level:
+            return self.each_its_own(len(kept), distance=graph, measured=self.measured)
+        labels = torch.full((len(kept),), OUTLIER)
+        labels[kept] = self.labels
+        labelings = self.labelings
+        if labelings is not None:
+            spread = torch.full((len(labelings), len(kept)), OUTLIER)
+            spread[:, kept] = labelings
+            labelings = spread
+        return replace(self, labels=labels, distance=graph, labelings=labelings)
 
     @property
     def num_images(self) -> int:

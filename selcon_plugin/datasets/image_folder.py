@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
-import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
-
-from PIL import Image
-from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 NO_CAMERAS = "none"
-_LISTED_BROKEN_FILES = 10
-_READERS = 4
 
 
 class ImageItem(NamedTuple):
@@ -33,10 +26,10 @@ class ImageItem(NamedTuple):
 
 
 def read_image_folder(folder: str | Path, *, camera_pattern: str = "") -> list[ImageItem]:
-    """List the readable images below a folder, with their cameras.
+    """List the images below a folder, with their cameras.
 
-    Every file is decoded once, so that a broken one is met here and not in the middle of
-    the training: broken and zero-byte files are left out and named in one warning.
+    No file is opened: broken ones are met by
+    :func:`selcon_plugin.datasets.reading.find_unreadable`, before the training.
 
     Args:
         folder: Searched to any depth for jpg, jpeg, png, webp and bmp files.
@@ -50,8 +43,8 @@ def read_image_folder(folder: str | Path, *, camera_pattern: str = "") -> list[I
 
     Raises:
         FileNotFoundError: If the folder does not exist.
-        ValueError: If it holds no readable image, or if the pattern is no regular
-            expression or fits none of the files.
+        ValueError: If it holds no image file, or if the pattern is no regular expression
+            or fits none of the files.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -62,19 +55,17 @@ def read_image_folder(folder: str | Path, *, camera_pattern: str = "") -> list[I
     paths = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()
     )
-    readable = _without_broken(paths)
-    if not readable:
-        found = f"all {len(paths)} image files are broken" if paths else "no image files"
+    if not paths:
         raise ValueError(
-            f"{found} in {str(folder)!r}: it needs files of type "
+            f"no image files in {str(folder)!r}: it needs files of type "
             f"{', '.join(sorted(IMAGE_SUFFIXES))}"
         )
-    cameras = [find_camera(path.relative_to(folder)) for path in readable]
-    cameras = _checked_cameras(cameras, camera_pattern, readable)
+    cameras = [find_camera(path.relative_to(folder)) for path in paths]
+    cameras = _checked_cameras(cameras, camera_pattern, paths)
     return [
-        ImageItem(str(path), camera) for path, camera in zip(readable, cameras, strict=True)
+        ImageItem(str(path), camera) for path, camera in zip(paths, cameras, strict=True)
     ]
 
 
@@ -133,46 +124,3 @@ def _checked_cameras(
         unknown,
     )
     return cameras
-
-
-def _without_broken(paths: list[Path]) -> list[Path]:
-    """Decode every file; return the good ones and warn once about the others."""
-    with ThreadPoolExecutor(
-        _READERS
-    ) as pool:  # Pillow decodes outside the interpreter lock
-        progress = tqdm(
-            pool.map(_fault_of, paths),
-            total=len(paths),
-            desc="checking images",
-            unit="img",
-            leave=False,
-            disable=None,
-        )
-        faults = list(progress)
-    broken = [(path, fault) for path, fault in zip(paths, faults, strict=True) if fault]
-    if broken:
-        listed = "\n".join(
-            f"  {path}: {fault}" for path, fault in broken[:_LISTED_BROKEN_FILES]
-        )
-        more = len(broken) - _LISTED_BROKEN_FILES
-        logger.warning(
-            "%d of %d image files cannot be read and are left out:\n%s%s",
-            len(broken),
-            len(paths),
-            listed,
-            f"\n  ... and {more} more" if more > 0 else "",
-        )
-    return [path for path, fault in zip(paths, faults, strict=True) if not fault]
-
-
-def _fault_of(path: Path) -> str:
-    """Return why a file cannot be decoded, or ``""``."""
-    try:
-        if not path.stat().st_size:
-            return "empty file"
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")  # oddities of metadata do not matter here
-            image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""

@@ -111,7 +111,7 @@ def calibrate_normalization(
     stream = iter(StreamSampler(len(dataset), seed=dataset.seed))
     batch_size = min(batch_size, len(dataset))
     for _ in range(min(_CALIBRATION_BATCHES, len(dataset) // batch_size)):
-        samples = [dataset[next(stream).index] for _ in range(batch_size)]
+        samples = [dataset[next(stream)] for _ in range(batch_size)]
         images = torch.stack([dataset.image_of(sample) for sample in samples])
         network.embed(images, student=True)
     for layer, momentum in zip(fresh, momenta, strict=True):

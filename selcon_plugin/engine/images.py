@@ -6,22 +6,32 @@ import copy
 import hashlib
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePath
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from selcon_plugin.datasets import read_image_folder
+from selcon_plugin.datasets.reading import ImageReadError
 from selcon_plugin.samplers import SampleKey
 
 UNKNOWN = -1
 
+# What is known of a file that was readable when the run began.
+_FAILED, _UNREPORTED = 1, 2
+# Images tried in the place of one that cannot be read.
+_STAND_INS = 100
+
 # Path, identity, camera; names or numbers, UNKNOWN where not known.
 Item = tuple[str, Any, Any]
+
+_Images = TypeVar("_Images", bound="IndexedImages")
 
 
 def extra_items(folder: str) -> list[Item]:
@@ -52,9 +62,15 @@ class IndexedImages(Dataset[dict[str, Any]]):
     order the file system lists them in. Random augmentation is seeded by the sample's place
     in the stream. What a sample looks like is the adapter's: it overrides :meth:`sample`.
 
+    A file may become unreadable during the run. Where a sampler draws it (a
+    :class:`SampleKey`), another image of the same label stands in for it, with its own
+    index: which one follows from the seed and the place in the stream. Where its own
+    features are asked for (an ``int``), it is blank. :attr:`unreadable` tells which files
+    failed, in whichever of the processes that read.
+
     Args:
         items: Path, identity and camera of each image.
-        read: Makes an image of a path.
+        read: Makes an image of a path; raises ``ImageReadError``.
         transform: Makes what the network takes of an image.
         seed: Seed of the augmentation.
 
@@ -63,6 +79,10 @@ class IndexedImages(Dataset[dict[str, Any]]):
         camids: Camera of each image as 0, 1, ...; -1 where unknown.
         true_pids: Identity of each image as 0, 1, ...; -1 where unknown. For diagnostics
             only; no sample carries it.
+        sizes: Bytes of each file when the run began.
+        num_left_out: Files that could not be read when the run began, and are not here.
+        labels: Cluster of each image, ``(M,)``, negative where it is drawn from none, for
+            the choice of stand-ins; None where any image may stand in for any other.
     """
 
     def __init__(
@@ -79,6 +99,12 @@ class IndexedImages(Dataset[dict[str, Any]]):
         self.read = read
         self.transform = transform
         self.seed = seed
+        self.num_left_out = 0
+        self.labels: NDArray[np.int64] | None = None
+        self._sizes: list[int] | None = None
+        # Written by the processes that read, and read by the one that trains.
+        self._flags = torch.zeros(max(1, len(items)), dtype=torch.uint8)
+        self._flags.share_memory_()  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -108,10 +134,53 @@ class IndexedImages(Dataset[dict[str, Any]]):
     def fingerprint(self) -> str:
         """Short hash of names, sizes and cameras: tells if two lists are the same."""
         digest = hashlib.sha256()
-        for path, camid in zip(self.paths, self.camids, strict=True):
-            size = os.path.getsize(path)
+        for path, size, camid in zip(self.paths, self.sizes, self.camids, strict=True):
             digest.update(f"{PurePath(path).name}\0{size}\0{camid}\n".encode())
         return digest.hexdigest()[:16]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each file, as they were when first asked for."""
+        if self._sizes is None:
+            self._sizes = [os.path.getsize(path) for path in self.paths]
+        return self._sizes
+
+    @property
+    def unreadable(self) -> Tensor:
+        """Whether the last try to read each image failed, bool ``(M,)``."""
+        return self._flagged(_FAILED)
+
+    def forget_unreadable(self) -> None:
+        """Take all images for readable, until they are read again."""
+        self._flags &= _UNREPORTED
+
+    def take_unreported(self) -> Tensor:
+        """Return which images have failed since the last call, bool ``(M,)``."""
+        unreported = self._flagged(_UNREPORTED)
+        self._flags &= _FAILED
+        return unreported
+
+    def _flagged(self, flag: int) -> Tensor:
+        return self._flags[: len(self)].bitwise_and(flag).bool()
+
+    def with_items(
+        self: _Images, items: Sequence[Item], sizes: Sequence[int], num_left_out: int
+    ) -> _Images:
+        """Return another list of images under the same transform and seed.
+
+        Args:
+            items: Path, identity and camera of each image, sorted by path.
+            sizes: Bytes of each file.
+            num_left_out: Files left out of the list.
+
+        Returns:
+            The images.
+        """
+        other = copy.copy(self)
+        IndexedImages.__init__(other, items, self.read, self.transform, self.seed)
+        other._sizes = list(sizes)
+        other.num_left_out = num_left_out
+        return other
 
     def with_transform(self, transform: Callable[[Any], Any]) -> IndexedImages:
         """Return the same images in the same order under another transform."""
@@ -143,18 +212,60 @@ class IndexedImages(Dataset[dict[str, Any]]):
         raise NotImplementedError
 
     def __getitem__(self, key: int | SampleKey) -> dict[str, Any]:
-        if not isinstance(key, SampleKey):
-            key = SampleKey(key, key)
-        image = self.read(self.paths[key.index])
+        if isinstance(key, SampleKey):
+            index, image = self._draw(key)
+            position = key.position
+        else:
+            index = position = key
+            image = self._read(index)
+            if image is None:
+                image = Image.new("RGB", (64, 128))
         if get_worker_info() is not None:
-            return self.sample(key.index, self._augment(image, key.position))
+            return self.sample(index, self._augment(image, position))
         # The seed is set in the training process itself: leave its streams as they were.
         with torch.random.fork_rng(devices=[]):
             python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-            image = self._augment(image, key.position)
+            image = self._augment(image, position)
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
-        return self.sample(key.index, image)
+        return self.sample(index, image)
+
+    def _draw(self, key: SampleKey) -> tuple[int, Any]:
+        """Read an image, or another that may be drawn in its place."""
+        image = self._read(key.index)
+        if image is not None:
+            return key.index, image
+        for index in self._stand_ins(key):
+            image = self._read(index)
+            if image is not None:
+                return index, image
+        raise RuntimeError(
+            f"{self.paths[key.index]} cannot be read, nor can any image drawn in its "
+            "place: is the disk that holds them still there?"
+        )
+
+    def _stand_ins(self, key: SampleKey) -> Iterator[int]:
+        rng = np.random.default_rng((self.seed, key.position, key.index))
+        if self.labels is None:
+            groups = [np.arange(len(self))]
+        else:
+            # One that is in no cluster may be drawn only where the sampler drew such a one.
+            same = self.labels == self.labels[key.index]
+            groups = [np.flatnonzero(same), np.flatnonzero(~same & (self.labels >= 0))]
+        for group in groups:
+            yield from rng.permutation(group)[:_STAND_INS].tolist()
+
+    def _read(self, index: int) -> Any:
+        """Read an image; None, and a mark, where it cannot be read."""
+        flags = self._flags.numpy()
+        try:
+            image = self.read(self.paths[index])
+        except ImageReadError:
+            flags[index] = _FAILED | _UNREPORTED
+            return None
+        if flags[index] & _FAILED:
+            flags[index] &= _UNREPORTED
+        return image
 
     def _augment(self, image: Any, position: int) -> Any:
         # The hosts' transforms draw from all three global streams.

@@ -9,6 +9,7 @@
         for batch in ...:
             losses, backward, step         the host's
             run.after_step()               banks, teacher
+        run.finish_epoch()                 what could not be read
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from selcon_plugin.clustering import (
     share_pseudo_labels,
 )
 from selcon_plugin.diagnostics import cluster_diagnostics, neighbor_precision
-from selcon_plugin.distributed import rank
+from selcon_plugin.distributed import on_any_rank, rank
+from selcon_plugin.engine.image_check import report_unreadable
 from selcon_plugin.engine.images import IndexedImages
 from selcon_plugin.engine.network import EmbeddingNetwork
 from selcon_plugin.features import Embeddings
@@ -66,6 +68,7 @@ class TrainingRun:
         cluster_period: Epochs from one clustering to the next.
         cluster_features: ``"global"`` or ``"fused"``: what is clustered.
         min_clusters: Clusters a batch needs.
+        max_bad_share: Share of the images that may become unreadable.
         report: Takes what a clustering measured, by name; on the main process.
     """
 
@@ -79,6 +82,7 @@ class TrainingRun:
     cluster_period: int = 1
     cluster_features: str = "global"
     min_clusters: int = 2
+    max_bad_share: float = 0.05
     report: Callable[[Mapping[str, float]], None] = field(default=lambda _: None)
 
     def __post_init__(self) -> None:
@@ -98,7 +102,8 @@ class TrainingRun:
         self.calibrate()
         self.network.update_teacher(restart=True)
         if not self.method.needs_clusters:
-            self.method.prepare(self.extract(), self._camids())
+            embeddings, _ = self._extract()
+            self.method.prepare(embeddings, self._camids())
 
     def start_epoch(self, epoch: int) -> None:
         """Tell the method and seed all random streams.
@@ -132,11 +137,22 @@ class TrainingRun:
                 start_batch=step,
                 planner="shuffle" if self.method.instance_level else None,
             )
+            self.dataset.labels = self.method.labels.cpu().numpy()
 
     def after_step(self) -> None:
         """Write the banks and move the teacher."""
         self.network.update_banks()
         self.network.update_teacher()
+
+    def finish_epoch(self) -> None:
+        """Say which images could not be read, once; stop the run if they are too many."""
+        report_unreadable(
+            self.dataset,
+            unreported=on_any_rank(self.dataset.take_unreported()),
+            unreadable=on_any_rank(self.dataset.unreadable),
+            max_bad_share=self.max_bad_share,
+            what_happened="others were drawn in their place, with their own labels",
+        )
 
     def diagnostics(self) -> dict[str, float]:
         """Report what a user watches, from the last batch and the banks.
@@ -159,24 +175,35 @@ class TrainingRun:
     def _camids(self) -> Tensor:
         return self.dataset.camera_ids.to(self.network.device)
 
+    def _extract(self) -> tuple[Embeddings, Tensor]:
+        """Compute all features, zero for unreadable images; tell which were readable."""
+        self.dataset.forget_unreadable()
+        embeddings = self.extract()
+        unreadable = on_any_rank(self.dataset.unreadable)
+        if unreadable.any():
+            report_unreadable(
+                self.dataset,
+                unreported=on_any_rank(self.dataset.take_unreported()),
+                unreadable=unreadable,
+                max_bad_share=self.max_bad_share,
+                what_happened="their features are zero, and they are in no cluster",
+            )
+            rows = unreadable.nonzero().flatten().to(self.network.device)
+            for features in (embeddings.global_features, embeddings.part_features):
+                if features is not None:
+                    features[rows] = 0
+        return embeddings, ~unreadable
+
     def _cluster(self, epoch: int) -> None:
-        assert self.labeler is not None
         started = time.perf_counter()
         own = self.method.clustering_features() if self.method.prepared else None
-        embeddings = self.extract() if own is None else Embeddings(own)
+        if own is None:
+            embeddings, readable = self._extract()
+        else:
+            embeddings = Embeddings(own)
+            readable = torch.ones(len(self.dataset), dtype=torch.bool)
         extracted = time.perf_counter()
-        features = embeddings.global_features
-        if self.cluster_features == "fused":
-            features = self.network.test_feature(embeddings)
-        found = None
-        if rank() == 0:
-            found = label_images(
-                self.labeler,
-                features,
-                self._camids(),
-                min_clusters=self.min_clusters,
-                previous=self.method.labels if self.method.prepared else None,
-            )
+        found = self._label(embeddings, readable) if rank() == 0 else None
         pseudo_labels = share_pseudo_labels(found, self.network.device)
         self.method.prepare(embeddings, self._camids(), pseudo_labels)
         seconds = {
@@ -185,6 +212,26 @@ class TrainingRun:
         }
         if rank() == 0:
             self._report(epoch, pseudo_labels, seconds)
+
+    def _label(self, embeddings: Embeddings, readable: Tensor) -> PseudoLabels:
+        """Label the readable images; the others are in no cluster."""
+        assert self.labeler is not None
+        features, camids = embeddings.global_features, self._camids()
+        if self.cluster_features == "fused":
+            features = self.network.test_feature(embeddings)
+        previous = self.method.labels if self.method.prepared else None
+        if not readable.all():
+            kept = readable.to(features.device)
+            features, camids = features[kept], camids[kept]
+            previous = None if previous is None else previous[kept]
+        found = label_images(
+            self.labeler,
+            features,
+            camids,
+            min_clusters=self.min_clusters,
+            previous=previous,
+        )
+        return found if readable.all() else found.among(readable)
 
     def _report(
         self, epoch: int, found: PseudoLabels, seconds: Mapping[str, float]

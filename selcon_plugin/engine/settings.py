@@ -52,6 +52,7 @@ def run_options() -> dict[str, Option]:
         Option("micro_batches", 1, int, Interval(1)),
         Option("ghost_batch_size", 0, int, Interval(0)),
         Option("extra_images", "", str, None),
+        Option("max_bad_share", 0.05, float, Interval(0, 1, below=True)),
         Option("wave_block", "none", str, Choice(("none", *get_args(WaveBlockKind)))),
         Option("ema_decay", 0.0, float, Interval(0, 1, below=True)),
         Option("seed", 0, int, Interval(0)),

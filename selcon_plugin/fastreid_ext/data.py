@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,12 +11,13 @@ import torch
 from fastreid.config import CfgNode
 from fastreid.data.build import build_reid_test_loader, build_reid_train_loader
 from fastreid.data.common import CommDataset
-from fastreid.data.data_utils import read_image
 from fastreid.data.transforms import build_transforms
 from fastreid.utils import comm
 from torch import Tensor
 
+from selcon_plugin.datasets.reading import read_rgb
 from selcon_plugin.engine.batches import build_sampler
+from selcon_plugin.engine.image_check import check_test_images, readable_items
 from selcon_plugin.engine.images import IndexedImages, Item, extra_items
 from selcon_plugin.fastreid_ext.config import sampler_name
 from selcon_plugin.fastreid_ext.datasets import build_dataset
@@ -42,10 +42,7 @@ class IndexedDataset(IndexedImages):
     """
 
     def __init__(self, items: Sequence[Item], transform: Any, seed: int = 0) -> None:
-        # Without a format FastReID takes the indices of a palette for shades of grey.
-        super().__init__(
-            items, functools.partial(read_image, format="RGB"), transform, seed
-        )
+        super().__init__(items, read_rgb, transform, seed)
 
     @property
     def num_classes(self) -> int:
@@ -110,22 +107,54 @@ def training_items(cfg: CfgNode) -> list[Item]:
     return items + extra_items(cfg.MODEL.SELCON.EXTRA_IMAGES)
 
 
-def build_train_loader(cfg: CfgNode) -> TrainLoader:
-    """Build the label-blind train loader on FastReID's own.
+def training_images(cfg: CfgNode) -> IndexedDataset:
+    """Take the training images that can be read, with FastReID's training transform.
 
     Args:
         cfg: Complete config.
 
     Returns:
+        The images.
+
+    Raises:
+        ValueError: If too many cannot be read.
+    """  # noqa: DOC502  (raised by what this calls)
+    node = cfg.MODEL.SELCON
+    items, num_left_out = readable_items(training_items(cfg), node.MAX_BAD_SHARE)
+    dataset = IndexedDataset(items, build_transforms(cfg, is_train=True), node.SEED)
+    dataset.num_left_out = num_left_out
+    return dataset
+
+
+def check_test_sets(cfg: CfgNode) -> None:
+    """Refuse test sets with images that cannot be read, before the training.
+
+    Args:
+        cfg: Complete config.
+
+    Raises:
+        ValueError: If there are such images; lists them.
+    """  # noqa: DOC502  (raised by what this calls)
+    for name in cfg.DATASETS.TESTS:
+        data = build_dataset(cfg, name)
+        check_test_images([path for path, *_ in data.query + data.gallery])
+
+
+def build_train_loader(cfg: CfgNode, images: IndexedDataset | None = None) -> TrainLoader:
+    """Build the label-blind train loader on FastReID's own.
+
+    Args:
+        cfg: Complete config.
+        images: Images to train on; those of the config that can be read without.
+
+    Returns:
         Loader of FastReID batches whose ``targets`` are image indices.
 
     Raises:
-        ValueError: If there are fewer training images than a batch holds, or the batch
-            cannot be cut evenly.
+        ValueError: If there are fewer training images than a batch holds, too many cannot
+            be read, or the batch cannot be cut evenly.
     """  # noqa: DOC502  (raised by what this calls)
-    dataset = IndexedDataset(
-        training_items(cfg), build_transforms(cfg, is_train=True), cfg.MODEL.SELCON.SEED
-    )
+    dataset = training_images(cfg) if images is None else images
     _warn_of_host_sampler(cfg)
     sampler = _build_sampler(cfg, len(dataset), comm.get_rank(), comm.get_world_size())
     host_loader = build_reid_train_loader(
@@ -220,6 +249,15 @@ def build_extraction_loader(cfg: CfgNode, dataset: IndexedDataset) -> Any:
     return loader
 
 
+class _TestImages(CommDataset):
+    """FastReID's test images, read as the training images are."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path, pid, camid = self.img_items[index][:3]
+        image = self.transform(read_rgb(path))
+        return {"images": image, "targets": pid, "camids": camid, "img_paths": path}
+
+
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> tuple[Any, int]:
     """Build FastReID's test loader for a registered data set.
 
@@ -233,7 +271,7 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> tuple[Any, int]:
     data = build_dataset(cfg, dataset_name)
     if comm.is_main_process():
         data.show_test()
-    test_set = CommDataset(
+    test_set = _TestImages(
         data.query + data.gallery, build_transforms(cfg, is_train=False), relabel=False
     )
     loader: tuple[Any, int] = build_reid_test_loader(

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from fastreid.config import CfgNode
 
+from selcon_plugin.engine.image_check import readable_items, report_unreadable
 from selcon_plugin.fastreid_ext.data import IndexedDataset, training_items
 from selcon_plugin.fastreid_ext.embedding import extract_training_set
 from selcon_plugin.fastreid_ext.trainer import load_trained_model
@@ -24,14 +25,23 @@ def extract_folder(cfg: CfgNode, output: str | Path) -> tuple[int, int]:
         Number of images and length of a feature.
     """
     model = load_trained_model(cfg)
-    dataset = IndexedDataset(training_items(cfg), transform=None)
+    items, _ = readable_items(training_items(cfg), cfg.MODEL.SELCON.MAX_BAD_SHARE)
+    dataset = IndexedDataset(items, transform=None)
     features = model.test_feature(extract_training_set(cfg, model, dataset)).cpu()
+    readable = (~dataset.unreadable).numpy()
+    report_unreadable(
+        dataset,
+        unreported=dataset.take_unreported(),
+        unreadable=dataset.unreadable,
+        max_bad_share=cfg.MODEL.SELCON.MAX_BAD_SHARE,
+        what_happened="they are left out",
+    )
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     with open(output, "wb") as stream:  # savez would append .npz to another ending
         np.savez_compressed(
             stream,
-            paths=np.array(dataset.paths),
-            camids=np.array(dataset.camids),
-            features=features.numpy(),
+            paths=np.array(dataset.paths)[readable],
+            camids=np.array(dataset.camids)[readable],
+            features=features.numpy()[readable],
         )
-    return features.shape[0], features.shape[1]
+    return int(readable.sum()), features.shape[1]

@@ -36,6 +36,10 @@ class MethodHook(HookBase):
         """Write the banks and move the teacher."""
         self._run.after_step()
 
+    def after_epoch(self) -> None:
+        """End an epoch."""
+        self._run.finish_epoch()
+
 
 class DiagnosticsHook(HookBase):
     """Write what a user watches to FastReID's log, JSON and TensorBoard writers.

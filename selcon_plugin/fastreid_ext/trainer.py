@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from selcon_plugin.clustering import Labeler
 from selcon_plugin.engine.checks import make_output_folder
 from selcon_plugin.engine.extraction import calibrate_normalization
+from selcon_plugin.engine.image_list import images_to_resume_with, write_image_list
 from selcon_plugin.engine.run import TrainingRun, seed_all
 from selcon_plugin.engine.run_record import RunMeter
 from selcon_plugin.engine.run_state import RunState
@@ -93,6 +94,12 @@ class SelConTrainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode, *, show_progress: bool = False) -> None:
+        self._show_progress = show_progress
+        self._build(cfg)
+
+    def _build(
+        self, cfg: CfgNode, images: selcon_data.IndexedDataset | None = None
+    ) -> None:
         # DefaultTrainer's constructor is not called: it wraps the model for CUDA only and
         # builds a checkpointer without banks in mind. What follows keeps its order.
         TrainerBase.__init__(self)
@@ -103,8 +110,11 @@ class SelConTrainer(DefaultTrainer):
         self.check_meta_architecture(cfg)
         if cfg.OUTPUT_DIR and comm.is_main_process():
             make_output_folder("OUTPUT_DIR", cfg.OUTPUT_DIR)
-        selcon_data.check_test_sets(cfg)
-        loader = self.build_train_loader(cfg)
+        if images is None:
+            selcon_data.check_test_sets(cfg)
+            loader = self.build_train_loader(cfg)
+        else:
+            loader = selcon_data.build_train_loader(cfg, images)
         cfg = self.auto_scale_hyperparams(cfg, loader.dataset.num_classes)
         # FastReID logs a random seed of its own when it sets up; this one takes its place.
         logger.info("Seed of this run: MODEL.SELCON.SEED %d", cfg.MODEL.SELCON.SEED)
@@ -138,7 +148,6 @@ class SelConTrainer(DefaultTrainer):
         self.warmup_iters = cfg.SOLVER.WARMUP_ITERS
         self.delay_epochs = cfg.SOLVER.DELAY_EPOCHS
         self.cfg = cfg
-        self._show_progress = show_progress
         self.register_hooks(self.build_hooks())
 
     @staticmethod
@@ -218,6 +227,11 @@ class SelConTrainer(DefaultTrainer):
         Args:
             resume: Whether to go on from the last checkpoint in ``OUTPUT_DIR``.
         """
+        if resume and self.checkpointer.has_checkpoint():
+            present = self.data_loader.dataset
+            images = images_to_resume_with(self.cfg.OUTPUT_DIR, present)
+            if images is not present:
+                self._build(self.cfg, images)
         super().resume_or_load(resume=resume)
         # The batches after the checkpoint follow; the loader has not started yet.
         self.data_loader.sampler.start = self.start_epoch * self.iters_per_epoch
@@ -245,6 +259,7 @@ class SelConTrainer(DefaultTrainer):
             min_clusters=clusters_per_batch(
                 sampler_name(cfg), cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE
             ),
+            max_bad_share=cfg.MODEL.SELCON.MAX_BAD_SHARE,
         )
 
     def build_hooks(self) -> list[HookBase]:
@@ -291,6 +306,7 @@ class SelConTrainer(DefaultTrainer):
             return self.test(self.cfg, self.model)
         # DefaultTrainer asserts that there was an evaluation; a folder of images has none.
         self._last_eval_results: dict[str, Any] = {}
+        write_image_list(self.cfg.OUTPUT_DIR, self.data_loader.dataset)
         return super().train()
 
     @classmethod

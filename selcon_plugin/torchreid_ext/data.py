@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from selcon_plugin.datasets.reading import read_rgb
+from selcon_plugin.engine.image_check import check_test_images, readable_items
 from selcon_plugin.engine.images import UNKNOWN, IndexedImages, Item, extra_items
 from selcon_plugin.samplers import BatchStream
 
@@ -40,27 +41,8 @@ class IndexedReIDImages(IndexedImages):
         return image
 
 
-def read_rgb(path: str) -> Image.Image:
-    """Read an image; torchreid's own reader tries a broken file again without end.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The image in RGB.
-
-    Raises:
-        OSError: If it cannot be read; names the file.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        raise OSError(f"cannot read the image {path}: {error}") from error
-
-
 def training_images(
-    datamanager: Any, seed: int, extra_images: str = ""
+    datamanager: Any, seed: int, extra_images: str = "", max_bad_share: float = 0.05
 ) -> IndexedReIDImages:
     """Take the training images of a data manager, whatever its sources.
 
@@ -68,12 +50,13 @@ def training_images(
         datamanager: torchreid's ``ImageDataManager``.
         extra_images: Folder of images that join them.
         seed: Seed of the augmentation.
+        max_bad_share: Share of the images that may be left out as unreadable.
 
     Returns:
-        The images with the manager's training transform.
+        The readable images with the manager's training transform.
 
     Raises:
-        ValueError: If it is a manager of videos.
+        ValueError: If it is a manager of videos, or too many images cannot be read.
     """
     if datamanager.data_type != "image":
         raise ValueError(
@@ -87,7 +70,24 @@ def training_images(
         (path, _known(pid), _known(camid)) for path, pid, camid, *_ in trainset.train
     ]
     items += extra_items(extra_images)
-    return IndexedReIDImages(items, read_rgb, trainset.transform, seed)
+    items, num_left_out = readable_items(items, max_bad_share)
+    images = IndexedReIDImages(items, read_rgb, trainset.transform, seed)
+    images.num_left_out = num_left_out
+    return images
+
+
+def check_test_sets(test_loader: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse test sets with images that cannot be read, before the training.
+
+    Args:
+        test_loader: Loaders of queries and gallery by test set, as the manager has them.
+
+    Raises:
+        ValueError: If there are such images; lists them.
+    """  # noqa: DOC502  (raised by what this calls)
+    for loaders in test_loader.values():
+        images = loaders["query"].dataset.data + loaders["gallery"].dataset.data
+        check_test_images([path for path, *_ in images])
 
 
 def _known(number: int) -> int:

@@ -21,6 +21,7 @@ from selcon_plugin.compat import import_torchreid
 from selcon_plugin.engine.atomic import save_atomically
 from selcon_plugin.engine.batches import build_sampler, split_batch
 from selcon_plugin.engine.extraction import calibrate_normalization, extract_embeddings
+from selcon_plugin.engine.image_list import images_to_resume_with, write_image_list
 from selcon_plugin.engine.run import TrainingRun, seed_all
 from selcon_plugin.engine.run_record import RunMeter
 from selcon_plugin.engine.run_state import RunState
@@ -41,6 +42,7 @@ from selcon_plugin.torchreid_ext.data import (
     EpochLoader,
     ExtractionLoader,
     IndexedReIDImages,
+    check_test_sets,
     training_images,
 )
 from selcon_plugin.torchreid_ext.models import SelConModel, adopt_model, load_whole
@@ -88,8 +90,8 @@ class ImageSelConEngine(_Engine):
         checkpoint_period: Epochs between checkpoints; 0 for the last epoch alone.
         **options: Options of the method, such as ``temperature``, and of the run:
             ``sampler``, ``outlier_share``, ``iters_per_epoch``, ``micro_batches``,
-            ``extra_images``, ``ema_decay``, ``diagnostics_period``, ``keep_checkpoints``,
-            ``seed``.
+            ``extra_images``, ``max_bad_share``, ``ema_decay``, ``diagnostics_period``,
+            ``keep_checkpoints``, ``seed``.
 
     Attributes:
         start_epoch: Epoch to begin with; set by :meth:`resume`.
@@ -141,10 +143,15 @@ class ImageSelConEngine(_Engine):
             for name, loaders in datamanager.test_loader.items()
             if len(loaders["query"].dataset)
         }
+        check_test_sets(self.test_loader)
         images = training_images(
-            datamanager, self._options["seed"], self._options["extra_images"]
+            datamanager,
+            self._options["seed"],
+            self._options["extra_images"],
+            self._options["max_bad_share"],
         )
-        self._training = self._build_run(images, num_instances)
+        self._num_instances = num_instances
+        self._training = self._build_run(images)
         self.meter = RunMeter()
         self.results: dict[str, dict[str, float]] = {}
         self.num_clusters: int | None = None
@@ -155,9 +162,9 @@ class ImageSelConEngine(_Engine):
 
     # --- setting up -----------------------------------------------------------------------
 
-    def _build_run(self, images: IndexedReIDImages, num_instances: int) -> TrainingRun:
+    def _build_run(self, images: IndexedReIDImages) -> TrainingRun:
         host_loader, options = self.datamanager.train_loader, self._options
-        batch_size = host_loader.batch_size
+        batch_size, num_instances = host_loader.batch_size, self._num_instances
         readers = {
             "num_workers": host_loader.num_workers,
             "pin_memory": host_loader.pin_memory,
@@ -208,6 +215,7 @@ class ImageSelConEngine(_Engine):
             cluster_period=clustering["period"],
             cluster_features=clustering["features"],
             min_clusters=clusters_per_batch(sampler_name, batch_size, num_instances),
+            max_bad_share=options["max_bad_share"],
             report=self._report_clusters,
         )
 
@@ -237,6 +245,7 @@ class ImageSelConEngine(_Engine):
             )
             network.method = method.to(network.device)
         self._add_teacher()
+        write_image_list(self._save_dir, images)
         self._training.before_training()
         self._ready = True
 
@@ -289,6 +298,7 @@ class ImageSelConEngine(_Engine):
             self._training.start_epoch(self.epoch)
             self._training.renew_batches(self.epoch, self._step)
             super().train(print_freq, fixbase_epoch, open_layers)
+            self._training.finish_epoch()
         done, period = self.epoch + 1, self._checkpoint_period
         if period and done % period == 0 and done < self.max_epoch:
             self.save_model(self.epoch, 0.0, self._save_dir)
@@ -434,6 +444,10 @@ class ImageSelConEngine(_Engine):
                 "weights, load them with torchreid's load_pretrained_weights"
             )
         entry = checkpoint[_ENTRY]
+        present = self.train_loader.dataset
+        images = images_to_resume_with(file.parent.parent, present)
+        if images is not present:
+            self._training = self._build_run(images)
         self._facts.load_state_dict(entry["run"])
         load_whole(self.model, checkpoint["state_dict"], file)
         self._add_teacher()

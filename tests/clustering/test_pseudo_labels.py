@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_array
 
 from selcon_plugin.clustering.pseudo_labels import PseudoLabels, outliers_alone
 
@@ -63,3 +64,24 @@ def test_outliers_alone_puts_each_outlier_after_the_clusters(labels: list[int]) 
         expected.append(label if label >= 0 else clusters)
         clusters += label < 0
     assert outliers_alone(np.array(labels, dtype=np.int64)).tolist() == expected
+
+
+def test_labels_of_some_images_among_all():
+    distance = csr_array([[0, 0.5, 0], [0.5, 0, 0.25], [0, 0.25, 0]])
+    some = PseudoLabels(
+        torch.tensor([0, -1, 0]),
+        distance=distance,
+        measured={"eps": 0.5},
+        labelings=torch.tensor([[0, 0, 1], [-1, 0, 0]]),
+    )
+    kept = torch.tensor([False, True, True, False, True])
+    found = some.among(kept)
+    assert found.labels.tolist() == [-1, 0, -1, -1, 0]
+    assert found.labelings.tolist() == [[-1, 0, 0, -1, 1], [-1, -1, 0, -1, 0]]
+    assert found.measured == {"eps": 0.5}
+    dense = np.zeros((5, 5))
+    dense[np.ix_([1, 2, 4], [1, 2, 4])] = distance.toarray()
+    assert np.array_equal(found.distance.toarray(), dense)
+    alone = PseudoLabels.each_its_own(3).among(kept)
+    assert alone.labels.tolist() == [0, 1, 2, 3, 4]
+    assert alone.instance_level

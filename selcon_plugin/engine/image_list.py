@@ -1,0 +1,83 @@
+"""The images of a run, written into its folder: row i of the banks is image i of the list.
+
+A run that is resumed goes on with the list that it began with. A file that has vanished
+since keeps its row, so that all others keep theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+from selcon_plugin.distributed import rank
+from selcon_plugin.engine.images import IndexedImages
+
+IMAGE_LIST = "images.json"
+
+logger = logging.getLogger(__name__)
+
+_Images = TypeVar("_Images", bound=IndexedImages)
+
+
+def write_image_list(folder: str | Path, images: IndexedImages) -> None:
+    """Write ``images.json`` into a run's folder, on the main process.
+
+    Args:
+        folder: Folder of the run; nothing is written if it is empty.
+        images: Its training images. Their identities, where known, are written as well:
+            what the run reports of them is to be the same when it goes on.
+    """
+    if not folder or rank() > 0:
+        return
+    columns = (images.paths, images.sizes, images.camids, images.true_pids)
+    content = {
+        "columns": ["path", "bytes", "camera", "identity"],
+        "images": list(zip(*columns, strict=True)),
+        "num_left_out": images.num_left_out,
+    }
+    file = Path(folder, IMAGE_LIST)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".json.partial")
+    partial.write_text(json.dumps(content) + "\n")
+    os.replace(partial, file)
+
+
+def images_to_resume_with(folder: str | Path, images: _Images) -> _Images:
+    """Return the images that an interrupted run began with.
+
+    Args:
+        folder: Folder of the run.
+        images: What is there now.
+
+    Returns:
+        The same, or the run's own list where all that is missing now are files of that
+        list. Where there are others the given ones, which the checkpoint will not fit.
+    """
+    listed = _read(Path(folder, IMAGE_LIST))
+    rows = [tuple(row) for row in listed.get("images", [])]
+    then = {row[:3] for row in rows}
+    now = set(zip(images.paths, images.sizes, images.camids, strict=True))
+    if not now < then:
+        return images
+    logger.warning(
+        "%d of the %d images that this run began with are gone or changed; the others keep "
+        "their places: %s",
+        len(then - now),
+        len(then),
+        ", ".join(sorted(row[0] for row in then - now)[:10]),
+    )
+    items = [(path, pid, camid) for path, _, camid, pid in rows]
+    sizes = [size for _, size, _, _ in rows]
+    return images.with_items(items, sizes, listed["num_left_out"])
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Read the list; an empty one where there is none."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
