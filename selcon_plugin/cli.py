@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if asked_for_help else 2
     try:
         return commands[arguments[0]](arguments[1:])
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, FileNotFoundError, ImportError, FloatingPointError) as error:
         # Mistakes in what the user gave: the message says what to do, a traceback would
         # hide it. SELCON_TRACEBACK=1 shows where it was raised.
         if os.environ.get("SELCON_TRACEBACK"):

@@ -11,7 +11,7 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from selcon_plugin.clustering.base import Labeler
-from selcon_plugin.clustering.pseudo_labels import PseudoLabels
+from selcon_plugin.clustering.pseudo_labels import OUTLIER, PseudoLabels
 from selcon_plugin.clustering.quality import label_stability
 from selcon_plugin.distributed import broadcast_tensor, world_size
 
@@ -25,6 +25,7 @@ def label_images(
     *,
     min_clusters: int = 2,
     previous: Tensor | None = None,
+    left_out: Tensor | None = None,
 ) -> PseudoLabels:
     """Cluster the training images, or make every image its own class where that fails.
 
@@ -38,11 +39,12 @@ def label_images(
         camids: Camera of each image, int64 ``(M,)``, -1 where unknown, or None.
         min_clusters: Clusters a batch needs.
         previous: Labels of the round before, int64 ``(M,)``, to compare with.
+        left_out: Images whose features say nothing, ``(n,)``: they are outliers.
 
     Returns:
         Labels with at least ``min_clusters`` clusters, or ``instance_level`` ones.
     """
-    found = labeler(features, camids)
+    found = _without(labeler(features, camids), left_out)
     measured = dict(found.measured)
     if previous is not None:
         measured["stability"] = label_stability(found.labels, previous.cpu())
@@ -56,6 +58,20 @@ def label_images(
     )
     return PseudoLabels.each_its_own(
         found.num_images, distance=found.distance, measured=measured
+    )
+
+
+def _without(found: PseudoLabels, left_out: Tensor | None) -> PseudoLabels:
+    if left_out is None or not len(left_out):
+        return found
+    labels = found.labels.clone()
+    labels[left_out.cpu()] = OUTLIER
+    labelings = found.labelings
+    if labelings is not None:
+        labelings = labelings.clone()
+        labelings[:, left_out.cpu()] = OUTLIER
+    return PseudoLabels.numbered(
+        labels, distance=found.distance, measured=found.measured, labelings=labelings
     )
 
 

@@ -7,8 +7,9 @@
         run.start_epoch(epoch)             seeds
         run.renew_batches(epoch, step)     clusters, if it is time; batches drawn from them
         for batch in ...:
-            losses, backward, step         the host's
+            losses, backward, step         the host's, if run.guard lets it
             run.after_step()               banks, teacher
+        run.end_epoch(epoch)               are weights, banks and features sound?
 """
 
 from __future__ import annotations
@@ -30,8 +31,15 @@ from selcon_plugin.clustering import (
     label_images,
     share_pseudo_labels,
 )
+from selcon_plugin.collapse import find_collapse_signs, measure_clusters, measure_spread
 from selcon_plugin.diagnostics import cluster_diagnostics, neighbor_precision
 from selcon_plugin.distributed import rank
+from selcon_plugin.engine.bad_numbers import (
+    SKIP,
+    StepGuard,
+    check_state,
+    leave_out_bad_features,
+)
 from selcon_plugin.engine.images import IndexedImages
 from selcon_plugin.engine.network import EmbeddingNetwork
 from selcon_plugin.features import Embeddings
@@ -66,7 +74,10 @@ class TrainingRun:
         cluster_period: Epochs from one clustering to the next.
         cluster_features: ``"global"`` or ``"fused"``: what is clustered.
         min_clusters: Clusters a batch needs.
+        on_bad_numbers: What to do about NaN and infinity: ``"skip"`` or ``"stop"``.
+        max_bad_steps: Steps skipped in a row after which the run stops all the same.
         report: Takes what a clustering measured, by name; on the main process.
+        guard: Judges each step before anything is written.
     """
 
     network: EmbeddingNetwork
@@ -79,10 +90,18 @@ class TrainingRun:
     cluster_period: int = 1
     cluster_features: str = "global"
     min_clusters: int = 2
+    on_bad_numbers: str = SKIP
+    max_bad_steps: int = 10
     report: Callable[[Mapping[str, float]], None] = field(default=lambda _: None)
 
     def __post_init__(self) -> None:
         self._true_pids = self.dataset.known_pids
+        self.guard = StepGuard(
+            self.network,
+            self.dataset.paths,
+            on_bad_numbers=self.on_bad_numbers,
+            max_bad_steps=self.max_bad_steps,
+        )
 
     @property
     def method(self) -> Method:
@@ -92,13 +111,18 @@ class TrainingRun:
         return method
 
     def before_training(self) -> None:
-        """Prepare what a checkpoint did not bring."""
+        """Prepare what a checkpoint did not bring.
+
+        Raises:
+            FloatingPointError: If weights or banks that were loaded hold NaN or infinity.
+        """  # noqa: DOC502  (raised by what this calls)
+        check_state(self.network, self.dataset.paths, when="before training")
         if self.method.prepared:
             return
         self.calibrate()
         self.network.update_teacher(restart=True)
         if not self.method.needs_clusters:
-            self.method.prepare(self.extract(), self._camids())
+            self.method.prepare(self._extract()[0], self._camids())
 
     def start_epoch(self, epoch: int) -> None:
         """Tell the method and seed all random streams.
@@ -134,9 +158,58 @@ class TrainingRun:
             )
 
     def after_step(self) -> None:
-        """Write the banks and move the teacher."""
+        """Write the banks and move the teacher, unless the step is skipped."""
+        if self.guard.skipped:
+            self.network.forget_batch()
+            return
         self.network.update_banks()
         self.network.update_teacher()
+
+    def end_epoch(self, epoch: int) -> dict[str, float]:
+        """Check weights and banks, before a checkpoint is written of them.
+
+        Where nothing is clustered, this is also when a collapse is looked for.
+
+        Args:
+            epoch: Counted from 0.
+
+        Returns:
+            Figures by name; none where they come from the clustering, and none but on the
+            main process.
+
+        Raises:
+            FloatingPointError: If there is NaN or infinity in them.
+        """  # noqa: DOC502  (raised by what this calls)
+        check_state(self.network, self.dataset.paths, when=f"after epoch {epoch + 1}")
+        features = self.method.image_features() if self.labeler is None else None
+        if rank() > 0 or features is None:
+            return {}
+        return self._watch(epoch, measure_spread(features))
+
+    def _watch(self, epoch: int, measured: dict[str, float]) -> dict[str, float]:
+        """Warn if the features, or the clusters, look collapsed."""
+        signs = find_collapse_signs(measured, len(self.dataset))
+        if not signs:
+            return measured
+        remedies = ["lower eps of the clustering, or set it to auto"] * bool(signs.clusters)
+        if self.method.step == 0:
+            logger.warning(
+                "Before training the network hardly tells the images apart: %s. Begin with "
+                "pretrained weights%s",
+                signs,
+                "".join(f"; {remedy}" for remedy in remedies),
+            )
+            return measured
+        if signs.features:
+            remedies.insert(0, self.method.collapse_remedy)
+        logger.warning(
+            "Epoch %d: the representation has collapsed, or is about to: %s. Go back to an "
+            "earlier checkpoint, or begin anew, and %s",
+            epoch + 1,
+            signs,
+            "; ".join(remedies),
+        )
+        return measured
 
     def diagnostics(self) -> dict[str, float]:
         """Report what a user watches, from the last batch and the banks.
@@ -148,6 +221,8 @@ class TrainingRun:
             Figures by name.
         """
         report = self.method.diagnostics()
+        if self.guard.num_skipped:
+            report["skipped_steps"] = float(self.guard.num_skipped)
         selected = self.method.selected_positives()
         if selected is not None and self._true_pids is not None:
             anchors, neighbors = selected
@@ -156,6 +231,11 @@ class TrainingRun:
             )
         return report
 
+    def _extract(self) -> tuple[Embeddings, Tensor]:
+        return leave_out_bad_features(
+            self.extract(), self.dataset.paths, self.on_bad_numbers
+        )
+
     def _camids(self) -> Tensor:
         return self.dataset.camera_ids.to(self.network.device)
 
@@ -163,7 +243,7 @@ class TrainingRun:
         assert self.labeler is not None
         started = time.perf_counter()
         own = self.method.clustering_features() if self.method.prepared else None
-        embeddings = self.extract() if own is None else Embeddings(own)
+        embeddings, left_out = self._extract() if own is None else (Embeddings(own), None)
         extracted = time.perf_counter()
         features = embeddings.global_features
         if self.cluster_features == "fused":
@@ -176,6 +256,7 @@ class TrainingRun:
                 self._camids(),
                 min_clusters=self.min_clusters,
                 previous=self.method.labels if self.method.prepared else None,
+                left_out=left_out,
             )
         pseudo_labels = share_pseudo_labels(found, self.network.device)
         self.method.prepare(embeddings, self._camids(), pseudo_labels)
@@ -184,12 +265,15 @@ class TrainingRun:
             "clustering_seconds": time.perf_counter() - extracted,
         }
         if rank() == 0:
-            self._report(epoch, pseudo_labels, seconds)
+            spread = self._watch(
+                epoch, measure_spread(features) | measure_clusters(pseudo_labels)
+            )
+            self._report(epoch, pseudo_labels, spread | seconds)
 
     def _report(
-        self, epoch: int, found: PseudoLabels, seconds: Mapping[str, float]
+        self, epoch: int, found: PseudoLabels, measured: Mapping[str, float]
     ) -> None:
-        report = {**found.measured, **seconds}
+        report = {**found.measured, **measured}
         if self._true_pids is not None:
             report |= cluster_diagnostics(found.labels, self._true_pids)
         # Undefined for these labels, and no number in JSON.

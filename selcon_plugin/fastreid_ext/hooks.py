@@ -36,6 +36,12 @@ class MethodHook(HookBase):
         """Write the banks and move the teacher."""
         self._run.after_step()
 
+    def after_epoch(self) -> None:
+        """Check what the epoch left, and report how far apart the features lie."""
+        measured = self._run.end_epoch(self.trainer.epoch)
+        if measured:
+            self.trainer.storage.put_scalars(smoothing_hint=False, **measured)
+
 
 class DiagnosticsHook(HookBase):
     """Write what a user watches to FastReID's log, JSON and TensorBoard writers.

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from selcon_plugin.clustering import Labeler
+from selcon_plugin.engine.bad_numbers import check_state
 from selcon_plugin.engine.extraction import calibrate_normalization
 from selcon_plugin.engine.run import TrainingRun, seed_all
 from selcon_plugin.engine.run_record import RunMeter
@@ -76,6 +77,7 @@ def load_trained_model(cfg: CfgNode) -> SelCon:
     cfg.MODEL.HEADS.NUM_CLASSES = 0
     model = unwrap(SelConTrainer.build_model(cfg))
     SelConCheckpointer(model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    check_state(model, when=f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}")
     return model
 
 
@@ -243,6 +245,8 @@ class SelConTrainer(DefaultTrainer):
             min_clusters=clusters_per_batch(
                 sampler_name(cfg), cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE
             ),
+            on_bad_numbers=cfg.MODEL.SELCON.ON_BAD_NUMBERS,
+            max_bad_steps=cfg.MODEL.SELCON.MAX_BAD_STEPS,
         )
 
     def build_hooks(self) -> list[HookBase]:
@@ -253,6 +257,7 @@ class SelConTrainer(DefaultTrainer):
             banks are written before anything is evaluated or saved.
         """
         run = self._build_run()
+        self._trainer.guard = run.guard
         result: list[HookBase] = [MethodHook(run)]
         if self.labeler is not None:
             result.append(ClusteringHook(run))
