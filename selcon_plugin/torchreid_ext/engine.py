@@ -42,7 +42,7 @@ from selcon_plugin.torchreid_ext.data import (
     IndexedReIDImages,
     training_images,
 )
-from selcon_plugin.torchreid_ext.models import SelConModel, adopt_model
+from selcon_plugin.torchreid_ext.models import SelConModel, adopt_model, load_whole
 
 logger = logging.getLogger(__name__)
 
@@ -372,7 +372,10 @@ class ImageSelConEngine(_Engine):
         # torchreid fails on a rank beyond what is left of a small gallery.
         smallest = _smallest_gallery(self.datamanager.test_dataset[dataset_name])
         ranks = [rank for rank in ranks if rank <= smallest]
-        rank1, mean_ap = super()._evaluate(dataset_name=dataset_name, ranks=ranks, **kwargs)
+        with _ranks_up_to(smallest):
+            rank1, mean_ap = super()._evaluate(
+                dataset_name=dataset_name, ranks=ranks, **kwargs
+            )
         self.results[dataset_name] = {
             "mAP": 100.0 * float(mean_ap),
             "Rank-1": 100.0 * float(rank1),
@@ -445,12 +448,7 @@ class ImageSelConEngine(_Engine):
             )
         entry = checkpoint[_ENTRY]
         self._facts.load_state_dict(entry["run"])
-        try:
-            self.model.load_state_dict(checkpoint["state_dict"])
-        except RuntimeError as error:
-            raise ValueError(
-                f"cannot resume: {file} is of another model than this one: {error}"
-            ) from error
+        load_whole(self.model, checkpoint["state_dict"], file)
         self._add_teacher()
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         if self.scheduler is not None and "scheduler" in checkpoint:
@@ -469,6 +467,22 @@ def _smallest_gallery(test_set: Mapping[str, Any]) -> int:
     seen = Counter((pid, camid) for _, pid, camid, *_ in test_set["gallery"])
     own = max(seen[pid, camid] for _, pid, camid, *_ in test_set["query"])
     return len(test_set["gallery"]) - own
+
+
+@contextlib.contextmanager
+def _ranks_up_to(last: int) -> Iterator[None]:
+    """Let torchreid count matches at those ranks alone that every query has."""
+    metrics = import_torchreid().metrics
+    evaluate = metrics.evaluate_rank
+
+    def bounded(*args: Any, max_rank: int = 50, **kwargs: Any) -> Any:
+        return evaluate(*args, max_rank=max(1, min(max_rank, last)), **kwargs)
+
+    metrics.evaluate_rank = bounded
+    try:
+        yield
+    finally:
+        metrics.evaluate_rank = evaluate
 
 
 def _checkpoints(folder: Path) -> list[Path]:

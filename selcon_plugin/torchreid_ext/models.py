@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -244,7 +245,7 @@ def load_network(model: SelConModel, file: str) -> None:
 
     Raises:
         ValueError: If the file is of another model. ``FileNotFoundError`` if there is none.
-    """
+    """  # noqa: DOC502  (raised by what this calls)
     read = read_state_dict(Path(file).expanduser())
     state = {key.removeprefix("module."): tensor for key, tensor in read.items()}
     if not any(key.startswith("backbone.") for key in state):
@@ -254,12 +255,28 @@ def load_network(model: SelConModel, file: str) -> None:
     taught = "teacher.module."
     network = {k: v for k, v in state.items() if not k.startswith(_RUN_PREFIXES)}
     network |= {k.removeprefix(taught): v for k, v in state.items() if k.startswith(taught)}
+    load_whole(model, network, file)
+
+
+def load_whole(model: nn.Module, state: Mapping[str, Any], file: str | Path) -> None:
+    """Load a state of which every tensor has to fit.
+
+    Args:
+        model: Model to load into.
+        state: Its state.
+        file: Where it comes from, for the message.
+
+    Raises:
+        ValueError: If it is another model's.
+    """
     try:
-        model.load_state_dict(network)
+        model.load_state_dict(state)
     except RuntimeError as error:
+        # Below a heading, PyTorch gives every tensor that does not fit a line.
+        fault = str(error).splitlines()[1]
         raise ValueError(
-            f"the weights from {file} do not fit: {error}. Build the model by the name "
-            "and with the head that it was trained with"
+            f"{file} is of another model: {textwrap.shorten(fault, 200)} Build the model "
+            "by the name, and with the head, that it was trained with"
         ) from error
     check_state(model, when=f"weights from {file}")
 

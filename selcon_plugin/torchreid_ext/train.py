@@ -15,6 +15,7 @@ from selcon_plugin.datasets import SyntheticPersonsSpec
 from selcon_plugin.engine.run import seed_all
 from selcon_plugin.engine.run_record import forget_results, write_results
 from selcon_plugin.engine.settings import clustering_options, run_options
+from selcon_plugin.methods import method_class
 from selcon_plugin.torchreid_ext.config import KEYS
 from selcon_plugin.torchreid_ext.datasets import (
     register_image_folder,
@@ -112,7 +113,7 @@ def build_model(cfg: CfgNode) -> SelConModel:
         input_size=(cfg.data.height, cfg.data.width),
         pixel_mean=[255.0 * value for value in cfg.data.norm_mean],
         pixel_std=[255.0 * value for value in cfg.data.norm_std],
-        num_parts=node.num_parts,
+        num_parts=node.num_parts if method_class(node.method).uses_parts else 0,
         embedding_dim=node.embedding_dim,
         project_global=node.project_global,
         pool=node.pool,

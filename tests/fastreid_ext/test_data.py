@@ -43,15 +43,6 @@ def test_fingerprint_notices_a_missing_image_and_another_camera(dataset):
     assert IndexedDataset(items, None).fingerprint != dataset.fingerprint
 
 
-def test_fingerprint_notices_another_picture_of_the_same_name(tmp_path):
-    file = tmp_path / "a.jpg"
-    file.write_bytes(b"one")
-    items = [(str(file), -1, -1)]
-    before = IndexedDataset(items, None).fingerprint
-    file.write_bytes(b"other")
-    assert IndexedDataset(items, None).fingerprint != before
-
-
 def test_augmentation_follows_the_position_alone(dataset):
     first = dataset[SampleKey(2, 70)]["images"]
     seed_all_rng(999)
@@ -87,23 +78,6 @@ def test_palette_grey_and_transparent_images_keep_their_colours(tmp_path, mode):
     dataset = IndexedDataset([(str(tmp_path / "a.png"), -1, -1)], transform=np.asarray)
     expected = np.asarray(picture.convert("RGB"))
     assert np.array_equal(dataset[0]["images"], expected)
-
-
-def test_unknown_cameras_are_minus_one_and_known_ones_count_from_zero():
-    items = [("b", -1, "lobby"), ("a", -1, -1), ("c", -1, "door")]
-    dataset = IndexedDataset(items, None)
-    assert dataset.camids == [-1, 1, 0]
-    assert dataset.num_cameras == 2
-    assert dataset.true_pids == [-1, -1, -1]
-
-
-def test_another_transform_keeps_images_order_and_cameras():
-    items = [(f"{i:02}", f"p{i % 5}", f"cam{i:02}") for i in range(12)]
-    dataset = IndexedDataset(items, None, seed=4)
-    other = dataset.with_transform(len)
-    assert (other.transform, dataset.transform) == (len, None)
-    for name in ("paths", "camids", "true_pids", "seed"):
-        assert getattr(other, name) == getattr(dataset, name)
 
 
 def test_fewer_images_than_a_batch_is_an_error_that_says_so(tiny_cfg):

@@ -93,42 +93,6 @@ def assert_same_state(first: nn.Module, second: nn.Module, **tolerance: float) -
         torch.testing.assert_close(tensor, other[name], **tolerance, msg=name)
 
 
-# --- cutting a batch ---------------------------------------------------------------------
-
-
-def test_micro_batches_are_contiguous_views() -> None:
-    batch = next(batches())
-    parts = split_batch(batch, 4)
-    assert [part["targets"].tolist() for part in parts] == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert [part["img_paths"] for part in parts[:2]] == [
-        ["0.jpg", "1.jpg"],
-        ["2.jpg", "3.jpg"],
-    ]
-    for part in parts:
-        assert part.keys() == batch.keys()
-        storage = part["images"].untyped_storage()
-        assert storage.data_ptr() == batch["images"].untyped_storage().data_ptr()
-    assert torch.equal(torch.cat([part["images"] for part in parts]), batch["images"])
-
-
-def test_one_micro_batch_is_the_batch() -> None:
-    batch = {**next(batches()), "note": 3}  # nothing is asked of a batch left whole
-    assert split_batch(batch, 1)[0] is batch
-
-
-@pytest.mark.parametrize(("size", "parts"), [(8, 3), (6, 4), (2, 4)])
-def test_batch_that_cannot_be_cut_names_both_sizes(size: int, parts: int) -> None:
-    with pytest.raises(ValueError, match=f"{size} images .* {parts} micro-batches"):
-        split_batch(next(batches(size)), parts)
-
-
-def test_entries_of_unequal_length_are_refused() -> None:
-    batch = next(batches())
-    batch["img_paths"].pop()
-    with pytest.raises(ValueError, match="'img_paths': 7"):
-        split_batch(batch, 2)
-
-
 # --- full precision ----------------------------------------------------------------------
 
 

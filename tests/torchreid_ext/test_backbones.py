@@ -329,7 +329,7 @@ def test_host_normalization_is_exchanged_for_torchreids(models: ModuleType) -> N
 def test_added_names_build_through_torchreid(
     models: ModuleType, factory: dict[str, Any]
 ) -> None:
-    before = torchreid_model_names()
+    before, count = torchreid_model_names(), len(factory)
     calls = []
 
     def constructor(**keywords: Any) -> nn.Module:
@@ -343,7 +343,7 @@ def test_added_names_build_through_torchreid(
         {"num_classes": 7, "loss": "softmax", "pretrained": True, "use_gpu": False}
     ]
     assert torchreid_model_names() == before
-    assert len(factory) == len(before) + 1
+    assert len(factory) == count + 1
     with pytest.raises(ValueError, match="name must begin with 'selcon_', got 'thing'"):
         add_to_model_factory("thing", constructor)
 

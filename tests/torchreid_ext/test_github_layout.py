@@ -59,7 +59,42 @@ def check_datasets():
         assert data.fetch_test_loaders("imagefolderreid") == ([], [])
 
 
-CHECKS = (check_import, check_datasets)
+def check_engine():
+    from selcon_plugin.torchreid_ext import ImageSelConEngine, register_synthetic_persons
+
+    import torchreid  # isort: skip
+    from selcon_plugin.datasets import SyntheticPersonsSpec
+
+    assert issubclass(ImageSelConEngine, torchreid.engine.Engine)
+    spec = SyntheticPersonsSpec(
+        num_train_ids=4, num_test_ids=2, images_per_id=4, num_cameras=2, num_distractors=1
+    )
+    register_synthetic_persons("some", spec)
+    with tempfile.TemporaryDirectory() as root:
+        data = data_manager(root, "some")
+        for name in ("osnet_x0_25", "selcon_osnet_x0_25"):
+            model = torchreid.models.build_model(name, 4, pretrained=False, use_gpu=False)
+            optimizer = torchreid.optim.build_optimizer(model)
+            scheduler = torchreid.optim.build_lr_scheduler(optimizer)
+            clustering = {"eps": 0.7, "min_samples": 2, "k1": 4, "k2": 2}
+            engine = ImageSelConEngine(
+                data,
+                model,
+                optimizer,
+                scheduler,
+                method="ClusterContrast",
+                clustering=clustering,
+                use_gpu=False,
+                num_instances=2,
+            )
+            folder = f"{root}/{name}"
+            engine.run(save_dir=folder, max_epoch=1)
+            assert engine.results["some"]["mAP"] > 0
+            assert engine.model.method.step == 4
+            assert engine.resume(folder) == 1
+
+
+CHECKS = (check_import, check_datasets, check_engine)
 
 
 def data_manager(root, sources):
