@@ -66,13 +66,13 @@ def measure_spread(features: Tensor) -> dict[str, float]:
     sample = torch.arange(count, device=unit.device) * len(unit) // count
     figures = torch.stack(
         [
-            1.0 - unit.mean(dim=0).square().sum(),
+            (1.0 - unit.mean(dim=0).square().sum()).clamp(min=0.0),
             _effective_rank(unit[sample]),
             _nearest_similarity(unit, sample),
         ]
     )
     names = ("embedding_variance", "effective_rank", "nearest_similarity")
-    return dict(zip(names, figures.clamp(min=0.0).tolist(), strict=True))
+    return dict(zip(names, figures.tolist(), strict=True))
 
 
 def _effective_rank(unit: Tensor) -> Tensor:
