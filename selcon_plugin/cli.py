@@ -52,9 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Raises:
         ValueError: Mistakes are raised and not shown if SELCON_TRACEBACK is set; so are the
-            next two.
+            next three.
         FileNotFoundError: See above.
         ImportError: See above.
+        FloatingPointError: See above.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Callable[[list[str]], int]] = {

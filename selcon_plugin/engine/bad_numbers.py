@@ -1,9 +1,9 @@
 """NaN and infinity: found before they are written anywhere, named, and left out.
 
 A step is judged between backward and the optimiser's step, from its losses, the batch's
-features and the gradients. All are read from the device at once, and by all processes alike,
-so that all of them skip the same steps. A skipped step leaves no trace: no weight, no bank,
-no teacher and no running statistic of a normalisation layer moves.
+features and the gradients. They are read from the device at once, those of all processes
+everywhere, so that all skip the same steps. A skipped step leaves no trace: no weight, no
+bank, no teacher and no running statistic of a normalisation layer moves.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class StepGuard:
             FloatingPointError: If there is a NaN or an infinity and the run is to stop:
                 by the option, because of too many in a row, or because weights or banks
                 have one, which no skipped step mends.
-        """
+        """  # noqa: DOC502  (raised by what this calls)
         names = [*losses, "features"]
         values = [*losses.values(), self._sum_of_features()]
         if check_gradients and (gradients := _gradients(self._network)):
@@ -155,9 +155,7 @@ class StepGuard:
                 f"{message}. That makes {self._in_a_row} such steps in a row "
                 f"(max_bad_steps). {_RESUME}, with a lower learning rate"
             )
-        logger.warning(
-            "Skipped %s. Nothing of it was written. %s", message, _LOWER_RATE
-        )
+        logger.warning("Skipped %s. Nothing of it was written. %s", message, _LOWER_RATE)
 
     def _restore_buffers(self) -> None:
         for buffers, before in self._buffers:

@@ -1,4 +1,4 @@
-"""Steps with NaN or infinity: nothing of them is written, and the message names the cause."""
+"""Steps with NaN or infinity: nothing is written, and the message names the cause."""
 
 from __future__ import annotations
 
@@ -245,7 +245,9 @@ def test_too_many_in_a_row_stop_the_run() -> None:
     training.step([0, 1, 2, 3])  # a good one: counting begins anew
     for _ in range(2):
         training.step([0, 1, 2, 3], spoil=spoil_loss)
-    with pytest.raises(FloatingPointError, match=r"3 such steps in a row \(max_bad_steps\)"):
+    with pytest.raises(
+        FloatingPointError, match=r"3 such steps in a row \(max_bad_steps\)"
+    ):
         training.step([0, 1, 2, 3], spoil=spoil_loss)
     assert training.guard.num_skipped == 5
 
@@ -260,7 +262,9 @@ def test_too_many_in_a_row_stop_the_run() -> None:
 def test_spoilt_weights_and_banks_stop_the_run_in_any_case(name: str, words: str) -> None:
     training = Training()
     training.network.state_dict()[name][7, 0] = NAN
-    with pytest.raises(FloatingPointError, match=f"step 1: .*{words}.*Resume from the last"):
+    with pytest.raises(
+        FloatingPointError, match=f"step 1: .*{words}.*Resume from the last"
+    ):
         training.step(list(range(IMAGES)))
 
 
@@ -349,7 +353,9 @@ def work(process: int, folder: Path) -> None:
         training.step(rows, spoil=spoil_loss if process == 0 else None)
     except FloatingPointError:
         stopped = True
-    torch.save((skipped, stopped, training.network.method.state_dict()), f"{folder}/{process}")
+    torch.save(
+        (skipped, stopped, training.network.method.state_dict()), f"{folder}/{process}"
+    )
     dist.destroy_process_group()
 
 

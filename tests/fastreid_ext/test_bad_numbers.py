@@ -72,7 +72,9 @@ def trainer_of(cfg, *changes, bad_steps=()):
 
 
 def finite(model):
-    return all(v.isfinite().all() for v in model.state_dict().values() if v.is_floating_point())
+    return all(
+        v.isfinite().all() for v in model.state_dict().values() if v.is_floating_point()
+    )
 
 
 @pytest.mark.parametrize("method", ["SelectiveContrastive", "ClusterContrast"])
@@ -99,7 +101,7 @@ def test_teacher_stands_still_and_schedule_goes_on(tiny_cfg):
 
 def test_stopping_by_option_writes_no_checkpoint(tiny_cfg, tmp_path):
     trainer = trainer_of(tiny_cfg, "MODEL.SELCON.ON_BAD_NUMBERS", "stop", bad_steps=(6,))
-    with pytest.raises(FloatingPointError, match="step 7: .*pixels are not finite"):
+    with pytest.raises(FloatingPointError, match=r"step 7: .*pixels are not finite"):
         trainer.train()
     assert finite(unwrap(trainer.model))
     names = {file.name for file in (tmp_path / "out").glob("*.pth")}
