@@ -106,11 +106,14 @@ def measure_clusters(found: PseudoLabels) -> dict[str, float]:
 
     Returns:
         ``largest_cluster_share``: share of all images, outliers counted, that are in the
-        largest cluster; 0 where every image is its own class.
+        largest cluster. Of clusters that every image being its own class stands in for,
+        what their labeler measured counts.
     """
-    if found.instance_level or not found.num_clusters:
-        return {"largest_cluster_share": 0.0}
-    return {"largest_cluster_share": int(found.sizes.max()) / found.num_images}
+    if found.instance_level:
+        largest = found.measured.get("max_cluster_size", 0.0)
+    else:
+        largest = int(found.sizes.max()) if found.num_clusters else 0
+    return {"largest_cluster_share": largest / found.num_images}
 
 
 @dataclass(frozen=True)

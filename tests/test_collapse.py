@@ -94,6 +94,9 @@ def test_share_of_the_largest_cluster() -> None:
     assert measure_clusters(found) == {"largest_cluster_share": 0.6}
     for none in (PseudoLabels.numbered([-1, -1]), PseudoLabels.each_its_own(3)):
         assert measure_clusters(none) == {"largest_cluster_share": 0.0}
+    # One cluster of all is not trained on, and is what there is to say.
+    fallen_back = PseudoLabels.each_its_own(4, measured={"max_cluster_size": 3.0})
+    assert measure_clusters(fallen_back) == {"largest_cluster_share": 0.75}
 
 
 # Figures of finished runs on SyntheticPersons (1,000 images), the extremes of each.

@@ -217,8 +217,13 @@ class SelConTrainer(DefaultTrainer):
 
         Args:
             resume: Whether to go on from the last checkpoint in ``OUTPUT_DIR``.
-        """
+
+        Raises:
+            FloatingPointError: If what was loaded holds NaN or infinity.
+        """  # noqa: DOC502  (raised by what this calls)
         super().resume_or_load(resume=resume)
+        network, images = unwrap(self.model), self.data_loader.dataset
+        check_state(network, images.paths, when="loaded weights")
         # The batches after the checkpoint follow; the loader has not started yet.
         self.data_loader.sampler.start = self.start_epoch * self.iters_per_epoch
 
@@ -295,6 +300,17 @@ class SelConTrainer(DefaultTrainer):
         # DefaultTrainer asserts that there was an evaluation; a folder of images has none.
         self._last_eval_results: dict[str, Any] = {}
         return super().train()
+
+    def before_train(self) -> None:
+        """Begin the hooks."""
+        self._hooks_began = False
+        super().before_train()
+        self._hooks_began = True
+
+    def after_train(self) -> None:
+        """End the hooks, unless one could not begin: FastReID's own would hide why."""
+        if self._hooks_began:
+            super().after_train()
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> selcon_data.TrainLoader:

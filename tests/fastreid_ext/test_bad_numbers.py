@@ -126,10 +126,11 @@ def test_spoilt_weights_are_not_trained_on_nor_used(tiny_cfg, tmp_path, capsys):
     config.write_text(tiny_cfg.dump())
     changes = ["MODEL.WEIGHTS", str(file), "OUTPUT_DIR", str(tmp_path / "again")]
     arguments = ["--config-file", str(config), *changes]
+    capsys.readouterr()
     assert main(["train", *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(
-        "selcon train: error: before training: weights are not finite: heads.part_weight"
+        "selcon train: error: loaded weights: weights are not finite: heads.part_weight"
     )
 
 
@@ -146,6 +147,14 @@ def test_last_weights_of_an_epoch_are_checked_before_they_are_saved(tiny_cfg, tm
     with pytest.raises(FloatingPointError, match="after epoch 2: weights are not finite"):
         trainer.train()
     assert not (tmp_path / "out" / "model_final.pth").exists()
+
+
+def test_why_training_could_not_begin_is_not_hidden(tiny_cfg):
+    """FastReID ends hooks that never began, which fails in its timer."""
+    trainer = trainer_of(tiny_cfg)
+    unwrap(trainer.model).get_parameter("heads.part_weight").data[0] = torch.inf
+    with pytest.raises(FloatingPointError, match=r"^before training: weights are not"):
+        trainer.train()
 
 
 # --- collapse ----------------------------------------------------------------------------
