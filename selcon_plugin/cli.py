@@ -66,9 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Raises:
         ValueError: Mistakes are raised and not shown if SELCON_TRACEBACK is set; so are the
-            next two.
+            next three.
         FileNotFoundError: See above.
         ImportError: See above.
+        FloatingPointError: See above.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Callable[[list[str]], int]] = {
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if asked_for_help else 2
     try:
         return commands[arguments[0]](arguments[1:])
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, FileNotFoundError, ImportError, FloatingPointError) as error:
         # Mistakes in what the user gave: the message says what to do, a traceback would
         # hide it. SELCON_TRACEBACK=1 shows where it was raised.
         if os.environ.get("SELCON_TRACEBACK"):

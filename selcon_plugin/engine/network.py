@@ -241,9 +241,18 @@ class EmbeddingNetwork(nn.Module):
         """
         if not self._pending or self.method is None:
             raise RuntimeError("update_banks() must follow a training step")
+        index, embeddings = self.pending_batch()
+        self.forget_batch()
+        self.method.update(index, embeddings)
+
+    def pending_batch(self) -> tuple[Tensor, Embeddings]:
+        """Return what was seen since the banks were written, micro-batches joined."""
         index, embeddings = zip(*self._pending, strict=True)
+        return torch.cat(index), Embeddings.cat(embeddings)
+
+    def forget_batch(self) -> None:
+        """Forget what was seen since the banks were written: the step is not taken."""
         self._pending = []
-        self.method.update(torch.cat(index), Embeddings.cat(embeddings))
 
     def update_teacher(self, *, restart: bool = False) -> None:
         """Let the teacher follow the weights by one step; nothing without a teacher.

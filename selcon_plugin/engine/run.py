@@ -7,9 +7,9 @@
         run.start_epoch(epoch)             seeds
         run.renew_batches(epoch, step)     clusters, if it is time; batches drawn from them
         for batch in ...:
-            losses, backward, step         the host's
+            losses, backward, step         the host's, if run.guard lets it
             run.after_step()               banks, teacher
-        run.finish_epoch()                 what could not be read
+        run.end_epoch(epoch)               what could not be read; are weights, banks sound?
 """
 
 from __future__ import annotations
@@ -31,8 +31,15 @@ from selcon_plugin.clustering import (
     label_images,
     share_pseudo_labels,
 )
+from selcon_plugin.collapse import find_collapse_signs, measure_clusters, measure_spread
 from selcon_plugin.diagnostics import cluster_diagnostics, neighbor_precision
 from selcon_plugin.distributed import on_any_rank, rank
+from selcon_plugin.engine.bad_numbers import (
+    SKIP,
+    StepGuard,
+    check_state,
+    leave_out_bad_features,
+)
 from selcon_plugin.engine.image_check import report_unreadable
 from selcon_plugin.engine.images import IndexedImages
 from selcon_plugin.engine.network import EmbeddingNetwork
@@ -69,7 +76,10 @@ class TrainingRun:
         cluster_features: ``"global"`` or ``"fused"``: what is clustered.
         min_clusters: Clusters a batch needs.
         max_bad_share: Share of the images that may become unreadable.
+        on_bad_numbers: What to do about NaN and infinity: ``"skip"`` or ``"stop"``.
+        max_bad_steps: Steps skipped in a row after which the run stops all the same.
         report: Takes what a clustering measured, by name; on the main process.
+        guard: Judges each step before anything is written.
     """
 
     network: EmbeddingNetwork
@@ -83,10 +93,18 @@ class TrainingRun:
     cluster_features: str = "global"
     min_clusters: int = 2
     max_bad_share: float = 0.05
+    on_bad_numbers: str = SKIP
+    max_bad_steps: int = 10
     report: Callable[[Mapping[str, float]], None] = field(default=lambda _: None)
 
     def __post_init__(self) -> None:
         self._true_pids = self.dataset.known_pids
+        self.guard = StepGuard(
+            self.network,
+            self.dataset.paths,
+            on_bad_numbers=self.on_bad_numbers,
+            max_bad_steps=self.max_bad_steps,
+        )
 
     @property
     def method(self) -> Method:
@@ -96,14 +114,18 @@ class TrainingRun:
         return method
 
     def before_training(self) -> None:
-        """Prepare what a checkpoint did not bring."""
+        """Prepare what a checkpoint did not bring.
+
+        Raises:
+            FloatingPointError: If weights or banks that were loaded hold NaN or infinity.
+        """  # noqa: DOC502  (raised by what this calls)
+        check_state(self.network, self.dataset.paths, when="before training")
         if self.method.prepared:
             return
         self.calibrate()
         self.network.update_teacher(restart=True)
         if not self.method.needs_clusters:
-            embeddings, _ = self._extract()
-            self.method.prepare(embeddings, self._camids())
+            self.method.prepare(self._extract()[0], self._camids())
 
     def start_epoch(self, epoch: int) -> None:
         """Tell the method and seed all random streams.
@@ -140,11 +162,62 @@ class TrainingRun:
             self.dataset.labels = self.method.labels.cpu().numpy()
 
     def after_step(self) -> None:
-        """Write the banks and move the teacher."""
+        """Write the banks and move the teacher, unless the step is skipped."""
+        if self.guard.skipped:
+            self.network.forget_batch()
+            return
         self.network.update_banks()
         self.network.update_teacher()
 
-    def finish_epoch(self) -> None:
+    def end_epoch(self, epoch: int) -> dict[str, float]:
+        """Say what could not be read; check weights and banks, before they are saved.
+
+        Where nothing is clustered, this is also when a collapse is looked for.
+
+        Args:
+            epoch: Counted from 0.
+
+        Returns:
+            Figures by name; none where they come from the clustering, and none but on the
+            main process.
+
+        Raises:
+            FloatingPointError: If there is NaN or infinity in them. ``ValueError`` if too
+                many images cannot be read.
+        """  # noqa: DOC502  (raised by what this calls)
+        self._report_unreadable()
+        check_state(self.network, self.dataset.paths, when=f"after epoch {epoch + 1}")
+        features = self.method.image_features() if self.labeler is None else None
+        if rank() > 0 or features is None:
+            return {}
+        return self._watch(epoch, measure_spread(features))
+
+    def _watch(self, epoch: int, measured: dict[str, float]) -> dict[str, float]:
+        """Warn if the features, or the clusters, look collapsed."""
+        signs = find_collapse_signs(measured, len(self.dataset))
+        if not signs:
+            return measured
+        remedies = ["lower eps of the clustering, or set it to auto"] * bool(signs.clusters)
+        if self.method.step == 0:
+            logger.warning(
+                "Before training the network hardly tells the images apart: %s. Begin with "
+                "pretrained weights%s",
+                signs,
+                "".join(f"; {remedy}" for remedy in remedies),
+            )
+            return measured
+        if signs.features:
+            remedies.insert(0, self.method.collapse_remedy)
+        logger.warning(
+            "Epoch %d: the representation has collapsed, or is about to: %s. Go back to an "
+            "earlier checkpoint, or begin anew, and %s",
+            epoch + 1,
+            signs,
+            "; ".join(remedies),
+        )
+        return measured
+
+    def _report_unreadable(self) -> None:
         """Say which images could not be read, once; stop the run if they are too many."""
         report_unreadable(
             self.dataset,
@@ -164,6 +237,8 @@ class TrainingRun:
             Figures by name.
         """
         report = self.method.diagnostics()
+        if self.guard.num_skipped:
+            report["skipped_steps"] = float(self.guard.num_skipped)
         selected = self.method.selected_positives()
         if selected is not None and self._true_pids is not None:
             anchors, neighbors = selected
@@ -171,6 +246,32 @@ class TrainingRun:
                 anchors.cpu(), neighbors.cpu(), self._true_pids
             )
         return report
+
+    def _extract(self) -> tuple[Embeddings, Tensor]:
+        """Compute all features; tell which images have any, bool ``(M,)`` on the CPU.
+
+        The features of unreadable images, and bad numbers, become zero.
+        """
+        self.dataset.forget_unreadable()
+        embeddings, bad = leave_out_bad_features(
+            self.extract(), self.dataset.paths, self.on_bad_numbers
+        )
+        unreadable = on_any_rank(self.dataset.unreadable)
+        if unreadable.any():
+            report_unreadable(
+                self.dataset,
+                unreported=on_any_rank(self.dataset.take_unreported()),
+                unreadable=unreadable,
+                max_bad_share=self.max_bad_share,
+                what_happened="their features are zero, and they are in no cluster",
+            )
+            rows = unreadable.nonzero().flatten().to(self.network.device)
+            for features in (embeddings.global_features, embeddings.part_features):
+                if features is not None:
+                    features[rows] = 0
+        usable = ~unreadable
+        usable[bad.cpu()] = False
+        return embeddings, usable
 
     def _camids(self) -> Tensor:
         return self.dataset.camera_ids.to(self.network.device)
@@ -198,12 +299,12 @@ class TrainingRun:
         started = time.perf_counter()
         own = self.method.clustering_features() if self.method.prepared else None
         if own is None:
-            embeddings, readable = self._extract()
+            embeddings, usable = self._extract()
         else:
             embeddings = Embeddings(own)
-            readable = torch.ones(len(self.dataset), dtype=torch.bool)
+            usable = torch.ones(len(self.dataset), dtype=torch.bool)
         extracted = time.perf_counter()
-        found = self._label(embeddings, readable) if rank() == 0 else None
+        found = self._label(embeddings, usable) if rank() == 0 else None
         pseudo_labels = share_pseudo_labels(found, self.network.device)
         self.method.prepare(embeddings, self._camids(), pseudo_labels)
         seconds = {
@@ -211,17 +312,22 @@ class TrainingRun:
             "clustering_seconds": time.perf_counter() - extracted,
         }
         if rank() == 0:
-            self._report(epoch, pseudo_labels, seconds)
+            spread = self._watch(
+                epoch,
+                measure_spread(embeddings.global_features)
+                | measure_clusters(pseudo_labels),
+            )
+            self._report(epoch, pseudo_labels, spread | seconds)
 
-    def _label(self, embeddings: Embeddings, readable: Tensor) -> PseudoLabels:
-        """Label the readable images; the others are in no cluster."""
+    def _label(self, embeddings: Embeddings, usable: Tensor) -> PseudoLabels:
+        """Label the images that have features; the others are in no cluster."""
         assert self.labeler is not None
         features, camids = embeddings.global_features, self._camids()
         if self.cluster_features == "fused":
             features = self.network.test_feature(embeddings)
         previous = self.method.labels if self.method.prepared else None
-        if not readable.all():
-            kept = readable.to(features.device)
+        if not usable.all():
+            kept = usable.to(features.device)
             features, camids = features[kept], camids[kept]
             previous = None if previous is None else previous[kept]
         found = label_images(
@@ -231,12 +337,12 @@ class TrainingRun:
             min_clusters=self.min_clusters,
             previous=previous,
         )
-        return found if readable.all() else found.among(readable)
+        return found if usable.all() else found.among(usable)
 
     def _report(
-        self, epoch: int, found: PseudoLabels, seconds: Mapping[str, float]
+        self, epoch: int, found: PseudoLabels, measured: Mapping[str, float]
     ) -> None:
-        report = {**found.measured, **seconds}
+        report = {**found.measured, **measured}
         if self._true_pids is not None:
             report |= cluster_diagnostics(found.labels, self._true_pids)
         # Undefined for these labels, and no number in JSON.

@@ -55,6 +55,8 @@ def run_options() -> dict[str, Option]:
         Option("max_bad_share", 0.05, float, Interval(0, 1, below=True)),
         Option("wave_block", "none", str, Choice(("none", *get_args(WaveBlockKind)))),
         Option("ema_decay", 0.0, float, Interval(0, 1, below=True)),
+        Option("on_bad_numbers", "skip", str, Choice(("skip", "stop"))),
+        Option("max_bad_steps", 10, int, Interval(1)),
         Option("seed", 0, int, Interval(0)),
     )
     return {option.name: option for option in options}

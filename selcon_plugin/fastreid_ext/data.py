@@ -126,20 +126,6 @@ def training_images(cfg: CfgNode) -> IndexedDataset:
     return dataset
 
 
-def check_test_sets(cfg: CfgNode) -> None:
-    """Refuse test sets with images that cannot be read, before the training.
-
-    Args:
-        cfg: Complete config.
-
-    Raises:
-        ValueError: If there are such images; lists them.
-    """  # noqa: DOC502  (raised by what this calls)
-    for name in cfg.DATASETS.TESTS:
-        data = build_dataset(cfg, name)
-        check_test_images([path for path, *_ in data.query + data.gallery])
-
-
 def build_train_loader(cfg: CfgNode, images: IndexedDataset | None = None) -> TrainLoader:
     """Build the label-blind train loader on FastReID's own.
 
@@ -186,7 +172,8 @@ def check_test_sets(cfg: CfgNode) -> None:
         cfg: Complete config.
 
     Raises:
-        ValueError: If a test set has no images. ``FileNotFoundError`` if it is not there.
+        ValueError: If a test set has no images, or some that cannot be read.
+            ``FileNotFoundError`` if it is not there.
     """
     for name in cfg.DATASETS.TESTS:
         data = build_dataset(cfg, name)
@@ -195,6 +182,7 @@ def check_test_sets(cfg: CfgNode) -> None:
                 f"DATASETS.TESTS: {name} has no query and gallery images: name another "
                 "data set, or () for none"
             )
+        check_test_images([path for path, *_ in data.query + data.gallery])
 
 
 def _warn_of_host_sampler(cfg: CfgNode) -> None:

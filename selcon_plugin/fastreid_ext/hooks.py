@@ -37,8 +37,10 @@ class MethodHook(HookBase):
         self._run.after_step()
 
     def after_epoch(self) -> None:
-        """End an epoch."""
-        self._run.finish_epoch()
+        """Check what the epoch left, and report how far apart the features lie."""
+        measured = self._run.end_epoch(self.trainer.epoch)
+        if measured:
+            self.trainer.storage.put_scalars(smoothing_hint=False, **measured)
 
 
 class DiagnosticsHook(HookBase):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
-import signal
 import re
+import signal
 import socket
 import traceback
 from collections.abc import Callable

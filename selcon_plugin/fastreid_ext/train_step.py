@@ -12,16 +12,8 @@ from fastreid.utils.params import ContiguousParams
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from selcon_plugin.engine.bad_numbers import StepGuard
 from selcon_plugin.engine.batches import split_batch
-
-
-def _record_event(tensor: Tensor) -> torch.cuda.Event | None:
-    """Mark, on a GPU, the moment at which all work issued so far is done."""
-    if not tensor.is_cuda:
-        return None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call, unused-ignore]
-    event.record(torch.cuda.current_stream(tensor.device))
-    return event
 
 
 class AccumulatingTrainer(SimpleTrainer):
@@ -34,6 +26,8 @@ class AccumulatingTrainer(SimpleTrainer):
 
     With one micro-batch it does what ``SimpleTrainer`` does.
 
+    With a guard, a step with NaN or infinity in it is not taken; without, FastReID stops.
+
     Args:
         model: Maps a batch to losses by name; called once per micro-batch.
         data_loader: Endless; yields whole batches.
@@ -41,9 +35,14 @@ class AccumulatingTrainer(SimpleTrainer):
         param_wrapper: As in FastReID's trainers.
         num_micro_batches: Parts of each batch; must divide the number of its images.
 
+    Attributes:
+        guard: Judges each step; None for none.
+
     Raises:
         ValueError: If ``num_micro_batches`` is below 1.
     """
+
+    _scales_loss = False
 
     def __init__(
         self,
@@ -60,6 +59,7 @@ class AccumulatingTrainer(SimpleTrainer):
             )
         super().__init__(model, data_loader, optimizer, param_wrapper)
         self.num_micro_batches = num_micro_batches
+        self.guard: StepGuard | None = None
 
     def run_step(self) -> None:
         """Train on one batch of the loader."""
@@ -69,22 +69,32 @@ class AccumulatingTrainer(SimpleTrainer):
         data_time = time.perf_counter() - start
 
         self.optimizer.zero_grad()
+        if self.guard is not None:
+            self.guard.begin_step()
         *without_exchange, last = split_batch(batch, self.num_micro_batches)
         metrics: dict[str, Tensor] = {}
         with self._no_exchange():
             for micro_batch in without_exchange:
                 self._backward(self._losses(micro_batch, metrics))
-        loss = self._losses(last, metrics)
-        # FastReID reads the losses on a CUDA stream of its own, which would not wait for
-        # the one that computes them. Waiting for this event does not wait for backward().
-        computed = _record_event(loss)
-        self._backward(loss)
-        if computed is not None:
-            computed.synchronize()
+        self._backward(self._losses(last, metrics))
+        if not self._may_step(metrics, batch):
+            self.optimizer.zero_grad()
+            return
         self._write_metrics(metrics, data_time)
         self._update_weights()
         if isinstance(self.param_wrapper, ContiguousParams):
             self.param_wrapper.assert_buffer_is_valid()
+
+    def _may_step(self, metrics: dict[str, Tensor], batch: dict[str, Any]) -> bool:
+        """Read the losses, once and for all, and have the step judged."""
+        if self.guard is None:
+            return True
+        # A loss scaler looks at the gradients itself, and skips a step now and then.
+        values = self.guard.judge(
+            metrics, batch["images"], self.iter, check_gradients=not self._scales_loss
+        )
+        metrics.update((name, torch.tensor(value)) for name, value in values.items())
+        return not self.guard.skipped
 
     def _no_exchange(self) -> contextlib.AbstractContextManager[None]:
         if isinstance(self.model, DistributedDataParallel):
@@ -118,6 +128,8 @@ class AccumulatingAMPTrainer(AccumulatingTrainer, AMPTrainer):
     Mixed precision on CUDA: the loss scale is the same for all micro-batches of a batch and
     changes once per step. Otherwise as :class:`AccumulatingTrainer`.
     """
+
+    _scales_loss = True
 
     def run_step(self) -> None:
         """Train on one batch of the loader."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from selcon_plugin.clustering import Labeler
+from selcon_plugin.engine.bad_numbers import check_state
 from selcon_plugin.engine.checks import make_output_folder
 from selcon_plugin.engine.extraction import calibrate_normalization
 from selcon_plugin.engine.image_list import images_to_resume_with, write_image_list
@@ -77,6 +78,7 @@ def load_trained_model(cfg: CfgNode) -> SelCon:
     cfg.MODEL.HEADS.NUM_CLASSES = 0
     model = unwrap(SelConTrainer.build_model(cfg))
     SelConCheckpointer(model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    check_state(model, when=f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}")
     return model
 
 
@@ -226,13 +228,18 @@ class SelConTrainer(DefaultTrainer):
 
         Args:
             resume: Whether to go on from the last checkpoint in ``OUTPUT_DIR``.
-        """
+
+        Raises:
+            FloatingPointError: If what was loaded holds NaN or infinity.
+        """  # noqa: DOC502  (raised by what this calls)
         if resume and self.checkpointer.has_checkpoint():
             present = self.data_loader.dataset
             images = images_to_resume_with(self.cfg.OUTPUT_DIR, present)
             if images is not present:
                 self._build(self.cfg, images)
         super().resume_or_load(resume=resume)
+        network, images = unwrap(self.model), self.data_loader.dataset
+        check_state(network, images.paths, when="loaded weights")
         # The batches after the checkpoint follow; the loader has not started yet.
         self.data_loader.sampler.start = self.start_epoch * self.iters_per_epoch
 
@@ -260,6 +267,8 @@ class SelConTrainer(DefaultTrainer):
                 sampler_name(cfg), cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE
             ),
             max_bad_share=cfg.MODEL.SELCON.MAX_BAD_SHARE,
+            on_bad_numbers=cfg.MODEL.SELCON.ON_BAD_NUMBERS,
+            max_bad_steps=cfg.MODEL.SELCON.MAX_BAD_STEPS,
         )
 
     def build_hooks(self) -> list[HookBase]:
@@ -270,6 +279,7 @@ class SelConTrainer(DefaultTrainer):
             banks are written before anything is evaluated or saved.
         """
         run = self._build_run()
+        self._trainer.guard = run.guard
         result: list[HookBase] = [MethodHook(run)]
         if self.labeler is not None:
             result.append(ClusteringHook(run))
@@ -308,6 +318,17 @@ class SelConTrainer(DefaultTrainer):
         self._last_eval_results: dict[str, Any] = {}
         write_image_list(self.cfg.OUTPUT_DIR, self.data_loader.dataset)
         return super().train()
+
+    def before_train(self) -> None:
+        """Begin the hooks."""
+        self._hooks_began = False
+        super().before_train()
+        self._hooks_began = True
+
+    def after_train(self) -> None:
+        """End the hooks, unless one could not begin: FastReID's own would hide why."""
+        if self._hooks_began:
+            super().after_train()
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> selcon_data.TrainLoader:

@@ -46,6 +46,7 @@ class Method(nn.Module, ABC):
         uses_parts: Whether part features are used; without, the head builds none.
         default_sampler: How batches are drawn unless the user says otherwise: ``"stream"``
             for shuffled images, else a planner of :mod:`selcon_plugin.samplers`.
+        collapse_remedy: What to do if all features become alike, for the warning.
         labels: Cluster of each image, int64 ``(M,)``, -1 for outliers and where the method
             has no clusters.
         instance_level: Whether the labels make every image its own class, for want of
@@ -59,6 +60,7 @@ class Method(nn.Module, ABC):
     needs_cameras: ClassVar[bool] = False
     uses_parts: ClassVar[bool] = True
     default_sampler: ClassVar[str] = "stream"
+    collapse_remedy: ClassVar[str] = "lower the learning rate"
 
     labels: Tensor
     _epoch: Tensor
@@ -147,6 +149,13 @@ class Method(nn.Module, ABC):
 
         None, the rule, to extract. A method that clusters its own bank returns it once it
         is prepared; its :meth:`prepare` then gets the bank as the embeddings.
+        """
+        return None
+
+    def image_features(self) -> Tensor | None:
+        """Return the features of all images that the method keeps, ``(M, C)``, if it does.
+
+        They are watched for a collapse where nothing is clustered.
         """
         return None
 

@@ -83,6 +83,11 @@ class SelectiveContrastive(Method):
         ValueError: If ``camera_weight`` is asked for without clusters.
     """
 
+    collapse_remedy = (
+        "raise self_weight (0.5 is the default; a small weight lets neighbours pull each "
+        "other together) or lower the learning rate"
+    )
+
     _bank_camids: Tensor
     _listed_index: Tensor
     _listed_distance: Tensor
@@ -297,6 +302,10 @@ class SelectiveContrastive(Method):
         if count != batch_size:
             raise RuntimeError("update() must follow loss() of the same batch")
         return taken
+
+    def image_features(self) -> Tensor:
+        """Return the global bank."""
+        return self.memory.global_bank
 
     def selected_positives(self) -> tuple[Tensor, Tensor] | None:
         """Return the last batch's anchors and neighbours; None during warm-up."""

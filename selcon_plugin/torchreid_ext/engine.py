@@ -91,7 +91,7 @@ class ImageSelConEngine(_Engine):
         **options: Options of the method, such as ``temperature``, and of the run:
             ``sampler``, ``outlier_share``, ``iters_per_epoch``, ``micro_batches``,
             ``extra_images``, ``max_bad_share``, ``ema_decay``, ``diagnostics_period``,
-            ``keep_checkpoints``, ``seed``.
+            ``keep_checkpoints``, ``on_bad_numbers``, ``max_bad_steps``, ``seed``.
 
     Attributes:
         start_epoch: Epoch to begin with; set by :meth:`resume`.
@@ -216,6 +216,8 @@ class ImageSelConEngine(_Engine):
             cluster_features=clustering["features"],
             min_clusters=clusters_per_batch(sampler_name, batch_size, num_instances),
             max_bad_share=options["max_bad_share"],
+            on_bad_numbers=options["on_bad_numbers"],
+            max_bad_steps=options["max_bad_steps"],
             report=self._report_clusters,
         )
 
@@ -298,7 +300,8 @@ class ImageSelConEngine(_Engine):
             self._training.start_epoch(self.epoch)
             self._training.renew_batches(self.epoch, self._step)
             super().train(print_freq, fixbase_epoch, open_layers)
-            self._training.finish_epoch()
+            measured = self._training.end_epoch(self.epoch)
+            self._write("Features", measured)
         done, period = self.epoch + 1, self._checkpoint_period
         if period and done % period == 0 and done < self.max_epoch:
             self.save_model(self.epoch, 0.0, self._save_dir)
@@ -310,11 +313,14 @@ class ImageSelConEngine(_Engine):
             data: A batch of the train loader.
 
         Returns:
-            Losses by name, their sum, and now and then what a user watches.
+            Losses by name, their sum, and now and then what a user watches; nothing of a
+            step that is skipped.
         """
+        guard = self._training.guard
         micro_batches = split_batch(data, self._options["micro_batches"])
         losses: dict[str, Tensor] = {}
         self.optimizer.zero_grad()
+        guard.begin_step()
         for micro_batch in micro_batches:
             found = self._losses(micro_batch)
             total = torch.stack(list(found.values())).sum() / len(micro_batches)
@@ -322,10 +328,15 @@ class ImageSelConEngine(_Engine):
             for name, loss in {**found, "loss": total * len(micro_batches)}.items():
                 share = loss.detach() / len(micro_batches)
                 losses[name] = losses[name] + share if name in losses else share
-        self.optimizer.step()
+        summary = guard.judge(losses, data["img"], self._step)
+        if guard.skipped:
+            self.optimizer.zero_grad()
+        else:
+            self.optimizer.step()
         self._training.after_step()
         self._step += 1
-        summary = {name: loss.item() for name, loss in losses.items()}
+        if guard.skipped:
+            return {}
         period = self._options["diagnostics_period"]
         if period and self._step % period == 0:
             summary.update(self._training.diagnostics())
@@ -340,9 +351,12 @@ class ImageSelConEngine(_Engine):
     def _report_clusters(self, measured: Mapping[str, float]) -> None:
         if "num_clusters" in measured:
             self.num_clusters = int(measured["num_clusters"])
+        self._write("Clusters", measured)
+
+    def _write(self, group: str, measured: Mapping[str, float]) -> None:
         if self.writer is not None:
             for name, value in measured.items():
-                self.writer.add_scalar(f"Clusters/{name}", value, self.epoch)
+                self.writer.add_scalar(f"{group}/{name}", value, self.epoch)
 
     # --- evaluation -----------------------------------------------------------------------
 

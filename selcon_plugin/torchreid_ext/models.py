@@ -24,6 +24,7 @@ from selcon_plugin.backbones import (
     create_timm_backbone,
     infer_feature_shape,
 )
+from selcon_plugin.engine.bad_numbers import check_state
 from selcon_plugin.engine.network import EmbeddingNetwork
 from selcon_plugin.features import (
     Embeddings,
@@ -249,6 +250,7 @@ def load_network(model: SelConModel, file: str) -> None:
     state = {key.removeprefix("module."): tensor for key, tensor in read.items()}
     if not any(key.startswith("backbone.") for key in state):
         load_weights(cast(nn.Module, model.backbone.model), state, file)
+        check_state(model, when=f"weights from {file}")
         return
     taught = "teacher.module."
     network = {k: v for k, v in state.items() if not k.startswith(_RUN_PREFIXES)}
@@ -276,6 +278,7 @@ def load_whole(model: nn.Module, state: Mapping[str, Any], file: str | Path) -> 
             f"{file} is of another model: {textwrap.shorten(fault, 200)} Build the model "
             "by the name, and with the head, that it was trained with"
         ) from error
+    check_state(model, when=f"weights from {file}")
 
 
 def register_models() -> list[str]:
