@@ -248,10 +248,8 @@ class TrainingRun:
         return report
 
     def _extract(self) -> tuple[Embeddings, Tensor]:
-        """Compute all features; tell which images have any, bool ``(M,)`` on the CPU.
-
-        The features of unreadable images, and bad numbers, become zero.
-        """
+        # Features of unreadable images, and bad numbers, become zero. The second value says
+        # which images have features: bool (M,) on the CPU.
         self.dataset.forget_unreadable()
         embeddings, bad = leave_out_bad_features(
             self.extract(), self.dataset.paths, self.on_bad_numbers
@@ -275,25 +273,6 @@ class TrainingRun:
 
     def _camids(self) -> Tensor:
         return self.dataset.camera_ids.to(self.network.device)
-
-    def _extract(self) -> tuple[Embeddings, Tensor]:
-        """Compute all features, zero for unreadable images; tell which were readable."""
-        self.dataset.forget_unreadable()
-        embeddings = self.extract()
-        unreadable = on_any_rank(self.dataset.unreadable)
-        if unreadable.any():
-            report_unreadable(
-                self.dataset,
-                unreported=on_any_rank(self.dataset.take_unreported()),
-                unreadable=unreadable,
-                max_bad_share=self.max_bad_share,
-                what_happened="their features are zero, and they are in no cluster",
-            )
-            rows = unreadable.nonzero().flatten().to(self.network.device)
-            for features in (embeddings.global_features, embeddings.part_features):
-                if features is not None:
-                    features[rows] = 0
-        return embeddings, ~unreadable
 
     def _cluster(self, epoch: int) -> None:
         started = time.perf_counter()

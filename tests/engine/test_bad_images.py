@@ -305,18 +305,18 @@ def test_features_of_unreadable_images_are_zero_in_the_banks(make_run, images):
 def test_end_of_an_epoch_warns_once_and_stops_past_the_bound(make_run, images, caplog):
     run = make_run("SelectiveContrastive")
     run.before_training()
-    run.finish_epoch()
+    run._report_unreadable()
     assert not caplog.records
     for gone in (4, 5):
         os.unlink(images.paths[gone])
         images[SampleKey(gone, 0)]
-    run.finish_epoch()
-    run.finish_epoch()
+    run._report_unreadable()
+    run._report_unreadable()
     assert len(caplog.records) == 1
     os.unlink(images.paths[6])
     images[SampleKey(6, 0)]
     with pytest.raises(BadImagesError, match="3 of 12"):
-        run.finish_epoch()
+        run._report_unreadable()
 
 
 # --- going on ----------------------------------------------------------------------------
