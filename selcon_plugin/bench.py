@@ -243,9 +243,21 @@ def _finish(run: Run, title: str) -> Outcome:
                 _say(f"{title}: FAILED: {error}\n    see {run.folder / _CONSOLE}")
                 return Outcome(run, error=error)
             when = f"in {_duration(time.monotonic() - started)}"
-        record = json.loads((run.folder / _RESULTS).read_text())
+        record = _read_results(run.folder / _RESULTS)
     _say(f"{title}: {when}{_in_words(record['metrics'])}")
     return Outcome(run, record)
+
+
+def _read_results(file: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(file.read_text())
+        record["metrics"].items()
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is not what a run writes: {error!r}. Remove it, and the run goes on "
+            "from its last checkpoint"
+        ) from error
+    return record
 
 
 def _command(run: Run) -> list[str]:

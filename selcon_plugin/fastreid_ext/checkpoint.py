@@ -82,14 +82,12 @@ class SelConCheckpointer(Checkpointer):
         return loaded
 
     def _load_model(self, checkpoint: Any) -> Any:
-        if not isinstance(checkpoint, dict) or not isinstance(
-            checkpoint.get("model"), dict
-        ):
+        weights = checkpoint.get("model") if isinstance(checkpoint, dict) else None
+        if not isinstance(weights, dict):
             raise ValueError(
                 f"{self._file} holds no weights: expected tensors by name under 'model'"
             )
         if not self._resuming:
-            weights = checkpoint["model"]
             for key in [k for k in weights if k.startswith(_METHOD_PREFIX)]:
                 del weights[key]
             brings_teacher = any(_TEACHER_PREFIX in key for key in weights)

@@ -186,6 +186,6 @@ def _check_host_keys(cfg: CfgNode) -> None:
         raise ValueError("use_gpu is True, but CUDA is not available: set it to False")
     if cfg.selcon.ghost_batch_size == 1:
         raise ValueError(
-            "selcon.ghost_batch_size must be 0 (off) or at least 2, got 1: one image has no "
-            "batch statistics"
+            "selcon.ghost_batch_size must be 0 (off) or at least 2, got 1: one image has "
+            "no batch statistics"
         )
