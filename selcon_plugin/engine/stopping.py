@@ -7,6 +7,7 @@ import datetime
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -56,12 +57,36 @@ def ignore_stop_signals(_worker: int = 0) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+@contextlib.contextmanager
+def stop_signals_go_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Handle SIGTERM and SIGINT, where that is Python's own business so far.
+
+    What a script has set up stays, also that a signal is ignored; and so does all outside
+    the main thread, where Python allows no handlers.
+
+    Args:
+        handler: Called with the signal's number and the stack's frame.
+
+    Yields:
+        Nothing.
+    """
+    earlier = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) in _DEFAULT_HANDLERS:
+                earlier[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, before in earlier.items():
+            signal.signal(number, before)
+
+
 class StopSignals:
     """Takes note of SIGTERM and SIGINT inside its ``with`` block.
 
     The first signal is noted, for the run to stop where it can; a second Ctrl-C interrupts
-    at once. Handlers that a script has installed stay, and so do all outside the main
-    thread, where Python allows none.
+    at once.
 
     With several processes all of them must ask :meth:`requested` equally often; the answer
     is the same in all. It is one call old, so that no step waits for the slowest process's
@@ -70,7 +95,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._number = 0
-        self._earlier: dict[int, Any] = {}
+        self._handlers = contextlib.ExitStack()
         self._group: Any = None
         self._asked: tuple[torch.Tensor, Any] | None = None
 
@@ -79,16 +104,11 @@ class StopSignals:
         if world_size() > 1:
             # Its waits are those for the slowest rank, which the main group's limit is for.
             self._group = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
-        if threading.current_thread() is threading.main_thread():
-            for number in STOP_SIGNALS:
-                if signal.getsignal(number) in _DEFAULT_HANDLERS:
-                    self._earlier[number] = signal.signal(number, self._note)
+        self._handlers.enter_context(stop_signals_go_to(self._note))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._earlier.items():
-            signal.signal(number, handler)
-        self._earlier = {}
+        self._handlers.close()
 
     def _note(self, number: int, _frame: object) -> None:
         if self._number == number == signal.SIGINT:

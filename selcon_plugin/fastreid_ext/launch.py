@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import signal
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fastreid.utils import comm
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import ProcessExitedException, spawn
+
+from selcon_plugin.engine.stopping import is_stop_status, stop_signals_go_to
 
 # Long enough for one rank to draw data or evaluate while the others wait.
 _TIMEOUT = datetime.timedelta(hours=2)
@@ -60,8 +63,32 @@ def launch(
             raise ValueError("several machines need a common --dist-url tcp://host:port")
         dist_url = f"tcp://127.0.0.1:{_free_port()}"
     worker_args = (main, world_size, num_processes, machine_rank, dist_url, args)
-    spawn(_worker, nprocs=num_processes, args=worker_args)  # type: ignore[no-untyped-call]
+    processes = spawn(  # type: ignore[no-untyped-call]
+        _worker, nprocs=num_processes, args=worker_args, join=False
+    )
+    _wait_for(processes)
     return None
+
+
+def _wait_for(processes: Any) -> None:
+    """Wait for the processes, and leave it to them when to stop on SIGTERM and Ctrl-C."""
+
+    def hand_on(_number: int, _frame: object) -> None:
+        for process in processes.processes:
+            if process.is_alive():
+                # Not SIGINT: Ctrl-C has reached them already, and a second one interrupts.
+                os.kill(process.pid, signal.SIGTERM)
+
+    try:
+        with stop_signals_go_to(hand_on):
+            while not processes.join():
+                pass
+    except ProcessExitedException as error:
+        # Below 0 for one that had not begun to train.
+        status = error.exit_code if error.exit_code > 0 else 128 - error.exit_code
+        if is_stop_status(status):
+            raise SystemExit(status) from None
+        raise
 
 
 def _run_under_torchrun(main: Callable[..., Any], args: tuple[Any, ...]) -> Any:

@@ -339,8 +339,9 @@ class SelConTrainer(DefaultTrainer):
         steps_done = self.iter - self.epoch * self.iters_per_epoch
         self.checkpointer.save(STOPPED, epoch=self.epoch - 1, steps_done=steps_done)
         for hook in self._hooks:
-            if isinstance(hook, host_hooks.PeriodicWriter):
-                hook.after_epoch()  # writes out what was measured
+            # What was measured is written out, if there is anything.
+            if isinstance(hook, host_hooks.PeriodicWriter) and self.iter > self.start_iter:
+                hook.after_epoch()
         self._signals.wait_for_all()
         stop = RunStopped(number)
         logger.warning(
