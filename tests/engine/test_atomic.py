@@ -30,12 +30,16 @@ def test_failure_leaves_the_earlier_file_and_nothing_else(tmp_path, monkeypatch,
     def fail(*_):
         raise OSError("no space left on device")
 
+    def write():
+        with replacing(file) as stream:
+            stream.write(b"half")
+            if where == "write":
+                fail()
+
     if where != "write":
         monkeypatch.setattr(os, where, fail)
-    with pytest.raises(OSError, match="no space"), replacing(file) as stream:
-        stream.write(b"half")
-        if where == "write":
-            fail()
+    with pytest.raises(OSError, match="no space"):
+        write()
     assert [f.name for f in tmp_path.iterdir()] == ["a.txt"]
     assert file.read_text() == "earlier"
 

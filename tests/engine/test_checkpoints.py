@@ -1,4 +1,4 @@
-"""Broken and foreign checkpoints: refused by name, and passed over where others are left."""
+"""Broken and foreign checkpoints: refused by name, passed over where others are left."""
 
 import logging
 import os
