@@ -95,8 +95,8 @@ def test_stopped_run_goes_on_to_the_end_of_the_unbroken_one(
 
 
 def test_stop_says_how_to_go_on(make, tmp_path, caplog):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with caplog.at_level(logging.INFO), pytest.raises(RunStopped) as stop:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         run(make(), tmp_path, 4, signal.SIGINT)
     assert stop.value.code == 130
     assert "Stopped by SIGINT, after 2 of 3 steps of epoch 2" in caplog.text
