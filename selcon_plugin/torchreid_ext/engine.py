@@ -291,7 +291,12 @@ class ImageSelConEngine(_Engine):
                 logger.info("The run is complete: nothing to train")
                 call.arguments |= {"test_only": True, "rerank": False}
             tests_only = call.arguments.get("test_only")
-            with contextlib.nullcontext() if tests_only else self._signals:
+            if tests_only:
+                super().run(*call.args, **call.kwargs)
+                return
+            for folder in (Path(save_dir), Path(save_dir) / "model"):
+                remove_partial_files(folder)
+            with self._signals:
                 super().run(*call.args, **call.kwargs)
 
     def train(
@@ -531,7 +536,6 @@ def _read_run(path: Path) -> tuple[Path, dict[str, Any]]:
     required = ("state_dict", "optimizer", "epoch", _ENTRY)
     if path.is_dir():
         folder = path / "model"
-        remove_partial_files(folder)
         files = _checkpoints(folder)
         files += [file for file in [folder / _STOPPED] if file.is_file()]
         if not files:

@@ -116,8 +116,8 @@ def test_broken_last_checkpoint_gives_way(make, tmp_path, unbroken, content, cap
         assert make().resume(tmp_path) == 1
     assert "model.pth.tar-2" in caplog.text
     assert f"Going on from {folder / 'model.pth.tar-1'}" in caplog.text
-    assert not list(folder.glob("*.partial"))
     run(make(), tmp_path)
+    assert not list(folder.glob("*.partial"))
     assert_equal(unbroken, checkpoint(tmp_path))
 
 

@@ -29,6 +29,7 @@ import argparse
 import contextlib
 import functools
 import importlib
+import inspect
 import io
 import json
 import mmap
@@ -214,7 +215,7 @@ class Announcer:
 
     def watch(self, owner: Any, name: str, place: str) -> None:
         """Replace a function by one that announces itself."""
-        plain = vars(owner).get(name, getattr(owner, name))
+        plain = inspect.getattr_static(owner, name)
         is_class_method = isinstance(plain, classmethod)
         function = plain.__func__ if is_class_method else plain
 
@@ -586,9 +587,15 @@ def import_hosts(data_root: Path) -> None:
     from selcon_plugin.datasets import SyntheticPersonsSpec, generate_synthetic_persons
 
     generate_synthetic_persons(data_root, SyntheticPersonsSpec(**_SPEC))
-    # Both: what is announced lies in both.
-    for module in ("fastreid_ext.trainer", "torchreid_ext.train", "clustering"):
-        importlib.import_module(f"selcon_plugin.{module}")
+    # Both hosts: what is announced lies in both.
+    for module in (
+        *("selcon_plugin.cli", "selcon_plugin.torchreid_ext.train"),
+        *("selcon_plugin.fastreid_ext.trainer", "timm", "torch.utils.tensorboard"),
+        *("sklearn.cluster", "sklearn.metrics"),
+    ):
+        importlib.import_module(module)
+    with contextlib.suppress(ImportError):  # numba may be missing
+        importlib.import_module("selcon_plugin.clustering.compiled.jaccard_kernels")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
