@@ -42,7 +42,7 @@ _CONSOLE = "console.txt"  # what a run printed
 _LOCK = ".lock"
 
 _POLL_SECONDS = 1.0
-_STOP_SECONDS = 10.0
+_STOP_SECONDS = 60.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after ``selcon bench``; those of the process by default.
 
     Returns:
-        Exit status: 0, 1 if a run failed, or 130 if the bench was stopped.
+        Exit status: 0, 1 if a run failed, or 130 (Ctrl-C) or 143 (SIGTERM) if the bench was
+        stopped.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = _parse(arguments)
@@ -62,9 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _stopped_by_sigterm():
             outcomes = _work(runs, output, shlex.join(["selcon", "bench", *arguments]))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         _say("\nStopped. The same command goes on where this one stopped.")
-        return 130
+        return 143 if isinstance(stop, _Terminated) else 130
     return int(any(outcome.error for outcome in outcomes))
 
 
@@ -305,7 +306,7 @@ def _train(run: Run, title: str, lock: int) -> str:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process, if it still runs."""
+    """End a process, if it still runs; it finishes a step and writes a checkpoint."""
     if process.poll() is not None:
         return
     process.terminate()
@@ -400,12 +401,16 @@ def _alone(folder: Path, title: str) -> Iterator[int]:
         os.close(descriptor)
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, treated as Ctrl-C."""
+
+
 @contextlib.contextmanager
 def _stopped_by_sigterm() -> Iterator[None]:
     """Treat SIGTERM as Ctrl-C, so that no run is left behind."""
 
     def interrupt(_number: int, _frame: Any) -> None:
-        raise KeyboardInterrupt
+        raise _Terminated
 
     earlier = signal.signal(signal.SIGTERM, interrupt)
     try:

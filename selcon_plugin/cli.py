@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selcon_plugin.engine.checks import make_output_folder, read_config_file
+from selcon_plugin.engine.stopping import RunStopped
 
 if TYPE_CHECKING:
     from selcon_plugin.engine.settings import ConfigKeys
@@ -61,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; those of the process by default.
 
     Returns:
-        Exit status: 0, or 2 for a mistake in arguments, config or data; see the commands
-        for others.
+        Exit status: 0; 2 for a mistake in arguments, config or data; 143 or 130 for a
+        command that SIGTERM or Ctrl-C ended; see the commands for others.
 
     Raises:
         ValueError: Mistakes are raised and not shown if SELCON_TRACEBACK is set; so are the
@@ -87,6 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if asked_for_help else 2
     try:
         return commands[arguments[0]](arguments[1:])
+    except RunStopped as stop:  # which has said how to go on
+        return stop.code
+    except KeyboardInterrupt:
+        sys.stderr.write(f"selcon {arguments[0]}: interrupted\n")
+        return 130
     except (ValueError, FileNotFoundError, ImportError, FloatingPointError) as error:
         # Mistakes in what the user gave: the message says what to do, a traceback would
         # hide it. SELCON_TRACEBACK=1 shows where it was raised.

@@ -33,6 +33,7 @@ from selcon_plugin.cli import (
     one_core_left_free,
 )
 from selcon_plugin.datasets import generate_synthetic_persons
+from selcon_plugin.engine.stopping import RunStopped
 from selcon_plugin.visualize import LabeledImages, loss_curve, ranked_sheet
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after ``selcon demo``; those of the process by default.
 
     Returns:
-        Exit status: 0, or 130 after Ctrl-C.
+        Exit status: 0, or 130 after Ctrl-C and 143 after SIGTERM.
     """
     args = _parser().parse_args(argv)
     if args.data_root:
@@ -92,9 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _log_into(output / _LOG), one_core_left_free():
             _run(cfg, output)
-    except KeyboardInterrupt:
-        _say("\nStopped. The same command goes on after the last finished epoch.")
-        return 130
+    except (KeyboardInterrupt, RunStopped) as stop:
+        _say("\nStopped. The same command goes on.")
+        return stop.code if isinstance(stop, RunStopped) else 130
     return 0
 
 

@@ -90,11 +90,11 @@ def loading_noted() -> Iterator[list[float]]:
         shares.append(1 - len(result.missing_keys) / max(1, len(module.state_dict())))
         return result
 
-    nn.Module.load_state_dict = load_state_dict
+    nn.Module.load_state_dict = load_state_dict  # type: ignore[assignment, method-assign]
     try:
         yield shares
     finally:
-        nn.Module.load_state_dict = original
+        nn.Module.load_state_dict = original  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -7,6 +7,7 @@
         run.start_epoch(epoch)             seeds
         run.renew_batches(epoch, step)     clusters, if it is time; batches drawn from them
         for batch in ...:
+            run.start_step(step)           seeds
             losses, backward, step         the host's, if run.guard lets it
             run.after_step()               banks, teacher
         run.end_epoch(epoch)               what could not be read; are weights, banks sound?
@@ -57,12 +58,17 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def _seed_from(*numbers: int) -> None:
+    seed_all(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
 @dataclass
 class TrainingRun:
     """What the method wants done along a host's training loop.
 
-    Random streams are seeded by ``(seed, epoch, rank)`` before each epoch, so that a run
-    resumed at an epoch goes on as the unbroken one would.
+    Random streams are seeded by ``(seed, epoch, rank)`` before each epoch and by ``(seed,
+    step, rank)`` before each step, so that a run resumed at either goes on as the unbroken
+    one would.
 
     Attributes:
         network: Network with its method.
@@ -134,10 +140,18 @@ class TrainingRun:
             epoch: Counted from 0.
         """
         self.method.start_epoch(epoch)
-        seed = np.random.SeedSequence((self.seed, epoch, rank()))
-        seed_all(int(seed.generate_state(1)[0]))
+        _seed_from(self.seed, epoch, rank())
 
-    def renew_batches(self, epoch: int, step: int) -> None:
+    def start_step(self, step: int) -> None:
+        """Seed all random streams.
+
+        Args:
+            step: Optimiser steps before this one.
+        """
+        # The 1 keeps this stream apart from the epochs'.
+        _seed_from(self.seed, step, rank(), 1)
+
+    def renew_batches(self, epoch: int, step: int, steps_done: int = 0) -> None:
         """Cluster the images if it is time, and draw this epoch's batches from the labels.
 
         Features of all training images (each rank extracts its share) are labelled on the
@@ -146,12 +160,15 @@ class TrainingRun:
         Args:
             epoch: Counted from 0.
             step: Optimiser steps before this epoch.
+            steps_done: Steps of it that an earlier part of the run did. Its labels are then
+                those of the checkpoint.
         """
-        if self.labeler is not None and (
-            not self.method.prepared or epoch % self.cluster_period == 0
+        if (
+            self.labeler is not None
+            and not steps_done
+            and (not self.method.prepared or epoch % self.cluster_period == 0)
         ):
             self._cluster(epoch)
-        self.sampler.start = step
         if isinstance(self.sampler, ClusterSampler):
             self.sampler.set_labels(
                 self.method.labels,
@@ -160,6 +177,7 @@ class TrainingRun:
                 planner="shuffle" if self.method.instance_level else None,
             )
             self.dataset.labels = self.method.labels.cpu().numpy()
+        self.sampler.start = step + steps_done
 
     def after_step(self) -> None:
         """Write the banks and move the teacher, unless the step is skipped."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
-import os
 import platform
 import resource
 import sys
@@ -19,6 +18,7 @@ import torch
 
 import selcon_plugin
 from selcon_plugin.distributed import rank, world_size
+from selcon_plugin.engine.atomic import write_atomically
 
 RESULTS_FILE = "results.json"
 
@@ -176,10 +176,7 @@ def write_results(
         "host": host,
         "versions": _versions(host),
     }
-    file = Path(folder) / RESULTS_FILE
-    partial = file.with_suffix(".json.partial")
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(partial, file)
+    write_atomically(json.dumps(record, indent=2) + "\n", Path(folder) / RESULTS_FILE)
 
 
 def describe_device(device: torch.device) -> str:

@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from fastreid.utils.checkpoint import Checkpointer
 
-from selcon_plugin.engine.atomic import save_atomically
+from selcon_plugin.engine.atomic import (
+    remove_partial_files,
+    save_atomically,
+    write_atomically,
+)
+from selcon_plugin.engine.checkpoints import first_readable, newest_first, read_checkpoint
 from selcon_plugin.fastreid_ext.meta_arch import SelCon
 from selcon_plugin.safe_loading import MIN_LOADED_SHARE
 
 # Prefix of the method's buffers in a SelCon state dict.
 _METHOD_PREFIX = "method."
 _TEACHER_PREFIX = "teacher."
+_TAG = "last_checkpoint"
+# Written inside an epoch, when a run is stopped by a signal.
+STOPPED = "model_stopped"
+_REQUIRED = ("model", "optimizer", "run", "epoch")
 
 
 class SelConCheckpointer(Checkpointer):
-    """FastReID's checkpointer, with two differences.
+    """FastReID's checkpointer, with three differences.
 
-    A file appears under its name only when it is complete. And banks are loaded only when a
-    run is resumed: loaded as ``MODEL.WEIGHTS``, a checkpoint gives its network, while its
-    banks belong to the images it was trained on.
+    A file appears under its name only when it is complete. A last checkpoint that cannot be
+    read gives way to the one before. And banks are loaded only when a run is resumed:
+    loaded as ``MODEL.WEIGHTS``, a checkpoint gives its network, while its banks belong to
+    the images it was trained on.
     """
 
-    _resuming = False
     _file = ""
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -39,13 +49,26 @@ class SelConCheckpointer(Checkpointer):
         self.logger.info("Saving checkpoint to %s", file)
         save_atomically(data, file)
         self.tag_last_checkpoint(os.path.basename(file))
+        if name != STOPPED:  # it has been overtaken
+            Path(self.save_dir, f"{STOPPED}.pth").unlink(missing_ok=True)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Note which checkpoint is the last one, in one step."""
-        tag = os.path.join(self.save_dir, "last_checkpoint")
-        with open(f"{tag}.partial", "w") as stream:
-            stream.write(last_filename_basename)
-        os.replace(f"{tag}.partial", tag)
+        write_atomically(last_filename_basename, os.path.join(self.save_dir, _TAG))
+
+    def has_checkpoint(self) -> bool:
+        """Tell whether there is anything to resume from, readable or not."""
+        return bool(self.save_dir and self._candidates())
+
+    def _candidates(self) -> list[Path]:
+        """List the run's checkpoints, the last one first."""
+        files = newest_first(list(Path(self.save_dir).glob("model_*.pth")))
+        try:
+            tagged = Path(self.save_dir, _TAG).read_text(errors="replace").strip()
+        except OSError:
+            tagged = ""
+        # Stable: the others stay in their order.
+        return sorted(files, key=lambda file: file.name != tagged)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Resume from the last checkpoint, or load network weights from ``path``.
@@ -61,10 +84,13 @@ class SelConCheckpointer(Checkpointer):
         Raises:
             FileNotFoundError: If ``path`` does not exist.
         """
-        self._resuming = resume and self.has_checkpoint()
-        if not self._resuming and path and not os.path.isfile(path):
+        if self.save_dir and self.save_to_disk:
+            remove_partial_files(self.save_dir)
+        if resume and self.has_checkpoint():
+            return self._resume()
+        if path and not os.path.isfile(path):
             raise FileNotFoundError(f"MODEL.WEIGHTS {path!r} does not exist")
-        loaded: dict[str, Any] = super().resume_or_load(path, resume=resume)
+        loaded: dict[str, Any] = self.load(path, checkpointables=[])
         return loaded
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
@@ -81,31 +107,39 @@ class SelConCheckpointer(Checkpointer):
         loaded: dict[str, Any] = super().load(path, checkpointables)
         return loaded
 
+    def _resume(self) -> dict[str, Any]:
+        file, checkpoint = first_readable(self._candidates(), _REQUIRED)
+        self.logger.info("Resuming from %s", file)
+        # Before any weight: that of another run would fail on shapes, and not say why.
+        self.checkpointables["run"].load_state_dict(checkpoint.pop("run"))
+        # FastReID leaves out what has another shape, with a warning: a memory of clusters
+        # has as many rows as there were clusters. And here everything must be there.
+        self.model.load_state_dict(checkpoint.pop("model"))
+        for key, checkpointable in self.checkpointables.items():
+            if key in checkpoint:
+                checkpointable.load_state_dict(checkpoint.pop(key))
+        return checkpoint
+
+    def _load_file(self, f: str) -> dict[str, Any]:
+        return read_checkpoint(f, ["model"])
+
     def _load_model(self, checkpoint: Any) -> Any:
-        weights = checkpoint.get("model") if isinstance(checkpoint, dict) else None
+        weights = checkpoint["model"]
         if not isinstance(weights, dict):
             raise ValueError(
                 f"{self._file} holds no weights: expected tensors by name under 'model'"
             )
-        if not self._resuming:
-            for key in [k for k in weights if k.startswith(_METHOD_PREFIX)]:
-                del weights[key]
-            brings_teacher = any(_TEACHER_PREFIX in key for key in weights)
-            incompatible = super()._load_model(checkpoint)
-            self._check_fit(incompatible)
-            if not brings_teacher and isinstance(self.model, SelCon):
-                self.model.update_teacher(restart=True)
-            return incompatible
-        if "run" in self.checkpointables and "run" in checkpoint:
-            # Before any weight: that of another run would fail on shapes, and not say why.
-            self.checkpointables["run"].load_state_dict(checkpoint["run"])
-        # FastReID leaves out what has another shape, with a warning: a memory of clusters
-        # has as many rows as there were clusters. And here everything must be there.
-        self.model.load_state_dict(checkpoint.pop("model"))
-        return None
+        for key in [k for k in weights if k.startswith(_METHOD_PREFIX)]:
+            del weights[key]
+        brings_teacher = any(_TEACHER_PREFIX in key for key in weights)
+        incompatible = super()._load_model(checkpoint)
+        self._check_fit(incompatible)
+        if not brings_teacher and isinstance(self.model, SelCon):
+            self.model.update_teacher(restart=True)
+        return incompatible
 
     def _check_fit(self, incompatible: Any) -> None:
-        """Refuse weights of another model, of which FastReID loads what fits, if anything."""
+        """Refuse weights of another model, of which FastReID loads what fits."""
         own = {
             key
             for key in self.model.state_dict()
@@ -121,13 +155,12 @@ class SelConCheckpointer(Checkpointer):
             )
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
-        if not self._resuming:
-            # The banks of a new run are filled from its own images.
-            incompatible = incompatible._replace(
-                missing_keys=[
-                    key
-                    for key in incompatible.missing_keys
-                    if not key.removeprefix("module.").startswith(_METHOD_PREFIX)
-                ]
-            )
+        # The banks of a new run are filled from its own images.
+        incompatible = incompatible._replace(
+            missing_keys=[
+                key
+                for key in incompatible.missing_keys
+                if not key.removeprefix("module.").startswith(_METHOD_PREFIX)
+            ]
+        )
         super()._log_incompatible_keys(incompatible)

@@ -19,6 +19,7 @@ from selcon_plugin.datasets.reading import read_rgb
 from selcon_plugin.engine.batches import build_sampler
 from selcon_plugin.engine.image_check import check_test_images, readable_items
 from selcon_plugin.engine.images import IndexedImages, Item, extra_items
+from selcon_plugin.engine.stopping import ignore_stop_signals
 from selcon_plugin.fastreid_ext.config import sampler_name
 from selcon_plugin.fastreid_ext.datasets import build_dataset
 from selcon_plugin.samplers import BatchStream
@@ -149,6 +150,7 @@ def build_train_loader(cfg: CfgNode, images: IndexedDataset | None = None) -> Tr
         total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
+    host_loader.worker_init_fn = ignore_stop_signals
     return TrainLoader(host_loader, sampler)
 
 
@@ -234,6 +236,7 @@ def build_extraction_loader(cfg: CfgNode, dataset: IndexedDataset) -> Any:
         num_query=0,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
+    loader.worker_init_fn = ignore_stop_signals
     return loader
 
 
@@ -262,10 +265,11 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> tuple[Any, int]:
     test_set = _TestImages(
         data.query + data.gallery, build_transforms(cfg, is_train=False), relabel=False
     )
-    loader: tuple[Any, int] = build_reid_test_loader(
+    loader, num_query = build_reid_test_loader(
         test_set,
         test_batch_size=cfg.TEST.IMS_PER_BATCH,
         num_query=len(data.query),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
-    return loader
+    loader.worker_init_fn = ignore_stop_signals
+    return loader, num_query

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastreid.engine.hooks import PeriodicCheckpointer
+from fastreid.engine.hooks import EvalHook, PeriodicCheckpointer
 from fastreid.engine.train_loop import HookBase
 from fastreid.utils import comm
 from tqdm import tqdm
@@ -15,7 +15,7 @@ from selcon_plugin.engine.run import TrainingRun
 
 
 class MethodHook(HookBase):
-    """Prepare the method, seed each epoch, write the banks after each step.
+    """Prepare the method, seed each epoch and step, write the banks after each step.
 
     Args:
         run: The training run.
@@ -31,6 +31,10 @@ class MethodHook(HookBase):
     def before_epoch(self) -> None:
         """Begin an epoch."""
         self._run.start_epoch(self.trainer.epoch)
+
+    def before_step(self) -> None:
+        """Begin a step."""
+        self._run.start_step(self.trainer.iter)
 
     def after_step(self) -> None:
         """Write the banks and move the teacher."""
@@ -97,6 +101,18 @@ class ProgressHook(HookBase):
         self._bar.close()
 
 
+class EvaluationHook(EvalHook):
+    """FastReID's evaluation, of runs that come to their end.
+
+    FastReID's evaluates at the end even where an error or a signal ends the last epoch.
+    """
+
+    def after_train(self) -> None:
+        """Evaluate at the end, if that was not done after the last epoch."""
+        if self.trainer.iter == self.trainer.max_epoch * self.trainer.iters_per_epoch:
+            super().after_train()
+
+
 class CheckpointHook(PeriodicCheckpointer):
     """FastReID's periodic checkpointer, for runs without a test set as well.
 
@@ -109,6 +125,16 @@ class CheckpointHook(PeriodicCheckpointer):
     def __init__(self, checkpointer: Any, period: int, keep: int = 0) -> None:
         super().__init__(checkpointer, period)
         self._keep = keep
+        # Else a resumed run would take its next model for the best.
+        checkpointer.checkpointables["best"] = self
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the metric of the best model so far."""
+        return {"metric": float(self.best_metric)}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from a checkpoint's best metric."""
+        self.best_metric = state["metric"]
 
     def before_train(self) -> None:
         """Note the last epoch, and the metric that decides which model is the best."""
@@ -124,5 +150,8 @@ class CheckpointHook(PeriodicCheckpointer):
         super().after_epoch()
         if self._keep:
             folder = Path(self.checkpointer.save_dir)
-            for file in sorted(folder.glob("model_[0-9]*.pth"))[: -self._keep]:
+            # What an earlier, longer run left behind is not touched.
+            last = f"model_{self.trainer.epoch:04d}.pth"
+            files = [f for f in folder.glob("model_[0-9]*.pth") if f.name <= last]
+            for file in sorted(files)[: -self._keep]:
                 file.unlink()

@@ -27,6 +27,8 @@ from torch.multiprocessing.spawn import (
     spawn,
 )
 
+from selcon_plugin.engine.stopping import stop_signals_go_to
+
 # Long enough for one process to cluster or to evaluate while the others wait.
 TIMEOUT_MINUTES = 30.0
 _WEEK = 7 * 24 * 60
@@ -79,7 +81,7 @@ def launch(
         ValueError: If there are not that many GPUs, several machines have no common
             ``dist_url``, the time-out is out of range, or ``main`` raised a user's mistake.
         ProcessFailure: If one of several processes failed; says which and why.
-    """
+    """  # noqa: DOC502  (raised by what this calls)
     if not 0 < timeout_minutes <= _WEEK:
         raise ValueError(
             f"--dist-timeout must be above 0 and at most {_WEEK} minutes, a week, got "
@@ -112,15 +114,35 @@ def launch(
     context = spawn(  # type: ignore[no-untyped-call]
         _worker, nprocs=num_processes, args=worker_args, join=False
     )
+    first_rank = machine_rank * num_processes
+    _wait_for(context, failures, first_rank, world_size)
+    return None
+
+
+def _wait_for(
+    context: ProcessContext, failures: Any, first_rank: int, world_size: int
+) -> None:
+    """Wait for the processes; raise why one failed, or the status of a run stopped."""
+    stopped_by: list[int] = []
+
+    def hand_on(number: int, _frame: object) -> None:
+        stopped_by.append(number)
+        for process in context.processes:
+            if process.is_alive():
+                # Not SIGINT: Ctrl-C has reached them already, and a second one interrupts.
+                os.kill(process.pid, signal.SIGTERM)
+
     try:
-        while not context.join():
-            pass
+        # It is left to the processes when to stop on SIGTERM and Ctrl-C.
+        with stop_signals_go_to(hand_on):
+            while not context.join():
+                pass
     except (ProcessRaisedException, ProcessExitedException) as error:
         # Which process the error names is chance: when one ends, the others fail as well.
-        first_rank = machine_rank * num_processes
         _raise_first_failure(context, failures, first_rank, world_size)
+        if stopped_by:  # before one had begun to train
+            raise SystemExit(128 + stopped_by[0]) from None
         raise ProcessFailure(str(error)) from error
-    return None
 
 
 def _raise_first_failure(

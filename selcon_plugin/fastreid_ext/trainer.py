@@ -14,6 +14,7 @@ from fastreid.evaluation import ReidEvaluator
 from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
 from fastreid.solver import build_optimizer
 from fastreid.utils import comm
+from fastreid.utils.events import EventStorage
 from fastreid.utils.logger import setup_logger
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -27,8 +28,9 @@ from selcon_plugin.engine.run import TrainingRun, seed_all
 from selcon_plugin.engine.run_record import RunMeter
 from selcon_plugin.engine.run_state import RunState
 from selcon_plugin.engine.settings import STREAM_SAMPLER, clusters_per_batch
+from selcon_plugin.engine.stopping import RunStopped, StopSignals
 from selcon_plugin.fastreid_ext import data as selcon_data
-from selcon_plugin.fastreid_ext.checkpoint import SelConCheckpointer
+from selcon_plugin.fastreid_ext.checkpoint import STOPPED, SelConCheckpointer
 from selcon_plugin.fastreid_ext.clustering_hook import ClusteringHook
 from selcon_plugin.fastreid_ext.config import KEYS, complete_config, sampler_name
 from selcon_plugin.fastreid_ext.embedding import extract_training_set, unwrap
@@ -36,6 +38,7 @@ from selcon_plugin.fastreid_ext.evaluation import CameraTermEvaluator
 from selcon_plugin.fastreid_ext.hooks import (
     CheckpointHook,
     DiagnosticsHook,
+    EvaluationHook,
     MethodHook,
     ProgressHook,
 )
@@ -144,7 +147,7 @@ class SelConTrainer(DefaultTrainer):
         self.meter = RunMeter()
         self.scheduler = self.build_lr_scheduler(cfg, optimizer, self.iters_per_epoch)
         self.checkpointer = self._build_checkpointer(cfg, model, optimizer, loader)
-        self.start_epoch = 0
+        self.start_epoch, self._steps_done = 0, 0  # steps of the epoch to start with
         self.max_epoch = cfg.SOLVER.MAX_EPOCH
         self.max_iter = self.max_epoch * self.iters_per_epoch
         self.warmup_iters = cfg.SOLVER.WARMUP_ITERS
@@ -232,16 +235,25 @@ class SelConTrainer(DefaultTrainer):
         Raises:
             FloatingPointError: If what was loaded holds NaN or infinity.
         """  # noqa: DOC502  (raised by what this calls)
-        if resume and self.checkpointer.has_checkpoint():
+        resuming = resume and self.checkpointer.has_checkpoint()
+        if resuming:
             present = self.data_loader.dataset
             images = images_to_resume_with(self.cfg.OUTPUT_DIR, present)
             if images is not present:
                 self._build(self.cfg, images)
-        super().resume_or_load(resume=resume)
+        loaded = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if resuming:
+            self.start_epoch = loaded["epoch"] + 1
+            self._steps_done = loaded.get("steps_done", 0)
         network, images = unwrap(self.model), self.data_loader.dataset
         check_state(network, images.paths, when="loaded weights")
         # The batches after the checkpoint follow; the loader has not started yet.
-        self.data_loader.sampler.start = self.start_epoch * self.iters_per_epoch
+        self.data_loader.sampler.start = self._first_step
+
+    @property
+    def _first_step(self) -> int:
+        first: int = self.start_epoch * self.iters_per_epoch + self._steps_done
+        return first
 
     def restart_data(self) -> None:
         """Begin the data iterator anew at the sampler's present place."""
@@ -288,8 +300,7 @@ class SelConTrainer(DefaultTrainer):
             if isinstance(hook, host_hooks.IterationTimer):
                 # FastReID leaves the first three steps out and then fails to print the time
                 # of an epoch that has no others.
-                left_out = min(3, self.iters_per_epoch)
-                result.append(host_hooks.IterationTimer(warmup_iter=left_out))
+                result.append(host_hooks.IterationTimer(warmup_iter=1))
             elif isinstance(hook, host_hooks.PeriodicCheckpointer):
                 period = self.cfg.SOLVER.CHECKPOINT_PERIOD
                 keep = self.cfg.MODEL.SELCON.KEEP_CHECKPOINTS
@@ -300,24 +311,76 @@ class SelConTrainer(DefaultTrainer):
                 # Period 0 means at the end alone; FastReID's hook would divide by it.
                 period = self.cfg.TEST.EVAL_PERIOD or self.cfg.SOLVER.MAX_EPOCH
                 evaluate = self.meter.excluding(hook._func)
-                result.append(host_hooks.EvalHook(period, evaluate))
+                result.append(EvaluationHook(period, evaluate))
         if self._show_progress:
             result.insert(-1, ProgressHook())
         return result
 
     def train(self) -> Any:
-        """Train from ``start_epoch`` to ``MAX_EPOCH``.
+        """Train from where the run stands to ``MAX_EPOCH``.
+
+        On SIGTERM or Ctrl-C it ends after the step under way, with a checkpoint from which
+        it can be resumed exactly.
 
         Returns:
             Results of the last evaluation on the main process, empty without one.
-        """
+
+        Raises:
+            RunStopped: If it was stopped by a signal; a ``SystemExit``.
+        """  # noqa: DOC502  (raised by what this calls)
         if self.start_epoch >= self.max_epoch:
             logger.info("The run in %s is complete: nothing to resume", self.cfg.OUTPUT_DIR)
             return self.test(self.cfg, self.model)
-        # DefaultTrainer asserts that there was an evaluation; a folder of images has none.
         self._last_eval_results: dict[str, Any] = {}
         write_image_list(self.cfg.OUTPUT_DIR, self.data_loader.dataset)
-        return super().train()
+        logger.info("Starting training from epoch %d", self.start_epoch)
+        self.iter = self.start_iter = self._first_step
+        with StopSignals() as self._signals, EventStorage(self.iter) as self.storage:
+            try:
+                self.before_train()
+                self._train_epochs()
+            except Exception:
+                logger.exception("Exception during training:")
+                raise
+            finally:
+                self.after_train()
+        return self._last_eval_results if comm.is_main_process() else None
+
+    def _train_epochs(self) -> None:
+        """Go through FastReID's loop, beginning inside an epoch where a run was stopped."""
+        for epoch in range(self.start_epoch, self.max_epoch):
+            self.epoch = epoch
+            self._stop_if_asked()
+            self.before_epoch()
+            while self.iter < (epoch + 1) * self.iters_per_epoch:
+                self.before_step()
+                self.run_step()
+                self.after_step()
+                self.iter += 1
+                self._stop_if_asked()
+            self.after_epoch()
+
+    def _stop_if_asked(self) -> None:
+        number = self._signals.requested()
+        if not number:
+            return
+        steps_done = self.iter - self.epoch * self.iters_per_epoch
+        self.checkpointer.save(STOPPED, epoch=self.epoch - 1, steps_done=steps_done)
+        for hook in self._hooks:
+            # What was measured is written out, if there is anything.
+            if isinstance(hook, host_hooks.PeriodicWriter) and self.iter > self.start_iter:
+                hook.after_epoch()
+        self._signals.wait_for_all()
+        stop = RunStopped(number)
+        logger.warning(
+            "Stopped by %s, after %d of %d steps of epoch %d. To go on: the same command "
+            "with --resume, in a script resume_or_load(resume=True)",
+            stop.signal_name,
+            steps_done,
+            self.iters_per_epoch,
+            self.epoch + 1,
+        )
+        raise stop
 
     def before_train(self) -> None:
         """Begin the hooks."""

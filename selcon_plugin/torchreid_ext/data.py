@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from selcon_plugin.datasets.reading import read_rgb
 from selcon_plugin.engine.image_check import check_test_images, readable_items
 from selcon_plugin.engine.images import UNKNOWN, IndexedImages, Item, extra_items
+from selcon_plugin.engine.stopping import ignore_stop_signals
 from selcon_plugin.samplers import BatchStream
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,9 @@ class EpochLoader:
         iters_per_epoch: Batches in an epoch.
         num_workers: Processes that read images.
         pin_memory: Whether batches are put where a GPU fetches them fast.
+
+    Attributes:
+        steps_done: Batches of the epoch that are left out; the sampler begins behind them.
     """
 
     def __init__(
@@ -119,17 +123,20 @@ class EpochLoader:
         self.batch_size = sampler.batch_size
         self._iters_per_epoch = iters_per_epoch
         self._options = {"num_workers": num_workers, "pin_memory": pin_memory}
+        self.steps_done = 0
 
     def __len__(self) -> int:
         return self._iters_per_epoch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         # No more keys than the epoch has: workers read ahead.
-        keys = list(itertools.islice(self.sampler, len(self) * self.batch_size))
+        num_batches = len(self) - self.steps_done
+        keys = list(itertools.islice(self.sampler, num_batches * self.batch_size))
         loader: DataLoader[dict[str, Any]] = DataLoader(
             self.dataset,
             batch_size=self.batch_size,
             sampler=keys,
+            worker_init_fn=ignore_stop_signals,
             **self._options,  # type: ignore[arg-type]
         )
         # A loader that starts draws a seed: the training's own stream must not notice.
@@ -157,7 +164,11 @@ class ExtractionLoader:
         pin_memory: bool,
     ) -> None:
         self._loader = DataLoader(
-            dataset, batch_size, num_workers=num_workers, pin_memory=pin_memory
+            dataset,
+            batch_size,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            worker_init_fn=ignore_stop_signals,
         )
 
     def __len__(self) -> int:

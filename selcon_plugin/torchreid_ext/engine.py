@@ -18,8 +18,14 @@ from torch import Tensor, nn
 
 from selcon_plugin.clustering import Labeler, labeler_options
 from selcon_plugin.compat import import_torchreid
-from selcon_plugin.engine.atomic import save_atomically
+from selcon_plugin.engine.atomic import remove_partial_files, save_atomically
 from selcon_plugin.engine.batches import build_sampler, split_batch
+from selcon_plugin.engine.checkpoints import (
+    BadCheckpointError,
+    first_readable,
+    newest_first,
+    read_checkpoint,
+)
 from selcon_plugin.engine.extraction import calibrate_normalization, extract_embeddings
 from selcon_plugin.engine.image_list import images_to_resume_with, write_image_list
 from selcon_plugin.engine.run import TrainingRun, seed_all
@@ -34,10 +40,14 @@ from selcon_plugin.engine.settings import (
     run_options,
     sampler_of,
 )
+from selcon_plugin.engine.stopping import (
+    RunStopped,
+    StopSignals,
+    ignore_stop_signals,
+)
 from selcon_plugin.features import Embeddings
 from selcon_plugin.methods import build_method, method_class, method_options
 from selcon_plugin.options import check_options
-from selcon_plugin.safe_loading import load_data
 from selcon_plugin.torchreid_ext.data import (
     EpochLoader,
     ExtractionLoader,
@@ -56,6 +66,8 @@ _CHECKPOINT = re.compile(r"model\.pth\.tar-(\d+)")
 MODEL_OPTIONS = ("num_parts", "project_global", "ghost_batch_size", "wave_block")
 # Entry of a checkpoint beside torchreid's own.
 _ENTRY = "selcon"
+# Written inside an epoch, when a run is stopped by a signal.
+_STOPPED = "model-stopped.pth.tar"
 
 
 class ImageSelConEngine(_Engine):
@@ -144,6 +156,9 @@ class ImageSelConEngine(_Engine):
             if len(loaders["query"].dataset)
         }
         check_test_sets(self.test_loader)
+        for loaders in self.test_loader.values():
+            for loader in loaders.values():
+                loader.worker_init_fn = ignore_stop_signals
         images = training_images(
             datamanager,
             self._options["seed"],
@@ -158,6 +173,8 @@ class ImageSelConEngine(_Engine):
         self.start_epoch = 0
         self._save_dir = ""
         self._step = 0
+        self._steps_done = 0  # of the epoch to start with
+        self._signals = StopSignals()
         self._ready = False
 
     # --- setting up -----------------------------------------------------------------------
@@ -264,7 +281,9 @@ class ImageSelConEngine(_Engine):
     ) -> None:
         """Train and evaluate, as torchreid's ``run``, whose arguments these are.
 
-        A run that is complete when it is resumed is evaluated.
+        A run that is complete when it is resumed is evaluated. On SIGTERM or Ctrl-C it ends
+        after the step under way, with a checkpoint from which it can be resumed exactly,
+        and with :class:`~selcon_plugin.engine.stopping.RunStopped`, a ``SystemExit``.
 
         Args:
             save_dir: Folder of checkpoints and TensorBoard files.
@@ -275,13 +294,22 @@ class ImageSelConEngine(_Engine):
         call = inspect.signature(super().run).bind(save_dir, max_epoch, *args, **kwargs)
         call.arguments.setdefault("start_epoch", self.start_epoch)
         self._save_dir = save_dir
+        if call.arguments["start_epoch"] != self.start_epoch:
+            self._steps_done = 0  # they are of another epoch
         with _messages_shown():
             complete = 0 < max_epoch <= call.arguments["start_epoch"]
             if complete and not call.arguments.get("test_only"):
                 # torchreid would save the end of the run as its first epoch.
                 logger.info("The run is complete: nothing to train")
                 call.arguments |= {"test_only": True, "rerank": False}
-            super().run(*call.args, **call.kwargs)
+            tests_only = call.arguments.get("test_only")
+            if tests_only:
+                super().run(*call.args, **call.kwargs)
+                return
+            for folder in (Path(save_dir), Path(save_dir) / "model"):
+                remove_partial_files(folder)
+            with self._signals:
+                super().run(*call.args, **call.kwargs)
 
     def train(
         self, print_freq: int = 10, fixbase_epoch: int = 0, open_layers: Any = None
@@ -296,9 +324,12 @@ class ImageSelConEngine(_Engine):
         with self.meter.running():
             if not self._ready:
                 self._get_ready()
-            self._step = self.epoch * len(self.train_loader)
+            first, done = self.epoch * len(self.train_loader), self._steps_done
+            self._step, self._steps_done = first + done, 0
+            self._stop_if_asked()
             self._training.start_epoch(self.epoch)
-            self._training.renew_batches(self.epoch, self._step)
+            self._training.renew_batches(self.epoch, first, done)
+            self.train_loader.steps_done = done
             super().train(print_freq, fixbase_epoch, open_layers)
             measured = self._training.end_epoch(self.epoch)
             self._write("Features", measured)
@@ -316,6 +347,9 @@ class ImageSelConEngine(_Engine):
             Losses by name, their sum, and now and then what a user watches; nothing of a
             step that is skipped.
         """
+        # torchreid counts from 0 in an epoch begun by an earlier part of the run, too.
+        self.batch_idx = self._step - self.epoch * len(self.train_loader)
+        self._training.start_step(self._step)
         guard = self._training.guard
         micro_batches = split_batch(data, self._options["micro_batches"])
         losses: dict[str, Tensor] = {}
@@ -340,7 +374,28 @@ class ImageSelConEngine(_Engine):
         period = self._options["diagnostics_period"]
         if period and self._step % period == 0:
             summary.update(self._training.diagnostics())
+        self._stop_if_asked()
         return summary
+
+    def _stop_if_asked(self) -> None:
+        number = self._signals.requested()
+        if not number:
+            return
+        steps_done = self._step - self.epoch * len(self.train_loader)
+        folder = _model_folder(self._save_dir)
+        save_atomically(self._checkpoint(self.epoch, 0.0, steps_done), folder / _STOPPED)
+        if self.writer is not None:
+            self.writer.close()
+        stop = RunStopped(number)
+        logger.warning(
+            "Stopped by %s, after %d of %d steps of epoch %d. To go on: the same command "
+            "with --resume, in a script engine.resume(save_dir)",
+            stop.signal_name,
+            steps_done,
+            len(self.train_loader),
+            self.epoch + 1,
+        )
+        raise stop
 
     def _losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         images, index = self.parse_data_for_train(batch)
@@ -408,26 +463,12 @@ class ImageSelConEngine(_Engine):
             save_dir: Folder of the run.
             is_best: Whether to save it as ``model-best.pth.tar`` too.
         """
-        folder = Path(save_dir) / "model"
-        folder.mkdir(parents=True, exist_ok=True)
-        labeler, scheduler = self._training.labeler, self.scheduler
-        checkpoint = {
-            "state_dict": self.model.state_dict(),
-            "epoch": epoch + 1,
-            "rank1": float(rank1),
-            "optimizer": self.optimizer.state_dict(),
-            _ENTRY: {
-                "run": self._facts.state_dict(),
-                "meter": self.meter.state_dict(),
-                "labeler": {} if labeler is None else labeler.state_dict(),
-                "num_clusters": self.num_clusters,
-            },
-        }
-        if scheduler is not None:
-            checkpoint["scheduler"] = scheduler.state_dict()
+        folder = _model_folder(save_dir)
+        checkpoint = self._checkpoint(epoch + 1, rank1)
         file = folder / f"model.pth.tar-{epoch + 1}"
         save_atomically(checkpoint, file)
         logger.info("Checkpoint saved to %s", file)
+        (folder / _STOPPED).unlink(missing_ok=True)  # it has been overtaken
         if is_best:
             save_atomically(checkpoint, folder / "model-best.pth.tar")
         keep = self._options["keep_checkpoints"]
@@ -437,26 +478,42 @@ class ImageSelConEngine(_Engine):
             for old in own[:-keep]:
                 old.unlink()
 
+    def _checkpoint(self, epoch: int, rank1: float, steps_done: int = 0) -> dict[str, Any]:
+        """Return all that a run goes on from, after ``epoch`` epochs and some steps."""
+        labeler = self._training.labeler
+        checkpoint = {
+            "state_dict": self.model.state_dict(),
+            "epoch": epoch,
+            "rank1": float(rank1),
+            "optimizer": self.optimizer.state_dict(),
+            _ENTRY: {
+                "run": self._facts.state_dict(),
+                "meter": self.meter.state_dict(),
+                "labeler": {} if labeler is None else labeler.state_dict(),
+                "num_clusters": self.num_clusters,
+                "steps_done": steps_done,
+            },
+        }
+        if self.scheduler is not None:
+            checkpoint["scheduler"] = self.scheduler.state_dict()
+        return checkpoint
+
     def resume(self, path: str | os.PathLike[str]) -> int:
         """Go on from a checkpoint: weights, optimiser, schedule, banks, labels.
 
         Args:
-            path: A checkpoint, or a run's ``save_dir``: the one written last is taken.
+            path: A checkpoint, or a run's ``save_dir``: the one written last that can be
+                read is taken.
 
         Returns:
             The epoch to go on with, for ``run(start_epoch=...)``.
 
         Raises:
-            ValueError: If it is not this engine's, or of a run with other settings, images
-                or another model. ``FileNotFoundError`` if there is none.
-        """
-        file = _find_checkpoint(Path(path).expanduser())
-        checkpoint = load_data(file)
-        if not isinstance(checkpoint, dict) or _ENTRY not in checkpoint:
-            raise ValueError(
-                f"{file} is not a checkpoint of ImageSelConEngine: to begin from its "
-                "weights, load them with torchreid's load_pretrained_weights"
-            )
+            ValueError: If it is not this engine's, cannot be read, or is of a run with
+                other settings, images or another model. ``FileNotFoundError`` if there is
+                none.
+        """  # noqa: DOC502  (raised by what this calls)
+        file, checkpoint = _read_run(Path(path).expanduser())
         entry = checkpoint[_ENTRY]
         present = self.train_loader.dataset
         images = images_to_resume_with(file.parent.parent, present)
@@ -473,6 +530,7 @@ class ImageSelConEngine(_Engine):
         self.meter.load_state_dict(entry["meter"])
         self.num_clusters = entry["num_clusters"]
         self.start_epoch = int(checkpoint["epoch"])
+        self._steps_done = entry.get("steps_done", 0)
         logger.info("Resumed from %s, at epoch %d", file, self.start_epoch + 1)
         return self.start_epoch
 
@@ -510,15 +568,29 @@ def _epoch_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _find_checkpoint(path: Path) -> Path:
-    """Return a checkpoint, or the one written last in a run's folder."""
+def _model_folder(save_dir: str) -> Path:
+    folder = Path(save_dir) / "model"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _read_run(path: Path) -> tuple[Path, dict[str, Any]]:
+    """Read a checkpoint, or the last one in a run's folder that can be read."""
+    required = ("state_dict", "optimizer", "epoch", _ENTRY)
     if path.is_dir():
-        path = path / "model"
-        # Not the highest epoch: the folder may hold what an earlier, longer run left.
-        path = max(_checkpoints(path), key=lambda f: f.stat().st_mtime_ns, default=path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    return path
+        folder = path / "model"
+        files = _checkpoints(folder)
+        files += [file for file in [folder / _STOPPED] if file.is_file()]
+        if not files:
+            raise FileNotFoundError(f"there is no checkpoint in {folder}")
+        return first_readable(newest_first(files), required)
+    try:
+        return path, read_checkpoint(path, required)
+    except BadCheckpointError as error:
+        raise BadCheckpointError(
+            f"{error}. To begin from its weights, load them with torchreid's "
+            "load_pretrained_weights"
+        ) from error
 
 
 def _sort_options(
