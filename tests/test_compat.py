@@ -7,6 +7,7 @@ import json
 import pickle
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -253,6 +254,32 @@ def test_data_loader_is_untouched_with_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     compat._let_data_loader_run_without_cuda()
     assert dict(vars(DataLoaderX)) == own
+
+
+@needs_fastreid
+@pytest.mark.parametrize("mended", [False, True])
+def test_error_in_the_thread_that_fetches_batches_reaches_the_training(monkeypatch, mended):
+    compat.prepare_fastreid()
+    from fastreid.data.data_utils import BackgroundGenerator
+
+    def batches():
+        yield 1
+        raise RuntimeError("the disk is gone")
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    if not mended:
+        own = inspect.unwrap(BackgroundGenerator.run)
+        monkeypatch.setattr(BackgroundGenerator, "run", own)
+        monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    fetched = BackgroundGenerator(batches(), 0)
+    assert next(fetched) == 1
+    if mended:
+        with pytest.raises(RuntimeError, match="the disk is gone"):
+            next(fetched)
+        assert list(BackgroundGenerator(iter([1, 2]), 0)) == [1, 2]
+    else:
+        fetched.join(60)
+        assert fetched.queue.empty()  # and the training would wait for ever
 
 
 def test_optimizers_of_an_old_torch_are_untouched(monkeypatch):
