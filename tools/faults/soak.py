@@ -129,6 +129,7 @@ def config(folder: Path, args: argparse.Namespace) -> Any:
         "MODEL.BACKBONE.NAME": "build_timm_backbone",
         "MODEL.BACKBONE.TIMM_NAME": "test_resnet",
         "MODEL.SELCON.METHOD": args.method,
+        "MODEL.SELCON.NUM_PARTS": 2,
         "MODEL.SELCON.EMA_DECAY": 0.99,
         "MODEL.SELCON.ITERS_PER_EPOCH": args.steps_per_epoch,
         "MODEL.SELCON.KEEP_CHECKPOINTS": 2,
@@ -160,9 +161,10 @@ def config(folder: Path, args: argparse.Namespace) -> Any:
 def soak(folder: Path, args: argparse.Namespace) -> list[Sample]:
     """Train; return a sample for each epoch."""
     os.environ["FASTREID_DATASETS"] = str(folder)  # read when FastReID is imported
-    from fastreid.engine.train_loop import HookBase
-
     from selcon_plugin.fastreid_ext import SelConTrainer
+
+    # After the adapter, which makes it importable on a current Python.
+    from fastreid.engine.train_loop import HookBase  # isort: skip
 
     samples: list[Sample] = []
 
