@@ -232,7 +232,7 @@ class Halves(Labeler):
 
     def cluster(self, features):
         self.given.append(features)
-        return PseudoLabels.numbered((np.arange(len(features)) * 2 // len(features)))
+        return PseudoLabels.numbered(np.arange(len(features)) * 2 // len(features))
 
 
 @pytest.fixture
