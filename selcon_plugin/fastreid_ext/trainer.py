@@ -223,7 +223,7 @@ class SelConTrainer(DefaultTrainer):
         """  # noqa: DOC502  (raised by what this calls)
         super().resume_or_load(resume=resume)
         network, images = unwrap(self.model), self.data_loader.dataset
-        check_state(network, images.paths, when="loaded weights")
+        check_state(network, images.paths, when="after loading")
         # The batches after the checkpoint follow; the loader has not started yet.
         self.data_loader.sampler.start = self.start_epoch * self.iters_per_epoch
 
