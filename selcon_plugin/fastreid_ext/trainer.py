@@ -246,7 +246,7 @@ class SelConTrainer(DefaultTrainer):
             self.start_epoch = loaded["epoch"] + 1
             self._steps_done = loaded.get("steps_done", 0)
         network, images = unwrap(self.model), self.data_loader.dataset
-        check_state(network, images.paths, when="loaded weights")
+        check_state(network, images.paths, when="after loading")
         # The batches after the checkpoint follow; the loader has not started yet.
         self.data_loader.sampler.start = self._first_step
 

@@ -115,22 +115,22 @@ def test_bound_on_steps_in_a_row(tiny_cfg):
         trainer.train()
 
 
-def test_spoilt_weights_are_not_trained_on_nor_used(tiny_cfg, tmp_path, capsys):
+def test_spoilt_weights_are_not_trained_on_nor_used(
+    tiny_cfg, tiny_values, tmp_path, capsys
+):
     trainer = trainer_of(tiny_cfg, "SOLVER.MAX_EPOCH", 1)
     trainer.train()
     file = tmp_path / "out" / "model_final.pth"
     checkpoint = torch.load(file, weights_only=True)
     checkpoint["model"]["heads.part_weight"][0, 0, 0] = torch.inf
     torch.save(checkpoint, file)
-    config = tmp_path / "tiny.yml"
-    config.write_text(tiny_cfg.dump())
-    changes = ["MODEL.WEIGHTS", str(file), "OUTPUT_DIR", str(tmp_path / "again")]
-    arguments = ["--config-file", str(config), *changes]
+    changes = {"MODEL.WEIGHTS": file, "OUTPUT_DIR": tmp_path / "again"}
+    options = [str(part) for pair in (tiny_values | changes).items() for part in pair]
     capsys.readouterr()
-    assert main(["train", *arguments]) == 2
+    assert main(["train", *options]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(
-        "selcon train: error: loaded weights: weights are not finite: heads.part_weight"
+        "selcon train: error: after loading: weights are not finite: heads.part_weight"
     )
 
 
