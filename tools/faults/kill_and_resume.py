@@ -61,10 +61,10 @@ _STOP_STATUSES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 _CLUSTERING = {"eps": 0.7, "min_samples": 2, "k1": 8, "k2": 3}
 _SPEC = {
     "num_train_ids": 8,
-    "num_test_ids": 2,
+    "num_test_ids": 4,  # FastReID wants 10 gallery images of a query
     "images_per_id": 4,
     "num_cameras": 3,
-    "num_distractors": 1,
+    "num_distractors": 3,
 }
 _FASTREID = {
     "MODEL.META_ARCHITECTURE": "SelCon",
