@@ -245,6 +245,7 @@ class SelConTrainer(DefaultTrainer):
         if resuming:
             self.start_epoch = loaded["epoch"] + 1
             self._steps_done = loaded.get("steps_done", 0)
+            self._resumed = {key: loaded[key] for key in ("epoch", "metric") if key in loaded}
         network, images = unwrap(self.model), self.data_loader.dataset
         check_state(network, images.paths, when="after loading")
         # The batches after the checkpoint follow; the loader has not started yet.
@@ -330,6 +331,9 @@ class SelConTrainer(DefaultTrainer):
         """  # noqa: DOC502  (raised by what this calls)
         if self.start_epoch >= self.max_epoch:
             logger.info("The run in %s is complete: nothing to resume", self.cfg.OUTPUT_DIR)
+            if not (Path(self.cfg.OUTPUT_DIR) / "model_final.pth").exists():
+                # Killed between the best checkpoint of the last epoch and the final one.
+                self.checkpointer.save("model_final", **self._resumed)
             return self.test(self.cfg, self.model)
         self._last_eval_results: dict[str, Any] = {}
         write_image_list(self.cfg.OUTPUT_DIR, self.data_loader.dataset)
