@@ -105,7 +105,7 @@ class SelConCheckpointer(Checkpointer):
         return None
 
     def _check_fit(self, incompatible: Any) -> None:
-        """Refuse weights of another model, of which FastReID loads what fits, if anything."""
+        """Refuse weights of another model, of which FastReID loads what happens to fit."""
         own = {
             key
             for key in self.model.state_dict()
