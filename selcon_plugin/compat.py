@@ -549,9 +549,8 @@ def _load_torchreid_checkpoints_as_data(torchreid: types.ModuleType) -> None:
     under torch < 2.6, where ``torch.load`` does so by default.
     Can go when: torchreid passes ``weights_only=True``.
     """
-    name = f"{torchreid.__name__}.utils.torchtools"
-    original = vars(importlib.import_module(name))["load_checkpoint"]
-    if hasattr(original, _MENDED):
+    original = getattr(torchreid.utils, "load_checkpoint", None)
+    if original is None or hasattr(original, _MENDED):
         return
 
     @functools.wraps(original)

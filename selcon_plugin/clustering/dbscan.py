@@ -149,8 +149,8 @@ class DBSCANLabeler(Labeler):
         if eps_change > self.graph_margin:
             raise ValueError(
                 f"the graph holds distances up to eps + {self.graph_margin:g}, but eps + "
-                f"{eps_change:g} is asked for (RELIABILITY): raise graph_margin "
-                f"(GRAPH_MARGIN) to {eps_change:g}"
+                f"{eps_change:g} is asked for: raise graph_margin to {eps_change:g} "
+                "(GRAPH_MARGIN; the filter of RELIABILITY asks)"
             )
 
     def labels_at(self, pseudo_labels: PseudoLabels, eps_change: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -245,7 +246,8 @@ class SelConTrainer(DefaultTrainer):
         if resuming:
             self.start_epoch = loaded["epoch"] + 1
             self._steps_done = loaded.get("steps_done", 0)
-            self._resumed = {key: loaded[key] for key in ("epoch", "metric") if key in loaded}
+            rest = ("epoch", "metric")
+            self._resumed = {key: loaded[key] for key in rest if key in loaded}
         network, images = unwrap(self.model), self.data_loader.dataset
         check_state(network, images.paths, when="after loading")
         # The batches after the checkpoint follow; the loader has not started yet.
