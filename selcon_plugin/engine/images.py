@@ -79,7 +79,6 @@ class IndexedImages(Dataset[dict[str, Any]]):
         camids: Camera of each image as 0, 1, ...; -1 where unknown.
         true_pids: Identity of each image as 0, 1, ...; -1 where unknown. For diagnostics
             only; no sample carries it.
-        sizes: Bytes of each file when the run began.
         num_left_out: Files that could not be read when the run began, and are not here.
         labels: Cluster of each image, ``(M,)``, negative where it is drawn from none, for
             the choice of stand-ins; None where any image may stand in for any other.
@@ -140,9 +139,9 @@ class IndexedImages(Dataset[dict[str, Any]]):
 
     @property
     def sizes(self) -> list[int]:
-        """Bytes of each file, as they were when first asked for."""
+        """Bytes of each file, as they were when first asked for; 0 of one that is gone."""
         if self._sizes is None:
-            self._sizes = [os.path.getsize(path) for path in self.paths]
+            self._sizes = [_size_of(path) for path in self.paths]
         return self._sizes
 
     @property
@@ -275,6 +274,13 @@ class IndexedImages(Dataset[dict[str, Any]]):
         torch.default_generator.manual_seed(seed)
         assert self.transform is not None
         return self.transform(image)
+
+
+def _size_of(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0
 
 
 def _enumerate_names(names: Sequence[Any]) -> list[int]:

@@ -198,6 +198,14 @@ class ImageSelConEngine(_Engine):
         )
         iters = options["iters_per_epoch"] or len(images) // batch_size
         self.train_loader = EpochLoader(images, sampler, iters, **readers)
+        # Now: files may vanish before the first checkpoint.
+        self._facts = RunState(
+            num_images=len(images),
+            image_list=images.fingerprint,
+            seed=options["seed"],
+            batch_size=batch_size,
+            method=self._method_name,
+        )
         test_view = images.with_transform(self.datamanager.transform_te)
         test_batch = max(
             [loaders["query"].batch_size for loaders in self.test_loader.values()],
@@ -236,17 +244,6 @@ class ImageSelConEngine(_Engine):
             on_bad_numbers=options["on_bad_numbers"],
             max_bad_steps=options["max_bad_steps"],
             report=self._report_clusters,
-        )
-
-    @property
-    def _facts(self) -> RunState:
-        images = self._training.dataset
-        return RunState(
-            num_images=len(images),
-            image_list=images.fingerprint,
-            seed=self._options["seed"],
-            batch_size=self.train_loader.batch_size,
-            method=self._method_name,
         )
 
     def _get_ready(self) -> None:

@@ -80,7 +80,7 @@ def test_broken_test_image_is_refused_before_the_training(engine, own_root, spli
 
 @pytest.mark.parametrize("method", ["SelectiveContrastive", "ClusterContrast"])
 def test_resumed_run_equals_the_unbroken_one_where_files_were_deleted(
-    engine, own_root, tmp_path, monkeypatch, capsys, method
+    engine, own_root, tmp_path, monkeypatch, caplog, method
 ):
     gone = [files(own_root, "bounding_box_train")[i] for i in (5, 20)]
     content = {file: file.read_bytes() for file in gone}
@@ -95,9 +95,8 @@ def test_resumed_run_equals_the_unbroken_one_where_files_were_deleted(
     monkeypatch.setattr(TrainingRun, "start_epoch", start)
     unbroken = engine(method=method)
     unbroken.run(str(tmp_path / "unbroken"), 3)
-    log = capsys.readouterr().out
-    assert "can no longer be read" in log
-    assert all(str(file) in log for file in gone)
+    assert "can no longer be read" in caplog.text
+    assert all(str(file) in caplog.text for file in gone)
     for file in gone:
         file.write_bytes(content[file])
     broken = engine(method=method)
@@ -115,10 +114,10 @@ def test_resumed_run_equals_the_unbroken_one_where_files_were_deleted(
 
 
 def test_run_goes_on_in_two_worker_processes_where_files_vanish(
-    engine, own_root, tmp_path, capsys
+    engine, own_root, tmp_path, caplog
 ):
     trained = engine(workers=2)
     for file in files(own_root, "bounding_box_train")[:2]:
         file.unlink()
     trained.run(str(tmp_path / "run"), 2)
-    assert "2 of 40 training images can no longer be read" in capsys.readouterr().out
+    assert "2 of 40 training images can no longer be read" in caplog.text
