@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -333,6 +334,17 @@ class ImageSelConEngine(_Engine):
         done, period = self.epoch + 1, self._checkpoint_period
         if period and done % period == 0 and done < self.max_epoch:
             self.save_model(self.epoch, 0.0, self._save_dir)
+
+    def update_lr(self, names: Any = None) -> None:
+        """Move the schedule by an epoch, as torchreid's ``update_lr``.
+
+        Args:
+            names: As in torchreid.
+        """
+        with warnings.catch_warnings():
+            # An earlier part of the run may have taken all steps of the epoch.
+            warnings.filterwarnings("ignore", "Detected call of .lr_scheduler")
+            super().update_lr(names)
 
     def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
         """Train on one batch.

@@ -230,7 +230,7 @@ COMMANDS = [
     ("images-missing", "train --images {place}/nowhere", "nowhere; does not exist"),
     ("images-file", "train --images {place}/notes.txt", "notes.txt; no folder"),
     ("images-empty", "train --images {place}/empty", "empty; no image files; .jpg"),
-    ("images-broken", "train --images {place}/broken", "broken; all 1 image"),
+    ("images-broken", "train --images {place}/broken", "broken; 1 of 1 training images"),
     (
         "camera-syntax",
         "train --images {place}/images --camera-pattern '(c'",
@@ -341,7 +341,11 @@ TORCHREID_CASES = [
     ("weights-text", {"model.load_weights": "{place}/notes.txt"}, "notes.txt; weights"),
     ("weights-other", {"model.load_weights": "{place}/other.pth"}, "other.pth; not fit"),
     ("resume-missing", {"model.resume": "{place}/no.pth"}, "model.resume; no.pth"),
-    ("resume-other", {"model.resume": "{place}/other.pth"}, "other.pth; ImageSelConEngine"),
+    (
+        "resume-other",
+        {"model.resume": "{place}/other.pth"},
+        "other.pth; checkpoint of a run",
+    ),
 ]
 
 

@@ -460,7 +460,7 @@ def test_foreign_and_missing_checkpoints_are_refused(make_engine, tmp_path):
     engine = make_engine()
     file = tmp_path / "softmax.pth.tar"
     torch.save({"state_dict": {}, "epoch": 3, "optimizer": {}}, file)
-    with pytest.raises(ValueError, match=r"softmax\.pth\.tar is not a checkpoint of Image"):
+    with pytest.raises(ValueError, match=r"softmax\.pth\.tar is not a checkpoint of a run"):
         engine.resume(file)
     for missing in (tmp_path / "nowhere.pth", tmp_path):
         with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
