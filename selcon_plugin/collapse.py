@@ -83,7 +83,8 @@ def _effective_rank(unit: Tensor) -> Tensor:
     product = centred.T @ centred if tall else centred @ centred.T
     values = torch.linalg.eigvalsh(product.double()).clamp(min=0.0)
     shares = values / values.sum().clamp(min=1e-30)
-    return torch.special.entr(shares).sum().exp().float()
+    entropy: Tensor = torch.special.entr(shares).sum()
+    return entropy.exp().float()
 
 
 def _nearest_similarity(unit: Tensor, sample: Tensor) -> Tensor:

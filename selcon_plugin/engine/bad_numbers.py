@@ -159,7 +159,7 @@ class StepGuard:
 
     def _restore_buffers(self) -> None:
         for buffers, before in self._buffers:
-            pieces = before.split([buffer.numel() for buffer in buffers])
+            pieces = torch.split(before, [buffer.numel() for buffer in buffers])
             for buffer, piece in zip(buffers, pieces, strict=True):
                 buffer.copy_(piece.view_as(buffer))
 
@@ -227,7 +227,7 @@ def name_some(names: Sequence[str]) -> str:
     return f"{shown} and {rest} more" if rest > 0 else shown
 
 
-def find_bad_state(network: EmbeddingNetwork, paths: Sequence[str]) -> list[str]:
+def find_bad_state(network: nn.Module, paths: Sequence[str]) -> list[str]:
     """Look for NaN and infinity in weights, running statistics and banks.
 
     Args:
@@ -252,7 +252,7 @@ def find_bad_state(network: EmbeddingNetwork, paths: Sequence[str]) -> list[str]
     return found
 
 
-def check_state(network: EmbeddingNetwork, paths: Sequence[str] = (), *, when: str) -> None:
+def check_state(network: nn.Module, paths: Sequence[str] = (), *, when: str) -> None:
     """Stop a run whose weights or banks are not finite.
 
     Args:
