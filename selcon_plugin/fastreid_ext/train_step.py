@@ -86,15 +86,21 @@ class AccumulatingTrainer(SimpleTrainer):
             self.param_wrapper.assert_buffer_is_valid()
 
     def _may_step(self, metrics: dict[str, Tensor], batch: dict[str, Any]) -> bool:
-        """Read the losses, once and for all, and have the step judged."""
+        """Read the losses, and have the step judged."""
         if self.guard is None:
-            return True
-        # A loss scaler looks at the gradients itself, and skips a step now and then.
-        values = self.guard.judge(
-            metrics, batch["images"], self.iter, check_gradients=not self._scales_loss
+            values = {name: loss.item() for name, loss in metrics.items()}
+        else:
+            # A loss scaler looks at the gradients itself, and skips a step now and then.
+            values = self.guard.judge(
+                metrics, batch["images"], self.iter, check_gradients=not self._scales_loss
+            )
+        # On the CPU from here on: FastReID reads them on a CUDA stream of its own, which
+        # would not wait for the one that computes them.
+        metrics.update(
+            (name, torch.tensor(value, dtype=torch.float64))
+            for name, value in values.items()
         )
-        metrics.update((name, torch.tensor(value)) for name, value in values.items())
-        return not self.guard.skipped
+        return self.guard is None or not self.guard.skipped
 
     def _no_exchange(self) -> contextlib.AbstractContextManager[None]:
         if isinstance(self.model, DistributedDataParallel):
