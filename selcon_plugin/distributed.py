@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def world_size() -> int:
@@ -41,6 +41,20 @@ def gather_batch(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in range(size)]
     dist.all_gather(parts, padded)
     return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
+
+
+@torch.no_grad()
+def share_buffers(*modules: nn.Module | None) -> None:
+    """Give the buffers of rank 0, such as running statistics, to all ranks.
+
+    Args:
+        *modules: The same modules on every rank; None is passed over.
+    """
+    if world_size() == 1:
+        return
+    for module in modules:
+        for buffer in () if module is None else module.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def broadcast_tensor(

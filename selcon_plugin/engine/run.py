@@ -34,7 +34,7 @@ from selcon_plugin.clustering import (
 )
 from selcon_plugin.collapse import find_collapse_signs, measure_clusters, measure_spread
 from selcon_plugin.diagnostics import cluster_diagnostics, neighbor_precision
-from selcon_plugin.distributed import on_any_rank, rank
+from selcon_plugin.distributed import on_any_rank, rank, share_buffers
 from selcon_plugin.engine.bad_numbers import (
     SKIP,
     StepGuard,
@@ -204,6 +204,7 @@ class TrainingRun:
                 many images cannot be read.
         """  # noqa: DOC502  (raised by what this calls)
         self._report_unreadable()
+        self._share_statistics()
         check_state(self.network, self.dataset.paths, when=f"after epoch {epoch + 1}")
         features = self.method.image_features() if self.labeler is None else None
         if rank() > 0 or features is None:
@@ -269,6 +270,7 @@ class TrainingRun:
         # Features of unreadable images, and bad numbers, become zero. The second value says
         # which images have features: bool (M,) on the CPU.
         self.dataset.forget_unreadable()
+        self._share_statistics()
         embeddings, bad = leave_out_bad_features(
             self.extract(), self.dataset.paths, self.on_bad_numbers
         )
@@ -288,6 +290,12 @@ class TrainingRun:
         usable = ~unreadable
         usable[bad.cpu()] = False
         return embeddings, usable
+
+    def _share_statistics(self) -> None:
+        # Each rank's running statistics are of its own images. All extract and evaluate with
+        # those of rank 0, which are in the checkpoint.
+        network = self.network
+        share_buffers(network.backbone, network.heads, network.teacher)
 
     def _camids(self) -> Tensor:
         return self.dataset.camera_ids.to(self.network.device)

@@ -200,7 +200,7 @@ def test_failed_run_is_reported_and_does_not_end_the_others(tiny_values, tmp_pat
     ("changes", "words"),
     [
         ({"MODEL.META_ARCHITECTURE": "Baseline"}, r"a\.yml: MODEL.META_ARCHITECTURE is"),
-        ({"DATASETS.NAMES": ("Nowhere",)}, r"a\.yml: unknown data set 'Nowhere'; known"),
+        ({"DATASETS.NAMES": ("Nowhere",)}, r"DATASETS\.NAMES 'Nowhere' is unknown: Known"),
         ({"MODEL.SELCON.TEMPERATURE": 0.0}, "TEMPERATURE"),
     ],
 )

@@ -141,9 +141,10 @@ def messy_folder(tmp_path):
 def test_folder_without_structure_trains_and_gives_features(selcon, tmp_path, messy_folder):
     out = tmp_path / "out"
     values = {"OUTPUT_DIR": out, "MODEL.BACKBONE.PRETRAIN": False}
+    values["MODEL.SELCON.MAX_BAD_SHARE"] = 0.2
     result = selcon("train", "--images", messy_folder, **values)
     assert result.returncode == 0, result.stderr
-    assert "2 of 17 image files cannot be read and are left out" in result.stdout
+    assert "2 of 17 training images cannot be read and are left out" in result.stdout
     assert model_of(out)["method.memory.global_bank"].shape[0] == 15
     record = results_of(out)
     assert (record["num_images"], record["metrics"]) == (15, {})
