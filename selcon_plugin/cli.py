@@ -341,7 +341,7 @@ def _merge_file(cfg: Any, keys: ConfigKeys, file: str) -> None:
 def _merge_options(cfg: Any, keys: ConfigKeys, opts: Sequence[str]) -> None:
     source = "the command line"
     if len(opts) % 2:
-        raise ValueError(f"{source} has the key {opts[-1]} without a value: KEY VALUE")
+        raise ValueError(f"{source}: the key {opts[-1]} has no value: KEY VALUE")
     for key in opts[::2]:
         _check_key(cfg, key, source)
     with _explained(cfg, keys, source):
@@ -354,9 +354,7 @@ def _check_key(cfg: Any, key: str, source: str) -> None:
         return
     if any(known.startswith(f"{key}.") for known in flat):
         example = next(known for known in flat if known.startswith(f"{key}."))
-        raise ValueError(
-            f"{key} in {source} is a group of keys: set one, such as {example}"
-        )
+        raise ValueError(f"{source}: {key} is a group of keys: set one, such as {example}")
     close = difflib.get_close_matches(key, flat, n=3, cutoff=0.6)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     raise ValueError(f"unknown config key {key} in {source}{hint}")
@@ -381,8 +379,10 @@ def _explained(cfg: Any, keys: ConfigKeys, source: str) -> Iterator[None]:
         value, key = mismatch.groups()
         legal = keys.describe(key) or _TYPES.get(type(flatten_config(cfg).get(key)), "")
         # To yacs a whole number is no float: 1 has to be written 1.0.
-        remedy = f" must be {legal}, written with its type (1.0, not 1)," if legal else ""
-        raise ValueError(f"{key} in {source}{remedy} got {value}") from error
+        remedy = f"; it must be {legal}, written with its type (1.0, not 1)"
+        raise ValueError(
+            f"{source}: {value} does not fit {key}{remedy if legal else ''}"
+        ) from error
 
 
 def flatten_config(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

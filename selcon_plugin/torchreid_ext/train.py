@@ -230,7 +230,7 @@ def run_config(cfg: CfgNode, *, resume: bool = False) -> ImageSelConEngine:
     for key in ("load_weights", "resume"):
         file = cfg.model[key]
         if file and not Path(file).expanduser().exists():
-            raise FileNotFoundError(f"model.{key} {file!r} does not exist")
+            raise FileNotFoundError(f"model.{key}: there is no checkpoint {file}")
     engine = build_engine(cfg)
     if test.evaluate and not engine.test_loader:
         raise ValueError("data.targets has no test images: there is nothing to evaluate on")

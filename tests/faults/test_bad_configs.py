@@ -67,7 +67,7 @@ FASTREID_CASES = [
     # --- keys and types
     ("unknown-node", {"MODEL.SELCN.TEMPERATURE": 0.1}, "MODEL.SELCON.TEMPERATURE"),
     ("unknown-key", {"SOLVER.MAX_EPOCHS": 3}, "SOLVER.MAX_EPOCHS; mean SOLVER.MAX_EPOCH"),
-    ("unknown-option", {S + "TEMPRATURE": 0.1}, "TEMPRATURE; MODEL.SELCON.TEMPERATURE"),
+    ("unknown-option", {S + "TEMPERATURES": 0.1}, "TEMPERATURES; MODEL.SELCON.TEMPERATURE"),
     ("text-for-number", {S + "TEMPERATURE": "cold"}, "TEMPERATURE; cold; a number > 0"),
     ("float-for-int", {S + "NUM_PARTS": 2.5}, "NUM_PARTS; 2.5; a whole number >= 0"),
     ("int-for-bool", {S + "PROJECT_GLOBAL": 3}, "PROJECT_GLOBAL; 3; True or False"),
@@ -276,7 +276,11 @@ for method in ("CAP", "O2CAP", "ViTC"):
 
 TORCHREID_CASES = [
     ("unknown-key", {"train.max_epochs": 3}, "train.max_epochs; mean train.max_epoch"),
-    ("unknown-option", {"selcon.temprature": 0.1}, "selcon.temprature; selcon.temperature"),
+    (
+        "unknown-option",
+        {"selcon.temperatures": 0.1},
+        "selcon.temperatures; selcon.temperature",
+    ),
     ("text-for-number", {"selcon.temperature": "cold"}, "temperature; cold; a number > 0"),
     ("temperature", {"selcon.temperature": -1.0}, "selcon.temperature; > 0; -1.0"),
     ("ema-decay", {"selcon.ema_decay": 1.0}, "selcon.ema_decay; < 1; 1.0"),
