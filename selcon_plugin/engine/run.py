@@ -292,8 +292,8 @@ class TrainingRun:
         return embeddings, usable
 
     def _share_statistics(self) -> None:
-        # Each rank's running statistics are of its own images. All extract and evaluate with
-        # those of rank 0, which are in the checkpoint.
+        # Each rank's running statistics are of its own images. All extract and evaluate
+        # with those of rank 0, which are in the checkpoint.
         network = self.network
         share_buffers(network.backbone, network.heads, network.teacher)
 
