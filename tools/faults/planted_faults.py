@@ -382,6 +382,8 @@ def try_fault(folder: Path, fault: Fault) -> Outcome:
         file.write_text(source)
     failed = re.search(r"^(?:FAILED|ERROR) \S+?([^/\s]+::[^\s\[]+)", output, re.MULTILINE)
     verdict = {0: "missed", FAILED: "caught"}.get(status, "broken")
+    if "ERROR collecting" in output:  # nor could they run here
+        verdict = "broken"
     return Outcome(fault, verdict, failed[1] if failed else "", seconds)
 
 
