@@ -26,7 +26,8 @@ from selcon_plugin.fastreid_ext.launch import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-HANG = 600.0  # seconds; no test may take as long
+HANG = 600.0  # seconds
+SOON = 300.0  # on a busy machine processes take their time to start
 
 
 def exchange(fault: str, folder: str) -> None:
@@ -81,7 +82,7 @@ def test_one_process_that_fails_ends_the_others(
     started = time.monotonic()
     with pytest.raises(ProcessFailure, match=message):
         launch(exchange, 2, timeout_minutes=0.1, args=(fault, str(tmp_path)))
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < SOON
     assert_all_ended(tmp_path)
 
 
@@ -140,7 +141,7 @@ def program(*arguments: str) -> subprocess.Popen[str]:
 def test_torchrun_ends_the_others_and_names_the_first(fault: str, tmp_path: Path) -> None:
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     process = program(*run, __file__, fault, str(tmp_path))
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=SOON)
     assert process.returncode == 1
     cause = errors.rpartition("Root Cause")[2]
     assert "rank      : 1 (local_rank: 1)" in cause
@@ -157,13 +158,13 @@ def test_machine_that_vanishes_ends_the_other(tmp_path: Path) -> None:
     )
     try:
         pid_file = tmp_path / "1.pid"
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + SOON
         while not (pid_file.exists() and pid_file.read_text()):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         second.kill()
         os.kill(int(pid_file.read_text()), signal.SIGKILL)
-        _, errors = first.communicate(timeout=60)
+        _, errors = first.communicate(timeout=SOON)
     finally:
         for process in (first, second):
             process.kill()

@@ -182,9 +182,9 @@ def test_illegal_value_names_key_value_and_legal_range(key, value, words):
         (
             "selcon.num_parts",
             "many",
-            r"selcon\.num_parts in .* must be a whole number >= 0",
+            r"not fit selcon\.num_parts; it must be a whole number",
         ),
-        ("train.lr", "fast", r"train\.lr in the command line must be a number"),
+        ("train.lr", "fast", r"fast does not fit train\.lr; it must be a number"),
     ],
 )
 def test_wrong_type_says_what_to_write(key, value, words):
