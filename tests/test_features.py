@@ -54,7 +54,7 @@ def test_too_few_rows_is_an_error_that_says_what_to_change() -> None:
     head = GlobalPartEmbedding(4, 16, 8)
     with pytest.raises(ValueError, match=r"7 rows into 8 horizontal parts") as error:
         head(feature_map(2, 4, 7, 3))
-    for key in ("MODEL.SELCON.NUM_PARTS", "MODEL.BACKBONE.LAST_STRIDE", "INPUT.SIZE_TRAIN"):
+    for key in ("NUM_PARTS", "LAST_STRIDE", "larger input"):
         assert key in str(error.value)
 
 

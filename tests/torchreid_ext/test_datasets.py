@@ -89,10 +89,10 @@ def column(items, i):
 
 
 def test_synthetic_persons_have_the_size_that_was_asked_for(root):
-    register_synthetic_persons("few", SPEC)
-    data = manager(root, "few")
+    register_synthetic_persons("a_few", SPEC)
+    data = manager(root, "a_few")
     train = data.train_loader.dataset.train
-    query, gallery = data.fetch_test_loaders("few")
+    query, gallery = data.fetch_test_loaders("a_few")
     assert data.num_train_pids == 3
     assert data.num_train_cams == 3
     assert len(train) == 12
@@ -108,13 +108,13 @@ def test_synthetic_persons_have_the_size_that_was_asked_for(root):
 
 
 def test_loaders_give_every_test_image_once_and_full_training_batches(root):
-    register_synthetic_persons("few", SPEC)
-    data = manager(root, "few")
+    register_synthetic_persons("a_few", SPEC)
+    data = manager(root, "a_few")
     batches = list(data.train_loader)
     assert [tuple(batch["img"].shape) for batch in batches] == 6 * [(2, 3, 16, 8)]
-    query, gallery = data.fetch_test_loaders("few")
+    query, gallery = data.fetch_test_loaders("a_few")
     for split, items in (("query", query), ("gallery", gallery)):
-        seen = [p for batch in data.test_loader["few"][split] for p in batch["impath"]]
+        seen = [p for batch in data.test_loader["a_few"][split] for p in batch["impath"]]
         assert seen == column(items, 0)
 
 
@@ -142,8 +142,8 @@ def test_registered_default_has_the_default_size(monkeypatch):
 
 
 def test_combineall_adds_the_test_people_as_further_identities(root):
-    register_synthetic_persons("few", SPEC)
-    data = manager(root, "few", combineall=True)
+    register_synthetic_persons("a_few", SPEC)
+    data = manager(root, "a_few", combineall=True)
     train = data.train_loader.dataset.train
     assert len(train) == 12 + 2 * 4 + 2
     assert len(set(column(train, 0))) == len(train)
@@ -247,15 +247,17 @@ def test_image_folder_is_that_of_fastreid(folder):
 # --- several sources ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", [("crops", "few", "other"), ("other", "crops", "few")])
+@pytest.mark.parametrize(
+    "order", [("crops", "a_few", "other"), ("other", "crops", "a_few")]
+)
 def test_combined_sources_mix_up_neither_people_nor_cameras(root, folder, order):
     register_image_folder("crops", folder)
-    register_synthetic_persons("few", SPEC)
+    register_synthetic_persons("a_few", SPEC)
     register_synthetic_persons("other", OTHER_SPEC)
-    data = manager(root, list(order), targets="few")
+    data = manager(root, list(order), targets="a_few")
     combined = data.train_loader.dataset.train
     assert len(combined) == 6 + 12 + 4
-    assert len(data.fetch_test_loaders("few")[0]) > 0
+    assert len(data.fetch_test_loaders("a_few")[0]) > 0
 
     for which in (1, 2):
         numbers = {}  # of a source's own people or cameras: their numbers in combination
@@ -298,12 +300,12 @@ def test_registering_twice_changes_nothing(registry, folder):
         register_datasets()
         register_image_folder("crops", folder, "none")
         register_image_folder("crops", str(folder), "none")
-        register_synthetic_persons("few", SPEC)
+        register_synthetic_persons("a_few", SPEC)
 
     register()
     first = dict(registry)
     register()
-    assert {"imagefolderreid", "syntheticpersons", "crops", "few"} <= first.keys()
+    assert {"imagefolderreid", "syntheticpersons", "crops", "a_few"} <= first.keys()
     assert registry == first
 
 
