@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import importlib
 import importlib.util
 import logging
 import os
@@ -76,10 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "eval": _eval,
-        "bench": _bench,
+        "bench": _command("selcon_plugin.bench"),
         "extract": _extract,
-        "demo": _demo,
-        "doctor": _doctor,
+        "demo": _command("selcon_plugin.demo"),
+        "doctor": _command("selcon_plugin.doctor"),
     }
     if not arguments or arguments[0] not in commands:
         asked_for_help = bool(arguments) and arguments[0] in ("-h", "--help")
@@ -101,6 +102,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = " ".join(line.strip() for line in str(error).splitlines())
         sys.stderr.write(f"selcon {arguments[0]}: error: {message}\n")
         return 2
+
+
+def _command(module: str) -> Callable[[list[str]], int]:
+    """Return the ``main`` of a module, which is imported when it is called."""
+
+    def run(argv: list[str]) -> int:
+        status: int = importlib.import_module(module).main(argv)
+        return status
+
+    return run
 
 
 def builtin_config(name: str) -> str:
@@ -561,21 +572,3 @@ def _extract(argv: list[str]) -> int:
     count, dim = extract_folder(cfg, args.output)
     sys.stdout.write(f"{count} features of {dim} values written to {args.output}\n")
     return 0
-
-
-def _bench(argv: list[str]) -> int:
-    from selcon_plugin.bench import main as bench_main
-
-    return bench_main(argv)
-
-
-def _demo(argv: list[str]) -> int:
-    from selcon_plugin.demo import main as demo_main
-
-    return demo_main(argv)
-
-
-def _doctor(argv: list[str]) -> int:
-    from selcon_plugin.doctor import main as doctor_main
-
-    return doctor_main(argv)

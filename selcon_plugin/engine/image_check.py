@@ -40,7 +40,7 @@ def readable_items(items: Sequence[Item], max_bad_share: float) -> tuple[list[It
     if faults:
         _check_share(list(faults.values()), len(faults), len(items), max_bad_share)
         logger.warning(
-            "%d of %d training images cannot be read and are left out:\n%s",
+            "%d of %d images cannot be read and are left out:\n%s",
             len(faults),
             len(items),
             describe_faults(list(faults.values())),
@@ -130,7 +130,7 @@ def _check_share(
     if num_bad <= max_bad_share * num_images and num_bad < num_images:
         return
     raise BadImagesError(
-        f"{num_bad} of {num_images} training images cannot be read, more than the share of "
+        f"{num_bad} of {num_images} images cannot be read, more than the share of "
         f"{max_bad_share:g} that max_bad_share allows:\n"
         f"{describe_faults(faults, _LISTED)}\n"
         "Mend, restore or remove them, or raise max_bad_share"

@@ -51,10 +51,21 @@ def ignore_stop_signals(_worker: int = 0) -> None:
     """Leave SIGTERM and SIGINT to the training process; for workers that read images.
 
     Ctrl-C and some schedulers signal all processes of a job. A worker that ended by it
-    would end the run in the middle of a step. Workers end when the run does.
+    would end the run in the middle of a step. Workers end when the run does, also by the
+    SIGTERM with which the training process itself ends those that it cannot reach
+    otherwise. Where a signal's sender cannot be told (macOS, Windows), SIGTERM ends them.
     """
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        # Of all threads: the signal is left to the one that waits for it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 @contextlib.contextmanager

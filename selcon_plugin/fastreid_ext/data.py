@@ -93,6 +93,7 @@ class TrainLoader:
             yield from batches
         finally:
             self._host_loader.shutdown()  # stops the thread that copies to a GPU
+            vars(self._host_loader).pop("iter", None)  # which holds the workers
 
 
 def training_items(cfg: CfgNode) -> list[Item]:

@@ -150,7 +150,13 @@ def _raise_first_failure(
 ) -> None:
     """Raise what the first process to fail died of; all have ended."""
     rest = "The others have been ended; --resume goes on from the last checkpoint"
+    reports = []
+    while not failures.empty():
+        reports.append(failures.get())
+    have_said_why = {report[0] for report in reports}
     for rank, process in enumerate(context.processes, first_rank):
+        if rank in have_said_why:  # gloo may still abort one while it ends
+            continue
         # The launcher ends the others by SIGTERM.
         if process.exitcode < 0 and process.exitcode != -signal.SIGTERM:
             name = signal.Signals(-process.exitcode).name
@@ -160,8 +166,8 @@ def _raise_first_failure(
             )
         if process.exitcode > 1:  # 1 is an exception: see below
             raise SystemExit(process.exitcode)
-    if not failures.empty():
-        rank, is_mistake, message, trace = failures.get()
+    if reports:
+        rank, is_mistake, message, trace = reports[0]
         if is_mistake:
             raise ValueError(message)
         raise ProcessFailure(f"process {rank} of {world_size} failed. {rest}\n\n{trace}")

@@ -349,6 +349,8 @@ class SelConTrainer(DefaultTrainer):
                 logger.exception("Exception during training:")
                 raise
             finally:
+                # Its workers end now: once the collector finds it, they are hard to reach.
+                self._trainer._data_loader_iter.close()
                 self.after_train()
         return self._last_eval_results if comm.is_main_process() else None
 

@@ -1,7 +1,9 @@
 """SIGTERM and Ctrl-C are noted, and stop a run where it says it can."""
 
+import multiprocessing
 import os
 import signal
+import subprocess
 import threading
 
 import pytest
@@ -79,10 +81,28 @@ def test_outside_the_main_thread_nothing_is_set_up():
     assert found == [signal.SIG_DFL]
 
 
-def test_workers_leave_the_signals_to_the_training_process():
+def wait_as_worker(ready):
     ignore_stop_signals(0)
     send(signal.SIGTERM)
     send(signal.SIGINT)
+    ready.set()
+    threading.Event().wait()
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="senders cannot be told")
+def test_worker_ends_by_its_training_process_alone():
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    worker = context.Process(target=wait_as_worker, args=(ready,), daemon=True)
+    worker.start()
+    assert ready.wait(20)
+    stranger = f"kill -TERM {worker.pid}; kill -INT {worker.pid}"
+    subprocess.run(["sh", "-c", stranger], check=True)
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == 0
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ def test_broken_files_are_left_out_and_reported_once(items, caplog):
     assert left_out == 2
     (record,) = caplog.records
     message = record.getMessage()
-    assert "2 of 12 training images cannot be read and are left out" in message
+    assert "2 of 12 images cannot be read and are left out" in message
     assert f"{items[3][0]}: empty file" in message
     assert f"{items[8][0]}: No such file" in message
 

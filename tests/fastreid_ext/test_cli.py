@@ -144,13 +144,14 @@ def test_folder_without_structure_trains_and_gives_features(selcon, tmp_path, me
     values["MODEL.SELCON.MAX_BAD_SHARE"] = 0.2
     result = selcon("train", "--images", messy_folder, **values)
     assert result.returncode == 0, result.stderr
-    assert "2 of 17 training images cannot be read and are left out" in result.stdout
+    assert "2 of 17 images cannot be read and are left out" in result.stdout
     assert model_of(out)["method.memory.global_bank"].shape[0] == 15
     record = results_of(out)
     assert (record["num_images"], record["metrics"]) == (15, {})
     file = tmp_path / "features.npz"
-    weights = {"MODEL.WEIGHTS": out / "model_final.pth", "MODEL.BACKBONE.PRETRAIN": False}
-    result = selcon("extract", "--images", messy_folder, "--output", file, **weights)
+    values = {"MODEL.WEIGHTS": out / "model_final.pth", "MODEL.BACKBONE.PRETRAIN": False}
+    values["MODEL.SELCON.MAX_BAD_SHARE"] = 0.2
+    result = selcon("extract", "--images", messy_folder, "--output", file, **values)
     assert result.returncode == 0, result.stderr
     written = np.load(file)
     assert len(written["paths"]) == 15

@@ -76,7 +76,7 @@ def test_broken_files_of_a_data_set_are_left_out(tiny_cfg, own_root, caplog, num
     names = [Path(path).name for path in loader.dataset.paths]
     assert names == [f.name for i, f in enumerate(train) if i not in (3, 9)]
     assert loader.dataset.num_left_out == 2
-    assert caplog.text.count("2 of 40 training images cannot be read") == 1
+    assert caplog.text.count("2 of 40 images cannot be read") == 1
     for batch, _ in zip(loader, range(6), strict=False):
         expected = [loader.dataset.paths[i] for i in batch["targets"].tolist()]
         assert list(batch["img_paths"]) == expected
@@ -154,7 +154,7 @@ def test_resumed_run_equals_the_unbroken_one_where_files_were_deleted(
 
 
 def test_run_stops_where_too_many_files_are_deleted(tiny_cfg, deleted_in_second_epoch):
-    with pytest.raises(BadImagesError, match=r"2 of 40 training images"):
+    with pytest.raises(BadImagesError, match=r"2 of 40 images"):
         run(set_up(tiny_cfg, MODEL__SELCON__MAX_BAD_SHARE=0.03, SOLVER__MAX_EPOCH=3))
 
 

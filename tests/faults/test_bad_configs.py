@@ -230,7 +230,7 @@ COMMANDS = [
     ("images-missing", "train --images {place}/nowhere", "nowhere; does not exist"),
     ("images-file", "train --images {place}/notes.txt", "notes.txt; no folder"),
     ("images-empty", "train --images {place}/empty", "empty; no image files; .jpg"),
-    ("images-broken", "train --images {place}/broken", "broken; 1 of 1 training images"),
+    ("images-broken", "train --images {place}/broken", "broken; 1 of 1 images"),
     (
         "camera-syntax",
         "train --images {place}/images --camera-pattern '(c'",

@@ -56,7 +56,7 @@ def test_broken_files_of_a_data_set_are_left_out(engine, own_root, caplog, worke
     loader = engine(workers).train_loader
     names = [Path(path).name for path in loader.dataset.paths]
     assert names == [f.name for i, f in enumerate(train) if i not in (3, 9)]
-    assert caplog.text.count("2 of 40 training images cannot be read") == 1
+    assert caplog.text.count("2 of 40 images cannot be read") == 1
     for batch in loader:
         expected = [loader.dataset.paths[i] for i in batch["pid"].tolist()]
         assert list(batch["impath"]) == expected

@@ -1,0 +1,1 @@
+"""Commands of ``selcon``, a module each with a ``main(argv)``; hosts are imported inside."""
