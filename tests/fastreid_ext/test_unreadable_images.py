@@ -10,11 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from selcon_plugin.datasets import generate_synthetic_persons
 from selcon_plugin.datasets.reading import read_rgb
 from selcon_plugin.engine.image_check import BadImagesError
 from selcon_plugin.engine.run import TrainingRun
 from selcon_plugin.fastreid_ext import SelConTrainer
 from selcon_plugin.fastreid_ext.data import build_test_loader, build_train_loader
+from selcon_plugin.fastreid_ext.datasets import synthetic_persons_spec
 from selcon_plugin.fastreid_ext.embedding import unwrap
 
 CLUSTERS = {
@@ -28,10 +30,10 @@ CLUSTERS = {
 
 
 @pytest.fixture
-def own_root(dataset_root, tmp_path, monkeypatch):
+def own_root(tiny_cfg, dataset_root, tmp_path, monkeypatch):
     """The drawn people as Market-1501 lies on a disk, to break."""
     root = tmp_path / "datasets"
-    (drawn,) = dataset_root.glob("synthetic_persons*")
+    drawn = generate_synthetic_persons(dataset_root, synthetic_persons_spec(tiny_cfg))
     shutil.copytree(drawn, root / "Market-1501-v15.09.15")
     monkeypatch.setenv("FASTREID_DATASETS", str(root))
     return root
