@@ -138,15 +138,15 @@ def program(*arguments: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("fault", [pytest.param("error", marks=pytest.mark.slow), "killed"])
-def test_torchrun_ends_the_others_and_names_the_first(fault: str, tmp_path: Path) -> None:
+def test_torchrun_ends_the_others_and_says_why(fault: str, tmp_path: Path) -> None:
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     process = program(*run, __file__, fault, str(tmp_path))
     _, errors = process.communicate(timeout=SOON)
     assert process.returncode == 1
-    cause = errors.rpartition("Root Cause")[2]
-    assert "rank      : 1 (local_rank: 1)" in cause
+    # Which process torchrun takes for the root cause depends on when it looks at them.
+    failures = errors.partition("ChildFailedError")[2]
     expected = {"error": "the third step went wrong", "killed": "Signal 9 (SIGKILL)"}
-    assert expected[fault] in cause
+    assert expected[fault] in failures
     assert_all_ended(tmp_path)
 
 
