@@ -51,7 +51,7 @@ class Preprocessing:
         """
         height, width = self.size
         resized = image.resize((width, height), _PILLOW_FILTERS[self.interpolation])
-        return np.asarray(resized)
+        return np.array(resized)  # a copy: Pillow's own pixels cannot be written to
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Bring pixels into the form that the network takes.
