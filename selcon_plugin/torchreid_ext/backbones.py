@@ -33,6 +33,7 @@ __all__ = [
     "MODEL_PREFIX",
     "TorchreidBackbone",
     "add_to_model_factory",
+    "build_plain_model",
     "create_torchreid_backbone",
     "torchreid_model_names",
 ]
@@ -137,7 +138,7 @@ def create_torchreid_backbone(
             weights, ``RuntimeError`` if the download fails.
     """
     _check_name(name)
-    model = _download(name) if pretrained and not weights else _build(name)
+    model = _download(name) if pretrained and not weights else build_plain_model(name)
     if last_stride == 1:
         _keep_last_resolution(model)
     try:
@@ -202,7 +203,16 @@ def _check_name(name: str) -> None:
         raise ValueError(f"torchreid has no model named {name!r}; {hint}")
 
 
-def _build(name: str, *, pretrained: bool = False) -> nn.Module:
+def build_plain_model(name: str, *, pretrained: bool = False) -> nn.Module:
+    """Build a model by torchreid's own factory, as it is.
+
+    Args:
+        name: Name in the factory.
+        pretrained: Whether to load the ImageNet weights that torchreid downloads.
+
+    Returns:
+        The model, with a classifier of one class.
+    """
     # "triplet": in train mode the feature vector is returned besides the logits
     model: nn.Module = import_torchreid().models.build_model(
         name, num_classes=1, loss="triplet", pretrained=pretrained, use_gpu=False
@@ -213,11 +223,11 @@ def _build(name: str, *, pretrained: bool = False) -> nn.Module:
 def _download(name: str) -> nn.Module:
     """Build a model with the weights that torchreid downloads."""
     random_state = torch.get_rng_state()
-    untrained = _build(name)
+    untrained = build_plain_model(name)
     torch.set_rng_state(random_state)
     try:
         with data_only():
-            model = _build(name, pretrained=True)
+            model = build_plain_model(name, pretrained=True)
     except Exception as error:
         # gdown, the network and torch.load each raise errors of their own
         raise RuntimeError(

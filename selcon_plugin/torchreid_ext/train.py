@@ -13,6 +13,7 @@ from yacs.config import CfgNode
 
 from selcon_plugin.compat import import_torchreid
 from selcon_plugin.datasets import SyntheticPersonsSpec
+from selcon_plugin.engine.atomic import write_atomically
 from selcon_plugin.engine.checks import check_name, make_output_folder
 from selcon_plugin.engine.run import seed_all
 from selcon_plugin.engine.run_record import forget_results, write_results
@@ -244,6 +245,8 @@ def run_config(cfg: CfgNode, *, resume: bool = False) -> ImageSelConEngine:
             logger.info("There is no checkpoint in %s: training from the start", folder)
     if not test.evaluate:
         forget_results(folder)
+        # FastReID's runs leave it under the same name.
+        write_atomically(cfg.dump(), Path(folder, "config.yaml"))
     engine.run(
         folder,
         train.max_epoch,

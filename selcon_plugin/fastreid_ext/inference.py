@@ -1,0 +1,98 @@
+"""Trained networks of FastReID: the plugin's own, and those trained on identities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastreid.config import CfgNode
+from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
+from torch import Tensor, nn
+
+from selcon_plugin.engine.inference import (
+    InferenceNetwork,
+    Preprocessing,
+    load_all_tensors,
+)
+from selcon_plugin.fastreid_ext.meta_arch import SelCon
+from selcon_plugin.imagenet_weights import read_state_dict
+from selcon_plugin.safe_loading import data_only
+
+# A head that was trained on identities has a classifier, which features do not need.
+_BESIDES = ("heads.weight", "heads.classifier.")
+_TAUGHT = "teacher.module."
+
+
+class _Baseline(nn.Module):
+    """Backbone and head of FastReID's own meta-architectures, without their losses."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.backbone, self.heads = model.backbone, model.heads
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.heads(self.backbone(images))
+        return features
+
+
+def load_network(
+    cfg: CfgNode, weights: str | Path, device: torch.device
+) -> InferenceNetwork:
+    """Build the network of a config and load its weights.
+
+    Args:
+        cfg: Complete config, of this plugin or of a training on identities.
+        weights: Checkpoint that was trained with it.
+        device: Where to compute.
+
+    Returns:
+        The network; of a run with a teacher, the teacher.
+
+    Raises:
+        ValueError: If a tensor of the network is not in the file, or the config crops
+            images at test time. ``FileNotFoundError`` if there is no file.
+    """
+    if cfg.INPUT.CROP.ENABLED:
+        raise ValueError(
+            "INPUT.CROP.ENABLED is True: features of cropped images are written by selcon "
+            "extract with MODEL.WEIGHTS in place of --weights"
+        )
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.BACKBONE.PRETRAIN = False
+    cfg.MODEL.DEVICE = "cpu"
+    if "SELCON" in cfg.MODEL:
+        cfg.MODEL.SELCON.EMA_DECAY = 0.0  # a teacher's weights take the student's place
+    architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    ours = issubclass(architecture, SelCon)
+    cfg.MODEL.HEADS.NUM_CLASSES = 0 if ours else 1
+    with data_only():
+        model = architecture(cfg)
+    method = ""
+    if ours:
+        model.images_normalized = True  # as for all networks whose images this prepares
+        method = cfg.MODEL.SELCON.METHOD
+    else:
+        model = _Baseline(model)
+    state = _without_student(read_state_dict(Path(weights).expanduser()))
+    load_all_tensors(model, state, source=str(weights), besides=_BESIDES)
+    preprocessing = Preprocessing(
+        size=tuple(cfg.INPUT.SIZE_TEST),
+        interpolation="bicubic",
+        pixel_mean=tuple(cfg.MODEL.PIXEL_MEAN),
+        pixel_std=tuple(cfg.MODEL.PIXEL_STD),
+    )
+    return InferenceNetwork(model.to(device), preprocessing, method=method, host="fastreid")
+
+
+def _without_student(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put the teacher's weights, where there are any, in the place of the student's."""
+    plain = {key.removeprefix("module."): tensor for key, tensor in state.items()}
+    taught = {
+        key.removeprefix(_TAUGHT): tensor
+        for key, tensor in plain.items()
+        if key.startswith(_TAUGHT)
+    }
+    return plain | taught

@@ -1,0 +1,103 @@
+"""Trained networks of torchreid: the plugin's own, and plain models, timm's as well."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from selcon_plugin.backbones import create_timm_backbone
+from selcon_plugin.engine.checks import check_name
+from selcon_plugin.engine.inference import (
+    InferenceNetwork,
+    Preprocessing,
+    load_all_tensors,
+)
+from selcon_plugin.imagenet_weights import read_state_dict
+from selcon_plugin.torchreid_ext.backbones import build_plain_model, torchreid_model_names
+from selcon_plugin.torchreid_ext.train import build_model
+
+_TIMM_PREFIX = "timm:"
+_CLASSIFIER = ("classifier",)
+
+
+class _PooledMap(nn.Module):
+    """The average of a feature map, the usual feature of a backbone without a head."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        pooled: Tensor = self.pool(self.backbone(images))
+        return pooled
+
+
+def load_network(
+    cfg: CfgNode, weights: str | Path, device: torch.device
+) -> InferenceNetwork:
+    """Build the network of a config and load its weights.
+
+    Args:
+        cfg: Complete config.
+        weights: A checkpoint of ``ImageSelConEngine``, or weights of a plain model of the
+            name in ``model.name``.
+        device: Where to compute.
+
+    Returns:
+        The network; of a run with a teacher, the teacher.
+
+    Raises:
+        ValueError: If the file is of another network. ``FileNotFoundError`` if there is
+            none.
+    """  # noqa: DOC502  (raised by what this calls)
+    file = Path(weights).expanduser()
+    state = {
+        key.removeprefix("module."): tensor for key, tensor in read_state_dict(file).items()
+    }
+    method = ""
+    model: nn.Module
+    if any(key.startswith("backbone.") for key in state):
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.model.load_weights, cfg.model.pretrained, cfg.use_gpu = str(file), False, False
+        model, method = build_model(cfg), cfg.selcon.method
+    else:
+        model = _plain_model(cfg, state, file)
+    preprocessing = Preprocessing(
+        size=(cfg.data.height, cfg.data.width),
+        interpolation="bilinear",
+        pixel_mean=_pixels(cfg.data.norm_mean),
+        pixel_std=_pixels(cfg.data.norm_std),
+    )
+    return InferenceNetwork(
+        model.to(device), preprocessing, method=method, host="torchreid"
+    )
+
+
+def _pixels(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(255.0 * value for value in values)
+
+
+def _plain_model(cfg: CfgNode, state: dict[str, Tensor], file: Path) -> nn.Module:
+    name = cfg.model.name
+    if name.startswith(_TIMM_PREFIX):
+        return _PooledMap(
+            create_timm_backbone(
+                name.removeprefix(_TIMM_PREFIX),
+                input_size=(cfg.data.height, cfg.data.width),
+                pretrained=True,
+                weights=str(file),
+                last_stride=cfg.selcon.last_stride,
+                pixel_mean=_pixels(cfg.data.norm_mean),
+                pixel_std=_pixels(cfg.data.norm_std),
+            )
+        )
+    check_name("the backbone", name, torchreid_model_names())
+    model = build_plain_model(name)
+    load_all_tensors(model, state, source=str(file), besides=_CLASSIFIER)
+    return model
