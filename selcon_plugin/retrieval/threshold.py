@@ -14,7 +14,7 @@ _SHORTEST_LIST = 8
 LONGEST_LIST = 1024
 _MIN_SHARE = 0.02  # of the cosines, in the smaller group
 _ITERATIONS = 100
-_BINS = 256
+_BINS = 512
 _MIN_SPREAD = 1e-3
 
 
@@ -50,9 +50,9 @@ def suggest_threshold(neighbor_cosines: ArrayLike) -> ThresholdSuggestion:
     """Find the valley between matches and others in the cosines of nearest neighbours.
 
     The k nearest neighbours of an image are first the other images of the person, then the
-    most similar other people: what a search has to tell apart. To the cosines of all lists
-    together two Gaussians are fitted (EM, begun at Otsu's threshold); the suggestion is
-    where both are equally likely. k is the first of 8, 16, 32, ... at which the groups are
+    most similar other people: what a search has to tell apart. To the histogram of the
+    cosines of all lists two Gaussians are fitted (EM, begun at Otsu's cut); the suggestion
+    is where both are equally likely. k is the first of 8, 16, 32, ... at which the groups are
     clearly apart (Ashman's D of 2), since lists shorter than a person has images hold no
     others; if none is, the k at which they are farthest apart.
 
@@ -94,22 +94,22 @@ def suggest_threshold(neighbor_cosines: ArrayLike) -> ThresholdSuggestion:
 
 
 def _valley(cosines: NDArray[np.float64]) -> tuple[float, float]:
-    """Fit two Gaussians; return where they cross and how far they are apart."""
-    cut = _otsu(cosines)
-    low, high = cosines[cosines <= cut], cosines[cosines > cut]
-    if not len(low) or not len(high):
-        return float(cosines.mean()), 0.0
-    mean = np.array([low.mean(), high.mean()])
-    spread = np.maximum([low.std(), high.std()], _MIN_SPREAD)
-    share = np.array([len(low), len(high)]) / len(cosines)
+    """Fit two Gaussians to the histogram; return where they cross and how far they are."""
+    counts, edges = np.histogram(cosines, _BINS)
+    values = (edges[1:] + edges[:-1]) / 2
+    cut = _otsu(counts, values)
+    high = np.arange(_BINS) > cut
+    if cosines.min() == cosines.max():
+        return float(cosines[0]), 0.0
+    weight = np.stack([~high, high], axis=1) * counts[:, None] / counts.sum()
     for _ in range(_ITERATIONS):
-        lead = _lead_of_higher(cosines, mean, spread, share)
-        higher = 1.0 / (1.0 + np.exp(np.clip(-lead, -500.0, 500.0)))
-        weight = np.stack([1.0 - higher, higher], axis=1)
-        count = np.maximum(weight.sum(axis=0), 1e-12)
-        share, mean = count / len(cosines), (weight * cosines[:, None]).sum(axis=0) / count
-        variance = (weight * (cosines[:, None] - mean) ** 2).sum(axis=0) / count
+        share = np.maximum(weight.sum(axis=0), 1e-12)
+        mean = (weight * values[:, None]).sum(axis=0) / share
+        variance = (weight * (values[:, None] - mean) ** 2).sum(axis=0) / share
         spread = np.maximum(np.sqrt(variance), _MIN_SPREAD)
+        lead = _lead_of_higher(values, mean, spread, share)
+        higher = 1.0 / (1.0 + np.exp(np.clip(-lead, -500.0, 500.0)))
+        weight = np.stack([1.0 - higher, higher], axis=1) * counts[:, None] / counts.sum()
     separation = (mean[1] - mean[0]) / np.sqrt((spread**2).mean())
     if share.min() < _MIN_SHARE:
         separation = 0.0  # the second group is a few outliers
@@ -131,16 +131,11 @@ def _lead_of_higher(
     return lead
 
 
-def _otsu(values: NDArray[np.float64]) -> float:
-    """Return the cut with the largest variance between the two sides (Otsu, 1979)."""
-    counts, edges = np.histogram(values, _BINS)
-    centers = (edges[1:] + edges[:-1]) / 2
-    below = counts.cumsum()
-    above = below[-1] - below
-    sums = (counts * centers).cumsum()
-    inner = slice(None, -1)  # the last cut leaves nothing above
-    means_apart = sums[inner] / np.maximum(below[inner], 1) - (
-        sums[-1] - sums[inner]
-    ) / np.maximum(above[inner], 1)
-    variance = below[inner] * above[inner] * means_apart**2
-    return float(edges[1:][int(variance.argmax())])
+def _otsu(counts: NDArray[np.int64], values: NDArray[np.float64]) -> int:
+    """Return the last bin below the cut with most variance between its sides (Otsu)."""
+    below = counts.cumsum()[:-1]
+    above = counts.sum() - below
+    sums = (counts * values).cumsum()[:-1]
+    rest = (counts * values).sum() - sums
+    apart = sums / np.maximum(below, 1) - rest / np.maximum(above, 1)
+    return int((below * above * apart**2).argmax())
