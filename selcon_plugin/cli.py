@@ -49,6 +49,7 @@ usage: selcon COMMAND [ARGUMENTS]
   eval      evaluate a checkpoint
   bench     train and evaluate several configs on several seeds; write a table
   extract   write the features of a folder of images to a file
+  export    write a trained network as ONNX or TorchScript
   index     keep the features of many images, to search in
   search    find the person of an image in an index
   demo      draw data, train and evaluate, in minutes, on a CPU
@@ -80,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": _train,
         "eval": _eval,
         "bench": _command("selcon_plugin.bench"),
-        "extract": _extract,
+        "extract": _command("selcon_plugin.commands.extract"),
+        "export": _command("selcon_plugin.commands.export"),
         "index": _command("selcon_plugin.commands.index"),
         "search": _command("selcon_plugin.commands.search"),
         "demo": _command("selcon_plugin.demo"),
@@ -190,7 +192,7 @@ def _train_parser(prog: str) -> argparse.ArgumentParser:
         help="how long a process waits for another before it gives up; more than the "
         "longest clustering or evaluation takes; default: 30",
     )
-    _add_folder_arguments(parser)
+    add_folder_arguments(parser)
     add_import_argument(parser)
     parser.add_argument(
         "opts",
@@ -202,7 +204,8 @@ def _train_parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_folder_arguments(parser: argparse.ArgumentParser) -> None:
+def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
+    """Let a command take a folder of images, and where their cameras are written."""
     parser.add_argument(
         "--images",
         metavar="FOLDER",
@@ -215,6 +218,36 @@ def _add_folder_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help="finds the camera in a file's path: first group or whole match; default: the "
         "first sub-folder; none: no cameras",
+    )
+
+
+def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
+    """Let a command take a trained network, and config options behind all else."""
+    parser.add_argument(
+        "--weights",
+        default="",
+        metavar="FILE",
+        help="checkpoint of a run, or weights of FastReID, torchreid or timm",
+    )
+    parser.add_argument(
+        "--config-file",
+        default="",
+        metavar="FILE",
+        help="its config; default: config.yaml in the folder of the run",
+    )
+    parser.add_argument(
+        "--backbone",
+        default="",
+        metavar="NAME",
+        help="for plain weights in the place of a config: model of torchreid, such as "
+        "osnet_x0_25, or of timm, such as timm:resnet50",
+    )
+    parser.add_argument(
+        "opts",
+        metavar="KEY VALUE",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="config options",
     )
 
 
@@ -555,35 +588,3 @@ def one_core_left_free() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _extract(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="selcon extract",
-        description="Write one unit feature per image to a NumPy file: arrays paths, "
-        "camids, features. Cosine similarity compares images.",
-    )
-    parser.add_argument("--config-file", default="", metavar="FILE", help="FastReID config")
-    _add_folder_arguments(parser)
-    add_import_argument(parser)
-    parser.add_argument("--output", required=True, metavar="FILE.npz", help="file to write")
-    parser.add_argument(
-        "opts",
-        metavar="KEY VALUE",
-        nargs=argparse.REMAINDER,
-        default=[],
-        help="config options",
-    )
-    args = parser.parse_args(argv)
-    if not args.images:
-        raise ValueError("extract needs --images FOLDER")
-    import_files(args.imports)
-    make_output_folder("the folder of --output", str(Path(args.output).parent))
-    cfg = load_config(
-        args.config_file, args.opts, images=args.images, camera_pattern=args.camera_pattern
-    )
-    from selcon_plugin.fastreid_ext.extract import extract_folder
-
-    count, dim = extract_folder(cfg, args.output)
-    sys.stdout.write(f"{count} features of {dim} values written to {args.output}\n")
-    return 0

@@ -50,7 +50,7 @@ class OnnxNetwork:
     """Images in, unit vectors out, by onnxruntime: on a GPU where it finds one.
 
     Args:
-        file: What ``selcon export --onnx`` wrote.
+        file: What ``selcon export --onnx`` wrote, or its content.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -64,9 +64,10 @@ class OnnxNetwork:
         metadata: All that the file says of itself, by name.
     """
 
-    def __init__(self, file: str | Path) -> None:
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"there is no file {file}")
+    def __init__(self, file: str | Path | bytes) -> None:
+        name = "the exported network" if isinstance(file, bytes) else str(file)
+        if not isinstance(file, bytes) and not Path(file).is_file():
+            raise FileNotFoundError(f"there is no file {name}")
         runtime = import_extra("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -74,14 +75,14 @@ class OnnxNetwork:
         wanted = ["CUDAExecutionProvider", "CPUExecutionProvider"]
         try:
             self._session = runtime.InferenceSession(
-                str(file),
+                file if isinstance(file, bytes) else name,
                 options,
                 providers=[name for name in wanted if name in usable],
             )
         except Exception as error:
             # onnxruntime's classes of errors share no base but this one.
             reason = str(error).splitlines()[0]
-            raise ValueError(f"{file} cannot be run as ONNX: {reason}") from error
+            raise ValueError(f"{name} cannot be run as ONNX: {reason}") from error
         self.metadata = _decoded(self._session.get_modelmeta().custom_metadata_map)
         try:
             self.preprocessing = Preprocessing(
@@ -93,7 +94,7 @@ class OnnxNetwork:
             self.dim, self.inside = int(self.metadata[DIM]), bool(self.metadata[INSIDE])
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"{file} does not say how images are prepared for it: it must be written "
+                f"{name} does not say how images are prepared for it: it must be written "
                 "by selcon export"
             ) from error
 

@@ -119,4 +119,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="share of unreadable images that are left out; default: 0.05",
     )
+    parser.add_argument(
+        "opts",
+        metavar="KEY VALUE",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="options that change the network's config",
+    )
     return parser

@@ -38,7 +38,7 @@ def network_of(args: argparse.Namespace) -> NetworkSource | None:
     """Return the network that the arguments name, None if none.
 
     Args:
-        args: Parsed arguments.
+        args: Parsed arguments; ``opts``, where there are, are ``KEY VALUE`` pairs.
 
     Returns:
         Where to read it from.
@@ -46,6 +46,8 @@ def network_of(args: argparse.Namespace) -> NetworkSource | None:
     Raises:
         ValueError: If more than one is named, or a part of one.
     """  # noqa: DOC502  (raised by what this calls)
-    if not any((args.weights, args.onnx, args.config_file, args.backbone)):
+    named = (args.weights, args.config_file, args.backbone, args.onnx)
+    options = tuple(getattr(args, "opts", ()))
+    if not any(named) and not options:
         return None
-    return NetworkSource(args.weights, args.config_file, args.backbone, args.onnx)
+    return NetworkSource(*named, options)

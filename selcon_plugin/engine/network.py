@@ -139,7 +139,8 @@ class EmbeddingNetwork(nn.Module):
         Raises:
             TypeError: If the head does not return embeddings.
         """
-        images = images.to(self.device)
+        if images.device != self.device:  # a traced copy would name the device for good
+            images = images.to(self.device)
         if not self.images_normalized:
             images = self._normalize(images)
         size = (images.shape[2], images.shape[3])

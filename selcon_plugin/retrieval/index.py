@@ -208,8 +208,10 @@ class Index:
     def source(self) -> NetworkSource | None:
         """Where the network was read from; None if that was not said."""
         known = dict(self._store.manifest.network)
-        known.pop("sha256", None)
-        return NetworkSource(**known) if known else None
+        if not known:
+            return None
+        del known["sha256"]
+        return NetworkSource(**{**known, "options": tuple(known["options"])})
 
     def __str__(self) -> str:
         exact = "exact" if self.kind == "flat" else "approximate, ranked exactly"

@@ -41,7 +41,8 @@ class NetworkSource:
         weights: Checkpoint.
         config_file: Its config, if it is not found beside it.
         backbone: Name of the model, for plain weights.
-        onnx: Exported file, instead of the three.
+        onnx: Exported file, instead of the others.
+        options: ``KEY VALUE`` pairs that change the config.
 
     Raises:
         ValueError: If there is not one of ``weights`` and ``onnx``.
@@ -51,12 +52,16 @@ class NetworkSource:
     config_file: str = ""
     backbone: str = ""
     onnx: str = ""
+    options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if bool(self.weights) == bool(self.onnx):
             raise ValueError("name the network: either --weights FILE or --onnx FILE")
-        if self.onnx and (self.config_file or self.backbone):
-            raise ValueError("--config-file and --backbone belong to --weights, not --onnx")
+        if self.onnx and (self.config_file or self.backbone or self.options):
+            raise ValueError(
+                "--onnx holds network and config: leave out --config-file, --backbone and "
+                "options"
+            )
 
     def absolute(self) -> NetworkSource:
         """Return the same, for a process in any folder."""
@@ -65,6 +70,7 @@ class NetworkSource:
             config_file=_absolute(self.config_file),
             backbone=self.backbone,
             onnx=_absolute(self.onnx),
+            options=self.options,
         )
 
     def sha256(self) -> str:
@@ -104,6 +110,7 @@ class NetworkSource:
             config_file=self.config_file,
             backbone=self.backbone,
             device=device,
+            options=self.options,
         )
 
 

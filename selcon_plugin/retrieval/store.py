@@ -71,7 +71,7 @@ class Manifest:
     dim: int
     dtype: str
     search: str
-    network: dict[str, str]
+    network: dict[str, Any]
     probe: list[list[float]]
     num_rows: int = 0
     log_bytes: int = 0

@@ -1,0 +1,106 @@
+"""``selcon extract``: the features of a folder of images, in a file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from selcon_plugin.cli import (
+    add_folder_arguments,
+    add_import_argument,
+    add_weights_arguments,
+    import_files,
+    load_config,
+)
+from selcon_plugin.embedder import Embedder
+from selcon_plugin.engine.checks import make_output_folder
+
+
+def main(argv: list[str]) -> int:
+    """Write features as the arguments say.
+
+    Args:
+        argv: Arguments after the command.
+
+    Returns:
+        Exit status 0.
+
+    Raises:
+        ValueError: If there is nothing to extract from, or no single network is named.
+    """
+    args = _parser().parse_args(argv)
+    if not args.images:
+        raise ValueError("extract needs --images FOLDER")
+    if args.onnx and (args.weights or args.config_file or args.backbone or args.opts):
+        raise ValueError("--onnx holds network and config: leave the other out")
+    if args.backbone and not args.weights:
+        raise ValueError(f"--backbone {args.backbone} needs --weights FILE")
+    import_files(args.imports)
+    make_output_folder("the folder of --output", str(Path(args.output).parent))
+    count, dim = (_embed if args.onnx or args.weights else _extract_by_config)(args)
+    sys.stdout.write(f"{count} features of {dim} values written to {args.output}\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="selcon extract",
+        description="Write one unit feature per image to a NumPy file: arrays paths, "
+        "camids, features. Cosine similarity compares images.",
+    )
+    add_folder_arguments(parser)
+    add_import_argument(parser)
+    parser.add_argument("--output", required=True, metavar="FILE.npz", help="file to write")
+    parser.add_argument(
+        "--onnx", default="", metavar="FILE", help="what selcon export --onnx wrote"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="where --weights run; default: a GPU if present"
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="images at once")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that read images; default: 0"
+    )
+    parser.add_argument(
+        "--max-bad-share",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="share of the images that may be unreadable; default: 0.05",
+    )
+    add_weights_arguments(parser)
+    return parser
+
+
+def _embed(args: argparse.Namespace) -> tuple[int, int]:
+    if args.onnx:
+        embedder = Embedder.from_onnx(args.onnx)
+    else:
+        embedder = Embedder.from_checkpoint(
+            args.weights,
+            config_file=args.config_file,
+            backbone=args.backbone,
+            device=args.device,
+            options=args.opts,
+        )
+    found = embedder.embed_folder(
+        args.images,
+        camera_pattern=args.camera_pattern,
+        batch_size=args.batch_size,
+        num_workers=args.workers,
+        max_bad_share=args.max_bad_share,
+        show_progress=sys.stderr.isatty(),
+    )
+    found.save(args.output)
+    return len(found.paths), embedder.dim
+
+
+def _extract_by_config(args: argparse.Namespace) -> tuple[int, int]:
+    """Let ``MODEL.WEIGHTS`` of a FastReID config name the network."""
+    cfg = load_config(
+        args.config_file, args.opts, images=args.images, camera_pattern=args.camera_pattern
+    )
+    from selcon_plugin.fastreid_ext.extract import extract_folder
+
+    return extract_folder(cfg, args.output)
