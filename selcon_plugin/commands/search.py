@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from selcon_plugin.commands.network import add_network_arguments, network_of
+from selcon_plugin.datasets.reading import ImageReadError
 from selcon_plugin.retrieval import Index, QueryResult, search
 from selcon_plugin.retrieval.page import write_page
 
@@ -21,20 +22,26 @@ def main(argv: list[str]) -> int:
 
     Returns:
         Exit status: 0, also if nothing is similar enough.
+
+    Raises:
+        ValueError: If a query cannot be read.
     """
     args = _parser().parse_args(argv)
     index = Index.open(args.index)
     threshold, said = _threshold(index, args.threshold)
     source = network_of(args) or index.source
-    results = search(
-        index,
-        args.queries,
-        embedder=source.load(args.device) if source else None,
-        top=args.top,
-        camera=args.camera,
-        not_camera=args.not_camera,
-        threshold=threshold,
-    )
+    try:
+        results = search(
+            index,
+            args.queries,
+            embedder=source.load(args.device) if source else None,
+            top=args.top,
+            camera=args.camera,
+            not_camera=args.not_camera,
+            threshold=threshold,
+        )
+    except ImageReadError as error:
+        raise ValueError(f"a query cannot be read: {error}") from error
     if args.json:
         content = {
             "index": args.index,

@@ -53,8 +53,8 @@ def suggest_threshold(neighbor_cosines: ArrayLike) -> ThresholdSuggestion:
     most similar other people: what a search has to tell apart. To the histogram of the
     cosines of all lists two Gaussians are fitted (EM, begun at Otsu's cut); the suggestion
     is where both are equally likely. k is the first of 8, 16, 32, ... at which the groups
-    are clearly apart (Ashman's D of 2), since lists shorter than a person has images hold no
-    others; if none is, the k at which they are farthest apart.
+    are clearly apart (Ashman's D of 2), since lists shorter than a person has images hold
+    no others; if none is, the k at which they are farthest apart.
 
     Args:
         neighbor_cosines: Cosines of sampled images with their nearest neighbours, without

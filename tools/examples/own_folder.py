@@ -22,7 +22,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--images", default="", help="folder of crops; drawn if left out")
     parser.add_argument("--camera-pattern", default="", help="finds cameras in paths")
     parser.add_argument("--output", default="logs/own_folder")
-    parser.add_argument("--method", default="SelConCluster")
     parser.add_argument("--backbone", default="", help="osnet_x0_25, timm:NAME, ...")
     parser.add_argument("--untrained", action="store_true", help="no ImageNet weights")
     parser.add_argument("--height", type=int, default=128)
@@ -49,12 +48,12 @@ def main() -> None:
     run = selcon_plugin.fit(
         images,
         output / "run",
-        method=args.method,
         epochs=args.epochs,
         backbone=args.backbone,
         pretrained=not args.untrained,
         input_size=(args.height, args.height // 2),
         camera_pattern=pattern,
+        clustering={"eps": "auto"},
     )
     embedder = run.embedder()
 

@@ -1,6 +1,7 @@
 """A model of one's own, or torchreid's OSNet, in an index: no training, no config.
 
-    python tools/examples/own_model.py --images gallery --query person.jpg \\
+    python tools/examples/own_model.py --images gallery --query person.jpg
+    python tools/examples/own_model.py --images gallery --query a.jpg b.jpg
         --model osnet_x1_0 --weights osnet_x1_0_msmt17.pth
 
 Whatever turns a list of images into unit vectors can make an index: here a PyTorch model
