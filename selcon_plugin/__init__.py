@@ -1,11 +1,43 @@
 """Person re-identification without identity labels, as a plugin to FastReID and torchreid.
 
 Importing this package imports neither host. ``import selcon_plugin.fastreid_ext`` registers
-everything with FastReID.
+everything with FastReID. What is listed in ``__all__`` is imported when it is first used.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from selcon_plugin.features import Embeddings
 
+if TYPE_CHECKING:
+    from selcon_plugin.api import FitResult, fit
+    from selcon_plugin.embedder import Embedder, FolderFeatures
+    from selcon_plugin.retrieval import Index, search
+
 __version__ = "0.1.0"
 
-__all__ = ["Embeddings", "__version__"]
+__all__ = [
+    "Embedder",
+    "Embeddings",
+    "FitResult",
+    "FolderFeatures",
+    "Index",
+    "__version__",
+    "fit",
+    "search",
+]
+
+_MODULES = {
+    "Embedder": "selcon_plugin.embedder",
+    "FitResult": "selcon_plugin.api",
+    "FolderFeatures": "selcon_plugin.embedder",
+    "Index": "selcon_plugin.retrieval",
+    "fit": "selcon_plugin.api",
+    "search": "selcon_plugin.retrieval",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -50,6 +50,8 @@ usage: selcon COMMAND [ARGUMENTS]
   bench     train and evaluate several configs on several seeds; write a table
   extract   write the features of a folder of images to a file
   export    write a trained network as ONNX or TorchScript
+  index     keep the features of many images, to search in
+  search    find the person of an image in an index
   demo      draw data, train and evaluate, in minutes, on a CPU
   doctor    say what is installed, what works and how to mend the rest
 
@@ -81,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bench": _command("selcon_plugin.bench"),
         "extract": _command("selcon_plugin.commands.extract"),
         "export": _command("selcon_plugin.commands.export"),
+        "index": _command("selcon_plugin.commands.index"),
+        "search": _command("selcon_plugin.commands.search"),
         "demo": _command("selcon_plugin.demo"),
         "doctor": _command("selcon_plugin.doctor"),
     }
@@ -133,6 +137,18 @@ def builtin_config(name: str) -> str:
         if (folder / name).is_file():
             return str(folder / name)
     raise FileNotFoundError(f"the package has no config {name!r}")
+
+
+def train_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse arguments of ``selcon train``, for :func:`run`.
+
+    Args:
+        argv: Arguments.
+
+    Returns:
+        The arguments, with their defaults.
+    """
+    return _train_parser("train").parse_args(argv)
 
 
 def _train_parser(prog: str) -> argparse.ArgumentParser:
@@ -449,8 +465,7 @@ def flatten_config(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _train(argv: list[str]) -> int:
-    args = _train_parser("train").parse_args(argv)
-    return _launch(args)
+    return _launch(train_arguments(argv))
 
 
 def _eval(argv: list[str]) -> int:

@@ -34,7 +34,7 @@ def publish_folder(
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     stem = folder.name.rsplit("-", 1)[0]
-    with _exclusive(folder.parent / f".{stem}.lock") as alone:
+    with exclusive(folder.parent / f".{stem}.lock") as alone:
         if is_complete(folder):
             return folder
         if alone:
@@ -71,8 +71,11 @@ def _remove_partial_folders(parent: Path, stem: str) -> None:
 
 
 @contextlib.contextmanager
-def _exclusive(path: Path) -> Iterator[bool]:
+def exclusive(path: Path) -> Iterator[bool]:
     """Hold a lock that the system frees when the process ends, however it ends.
+
+    Args:
+        path: File that stands for the lock; it is there while the lock is held.
 
     Yields:
         Whether the lock is held. It is not where the system or the file system has no

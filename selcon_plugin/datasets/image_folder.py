@@ -51,7 +51,7 @@ def read_image_folder(folder: str | Path, *, camera_pattern: str = "") -> list[I
         raise FileNotFoundError(
             f"image folder {str(folder)!r} does not exist or is no folder"
         )
-    find_camera = _camera_finder(camera_pattern)
+    find_camera = camera_finder(camera_pattern)
     paths = sorted(
         path
         for path in folder.rglob("*")
@@ -69,7 +69,7 @@ def read_image_folder(folder: str | Path, *, camera_pattern: str = "") -> list[I
     ]
 
 
-class _CameraFinder:
+class CameraFinder:
     """Find the camera in a path relative to the image folder."""
 
     def __init__(self, pattern: re.Pattern[str] | None, use_folder: bool) -> None:
@@ -77,6 +77,7 @@ class _CameraFinder:
         self._use_folder = use_folder
 
     def __call__(self, path: Path) -> str | None:
+        """Return the camera's name; None where unknown."""
         if self._pattern is not None:
             match = self._pattern.search(path.as_posix())
             if match is None:
@@ -87,13 +88,24 @@ class _CameraFinder:
         return None
 
 
-def _camera_finder(camera_pattern: str) -> _CameraFinder:
+def camera_finder(camera_pattern: str) -> CameraFinder:
+    """Make what finds cameras in paths.
+
+    Args:
+        camera_pattern: As of :func:`read_image_folder`.
+
+    Returns:
+        From a path below the folder to the camera's name.
+
+    Raises:
+        ValueError: If the pattern is no regular expression.
+    """
     if camera_pattern == NO_CAMERAS:
-        return _CameraFinder(None, use_folder=False)
+        return CameraFinder(None, use_folder=False)
     if not camera_pattern:
-        return _CameraFinder(None, use_folder=True)
+        return CameraFinder(None, use_folder=True)
     try:
-        return _CameraFinder(re.compile(camera_pattern), use_folder=False)
+        return CameraFinder(re.compile(camera_pattern), use_folder=False)
     except re.error as error:
         raise ValueError(
             f"the camera pattern {camera_pattern!r} is no regular expression: {error}"

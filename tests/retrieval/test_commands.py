@@ -1,0 +1,202 @@
+"""``selcon index`` and ``selcon search``, and the page, as a user meets them."""
+
+import html.parser
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from selcon_plugin.cli import main
+from selcon_plugin.retrieval import Index, Match, NetworkSource, QueryResult
+from selcon_plugin.retrieval.page import write_page
+
+
+@pytest.fixture
+def network(tmp_path, monkeypatch, embedder):
+    """A file that stands for a network, and what was asked for when it was loaded."""
+    file = tmp_path / "model.pth"
+    file.write_bytes(b"weights")
+    loaded = []
+
+    def load(source, device="auto"):
+        loaded.append(source)
+        return embedder if Path(source.weights).is_file() else type(embedder)(tint=0.5)
+
+    monkeypatch.setattr(NetworkSource, "load", load)
+    return file, loaded
+
+
+@pytest.fixture
+def made(tmp_path, draw_images, network, capsys):
+    """An index of 24 images, made by the command."""
+    index, images = tmp_path / "index", draw_images("crops")
+    command = ["index", "--weights", network[0], "--images", images, "--output", index]
+    assert main([*map(str, command), "data.height", "128"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("24 images added, 0 replaced, 0 known\n")
+    assert "24 images, 24 values in float32, search flat (exact)" in said
+    return index, images
+
+
+def run(capsys, *words):
+    status = main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_index_is_added_to_and_taken_from(made, draw_images, network, capsys):
+    index, images = made
+    late = draw_images("late", seed=1)
+    status, said, _ = run(capsys, "index", "--index", index, "--add", late)
+    assert status == 0
+    assert "24 images added" in said
+    # The network that the index says, with its options.
+    assert network[1][-1].options == ("data.height", "128")
+    assert network[1][-1].weights == str(network[0])
+    again = run(capsys, "index", "--output", index, "--images", images)
+    assert "0 images added, 0 replaced, 24 known" in again[1]
+    status, said, _ = run(capsys, "index", "--index", index, "--remove", "cam0/*")
+    assert (status, said.splitlines()[0]) == (0, "24 images taken out")
+    assert len(Index.open(index)) == 24
+
+
+def test_manifest_holds_the_hash_of_the_weights(made):
+    index, _ = made
+    manifest = json.loads((index / "index.json").read_text())
+    # printf weights | sha256sum
+    assert manifest["network"]["sha256"] == (
+        "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"
+    )
+
+
+def test_search_writes_a_table(made, capsys):
+    index, images = made
+    query = images / "cam0/p2_0.png"
+    status, said, _ = run(capsys, "search", "--index", index, query, "--top", 3)
+    lines = said.splitlines()
+    assert (status, lines[0], len(lines)) == (0, str(query), 5)
+    found = {line.split()[-1] for line in lines[2:]}
+    assert found == {str(images / f"cam{n % 2}/p2_{n}.png") for n in (1, 2, 3)}
+    assert lines[2].split()[0] == "1"
+
+
+def test_search_writes_json_for_scripts(made, capsys):
+    index, images = made
+    query = images / "cam0/p2_0.png"
+    options = ("--threshold", "auto", "--not-camera", "cam0", "--json")
+    _, said, _ = run(capsys, "search", "--index", index, query, *options)
+    found = json.loads(said)
+    assert 0 < found["threshold"] < 1
+    (result,) = found["queries"]
+    assert [Path(match["path"]).name for match in result["matches"]] in (
+        ["p2_1.png", "p2_3.png"],
+        ["p2_3.png", "p2_1.png"],
+    )
+    assert {match["camera"] for match in result["matches"]} == {"cam1"}
+
+
+def test_mistakes_are_one_line(made, tmp_path, capsys, network):
+    index, images = made
+    query = images / "cam0/p2_0.png"
+    search = ("search", "--index", index, query)
+    cases = [
+        ((*search, "--threshold", "high"), "--threshold must be auto or a cosine"),
+        ((*search, "--threshold", "2"), "--threshold must be auto or a cosine"),
+        ((*search, "--camera", "cam9"), "no image of the index is of camera 'cam9'"),
+        ((*search, "--weights", "other.pth"), "made with another network"),
+        ((*search, "--weights", "a", "--onnx", "b"), "either --weights FILE or --onnx"),
+        ((*search, "--backbone", "osnet_x0_25"), "either --weights FILE or --onnx"),
+        (("search", "--index", tmp_path / "none", query), "selcon index makes one"),
+        (("search", "--index", index, tmp_path / "no.jpg"), "a query cannot be read: "),
+        (
+            ("index", "--output", tmp_path / "new", "--images", images),
+            "a new index needs its network",
+        ),
+        (("index", "--index", index, "--remove", "*.gif"), "fits none of the 24 images"),
+    ]
+    for words, message in cases:
+        status, _, said = run(capsys, *words)
+        assert (status, said.count("\n")) == (2, 1), (words, said)
+        assert message in said
+
+
+def test_network_that_is_gone_is_named(tmp_path, made, network):
+    network[0].unlink()
+    with pytest.raises(FileNotFoundError, match=r"no network at .*model\.pth"):
+        NetworkSource(weights=str(network[0])).sha256()
+    with pytest.raises(ValueError, match="--onnx holds network and config"):
+        NetworkSource(onnx="a.onnx", backbone="osnet_x0_25")
+
+
+class Reader(html.parser.HTMLParser):
+    """Collects a page's tags, texts and addresses, and checks that tags are closed."""
+
+    EMPTY = ("meta", "img")
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.text, self.open = [], "", []
+        self.feed(page)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def test_page_is_whole_escaped_and_loads_nothing(tmp_path, draw_images):
+    images = draw_images("crops", people=1, images=2)
+    evil = tmp_path / '<img src=x onerror="alert(1)">&.png'
+    Image.new("RGB", (64, 128), "red").save(evil)
+    results = [
+        QueryResult(
+            str(evil),
+            (
+                Match(str(images / "cam0/p0_0.png"), 0.91, "<b>door</b>"),
+                Match(str(tmp_path / "gone.png"), 0.5, None),
+            ),
+        ),
+        QueryResult(str(images / "cam1/p0_1.png"), ()),
+    ]
+    write_page(tmp_path / "out/page.html", results, summary="a < b")
+    page = (tmp_path / "out/page.html").read_text()
+    seen = Reader(page)
+    assert len(seen.all("img")) == 3
+    assert all(
+        image["src"].startswith("data:image/jpeg;base64,") for image in seen.all("img")
+    )
+    assert all(image["alt"] for image in seen.all("img"))
+    assert not seen.all("script")
+    assert not seen.all("b")
+    assert "http" not in page.replace("http-equiv", "")
+    assert seen.all("html")[0]["lang"] == "en"
+    for text in (evil.name, "<b>door</b>", "a < b", "1. 0.910", "Nothing was found"):
+        assert text in seen.text
+    assert "cannot be read now" in seen.text
+    labels = {a["aria-labelledby"] for a in seen.all("section")}
+    assert labels == {a["id"] for a in seen.all("h2")}
+
+
+def test_page_without_pictures_and_with_bounded_ones(tmp_path, made, capsys):
+    index, _ = made
+    big = tmp_path / "big.jpg"
+    Image.effect_noise((2000, 3000), 80).save(big)
+    page = tmp_path / "page.html"
+    command = ("search", "--index", index, big, "--top", 5, "--html", page)
+    run(capsys, *command, "--no-images")
+    assert "data:image" not in page.read_text()
+    run(capsys, *command)
+    assert "data:image" in page.read_text()
+    assert page.stat().st_size < 60_000
+    assert "search flat (exact)" in page.read_text()
