@@ -49,6 +49,8 @@ usage: selcon COMMAND [ARGUMENTS]
   eval      evaluate a checkpoint
   bench     train and evaluate several configs on several seeds; write a table
   extract   write the features of a folder of images to a file
+  cluster   cluster a folder of images: who may be the same person
+  adapt     train a network further on a folder of images, and keep what became better
   demo      draw data, train and evaluate, in minutes, on a CPU
   doctor    say what is installed, what works and how to mend the rest
 
@@ -79,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "eval": _eval,
         "bench": _command("selcon_plugin.bench"),
         "extract": _extract,
+        "cluster": _command("selcon_plugin.commands.cluster"),
+        "adapt": _command("selcon_plugin.commands.adapt"),
         "demo": _command("selcon_plugin.demo"),
         "doctor": _command("selcon_plugin.doctor"),
     }
@@ -174,7 +178,7 @@ def _train_parser(prog: str) -> argparse.ArgumentParser:
         help="how long a process waits for another before it gives up; more than the "
         "longest clustering or evaluation takes; default: 30",
     )
-    _add_folder_arguments(parser)
+    add_folder_arguments(parser)
     add_import_argument(parser)
     parser.add_argument(
         "opts",
@@ -186,7 +190,8 @@ def _train_parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_folder_arguments(parser: argparse.ArgumentParser) -> None:
+def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
+    """Let a command take a folder of images and say how their cameras are found."""
     parser.add_argument(
         "--images",
         metavar="FOLDER",
@@ -549,7 +554,7 @@ def _extract(argv: list[str]) -> int:
         "camids, features. Cosine similarity compares images.",
     )
     parser.add_argument("--config-file", default="", metavar="FILE", help="FastReID config")
-    _add_folder_arguments(parser)
+    add_folder_arguments(parser)
     add_import_argument(parser)
     parser.add_argument("--output", required=True, metavar="FILE.npz", help="file to write")
     parser.add_argument(
