@@ -484,6 +484,17 @@ def _run_torchreid(cfg: Any, args: argparse.Namespace) -> None:
         run_config(cfg, resume=args.resume)
 
 
+def train_config(cfg: Any, *, resume: bool = False) -> None:
+    """Train as ``selcon train`` does, in this process.
+
+    Args:
+        cfg: Complete config of either host.
+        resume: Whether to go on from the last checkpoint in its folder, if there is one.
+    """
+    args = _train_parser("train").parse_args(["--resume"] if resume else [])
+    (_run_torchreid if is_torchreid(cfg) else run)(cfg, args)
+
+
 def run(cfg: Any, args: argparse.Namespace) -> Any:
     """Train or evaluate, in one process of possibly several.
 

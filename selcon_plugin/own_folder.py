@@ -37,7 +37,7 @@ from selcon_plugin.visualize import SheetRow, contact_sheet
 if TYPE_CHECKING:
     from selcon_plugin.embedder import Embedder, FolderFeatures
 
-__all__ = ["cluster_folder"]
+__all__ = ["cluster_folder", "fingerprint"]
 
 CSV_FILE, FEATURES_FILE, SHEET_FILE = "clusters.csv", "features.npz", "contact_sheet.jpg"
 LINKS_FOLDER = "links"
@@ -100,7 +100,7 @@ def cluster_folder(
     make_output_folder("--output", str(output))
     output = Path(output)
     items = read_image_folder(folder, camera_pattern=camera_pattern)
-    facts = {"network": network_key, "images": _fingerprint(items)}
+    facts = {"network": network_key, "images": fingerprint(items)}
     found = _kept_features(output, facts)
     if found is None:
         found = _compute_features(
@@ -141,8 +141,15 @@ def _device(name: str) -> str:
     return name
 
 
-def _fingerprint(items: Sequence[ImageItem]) -> str:
-    """Return a text that changes with the files' names, sizes and times."""
+def fingerprint(items: Sequence[ImageItem]) -> str:
+    """Return a short text that changes with the images' names, sizes and times.
+
+    Args:
+        items: The images.
+
+    Returns:
+        Sixteen hexadecimal digits.
+    """
     digest = hashlib.sha256()
     for item in items:
         state = ""
