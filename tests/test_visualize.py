@@ -267,9 +267,7 @@ def test_contact_sheet_draws_rows_spread_over_each_group(
     gallery: LabeledImages, tmp_path: Path
 ) -> None:
     rows = [SheetRow("few", gallery.paths[:2]), SheetRow("many", gallery.paths)]
-    sheet = contact_sheet(
-        tmp_path / "new" / "sheet.png", rows, columns=3, image_size=SIZE
-    )
+    sheet = contact_sheet(tmp_path / "new" / "sheet.png", rows, columns=3, image_size=SIZE)
     found = frames(sheet)
     assert [[shade for _, shade in row] for row in found] == [[150, 151], [150, 152, 153]]
     assert {color for row in found for color, _ in row} == {QUERY_COLOR}

@@ -99,7 +99,9 @@ def test_the_best_checkpoint_is_written_and_loads_by_itself(
     config = tmp_path / "out/training/config.yaml"
     np.testing.assert_array_equal(
         features(result.file, folder),
-        features(tmp_path / "out/training/model/model.pth.tar-1", folder, config_file=config),
+        features(
+            tmp_path / "out/training/model/model.pth.tar-1", folder, config_file=config
+        ),
     )
     record = json.loads((tmp_path / "out/adapt.json").read_text())
     assert record["done"] is True
