@@ -235,7 +235,8 @@ class _Measure:
         except FloatingPointError:  # in the weights
             finite = False
         quality = label_free_quality(features.features) if finite else None
-        self._record.add(Candidate(epochs, str(file), quality))
+        place = str(Path(file).expanduser().absolute())  # a later call may be elsewhere
+        self._record.add(Candidate(epochs, place, quality))
         name = f"after {epochs} epochs" if epochs else "as given"
         self._say(f"{name}: {_in_words(quality)}")
 

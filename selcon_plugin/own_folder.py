@@ -181,7 +181,7 @@ def _compute_features(
 ) -> FolderFeatures:
     from selcon_plugin.datasets.reading import fault_of
 
-    # Of unreadable files the first images are not said to be a measure; others follow.
+    # An unreadable image would end the measurement: the next one takes its place.
     first = []
     for item in read_image_folder(folder, camera_pattern="none"):
         if not fault_of(item.path):

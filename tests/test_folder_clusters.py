@@ -70,7 +70,7 @@ def test_clusters_are_numbered_by_size() -> None:
     sizes = [4, 9, 6]
     centres = np.repeat(np.eye(16)[:3], sizes, axis=0)
     features = unit(centres + 0.01 * rng.normal(size=centres.shape))
-    found = cluster_features(features, options={"eps": 0.6})
+    found = cluster_features(features, labeler="KMeans", options={"num_clusters": 3})
     assert found.labels.tolist() == [2] * 4 + [0] * 9 + [1] * 6
 
 

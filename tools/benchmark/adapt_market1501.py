@@ -73,7 +73,8 @@ def main() -> None:
         ),
     ):
         _say(
-            f"| {row} | {candidate.value:.3f} | {found['mAP']:.1f} | {found['Rank-1']:.1f} |"
+            f"| {row} | {candidate.value:.3f} | {found['mAP']:.1f} "
+            f"| {found['Rank-1']:.1f} |"
         )
 
 
