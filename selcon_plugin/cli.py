@@ -52,6 +52,8 @@ usage: selcon COMMAND [ARGUMENTS]
   export    write a trained network as ONNX or TorchScript
   index     keep the features of many images, to search in
   search    find the person of an image in an index
+  cluster   cluster a folder of images: who may be the same person
+  adapt     train a network further on a folder of images, and keep what became better
   demo      draw data, train and evaluate, in minutes, on a CPU
   doctor    say what is installed, what works and how to mend the rest
 
@@ -85,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "export": _command("selcon_plugin.commands.export"),
         "index": _command("selcon_plugin.commands.index"),
         "search": _command("selcon_plugin.commands.search"),
+        "cluster": _command("selcon_plugin.commands.cluster"),
+        "adapt": _command("selcon_plugin.commands.adapt"),
         "demo": _command("selcon_plugin.demo"),
         "doctor": _command("selcon_plugin.doctor"),
     }
@@ -525,6 +529,17 @@ def _run_torchreid(cfg: Any, args: argparse.Namespace) -> None:
         cfg.test.evaluate = True
     with one_core_left_free() if not cfg.use_gpu and cfg.data.workers else nullcontext():
         run_config(cfg, resume=args.resume)
+
+
+def train_config(cfg: Any, *, resume: bool = False) -> None:
+    """Train as ``selcon train`` does, in this process.
+
+    Args:
+        cfg: Complete config of either host.
+        resume: Whether to go on from the last checkpoint in its folder, if there is one.
+    """
+    args = _train_parser("train").parse_args(["--resume"] if resume else [])
+    (_run_torchreid if is_torchreid(cfg) else run)(cfg, args)
 
 
 def run(cfg: Any, args: argparse.Namespace) -> Any:

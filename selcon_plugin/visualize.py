@@ -1,4 +1,4 @@
-"""Pictures of what was learned: ranked results and the loss curve.
+"""Pictures of what was learned: ranked results, clusters and the loss curve.
 
 Nothing here knows a host or needs a display.
 
@@ -21,7 +21,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["LabeledImages", "loss_curve", "rank_gallery", "ranked_sheet", "read_metrics"]
+__all__ = [
+    "LabeledImages",
+    "SheetRow",
+    "contact_sheet",
+    "loss_curve",
+    "rank_gallery",
+    "ranked_sheet",
+    "read_metrics",
+]
 
 RIGHT_COLOR = (22, 163, 74)
 WRONG_COLOR = (220, 38, 38)
@@ -204,6 +212,72 @@ def _check_sheet(
     for number in queries:
         if not 0 <= number < len(query):
             raise ValueError(f"there are queries 0 to {len(query) - 1}, but not {number}")
+
+
+@dataclass(frozen=True)
+class SheetRow:
+    """A line of a contact sheet.
+
+    Attributes:
+        title: Written above the images.
+        paths: Image files, in the order in which they are drawn.
+    """
+
+    title: str
+    paths: Sequence[str]
+
+
+def contact_sheet(
+    path: str | Path,
+    rows: Sequence[SheetRow],
+    *,
+    columns: int = 12,
+    image_size: tuple[int, int] = (64, 128),
+) -> Path:
+    """Draw groups of images, one row for each.
+
+    Of a group with more images than columns, images evenly spaced over its list are drawn,
+    the first and the last among them.
+
+    Args:
+        path: PNG or JPEG file to write; its folder is made if absent.
+        rows: The groups.
+        columns: Images in a row at most, at least 2.
+        image_size: Width and height in pixels at which images are drawn.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: If there are no rows, or fewer than 2 columns.
+    """
+    if not rows:
+        raise ValueError("there are no groups of images to draw")
+    if columns < 2:
+        raise ValueError(f"columns must be 2 or more, got {columns}")
+    font = _font()
+    cell = (image_size[0] + 2 * _FRAME, image_size[1] + 2 * _FRAME)
+    widest = max(min(columns, len(row.paths)) * (cell[0] + _GAP) for row in rows)
+    longest = math.ceil(max(font.getlength(row.title) for row in rows))
+    height = _LINE + cell[1] + 2 * _GAP
+    sheet = Image.new(
+        "RGB",
+        (max(widest, longest + _GAP) + _GAP, len(rows) * height + _GAP),
+        _BACKGROUND,
+    )
+    draw = ImageDraw.Draw(sheet)
+    for number, row in enumerate(rows):
+        y = _GAP + number * height
+        draw.text((_GAP, y), row.title, fill=_TEXT_COLOR, font=font)
+        shown = min(columns, len(row.paths))
+        places = np.linspace(0, len(row.paths) - 1, shown).round().astype(int)
+        for column, place in enumerate(places):
+            image = _framed(row.paths[place], image_size, QUERY_COLOR)
+            sheet.paste(image, (_GAP + column * (cell[0] + _GAP), y + _LINE))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    return path
 
 
 def _framed(

@@ -12,6 +12,8 @@ from selcon_plugin.visualize import (
     RIGHT_COLOR,
     WRONG_COLOR,
     LabeledImages,
+    SheetRow,
+    contact_sheet,
     loss_curve,
     rank_gallery,
     ranked_sheet,
@@ -259,3 +261,20 @@ def test_no_display_and_no_pyplot_are_needed(tmp_path):
         check=True,
         env={"MPLCONFIGDIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path)},
     )
+
+
+def test_contact_sheet_draws_rows_spread_over_each_group(
+    gallery: LabeledImages, tmp_path: Path
+) -> None:
+    rows = [SheetRow("few", gallery.paths[:2]), SheetRow("many", gallery.paths)]
+    sheet = contact_sheet(tmp_path / "new" / "sheet.png", rows, columns=3, image_size=SIZE)
+    found = frames(sheet)
+    assert [[shade for _, shade in row] for row in found] == [[150, 151], [150, 152, 153]]
+    assert {color for row in found for color, _ in row} == {QUERY_COLOR}
+
+
+def test_contact_sheet_refuses_what_it_cannot_draw(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no groups"):
+        contact_sheet(tmp_path / "sheet.png", [])
+    with pytest.raises(ValueError, match="columns"):
+        contact_sheet(tmp_path / "sheet.png", [SheetRow("a", ["a.png"])], columns=1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -52,6 +53,7 @@ _POOLS = {
 }
 _DEFAULT_PARTS = 8
 _TIMM_PREFIX = "timm:"
+_FEATURE_LAYER = re.compile(r"(?:module\.)?fc\.\d+\.weight")
 # What a run adds to the network; a model that is loaded before has no place for it.
 _RUN_PREFIXES = ("method.", "teacher.")
 
@@ -242,6 +244,8 @@ def load_network(model: SelConModel, file: str) -> None:
         model: Model to load into.
         file: A checkpoint of :class:`ImageSelConEngine`, whose teacher's weights are taken
             if it had one; or weights of a torchreid model, which go into the backbone.
+            Where its layer behind the pooling is as wide as the head's, the head begins as
+            that layer.
 
     Raises:
         ValueError: If the file is of another model. ``FileNotFoundError`` if there is none.
@@ -250,12 +254,43 @@ def load_network(model: SelConModel, file: str) -> None:
     state = {key.removeprefix("module."): tensor for key, tensor in read.items()}
     if not any(key.startswith("backbone.") for key in state):
         load_weights(cast(nn.Module, model.backbone.model), state, file)
+        _begin_as_feature_layer(model.heads, state)
         check_state(model, when=f"weights from {file}")
         return
     taught = "teacher.module."
     network = {k: v for k, v in state.items() if not k.startswith(_RUN_PREFIXES)}
     network |= {k.removeprefix(taught): v for k, v in state.items() if k.startswith(taught)}
     load_whole(model, network, file)
+
+
+def feature_layer_width(state: Mapping[str, Tensor]) -> int:
+    """Tell how wide the layer is that a torchreid model has behind its pooling.
+
+    Args:
+        state: Weights of the model, with or without ``module.`` before their names.
+
+    Returns:
+        Its outputs; 0 where there is none, or several.
+    """
+    layers = [
+        tensor
+        for name, tensor in state.items()
+        if _FEATURE_LAYER.fullmatch(name) and tensor.dim() == 2
+    ]
+    return len(layers[0]) if len(layers) == 1 else 0
+
+
+def _begin_as_feature_layer(head: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Take over a linear layer and its normalisation, if they are the head's in shape."""
+    renamed = {
+        name.replace("fc.0.", "global_projection.").replace("fc.1.", "global_norm."): value
+        for name, value in state.items()
+        if name.startswith(("fc.0.", "fc.1."))
+    }
+    own = head.state_dict()
+    fits = [k in own and own[k].shape == value.shape for k, value in renamed.items()]
+    if feature_layer_width(state) and all(fits):
+        head.load_state_dict(renamed, strict=False)
 
 
 def load_whole(model: nn.Module, state: Mapping[str, Any], file: str | Path) -> None:

@@ -1,0 +1,107 @@
+"""Arguments that name a trained network, the same in all commands that compute features."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from selcon_plugin.embedder import Embedder
+
+_CHUNK = 2**20
+
+
+def add_network_arguments(parser: argparse.ArgumentParser, *, onnx: bool = True) -> None:
+    """Let a command take a trained network.
+
+    Args:
+        parser: Parser of the command.
+        onnx: Whether an exported network will do.
+    """
+    parser.add_argument(
+        "--weights",
+        default="",
+        metavar="FILE",
+        help="checkpoint of this plugin, FastReID or torchreid, or plain weights",
+    )
+    parser.add_argument(
+        "--config-file",
+        default="",
+        metavar="FILE",
+        help="config of the checkpoint; default: config.yaml beside it",
+    )
+    parser.add_argument(
+        "--backbone",
+        default="",
+        metavar="NAME",
+        help="for weights without a config: torchreid's name of the model, such as "
+        "osnet_x0_25, or timm's after timm:",
+    )
+    if onnx:
+        parser.add_argument(
+            "--onnx", default="", metavar="FILE", help="exported network, for --weights"
+        )
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:0; default: auto"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=64, help="images computed together; default: 64"
+    )
+    parser.add_argument(
+        "--num-workers", type=int, default=0, help="processes that read images; default: 0"
+    )
+
+
+def check_network_arguments(args: argparse.Namespace) -> None:
+    """Refuse arguments that name no network, two, or a file that is not there.
+
+    Args:
+        args: Arguments of the command.
+
+    Raises:
+        ValueError: If there is not one of ``--weights`` and ``--onnx``.
+        FileNotFoundError: If there is no such file.
+    """
+    onnx = getattr(args, "onnx", "")
+    if bool(args.weights) == bool(onnx):
+        raise ValueError("name one network: --weights FILE or --onnx FILE")
+    for name, file in (("--weights", args.weights), ("--onnx", onnx)):
+        if file and not Path(file).expanduser().is_file():
+            raise FileNotFoundError(f"{name} {file!r} does not exist")
+
+
+def load_embedder(args: argparse.Namespace) -> Embedder:
+    """Load the network that the arguments name.
+
+    Args:
+        args: Arguments of the command, checked.
+
+    Returns:
+        The embedder.
+    """
+    from selcon_plugin.embedder import Embedder
+
+    if getattr(args, "onnx", ""):
+        return Embedder.from_onnx(args.onnx)
+    return Embedder.from_checkpoint(
+        args.weights,
+        config_file=args.config_file,
+        backbone=args.backbone,
+        device=args.device,
+    )
+
+
+def network_key(args: argparse.Namespace) -> str:
+    """Return a short text that changes with the network: its files and its backbone."""
+    from selcon_plugin.embedder import find_config
+
+    digest = hashlib.sha256(args.backbone.encode())
+    weights = args.weights or args.onnx
+    config = "" if args.backbone else args.config_file or find_config(weights)
+    for name in filter(None, (weights, config)):
+        with open(Path(name).expanduser(), "rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,254 @@
+"""``selcon adapt`` on a small real network: real training, in seconds."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from selcon_plugin import adapt as adapt_module
+from selcon_plugin.adapt import AdaptSettings, Candidate, adapt
+from selcon_plugin.adapt_hosts import AdaptHost, find_host
+from selcon_plugin.cli import main
+from selcon_plugin.embedder import Embedder
+from selcon_plugin.label_free import LabelFreeQuality
+from selcon_plugin.safe_loading import load_data
+from selcon_plugin.torchreid_ext.backbones import build_plain_model
+
+SMALL = ("data.height", "64", "data.width", "32", "selcon.iters_per_epoch", "2")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("weights") / "osnet.pth"
+    torch.save({"state_dict": build_plain_model("osnet_x0_25").state_dict()}, file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight people of five images each: a colour above, another below, and noise."""
+    rng = np.random.default_rng(0)
+    place = tmp_path_factory.mktemp("crops")
+    for person in range(8):
+        colors = rng.integers(20, 235, size=(2, 1, 1, 3))
+        for number in range(5):
+            pixels = np.concatenate([np.broadcast_to(c, (32, 32, 3)) for c in colors])
+            noisy = np.clip(pixels + rng.integers(-40, 40, size=pixels.shape), 0, 255)
+            Image.fromarray(noisy.astype(np.uint8)).save(place / f"{person}_{number}.png")
+    return place
+
+
+@pytest.fixture
+def settings(weights: Path, folder: Path) -> AdaptSettings:
+    return AdaptSettings(
+        str(weights),
+        str(folder),
+        backbone="osnet_x0_25",
+        epochs=2,
+        batch_size=8,
+        device="cpu",
+        options=SMALL,
+    )
+
+
+def worth(value: float) -> LabelFreeQuality:
+    return LabelFreeQuality(value, 0.5, 0.5, 0.5, 0.5, 8, 0.0)
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch):
+    """Let the criterion give these values, one after the other; the last stays."""
+
+    def script(*values: float) -> list[float]:
+        left = list(values)
+        seen: list[float] = []
+
+        def quality(_: object) -> LabelFreeQuality:
+            seen.append(left.pop(0) if len(left) > 1 else left[0])
+            return worth(seen[-1])
+
+        monkeypatch.setattr(adapt_module, "label_free_quality", quality)
+        return seen
+
+    return script
+
+
+def features(file: Path, folder: Path, **how: object) -> np.ndarray:
+    embedder = Embedder.from_checkpoint(file, device="cpu", **how)
+    return embedder.embed_folder(folder).features
+
+
+def test_the_best_checkpoint_is_written_and_loads_by_itself(
+    settings: AdaptSettings, folder: Path, tmp_path: Path, scripted
+) -> None:
+    scripted(0.3, 0.6, 0.5)
+    said: list[str] = []
+    result = adapt(settings, tmp_path / "out", say=said.append)
+    assert [c.epochs for c in result.candidates] == [0, 1, 2]
+    assert (result.best.epochs, result.improved) == (1, True)
+    assert "after 1 epochs is the best, quality 0.3000 -> 0.6000" in said[-1]
+
+    state = load_data(result.file)["state_dict"]
+    assert not any(name.startswith("method.") for name in state)
+    checkpoint = load_data(tmp_path / "out/training/model/model.pth.tar-1")["state_dict"]
+    assert all(torch.equal(state[name], checkpoint[name]) for name in state)
+    config = tmp_path / "out/training/config.yaml"
+    np.testing.assert_array_equal(
+        features(result.file, folder),
+        features(
+            tmp_path / "out/training/model/model.pth.tar-1", folder, config_file=config
+        ),
+    )
+    record = json.loads((tmp_path / "out/adapt.json").read_text())
+    assert record["done"] is True
+    assert record["best_epochs"] == 1
+
+    # Complete: nothing is done again.
+    again = adapt(settings, tmp_path / "out", say=said.append)
+    assert "nothing to do" in said[-1]
+    assert again == result
+
+
+def test_a_harmful_learning_rate_leaves_the_given_network(
+    settings: AdaptSettings, weights: Path, folder: Path, tmp_path: Path
+) -> None:
+    harmful = AdaptSettings(**{**vars(settings), "learning_rate": 1e4, "epochs": 1})
+    said: list[str] = []
+    result = adapt(harmful, tmp_path / "out", say=said.append)
+    assert not result.improved
+    assert result.file.read_bytes() == weights.read_bytes()
+    assert "No epoch is better" in said[-1]
+    assert result.best.value == result.before.value
+    assert all(c.value <= result.before.value for c in result.candidates)
+    given = features(weights, folder, backbone="osnet_x0_25", options=SMALL[:4])
+    np.testing.assert_array_equal(features(result.file, folder), given)
+
+
+def test_the_network_begins_as_it_was_given(
+    settings: AdaptSettings, weights: Path, folder: Path, tmp_path: Path
+) -> None:
+    # So little is learned that the features stay: behind the pooling, too.
+    still = AdaptSettings(**{**vars(settings), "learning_rate": 1e-12, "epochs": 1})
+    host = find_host(still.weights, "", still.backbone)
+    cfg = host.training_config(
+        images=still.images,
+        camera_pattern="",
+        settings=adapt_module._run_settings(still, 40, tmp_path / "run"),
+        options=still.options,
+    )
+    from selcon_plugin.torchreid_ext.train import build_model
+
+    model = build_model(cfg).eval()
+    plain = build_plain_model("osnet_x0_25")
+    plain.load_state_dict(load_data(weights)["state_dict"])
+    images = torch.randn(4, 3, 64, 32, generator=torch.manual_seed(0))
+    with torch.no_grad():
+        pooled = plain.eval().global_avgpool(plain.featuremaps(images)).flatten(1)
+        expected = torch.nn.functional.normalize(plain.fc[:2](pooled), dim=1)
+        torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_killed_adaptation_goes_on(
+    settings: AdaptSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scripted
+) -> None:
+    seen = scripted(0.2, 0.4, 0.3)
+    train = AdaptHost.train
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AdaptHost, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        adapt(settings, tmp_path / "out")
+    assert seen == [0.2]
+    monkeypatch.setattr(AdaptHost, "train", train)
+    result = adapt(settings, tmp_path / "out")
+    assert seen == [0.2, 0.4, 0.3]  # the given network is not measured again
+    assert result.best.epochs == 1
+
+    other = AdaptSettings(**{**vars(settings), "epochs": 3})
+    with pytest.raises(ValueError, match=r"another epochs \(2, now 3\)"):
+        adapt(other, tmp_path / "out")
+
+
+def test_training_that_breaks_down_is_said_and_what_there_is_counts(
+    settings: AdaptSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scripted
+) -> None:
+    def broken(*_: object) -> None:
+        raise FloatingPointError("ten steps in a row")
+
+    scripted(0.2)
+    monkeypatch.setattr(AdaptHost, "train", broken)
+    said: list[str] = []
+    result = adapt(settings, tmp_path / "out", say=said.append)
+    assert "Training ended early: ten steps in a row" in said
+    assert not result.improved
+
+
+def test_another_method_than_that_of_the_config(
+    settings: AdaptSettings, tmp_path: Path, scripted
+) -> None:
+    scripted(0.1, 0.5)
+    first = AdaptSettings(**{**vars(settings), "method": "ClusterContrast", "epochs": 1})
+    once = adapt(first, tmp_path / "one")
+    for method, expected in (("", "ClusterContrast"), ("SelConCluster", "SelConCluster")):
+        second = AdaptSettings(
+            **{
+                **vars(first),
+                "weights": str(once.file),
+                "backbone": "",
+                "method": method,
+                "options": SMALL[4:],
+            }
+        )
+        host = find_host(second.weights, "", "")
+        cfg = host.training_config(
+            images=second.images,
+            camera_pattern="",
+            settings=adapt_module._run_settings(second, 40, tmp_path / f"two{method}"),
+            options=second.options,
+        )
+        assert cfg.selcon.method == expected
+        assert (cfg.data.height, cfg.selcon.embedding_dim) == (64, 512)
+
+
+def test_of_equals_the_one_trained_less_is_best() -> None:
+    record = adapt_module._Record(Path("unused.json"), {})
+    record.candidates = [
+        Candidate(0, "a", worth(0.5)),
+        Candidate(1, "b", worth(0.5)),
+        Candidate(2, "c", None),
+    ]
+    assert record.best.epochs == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "adapt needs --images FOLDER"),
+        (["--images", "."], "--weights FILE"),
+        (["--images", ".", "--weights", __file__], "no config.yaml beside"),
+        (["--images", ".", "--weights", __file__, "--epochs", "0"], "epochs must be"),
+        (
+            ["--images", ".", "--weights", __file__, "--learning-rate", "nan"],
+            "learning_rate must be",
+        ),
+    ],
+)
+def test_mistakes_are_said_in_a_line(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (4, 8)).save(tmp_path / "one.png")
+    assert main(["adapt", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

@@ -1,0 +1,165 @@
+"""``selcon cluster`` as a user runs it, on a small real network."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from selcon_plugin.cli import main
+from selcon_plugin.embedder import Embedder, FolderFeatures
+from selcon_plugin.own_folder import cluster_folder
+from selcon_plugin.torchreid_ext.backbones import build_plain_model
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("weights") / "osnet.pth"
+    torch.save(build_plain_model("osnet_x0_25").state_dict(), file)
+    return file
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three people of eight images each, of one colour and its noise, by two cameras."""
+    rng = np.random.default_rng(0)
+    colors = [(200, 30, 30), (30, 180, 40), (40, 40, 210)]
+    for person, color in enumerate(colors):
+        for number in range(8):
+            noise = rng.integers(-20, 20, size=(48, 24, 3))
+            pixels = np.clip(np.array(color) + noise, 0, 255).astype(np.uint8)
+            file = tmp_path / "crops" / f"cam{number % 2}" / f"{person}_{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(file)
+    return tmp_path / "crops"
+
+
+def rows_of(file: Path) -> dict[str, dict[str, str]]:
+    with open(file, newline="") as stream:
+        return {row["image"]: row for row in csv.DictReader(stream)}
+
+
+def test_folder_to_table_links_and_sheet(
+    weights: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "broken.jpg").write_bytes(b"no image")
+    output = tmp_path / "out"
+    network = ["--weights", str(weights), "--backbone", "osnet_x0_25", "--device", "cpu"]
+    command = ["cluster", *network, "--images", str(folder), "--output", str(output)]
+    small = ["k1", "6", "k2", "1", "min_samples", "3"]
+    assert main([*command, "--links", "--contact-sheet", "2", *small]) == 0
+    said = capsys.readouterr().out
+    assert "25 images: their features take about" in said
+    assert "k1 6, k2 1, min_samples 3, eps auto" in said
+
+    rows = rows_of(output / "clusters.csv")
+    assert len(rows) == 24
+    assert rows["cam1/1_1.png"]["camera"] == "cam1"
+    people: dict[str, set[str]] = {}
+    for name, row in rows.items():
+        people.setdefault(row["cluster"], set()).add(Path(name).name[0])
+    people.pop("-1", None)
+    assert people
+    assert all(len(members) == 1 for members in people.values())
+    assert all(0 <= float(row["confidence"]) <= 1 for row in rows.values())
+    assert len(list((output / "links" / "0000").iterdir())) == len(
+        [row for row in rows.values() if row["cluster"] == "0"]
+    )
+    with Image.open(output / "contact_sheet.jpg") as sheet:
+        assert sheet.height > 130
+    features = FolderFeatures.load(output / "features.npz")
+    assert features.features.shape == (24, 512)
+
+    # The same images and network again: nothing is computed, another eps is instant.
+    assert main([*command, "--eps", "0.4", *small]) == 0
+    said = capsys.readouterr().out
+    assert "24 features of this network are in" in said
+    assert "features take" not in said
+    assert "eps 0.4" in said
+
+
+class _Counted:
+    """An embedder whose features are the mean colour, that counts its uses."""
+
+    dim = 3
+
+    def __init__(self) -> None:
+        self.folders = 0
+
+    def __call__(self, images: list[str], *, batch_size: int) -> np.ndarray:
+        means = [np.asarray(Image.open(image)).mean(axis=(0, 1)) for image in images]
+        return np.array([m / np.linalg.norm(m) for m in means], dtype=np.float32)
+
+    def embed_folder(self, folder: Path, **_: object) -> FolderFeatures:
+        self.folders += 1
+        paths = tuple(sorted(map(str, Path(folder).rglob("*.png"))))
+        return FolderFeatures(paths, np.full(len(paths), -1), self(paths, batch_size=8))
+
+
+def test_features_are_kept_for_the_same_network_and_images_alone(
+    folder: Path, tmp_path: Path
+) -> None:
+    embedder, output = _Counted(), tmp_path / "out"
+    options = {"eps": 0.6, "k1": 4, "k2": 1, "min_samples": 3}
+
+    def cluster(key: str, **other: object) -> list[int]:
+        done = cluster_folder(
+            lambda: embedder, folder, output, network_key=key, options=options, **other
+        )
+        return done.labels.tolist()
+
+    first = cluster("a")
+    assert max(first) >= 0
+    assert (cluster("a", camera_pattern="none"), embedder.folders) == (first, 1)
+    cluster("b")
+    assert embedder.folders == 2
+    Image.new("RGB", (24, 48), (9, 200, 9)).save(folder / "cam0" / "new.png")
+    assert len(cluster("b")) == 25
+    assert embedder.folders == 3
+    (output / "features.npz").write_bytes(b"cut off")
+    cluster("b")
+    assert embedder.folders == 4
+    assert json.loads((output / "features.json").read_text())["network"] == "b"
+
+
+def test_too_little_memory_is_refused_before_anything_is_computed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("selcon_plugin.estimates.available_memory", lambda: 100)
+    embedder = _Counted()
+    with pytest.raises(ValueError, match="features of 24 images needs about"):
+        cluster_folder(lambda: embedder, folder, tmp_path / "out", network_key="a")
+    assert embedder.folders == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "cluster needs --images FOLDER"),
+        (["--images", "."], "--weights FILE or --onnx FILE"),
+        (["--images", ".", "--weights", "none.pth"], "'none.pth' does not exist"),
+        (["--images", ".", "--weights", __file__, "--labeler", "DBSCN"], "mean DBSCAN"),
+        (["--images", ".", "--weights", __file__, "--eps", "2"], "eps must be"),
+        (["--images", ".", "--weights", __file__, "k3", "2"], "did you mean k2 or k1"),
+        (["--images", ".", "--weights", __file__, "k1"], "k1 has no value"),
+        (["--images", ".", "--weights", __file__, "--contact-sheet", "-1"], "draws 1 to"),
+    ],
+)
+def test_mistakes_are_said_in_a_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["cluster", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("selcon cluster: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_plain_weights_give_the_networks_own_feature(weights: Path, folder: Path) -> None:
+    # What the cluster command relies on.
+    embedder = Embedder.from_checkpoint(weights, backbone="osnet_x0_25", device="cpu")
+    assert embedder.dim == 512
