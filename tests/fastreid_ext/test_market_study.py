@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from market_study.protocols import (
@@ -60,6 +61,8 @@ def test_each_change_is_legal_and_changes_something(name):
 
     base = {m: settings(m, protocol.base(m)) for m in protocol.configs}
     for method, changes in all_changes(protocol):
+        if "mixed_precision" in changes and not torch.cuda.is_available():
+            continue  # off anyway
         options = options_of(protocol.groups[method], changes)
         found = settings(method, {**protocol.base(method), **options})
         assert {key: found[key] for key in options} == options
@@ -108,7 +111,7 @@ def study(data, output, *phases, options=TINY, more=()):
     command = [
         *(sys.executable, str(SCRIPT), *phases, "--protocol", "cpu", "--epochs", "1"),
         *("--data", str(data), "--output", str(output)),
-        *("--validation-identities", "3", "--report-seeds", "1"),
+        *("--validation-identities", "5", "--report-seeds", "1"),
         *("--only", "scl/mixture_update", *more, "--options", *words),
     ]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])}
@@ -124,6 +127,15 @@ def market(dataset_root, tmp_path_factory):
     root = tmp_path_factory.mktemp("market")
     (root / DATASET_FOLDER).symlink_to(drawn)
     return root
+
+
+@pytest.mark.slow
+def test_failed_runs_are_named(market, tmp_path):
+    done = study(
+        market, tmp_path, "choose", options={**TINY, "MODEL.SELCON.NUM_PARTS": "7"}
+    )
+    assert done.returncode == 1
+    assert "Without a finished run: scl base" in done.stdout
 
 
 @pytest.mark.slow

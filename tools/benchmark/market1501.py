@@ -33,13 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments; those of the process by default.
 
     Returns:
-        0, or 2 after a mistake in what was asked for, or 75 when the time was up.
+        0; 1 if a configuration has no finished run, 2 after a mistake in what was asked
+        for, 75 when the time was up, 130 when stopped.
     """
     args = _parse(argv)
     # Ctrl-C and SIGTERM alike end the run in work with a checkpoint.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        _run(args)
+        failed = _run(args)
     except (ValueError, FileNotFoundError) as error:
         sys.stderr.write(f"market1501: error: {error}\n")
         return 2
@@ -49,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Stopped. The same command goes on where this one stopped.")
         return 130
-    return 0
+    if failed:
+        print(f"Without a finished run: {', '.join(failed)}; see console.txt in its folder")
+    return int(bool(failed))
 
 
 def _interrupt(number: int, frame: Any) -> None:
@@ -131,7 +134,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> list[str]:
     protocol = PROTOCOLS[args.protocol].with_options(parse_options(args.options))
     if args.epochs is not None:
         protocol = protocol.with_options({"SOLVER.MAX_EPOCH": args.epochs})
@@ -158,6 +161,7 @@ def _run(args: argparse.Namespace) -> None:
         if phase in wanted:
             print(f"Phase: {phase}", flush=True)
             getattr(study, phase)()
+    return study.failed()
 
 
 if __name__ == "__main__":

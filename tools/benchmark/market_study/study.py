@@ -15,6 +15,7 @@ from market_study.split import DATASET_FOLDER, has_official_test
 from selcon_plugin.bench_report import write_file
 
 PHASES = ("choose", "report", "correlate", "tables")
+_TRAINED = PHASES[:2]
 
 _ON_MARKET = {"DATASETS.NAMES": ("Market1501",), "DATASETS.TESTS": ("Market1501",)}
 _BASE, _CHOSEN = "base", "chosen"
@@ -129,6 +130,11 @@ class Study:
                 )
                 run_variants([final], seeds, self.budget)
 
+    def failed(self) -> list[str]:
+        """Name the variants that were begun and have no finished run."""
+        begun = [v for phase in _TRAINED for v in variants_in(self.output / phase)]
+        return [f"{v.method} {v.name}" for v in begun if not v.results()]
+
     def correlate(self) -> None:
         """Compare what can be measured without labels with validation mAP."""
         runs = [
@@ -142,7 +148,7 @@ class Study:
 
     def tables(self) -> None:
         """Write all that was measured into one page."""
-        found = {phase: variants_in(self.output / phase) for phase in ("choose", "report")}
+        found = {phase: variants_in(self.output / phase) for phase in _TRAINED}
         correlated = self.output / "correlation.md"
         page = tables.page(
             self.protocol.name,
