@@ -23,6 +23,7 @@ METRICS = ("mAP", "Rank-1", "mINP")
 _FREE_KEYS = (
     *("OUTPUT_DIR", "DATALOADER.NUM_WORKERS"),
     *("SOLVER.CHECKPOINT_PERIOD", "MODEL.SELCON.KEEP_CHECKPOINTS"),
+    "MODEL.SELCON.KEEP_BEST_BY",
     *("TEST.EVAL_PERIOD", "TEST.IMS_PER_BATCH", "TEST.EXPECTED_RESULTS"),
 )
 # What has to be equal for methods to be compared, by the beginning of its keys. The rest is

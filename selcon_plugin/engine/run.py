@@ -41,6 +41,7 @@ from selcon_plugin.engine.bad_numbers import (
     check_state,
     leave_out_bad_features,
 )
+from selcon_plugin.engine.best_weights import BestWeights
 from selcon_plugin.engine.image_check import report_unreadable
 from selcon_plugin.engine.images import IndexedImages
 from selcon_plugin.engine.network import EmbeddingNetwork
@@ -85,6 +86,7 @@ class TrainingRun:
         on_bad_numbers: What to do about NaN and infinity: ``"skip"`` or ``"stop"``.
         max_bad_steps: Steps skipped in a row after which the run stops all the same.
         report: Takes what a clustering measured, by name; on the main process.
+        best: Keeps the best weights by a label-free figure; None for none.
         guard: Judges each step before anything is written.
     """
 
@@ -102,8 +104,11 @@ class TrainingRun:
     on_bad_numbers: str = SKIP
     max_bad_steps: int = 10
     report: Callable[[Mapping[str, float]], None] = field(default=lambda _: None)
+    best: BestWeights | None = None
 
     def __post_init__(self) -> None:
+        if self.best is not None:
+            self.best.check(has_clusters=self.labeler is not None)
         self._true_pids = self.dataset.known_pids
         self.guard = StepGuard(
             self.network,
@@ -209,7 +214,29 @@ class TrainingRun:
         features = self.method.image_features() if self.labeler is None else None
         if rank() > 0 or features is None:
             return {}
-        return self._watch(epoch, measure_spread(features))
+        spread = measure_spread(features)
+        self._offer(spread, epoch + 1)
+        return self._watch(epoch, spread)
+
+    def judge_last(self, epochs: int) -> None:
+        """Cluster once more after the last epoch, for the best weights alone.
+
+        The clusters before an epoch judge the weights of the one before.
+
+        Args:
+            epochs: Epochs trained.
+        """
+        if self.best is None or self.labeler is None:
+            return
+        embeddings, usable = self._clustered_features()
+        if rank() == 0:
+            found = self._label(embeddings, usable)
+            spread = measure_spread(embeddings.global_features)
+            self._offer({**found.measured, **spread}, epochs)
+
+    def _offer(self, measured: Mapping[str, float], epochs: int) -> None:
+        if self.best is not None and self.method.step:  # else: weights before training
+            self.best.offer(measured, epochs)
 
     def _watch(self, epoch: int, measured: dict[str, float]) -> dict[str, float]:
         """Warn if the features, or the clusters, look collapsed."""
@@ -300,14 +327,15 @@ class TrainingRun:
     def _camids(self) -> Tensor:
         return self.dataset.camera_ids.to(self.network.device)
 
-    def _cluster(self, epoch: int) -> None:
-        started = time.perf_counter()
+    def _clustered_features(self) -> tuple[Embeddings, Tensor]:
         own = self.method.clustering_features() if self.method.prepared else None
         if own is None:
-            embeddings, usable = self._extract()
-        else:
-            embeddings = Embeddings(own)
-            usable = torch.ones(len(self.dataset), dtype=torch.bool)
+            return self._extract()
+        return Embeddings(own), torch.ones(len(self.dataset), dtype=torch.bool)
+
+    def _cluster(self, epoch: int) -> None:
+        started = time.perf_counter()
+        embeddings, usable = self._clustered_features()
         extracted = time.perf_counter()
         found = self._label(embeddings, usable) if rank() == 0 else None
         pseudo_labels = share_pseudo_labels(found, self.network.device)
@@ -353,6 +381,7 @@ class TrainingRun:
         # Undefined for these labels, and no number in JSON.
         report = {name: value for name, value in report.items() if not math.isnan(value)}
         self.report(report)
+        self._offer(report, epoch)
         logger.info(
             "Epoch %d: %s",
             epoch + 1,

@@ -22,6 +22,7 @@ from selcon_plugin.clustering import (
     labeler_names,
     labeler_options,
 )
+from selcon_plugin.engine.best_weights import KEEP_BEST_BY, NEVER
 from selcon_plugin.methods import method_class, method_names, method_options
 from selcon_plugin.options import Choice, Interval, Option
 from selcon_plugin.samplers import planner_names
@@ -46,6 +47,7 @@ def run_options() -> dict[str, Option]:
         Option("project_global", True, bool, None),
         Option("diagnostics_period", 20, int, Interval(0)),
         Option("keep_checkpoints", 0, int, Interval(0)),
+        Option("keep_best_by", NEVER, str, Choice(KEEP_BEST_BY)),
         Option("sampler", AUTO, str, Choice(samplers)),
         Option("outlier_share", 0.0, float, Interval(0, 1, below=True)),
         Option("iters_per_epoch", 0, int, Interval(0)),

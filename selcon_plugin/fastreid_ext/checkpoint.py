@@ -13,6 +13,7 @@ from selcon_plugin.engine.atomic import (
     save_atomically,
     write_atomically,
 )
+from selcon_plugin.engine.best_weights import BEST_FILE
 from selcon_plugin.engine.checkpoints import first_readable, newest_first, read_checkpoint
 from selcon_plugin.fastreid_ext.meta_arch import SelCon
 from selcon_plugin.safe_loading import MIN_LOADED_SHARE
@@ -51,6 +52,23 @@ class SelConCheckpointer(Checkpointer):
         self.tag_last_checkpoint(os.path.basename(file))
         if name != STOPPED:  # it has been overtaken
             Path(self.save_dir, f"{STOPPED}.pth").unlink(missing_ok=True)
+
+    def save_best(self, epochs: int) -> None:
+        """Write the weights alone, as the best without labels; nothing resumes from them.
+
+        Args:
+            epochs: Epochs that they were trained for.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        weights = {
+            key: value
+            for key, value in self.model.state_dict().items()
+            if not key.startswith(_METHOD_PREFIX)
+        }
+        save_atomically(
+            {"model": weights, "epochs": epochs}, Path(self.save_dir, BEST_FILE)
+        )
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Note which checkpoint is the last one, in one step."""

@@ -45,6 +45,8 @@ class MethodHook(HookBase):
         measured = self._run.end_epoch(self.trainer.epoch)
         if measured:
             self.trainer.storage.put_scalars(smoothing_hint=False, **measured)
+        if self.trainer.epoch + 1 == self.trainer.max_epoch:
+            self._run.judge_last(self.trainer.max_epoch)
 
 
 class DiagnosticsHook(HookBase):

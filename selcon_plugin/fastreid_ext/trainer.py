@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from selcon_plugin.clustering import Labeler
 from selcon_plugin.engine.bad_numbers import check_state
+from selcon_plugin.engine.best_weights import NEVER, BestWeights
 from selcon_plugin.engine.checks import make_output_folder
 from selcon_plugin.engine.extraction import calibrate_normalization
 from selcon_plugin.engine.image_list import images_to_resume_with, write_image_list
@@ -146,6 +147,10 @@ class SelConTrainer(DefaultTrainer):
             or len(loader.dataset) // cfg.SOLVER.IMS_PER_BATCH
         )
         self.meter = RunMeter()
+        figure = cfg.MODEL.SELCON.KEEP_BEST_BY
+        self.best = None
+        if figure != NEVER:
+            self.best = BestWeights(figure, lambda n: self.checkpointer.save_best(n))
         self.scheduler = self.build_lr_scheduler(cfg, optimizer, self.iters_per_epoch)
         self.checkpointer = self._build_checkpointer(cfg, model, optimizer, loader)
         self.start_epoch, self._steps_done = 0, 0  # steps of the epoch to start with
@@ -219,6 +224,8 @@ class SelConTrainer(DefaultTrainer):
             extra["grad_scaler"] = grad_scaler
         if self.labeler is not None:  # what its filters remember
             extra["labeler"] = self.labeler
+        if self.best is not None:
+            extra["best_without_labels"] = self.best
         return SelConCheckpointer(
             model,
             cfg.OUTPUT_DIR,
@@ -284,6 +291,7 @@ class SelConTrainer(DefaultTrainer):
             max_bad_share=cfg.MODEL.SELCON.MAX_BAD_SHARE,
             on_bad_numbers=cfg.MODEL.SELCON.ON_BAD_NUMBERS,
             max_bad_steps=cfg.MODEL.SELCON.MAX_BAD_STEPS,
+            best=self.best,
         )
 
     def build_hooks(self) -> list[HookBase]:

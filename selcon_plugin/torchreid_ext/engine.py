@@ -21,6 +21,7 @@ from selcon_plugin.clustering import Labeler, labeler_options
 from selcon_plugin.compat import import_torchreid
 from selcon_plugin.engine.atomic import remove_partial_files, save_atomically
 from selcon_plugin.engine.batches import build_sampler, split_batch
+from selcon_plugin.engine.best_weights import BEST_FILE, NEVER, BestWeights
 from selcon_plugin.engine.checkpoints import (
     BadCheckpointError,
     first_readable,
@@ -104,7 +105,8 @@ class ImageSelConEngine(_Engine):
         **options: Options of the method, such as ``temperature``, and of the run:
             ``sampler``, ``outlier_share``, ``iters_per_epoch``, ``micro_batches``,
             ``extra_images``, ``max_bad_share``, ``ema_decay``, ``diagnostics_period``,
-            ``keep_checkpoints``, ``on_bad_numbers``, ``max_bad_steps``, ``seed``.
+            ``keep_checkpoints``, ``keep_best_by``, ``on_bad_numbers``, ``max_bad_steps``,
+            ``seed``.
 
     Attributes:
         start_epoch: Epoch to begin with; set by :meth:`resume`.
@@ -167,6 +169,8 @@ class ImageSelConEngine(_Engine):
             self._options["max_bad_share"],
         )
         self._num_instances = num_instances
+        figure = self._options["keep_best_by"]
+        self._best = None if figure == NEVER else BestWeights(figure, self._save_best)
         self._training = self._build_run(images)
         self.meter = RunMeter()
         self.results: dict[str, dict[str, float]] = {}
@@ -244,6 +248,7 @@ class ImageSelConEngine(_Engine):
             max_bad_share=options["max_bad_share"],
             on_bad_numbers=options["on_bad_numbers"],
             max_bad_steps=options["max_bad_steps"],
+            best=self._best,
             report=self._report_clusters,
         )
 
@@ -331,6 +336,8 @@ class ImageSelConEngine(_Engine):
             super().train(print_freq, fixbase_epoch, open_layers)
             measured = self._training.end_epoch(self.epoch)
             self._write("Features", measured)
+            if self.epoch + 1 == self.max_epoch:
+                self._training.judge_last(self.max_epoch)
         done, period = self.epoch + 1, self._checkpoint_period
         if period and done % period == 0 and done < self.max_epoch:
             self.save_model(self.epoch, 0.0, self._save_dir)
@@ -487,6 +494,16 @@ class ImageSelConEngine(_Engine):
             for old in own[:-keep]:
                 old.unlink()
 
+    def _save_best(self, epochs: int) -> None:
+        """Write the weights alone; nothing resumes from them."""
+        weights = {
+            key: value
+            for key, value in self.model.state_dict().items()
+            if not key.removeprefix("module.").startswith("method.")
+        }
+        file = _model_folder(self._save_dir) / BEST_FILE
+        save_atomically({"state_dict": weights, "epoch": epochs}, file)
+
     def _checkpoint(self, epoch: int, rank1: float, steps_done: int = 0) -> dict[str, Any]:
         """Return all that a run goes on from, after ``epoch`` epochs and some steps."""
         labeler = self._training.labeler
@@ -500,6 +517,7 @@ class ImageSelConEngine(_Engine):
                 "meter": self.meter.state_dict(),
                 "labeler": {} if labeler is None else labeler.state_dict(),
                 "num_clusters": self.num_clusters,
+                "best": {} if self._best is None else self._best.state_dict(),
                 "steps_done": steps_done,
             },
         }
@@ -538,6 +556,8 @@ class ImageSelConEngine(_Engine):
             self._training.labeler.load_state_dict(entry["labeler"])
         self.meter.load_state_dict(entry["meter"])
         self.num_clusters = entry["num_clusters"]
+        if self._best is not None and entry.get("best"):
+            self._best.load_state_dict(entry["best"])
         self.start_epoch = int(checkpoint["epoch"])
         self._steps_done = entry.get("steps_done", 0)
         logger.info("Resumed from %s, at epoch %d", file, self.start_epoch + 1)

@@ -11,6 +11,7 @@ from torch import nn
 from selcon_plugin.clustering import Labeler, PseudoLabels
 from selcon_plugin.diagnostics import cluster_diagnostics
 from selcon_plugin.engine.batches import build_sampler
+from selcon_plugin.engine.best_weights import BestWeights
 from selcon_plugin.engine.images import IndexedImages
 from selcon_plugin.engine.network import EmbeddingNetwork
 from selcon_plugin.engine.run import TrainingRun, seed_all
@@ -368,3 +369,53 @@ def test_run_of_other_facts_is_refused_with_all_of_them():
 
 def test_fact_that_older_checkpoints_lack_is_no_difference():
     RunState(num_images=40, batch_size=8).load_state_dict({"num_images": 40})
+
+
+# --- the best weights --------------------------------------------------------------------
+
+
+def clustered_run(make_run, saved, figure="stability"):
+    labeler = Scripted(torch.tensor(LABELS))
+    best = BestWeights(figure, saved.append)
+    run = make_run(Recorded(clusters=True), labeler, planner="shuffle", best=best)
+    run.before_training()
+    return run, labeler
+
+
+def test_clusters_judge_the_weights_of_the_epoch_before(make_run):
+    saved = []
+    run, labeler = clustered_run(make_run, saved)
+    halves = [0, 0, 1, 1, 0, 0, 1, 1, -1, -1, -1, -1]
+    # Before each epoch, and after the last; equal to the ones before at epochs 1 and 3.
+    for epoch, labels in enumerate([LABELS, LABELS, halves, halves]):
+        labeler.labels = torch.tensor(labels)
+        run.renew_batches(epoch, 0)
+        one_step(run, [0, 1, 2, 3])
+        run.end_epoch(epoch)
+    assert saved == [1]
+    run.best.value = 0.5
+    run.judge_last(4)
+    assert saved == [1, 4]
+    assert len(labeler.given) == 5
+
+
+def test_untrained_weights_are_never_the_best(make_run):
+    saved = []
+    run, _ = clustered_run(make_run, saved, "effective_rank")
+    run.renew_batches(0, 0)
+    assert saved == []
+
+
+def test_without_clusters_each_epoch_is_judged_by_its_features(make_run):
+    saved = []
+    best = BestWeights("effective_rank", saved.append)
+    run = make_run(Recorded(), best=best)
+    run.before_training()
+    run.method.image_features = lambda: features().global_features
+    one_step(run, [0, 1, 2, 3])
+    run.end_epoch(0)
+    run.end_epoch(1)  # the same features: no better
+    run.judge_last(2)
+    assert saved == [1]
+    with pytest.raises(ValueError, match="keep_best_by silhouette is a figure of clusters"):
+        make_run(Recorded(), best=BestWeights("silhouette", print))

@@ -8,6 +8,8 @@ from fastreid.data.datasets import DATASET_REGISTRY
 from selcon_plugin.engine.extraction import calibrate_normalization
 from selcon_plugin.fastreid_ext import SelConTrainer, SyntheticPersons
 from selcon_plugin.fastreid_ext.embedding import unwrap
+from selcon_plugin.fastreid_ext.trainer import load_trained_model
+from selcon_plugin.visualize import read_metrics
 
 
 @DATASET_REGISTRY.register()
@@ -164,6 +166,42 @@ def test_only_the_newest_checkpoints_stay_if_asked(tiny_cfg):
     periodic = Path(tiny_cfg.OUTPUT_DIR).glob("model_[0-9]*.pth")
     assert sorted(file.name for file in periodic) == ["model_0002.pth", "model_0003.pth"]
     assert (Path(tiny_cfg.OUTPUT_DIR) / "model_final.pth").exists()
+
+
+def test_best_weights_without_labels_are_kept(tiny_cfg):
+    trainer = train(
+        tiny_cfg,
+        SOLVER__MAX_EPOCH=2,
+        MODEL__SELCON__METHOD="SelConCluster",
+        MODEL__SELCON__CLUSTERING__EPS=0.7,
+        MODEL__SELCON__CLUSTERING__K1=8,
+        MODEL__SELCON__CLUSTERING__K2=3,
+        MODEL__SELCON__CLUSTERING__MIN_SAMPLES=2,
+        MODEL__SELCON__KEEP_BEST_BY="effective_rank",
+    )
+    folder = Path(tiny_cfg.OUTPUT_DIR)
+    kept = torch.load(folder / "best_without_labels.pth", weights_only=True)
+    assert not any(key.startswith("method.") for key in kept["model"])
+    measured = [
+        line["effective_rank"]
+        for line in read_metrics(folder / "metrics.json")
+        if "effective_rank" in line
+    ]
+    # Of the untrained network, after one epoch; after both, only the keeper knows.
+    assert trainer.best.value >= measured[1]
+    assert kept["epochs"] == (1 if trainer.best.value == measured[1] else 2)
+    cfg = trainer.cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = str(folder / "best_without_labels.pth")
+    model = load_trained_model(cfg)
+    for key, value in model.state_dict().items():
+        if not key.startswith("method."):
+            assert torch.equal(value, kept["model"][key])
+
+    cfg.MODEL.WEIGHTS = ""
+    resumed = SelConTrainer(cfg)
+    resumed.resume_or_load(True)
+    assert resumed.best.value == trainer.best.value
 
 
 def test_half_written_checkpoint_never_takes_the_place_of_a_whole_one(

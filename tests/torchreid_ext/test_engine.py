@@ -512,6 +512,21 @@ def test_which_checkpoints_there_are(make_engine, tmp_path, options, epochs):
     assert checkpoints_in(tmp_path) == [f"model.pth.tar-{epoch}" for epoch in epochs]
 
 
+def test_best_weights_without_labels_are_kept(make_engine, tmp_path):
+    options = {"method": "SelConCluster", "keep_best_by": "embedding_variance"}
+    engine = run(make_engine(iters_per_epoch=2, **options), tmp_path, 2)
+    kept = torch.load(tmp_path / "model" / "best_without_labels.pth", weights_only=True)
+    assert kept["epoch"] in (1, 2)
+    assert not any(key.startswith("method.") for key in kept["state_dict"])
+    if kept["epoch"] == 2:  # judged after training: the weights that came out
+        for key, value in network_of(engine).state_dict().items():
+            if not key.startswith("method."):
+                assert torch.equal(value, kept["state_dict"][key])
+    resumed = make_engine(iters_per_epoch=2, **options)
+    resumed.resume(tmp_path)
+    assert resumed._best.value == engine._best.value > 0
+
+
 def test_half_written_file_never_takes_the_place_of_a_whole_one(
     make_engine, tmp_path, monkeypatch
 ):

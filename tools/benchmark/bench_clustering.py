@@ -40,13 +40,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bench_step import Stopwatch, describe_machine, median_of, ratio_of
 from numpy.typing import NDArray
-from plain_jaccard import dense_jaccard
 from sklearn.cluster import DBSCAN
 from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor
 
+from bench_step import Stopwatch, describe_machine, median_of, ratio_of
+from plain_jaccard import dense_jaccard
 from selcon_plugin.clustering import (
     dbscan_labels,
     jaccard_distance,

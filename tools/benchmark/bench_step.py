@@ -31,9 +31,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from plain_scl import PlainSelectiveContrastive, PlainSettings
 from torch import Tensor, nn
 
+from plain_scl import PlainSelectiveContrastive, PlainSettings
 from selcon_plugin.distance import fused_distance
 from selcon_plugin.features import Embeddings
 from selcon_plugin.losses import selective_contrastive as loss_module

@@ -1,0 +1,69 @@
+"""Phases of an epoch, on a clock that the test moves."""
+
+import pytest
+import torch
+
+from bench_epoch import Phases, TimedBatches, report
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def tick(seconds):
+        now[0] += seconds
+
+    return tick
+
+
+def test_seconds_count_once_for_the_innermost_phase(clock):
+    phases = Phases(torch.device("cpu"))
+    loss = phases.timed("loss", lambda: clock(2))
+
+    def forward():
+        clock(1)
+        loss()
+        clock(4)
+        return "losses"
+
+    forward = phases.timed("forward", forward)
+    clock(100)  # before the start
+    phases.start()
+    clock(8)
+    assert forward() == "losses"
+    clock(16)
+    phases.stop()
+    assert phases.seconds == {"forward": 5, "loss": 2, "other": 24}
+
+
+def test_phase_ends_where_its_function_fails(clock):
+    phases = Phases(torch.device("cpu"))
+    phases.start()
+
+    def fail():
+        clock(1)
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        phases.timed("data", fail)()
+    clock(2)
+    phases.stop()
+    assert phases.seconds == {"data": 1, "other": 2}
+
+
+def test_waits_for_batches_are_data(clock):
+    phases = Phases(torch.device("cpu"))
+    phases.start()
+    batches = TimedBatches((clock(n) for n in (1, 2)), phases)
+    assert len(list(batches)) == 2
+    batches.close()
+    assert phases.seconds["data"] == 3
+
+
+def test_report_shows_shares_of_all_phases():
+    speeds = {f"{name}_images_per_second": 10.0 for name in ("alone", "steps", "epoch")}
+    figures = {"phases": {"data": 1.0, "loss": 3.0}, "steps_share_of_alone": 0.5, **speeds}
+    text = report(figures)
+    assert text.index("| loss | 3.00 | 75.0% |") < text.index("| data | 1.00 | 25.0% |")
+    assert "network alone: 50.0%" in text

@@ -1,0 +1,267 @@
+"""Where the time of one epoch goes, and how busy the network is kept.
+
+Trains a config for three epochs, the first to warm up:
+
+* one as training runs it: images per second, with and without clustering;
+* one with the device waited for around each phase: data, forward, loss, backward, check,
+  optimiser, banks, extraction, clustering. The waiting costs time: compare shares.
+
+Both stand against the network alone: forward, backward and optimiser step on a batch of
+random images that lies on the device.
+
+    python tools/benchmark/bench_epoch.py --config-file configs/SyntheticPersons/scl.yml
+    python tools/benchmark/bench_epoch.py --device cuda --amp --output epoch.json \
+        --config-file configs/Market1501/selcon_cluster_R50.yml DATALOADER.NUM_WORKERS 15
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench_step import Stopwatch, describe_machine
+from selcon_plugin.cli import load_config
+from selcon_plugin.features import Embeddings
+
+
+class Phases:
+    """Adds up the seconds inside functions, less those of timed functions inside them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._watch = Stopwatch(device)
+        self._inside: list[str] = ["other"]
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a function: its seconds count as ``name``."""
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self._book()
+            self._inside.append(name)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._book()
+                self._inside.pop()
+
+        return wrapped
+
+    def start(self) -> None:
+        """Forget what passed before."""
+        self.seconds.clear()
+        self._watch.lap()
+
+    def stop(self) -> None:
+        """Book what passed since the last phase as ``other``, what no phase has."""
+        self._book()
+
+    def _book(self) -> None:
+        self.seconds[self._inside[-1]] += self._watch.lap()
+
+
+class TimedBatches:
+    """An iterator whose waits are timed."""
+
+    def __init__(self, batches: Any, phases: Phases) -> None:
+        self._batches = batches
+        self._next = phases.timed("data", lambda: next(batches))
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return self._next()
+
+    def close(self) -> None:
+        """End the processes that read the images."""
+        self._batches.close()
+
+
+def measure(cfg: Any) -> dict[str, Any]:
+    """Train three epochs and time them.
+
+    Args:
+        cfg: Complete config.
+
+    Returns:
+        Figures by name.
+    """
+    from fastreid.utils.events import EventStorage
+
+    from selcon_plugin.fastreid_ext import SelConTrainer
+    from selcon_plugin.fastreid_ext.embedding import unwrap
+    from selcon_plugin.fastreid_ext.hooks import MethodHook
+
+    trainer = SelConTrainer(cfg)
+    run = next(hook for hook in trainer._hooks if isinstance(hook, MethodHook))._run
+    phases = Phases(torch.device(cfg.MODEL.DEVICE))
+    clustering: dict[str, float] = {}
+    run.report = clustering.update
+    with EventStorage(0) as trainer.storage:
+        run.before_training()
+        train_epoch(trainer, run, 0)  # warms up
+        before_steps, steps = train_epoch(trainer, run, 1)
+        _time_phases(trainer, run, unwrap(trainer.model).method, phases)
+        train_epoch(trainer, run, 2, phases)
+    result: dict[str, Any] = {
+        "step_seconds": steps / trainer.iters_per_epoch,
+        "before_steps_seconds": before_steps,
+        "phases": dict(phases.seconds),
+    }
+    for name in ("extraction", "clustering"):
+        if f"{name}_seconds" in clustering:
+            result["phases"][name] = clustering[f"{name}_seconds"]
+    images = cfg.SOLVER.IMS_PER_BATCH
+    alone = time_alone(unwrap(trainer.model), trainer.optimizer, cfg)
+    return {
+        **result,
+        "steps": trainer.iters_per_epoch,
+        "batch_size": images,
+        "alone_images_per_second": images / alone,
+        "steps_images_per_second": images / result["step_seconds"],
+        "epoch_images_per_second": images
+        * trainer.iters_per_epoch
+        / (before_steps + steps),
+        "steps_share_of_alone": alone / result["step_seconds"],
+    }
+
+
+def train_epoch(
+    trainer: Any, run: Any, epoch: int, phases: Phases | None = None
+) -> tuple[float, float]:
+    """Train one epoch, as the trainer's own loop does.
+
+    Args:
+        trainer: The trainer.
+        run: Its training run.
+        epoch: Counted from 0.
+        phases: Times the phases of its steps; stopped at the last step's end.
+
+    Returns:
+        Seconds before the first step (extraction, clustering), and of the steps.
+    """
+    watch = Stopwatch(torch.device(trainer.cfg.MODEL.DEVICE))
+    trainer.iter = epoch * trainer.iters_per_epoch
+    run.start_epoch(epoch)
+    run.renew_batches(epoch, trainer.iter)
+    trainer.restart_data()
+    before_steps = watch.lap()
+    batches = trainer._trainer._data_loader_iter
+    if phases is not None:
+        trainer._trainer._data_loader_iter = TimedBatches(batches, phases)
+        phases.start()
+    for _ in range(trainer.iters_per_epoch):
+        run.start_step(trainer.iter)
+        trainer.run_step()
+        run.after_step()
+        trainer.iter += 1
+    steps = watch.lap()
+    if phases is not None:
+        phases.stop()
+    batches.close()
+    return before_steps, steps
+
+
+def _time_phases(trainer: Any, run: Any, method: Any, phases: Phases) -> None:
+    steps = trainer._trainer
+    for owner, name, phase in (
+        (steps, "_forward", "forward"),
+        (steps, "_backward", "backward"),
+        (steps, "_may_step", "check"),
+        (steps, "_update_weights", "optimiser"),
+        (method, "loss", "loss"),
+        (run, "after_step", "banks"),
+    ):
+        setattr(owner, name, phases.timed(phase, getattr(owner, name)))
+
+
+def time_alone(network: Any, optimizer: Any, cfg: Any, turns: int = 5) -> float:
+    """Time the network on random images on its device, without loss and banks.
+
+    Args:
+        network: Network with its method.
+        optimizer: Its optimiser.
+        cfg: Config.
+        turns: Timed turns, after one to warm up.
+
+    Returns:
+        Median seconds of a step.
+    """
+    device = torch.device(cfg.MODEL.DEVICE)
+    height, width = cfg.INPUT.SIZE_TRAIN
+    images = torch.randn(cfg.SOLVER.IMS_PER_BATCH, 3, height, width, device=device)
+    seconds = []
+    for turn in range(turns + 1):
+        watch = Stopwatch(device)
+        optimizer.zero_grad()
+        mixed = torch.autocast("cuda") if cfg.SOLVER.AMP.ENABLED else nullcontext()
+        with mixed:
+            found: Embeddings = network.embed(images, student=True)
+        features: list[Tensor] = [found.global_features]
+        if found.part_features is not None:
+            features.append(found.part_features)
+        torch.stack([f.float().square().mean() for f in features]).sum().backward()
+        optimizer.step()
+        if turn:
+            seconds.append(watch.lap())
+    return statistics.median(seconds)
+
+
+def report(figures: dict[str, Any]) -> str:
+    """Lay out the figures in Markdown."""
+    phases = figures["phases"]
+    total = sum(phases.values())
+    lines = ["| phase | seconds | share |", "| --- | --- | --- |"]
+    for name, seconds in sorted(phases.items(), key=lambda item: -item[1]):
+        lines.append(f"| {name} | {seconds:.2f} | {seconds / total:.1%} |")
+    lines += ["", "| images/s | |", "| --- | --- |"]
+    for name in ("alone", "steps", "epoch"):
+        lines.append(f"| {name} | {figures[f'{name}_images_per_second']:.1f} |")
+    lines += ["", f"Steps against the network alone: {figures['steps_share_of_alone']:.1%}"]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="Profile one epoch of a config.")
+    parser.add_argument("--config-file", required=True, metavar="FILE.yml")
+    parser.add_argument("--device", default="", help="cpu or cuda; default: the config's")
+    parser.add_argument("--amp", action="store_true", help="mixed precision")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="of an epoch; default: the config's"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE.json")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
+    args = parser.parse_args()
+    options = list(args.opts)
+    if args.device:
+        options += ["MODEL.DEVICE", args.device]
+    if args.amp:
+        options += ["SOLVER.AMP.ENABLED", "True"]
+    if args.steps:
+        options += ["MODEL.SELCON.ITERS_PER_EPOCH", str(args.steps)]
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = load_config(args.config_file, [*options, "OUTPUT_DIR", folder])
+        started = time.perf_counter()
+        figures = measure(cfg)
+    device = torch.device(cfg.MODEL.DEVICE)
+    figures["machine"] = describe_machine(device)
+    print(report(figures))
+    print(f"\n{time.perf_counter() - started:.0f} s; {json.dumps(figures['machine'])}")
+    if args.output:
+        args.output.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

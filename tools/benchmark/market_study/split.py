@@ -1,0 +1,210 @@
+"""Training identities of Market-1501 held out, to choose settings on.
+
+The official test images are for the final figures alone. What is chosen before is chosen on
+identities that are left out of the training: their images become a query and a gallery. The
+result is a data set as FastReID's ``Market1501`` reads it, made of links.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+DATASET_FOLDER = "Market-1501-v15.09.15"
+TRAIN, QUERY, GALLERY = "bounding_box_train", "query", "bounding_box_test"
+
+_RECORD = "split.json"
+_NAME = re.compile(r"(-?\d+)_c(\d+)")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Names of image files.
+
+    Attributes:
+        train: To train on.
+        query: Of held-out identities: an image of each of their cameras.
+        gallery: Their other images.
+    """
+
+    train: tuple[str, ...]
+    query: tuple[str, ...]
+    gallery: tuple[str, ...]
+
+    def counts(self) -> str:
+        """Say how many images and identities there are."""
+        return (
+            f"{len(self.train)} images of {len(_identities(self.train))} identities to "
+            f"train on; {len(self.query)} queries and {len(self.gallery)} gallery images "
+            f"of {len(_identities(self.gallery))} others"
+        )
+
+
+def hold_out(
+    names: Iterable[str],
+    *,
+    num_validation: int = 100,
+    num_train: int = 0,
+    seed: int = 0,
+) -> Split:
+    """Hold identities out of the training images.
+
+    A query is drawn for each camera that shows a held-out identity at least twice, if other
+    cameras show it too: each query has a match from another camera, as officially.
+
+    Args:
+        names: File names that begin with identity and camera, such as
+            ``0002_c1s1_000451_03.jpg``.
+        num_validation: Identities to hold out.
+        num_train: Identities to train on, drawn from the others; 0 for all of them.
+        seed: Other seeds give other identities and queries.
+
+    Returns:
+        The split, the same for the same names on every machine; each part is sorted.
+
+    Raises:
+        ValueError: If there are too few identities, or a name cannot be read.
+
+    Example:
+        >>> names = ["0001_c1_0.jpg", "0001_c1_1.jpg", "0001_c2_2.jpg", "0002_c1_3.jpg"]
+        >>> split = hold_out(names, num_validation=1)
+        >>> len(split.train) + len(split.query) + len(split.gallery)
+        4
+    """
+    names = sorted(names)
+    identities = _shuffled(sorted(_identities(names)), seed)
+    if not 0 < num_validation < len(identities):
+        raise ValueError(
+            f"cannot hold out {num_validation} of {len(identities)} identities: some must "
+            "be held out and some be left to train on"
+        )
+    held_out, rest = set(identities[:num_validation]), identities[num_validation:]
+    if num_train > len(rest):
+        raise ValueError(
+            f"cannot train on {num_train} identities: {len(rest)} are left of "
+            f"{len(identities)} when {num_validation} are held out"
+        )
+    kept = set(rest[:num_train] if num_train else rest)
+    validation = [name for name in names if _identity(name) in held_out]
+    query = _queries(validation, seed)
+    return Split(
+        train=tuple(name for name in names if _identity(name) in kept),
+        query=tuple(sorted(query)),
+        gallery=tuple(name for name in validation if name not in query),
+    )
+
+
+def _queries(names: Sequence[str], seed: int) -> set[str]:
+    by_camera: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name in names:
+        identity, camera = _read_name(name)
+        by_camera[identity][camera].append(name)
+    return {
+        _shuffled(files, seed)[0]
+        for cameras in by_camera.values()
+        if len(cameras) > 1
+        for files in cameras.values()
+        if len(files) > 1
+    }
+
+
+def _read_name(name: str) -> tuple[str, str]:
+    found = _NAME.match(name)
+    if found is None:
+        raise ValueError(f"{name!r} does not begin with an identity and a camera: 0002_c1")
+    return found[1], found[2]
+
+
+def _identity(name: str) -> str:
+    return _read_name(name)[0]
+
+
+def _identities(names: Iterable[str]) -> set[str]:
+    return {_identity(name) for name in names}
+
+
+def _shuffled(words: Sequence[str], seed: int) -> list[str]:
+    """Order words by a hash, which no version of Python or NumPy changes."""
+    return sorted(words, key=lambda w: hashlib.sha256(f"{seed}:{w}".encode()).digest())
+
+
+def official_folder(data: Path) -> Path:
+    """Find Market-1501 under a root of data sets.
+
+    Args:
+        data: Root, as in ``FASTREID_DATASETS``.
+
+    Returns:
+        The folder that holds ``bounding_box_train``.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    folder = data / DATASET_FOLDER
+    if not (folder / TRAIN).is_dir():
+        raise FileNotFoundError(
+            f"there is no {folder / TRAIN}: --data names the folder that holds "
+            f"{DATASET_FOLDER}"
+        )
+    return folder
+
+
+def has_official_test(data: Path) -> bool:
+    """Tell whether query and gallery of the official test are there."""
+    return all((data / DATASET_FOLDER / part).is_dir() for part in (QUERY, GALLERY))
+
+
+def make_split(
+    data: Path, root: Path, *, num_validation: int, num_train: int, seed: int
+) -> Split:
+    """Make the data set of a split, or read the one that was made.
+
+    Args:
+        data: Root under which Market-1501 lies.
+        root: Root to make the new one under, of links.
+        num_validation: Identities to hold out.
+        num_train: Identities to train on; 0 for all others.
+        seed: Seed of the choice.
+
+    Returns:
+        The split.
+
+    Raises:
+        ValueError: If one of other settings is there already.
+    """
+    asked = {"num_validation": num_validation, "num_train": num_train, "seed": seed}
+    record = root / _RECORD
+    if record.is_file():
+        earlier = json.loads(record.read_text())
+        if earlier["asked"] != asked:
+            raise ValueError(
+                f"{root} holds a split of other settings ({earlier['asked']}, now "
+                f"{asked}): choose another --output"
+            )
+        return Split(*(tuple(earlier[part]) for part in ("train", "query", "gallery")))
+    source = official_folder(data).resolve() / TRAIN
+    split = hold_out(
+        (file.name for file in source.glob("*.jpg")),
+        num_validation=num_validation,
+        num_train=num_train,
+        seed=seed,
+    )
+    # Renamed when complete: one that was cut off is made again.
+    partial = root.with_name(f"{root.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    parts = {TRAIN: split.train, QUERY: split.query, GALLERY: split.gallery}
+    for part, names in parts.items():
+        folder = partial / DATASET_FOLDER / part
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / name).symlink_to(source / name)
+    content = json.dumps({"asked": asked, **asdict(split)}, indent=1)
+    (partial / _RECORD).write_text(f"{content}\n")
+    partial.rename(root)
+    return split
