@@ -15,12 +15,16 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selcon_plugin.engine.checks import make_output_folder, read_config_file
+from selcon_plugin.engine.checks import (
+    flatten_config,
+    make_output_folder,
+    read_config_file,
+)
 from selcon_plugin.engine.stopping import RunStopped
 
 if TYPE_CHECKING:
@@ -49,6 +53,7 @@ usage: selcon COMMAND [ARGUMENTS]
   eval      evaluate a checkpoint
   bench     train and evaluate several configs on several seeds; write a table
   extract   write the features of a folder of images to a file
+  report    write what a run learned as one page to look at; compare runs
   demo      draw data, train and evaluate, in minutes, on a CPU
   doctor    say what is installed, what works and how to mend the rest
 
@@ -79,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "eval": _eval,
         "bench": _command("selcon_plugin.bench"),
         "extract": _extract,
+        "report": _command("selcon_plugin.commands.report"),
         "demo": _command("selcon_plugin.demo"),
         "doctor": _command("selcon_plugin.doctor"),
     }
@@ -394,25 +400,6 @@ def _explained(cfg: Any, keys: ConfigKeys, source: str) -> Iterator[None]:
         raise ValueError(
             f"{source}: {value} does not fit {key}{remedy if legal else ''}"
         ) from error
-
-
-def flatten_config(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of a config, or of a dict of dicts, by their full keys.
-
-    Args:
-        node: Config or dict.
-        prefix: Put before each key.
-
-    Returns:
-        For instance ``{"SOLVER.MAX_EPOCH": 20, ...}``.
-    """
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten_config(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _train(argv: list[str]) -> int:

@@ -13,13 +13,15 @@ from yacs.config import CfgNode
 
 from selcon_plugin.compat import import_torchreid
 from selcon_plugin.datasets import SyntheticPersonsSpec
+from selcon_plugin.engine.atomic import write_atomically
 from selcon_plugin.engine.checks import check_name, make_output_folder
 from selcon_plugin.engine.run import seed_all
 from selcon_plugin.engine.run_record import forget_results, write_results
 from selcon_plugin.engine.settings import clustering_options, run_options
 from selcon_plugin.methods import method_class
+from selcon_plugin.report import finish_run
 from selcon_plugin.safe_loading import safe_extraction
-from selcon_plugin.torchreid_ext.config import KEYS
+from selcon_plugin.torchreid_ext.config import KEYS, default_values
 from selcon_plugin.torchreid_ext.datasets import (
     image_dataset_names,
     register_image_folder,
@@ -244,6 +246,7 @@ def run_config(cfg: CfgNode, *, resume: bool = False) -> ImageSelConEngine:
             logger.info("There is no checkpoint in %s: training from the start", folder)
     if not test.evaluate:
         forget_results(folder)
+        write_atomically(cfg.dump(), Path(folder) / "config.yaml")  # as FastReID does
     engine.run(
         folder,
         train.max_epoch,
@@ -276,4 +279,5 @@ def run_config(cfg: CfgNode, *, resume: bool = False) -> ImageSelConEngine:
             device=next(engine.model.parameters()).device,
             host="torchreid",
         )
+        finish_run(folder, default_values)
     return engine
