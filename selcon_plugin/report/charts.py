@@ -85,11 +85,11 @@ def line_chart(
         from_zero: Whether the vertical axis begins at 0.
 
     Returns:
-        HTML of a figure; empty without anything to draw.
+        HTML of a figure; empty where no line has two points.
     """
     lines = [_finite(line) for line in series]
     lines = [line for line in lines if line.x]
-    if not lines:
+    if max((len(line.x) for line in lines), default=0) < 2:
         return ""
     plot = _Plot(lines, from_zero, rule[0] if rule else None)
     body = [plot.grid(x_label, y_label)]

@@ -84,6 +84,7 @@
   });
   box.addEventListener("pointerleave", () => show(-1));
   box.addEventListener("blur", () => show(-1));
+  window.addEventListener("resize", () => show(-1));
 
   const directions = {ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]};
   box.addEventListener("keydown", (event) => {

@@ -26,7 +26,7 @@ from selcon_plugin.report.embedding_map import embedding_map
 from selcon_plugin.report.notes import Note, find_notes
 
 _SHEETS = 6  # clusters of each kind
-_SHEET_CROPS = 10
+_SHEET_CROPS = 8
 _SMALLEST_SHOWN = 4
 _LISTED_CLUSTERS = 100
 
@@ -259,8 +259,7 @@ def accuracy_series(run: RunData) -> list[Series]:
 def _curves(run: RunData) -> str:
     x_label = epoch_label(run)
     charts = [line_chart(loss_series(run), title="Loss", x_label=x_label)]
-    # A single evaluation stands in the summary.
-    accuracy = [line for line in accuracy_series(run) if len(line.x) > 1]
+    accuracy = accuracy_series(run)
     charts.append(
         line_chart(accuracy, title="Accuracy on the test set", x_label=x_label, y_label="%")
     )
@@ -370,7 +369,7 @@ class _ClusterCaption:
         if self.cameras[cluster]:
             parts.append(plural(int(self.cameras[cluster]), "camera"))
         if math.isfinite(self.tightness[cluster]):
-            parts.append(f"silhouette {self.tightness[cluster]:.2f}")
+            parts.append(f"silhouette {round(self.tightness[cluster], 2) + 0.0:.2f}")
         if images.identities_known:
             people = len(np.unique(images.pids[record.labels == cluster]))
             parts.append(plural(people, "true identity", "true identities"))

@@ -52,11 +52,17 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         record_embedding(features, camids, found, epoch=2).save(folder)
         pids = people if identities else np.full(len(people), -1)
         rows = [
-            [path, 1, int(c), int(p)] for path, c, p in zip(paths, cameras, pids, strict=True)
+            [path, 1, int(c), int(p)]
+            for path, c, p in zip(paths, cameras, pids, strict=True)
         ]
         (folder / "images.json").write_text(json.dumps({"images": rows, "num_left_out": 0}))
         lines = [
-            {"iteration": 10 * e, "num_clusters": 6.0, "outlier_share": 0.1, "silhouette": 0.5}
+            {
+                "iteration": 10 * e,
+                "num_clusters": 6.0,
+                "outlier_share": 0.1,
+                "silhouette": 0.5,
+            }
             for e in range(3)
         ]
         lines += [
@@ -70,7 +76,11 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
                 {
                     **{"method": "ClusterContrast", "epochs": 3, "steps": 30, "seed": 0},
                     **{"train_seconds": 75.0, "metrics": metrics, "num_images": len(paths)},
-                    **{"host": "fastreid", "device": "a CPU", "versions": {"torch": "2.13"}},
+                    **{
+                        "host": "fastreid",
+                        "device": "a CPU",
+                        "versions": {"torch": "2.13"},
+                    },
                 }
             )
         )

@@ -11,7 +11,13 @@ import pytest
 from PIL import Image
 
 from selcon_plugin.engine.embedding_record import EmbeddingRecord
-from selcon_plugin.report import collect_run, crops, finish_run, write_comparison, write_report
+from selcon_plugin.report import (
+    collect_run,
+    crops,
+    finish_run,
+    write_comparison,
+    write_report,
+)
 from selcon_plugin.report.charts import Series, line_chart, ticks
 from selcon_plugin.report.crops import Crops
 from selcon_plugin.report.embedding_map import lay_out
@@ -58,10 +64,26 @@ def test_a_page_has_all_parts(make_run):
     outline = Outline(report(make_run()))
     sections = [s["id"] for s in outline.of("section")]
     assert sections == [
-        *("summary", "curves", "map", "clusters", "distances", "ranked", "settings", "about")
+        *(
+            "summary",
+            "curves",
+            "map",
+            "clusters",
+            "distances",
+            "ranked",
+            "settings",
+            "about",
+        )
     ]
     text = " ".join(outline.text)
-    for words in ("61.2 %", "No warnings", "1 min 15 s", "eps 0.6", "ClusterContrast", "2.13"):
+    for words in (
+        "61.2 %",
+        "No warnings",
+        "1 min 15 s",
+        "eps 0.6",
+        "ClusterContrast",
+        "2.13",
+    ):
         assert words in text
     links = [a["href"] for a in outline.of("a")]
     ids = {attrs["id"] for _, attrs in outline.tags if "id" in attrs}
@@ -96,7 +118,9 @@ def test_a_page_asks_for_nothing(make_run):
 
 def test_names_and_values_are_escaped(make_run):
     folder = make_run(NOTE="</script><script>alert(1)</script><img src=x>")
-    (folder / "results.json").write_text('{"method": "<i>bold</i>", "versions": {"<u>": 1}}')
+    (folder / "results.json").write_text(
+        '{"method": "<i>bold</i>", "versions": {"<u>": 1}}'
+    )
     page = report(folder)
     outline = Outline(page)
     assert len(outline.of("script")) == 2
@@ -245,7 +269,9 @@ def test_a_report_that_fails_is_a_warning(make_run, monkeypatch, caplog):
 # --- figures ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (3, 3), (-0.2, 0.35), (1e-7, 2e-2), (0, 0)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (3, 3), (-0.2, 0.35), (1e-7, 2e-2), (0, 0)]
+)
 def test_ticks_enclose_the_values(low, high):
     found = ticks(low, high)
     assert found[0] <= low <= high <= found[-1]
