@@ -15,7 +15,7 @@ def trained(cfg, **changes):
     with trainer.meter.running():
         results = trainer.train()
     with open(f"{cfg.OUTPUT_DIR}/config.yaml", "w") as stream:
-        stream.write(cfg.dump())
+        stream.write(trainer.cfg.dump())
     write_results(trainer, results)
     return collect_run(cfg.OUTPUT_DIR, defaults_of=default_values)
 
@@ -34,8 +34,7 @@ def test_a_run_leaves_a_report(tiny_cfg):
     (queries,) = run.ranked.values()
     average = [100 * query.average_precision for query in queries]
     assert 0 < sum(average) / len(average) < 100
-    # The first of the results is right for as many queries as Rank-1 says, if all are shown.
-    assert all(query.results[0].distance <= query.results[-1].distance for query in queries)
+    assert all(q.results[0].distance <= q.results[-1].distance for q in queries)
 
 
 def test_a_run_without_a_test_set_has_clusters_and_neighbours(tiny_cfg):
@@ -45,6 +44,7 @@ def test_a_run_without_a_test_set_has_clusters_and_neighbours(tiny_cfg):
         MODEL__SELCON__METHOD="ClusterContrast",
         MODEL__SELCON__CLUSTERING__EPS=0.7,
         MODEL__SELCON__CLUSTERING__K1=8,
+        MODEL__SELCON__CLUSTERING__K2=3,
         MODEL__SELCON__CLUSTERING__MIN_SAMPLES=2,
         MODEL__SELCON__NUM_NEIGHBORS=None,
         MODEL__SELCON__NUM_NEGATIVES=None,

@@ -22,7 +22,7 @@ NASTY = "<b>&'\"x.png"
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
-    """Make a folder as a finished run leaves it: six people, three cameras, three epochs."""
+    """Make a folder as a finished run leaves it: six people, three cameras."""
 
     def make(
         name: str = "run",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import itertools
 import json
 import re
 
@@ -99,7 +100,7 @@ def test_a_page_is_accessible_as_far_as_markup_tells(make_run):
     levels = [int(tag[1]) for tag, _ in outline.tags if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
-    assert all(b <= a + 1 for a, b in zip(levels, levels[1:], strict=False))
+    assert all(b <= a + 1 for a, b in itertools.pairwise(levels))
     assert {"main", "nav", "header", "footer"} <= {tag for tag, _ in outline.tags}
     # A label per radio button, headings for rows and columns.
     assert {i["id"] for i in outline.of("input")} == {x["for"] for x in outline.of("label")}
@@ -202,8 +203,8 @@ def test_a_run_of_which_little_is_left(tmp_path):
     text = " ".join(Outline(report(tmp_path)).text)
     assert "has not finished" in text
     assert text.count("could not be read") == 2
+    (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"holds no run.*OUTPUT_DIR"):
-        (tmp_path / "empty").mkdir()
         write_report(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match="no such folder"):
         write_report(tmp_path / "gone")

@@ -102,17 +102,15 @@ def test_run_leaves_its_results(selcon, tmp_path):
 
 
 def test_run_leaves_a_report(selcon, tmp_path, capsys):
-    clusters = {"selcon.method": "ClusterContrast", "selcon.clustering.k1": 8}
-    clusters |= {"selcon.clustering.min_samples": 2, "selcon.clustering.eps": 0.7}
-    assert selcon(**{"data.save_dir": tmp_path / "out"}, **clusters) == 0
+    assert selcon(**{"data.save_dir": tmp_path / "out", "selcon.seed": 4}) == 0
     run = collect_run(tmp_path / "out", defaults_of=default_values)
     assert run.host == "torchreid"
     assert run.curve("total_loss").epochs == (1.0, 2.0)
     assert run.curve("mAP").epochs == (2.0,)
-    assert run.embedding.epoch == 1
-    assert [len(queries) for queries in run.ranked.values()] == [12]
-    assert "selcon.clustering.k1" in changed_settings(run)
-    assert "selcon.clustering.k2" not in changed_settings(run)
+    assert run.embedding.epoch == 2
+    assert [len(queries) for queries in run.ranked.values()] == [8]
+    assert changed_settings(run)["selcon.seed"] == (4, 0)
+    assert "selcon.temperature" not in changed_settings(run)
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "same person" in page
     assert "data:image" in page
