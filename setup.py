@@ -62,6 +62,7 @@ setup(
     package_dir={"selcon_plugin.configs": "configs"},
     package_data={
         "selcon_plugin": ["py.typed"],
+        "selcon_plugin.report": ["*.css", "*.js"],
         "selcon_plugin.configs": ["*.yml", "*.yaml", "*.md", "*/*.yml"],
     },
     install_requires=[

@@ -34,7 +34,8 @@ from selcon_plugin.bench_report import (
     differences,
     write_file,
 )
-from selcon_plugin.cli import add_import_argument, flatten_config, host_of, import_files
+from selcon_plugin.cli import add_import_argument, host_of, import_files
+from selcon_plugin.engine.checks import flatten_config
 
 _RESULTS = "results.json"  # of `selcon train`: there when a run is finished
 _SETTINGS = "bench.yaml"  # the effective config that a run was begun with

@@ -15,12 +15,16 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selcon_plugin.engine.checks import make_output_folder, read_config_file
+from selcon_plugin.engine.checks import (
+    flatten_config,
+    make_output_folder,
+    read_config_file,
+)
 from selcon_plugin.engine.stopping import RunStopped
 
 if TYPE_CHECKING:
@@ -54,6 +58,7 @@ usage: selcon COMMAND [ARGUMENTS]
   search    find the person of an image in an index
   cluster   cluster a folder of images: who may be the same person
   adapt     train a network further on a folder of images, and keep what became better
+  report    write what a run learned as one page to look at; compare runs
   demo      draw data, train and evaluate, in minutes, on a CPU
   doctor    say what is installed, what works and how to mend the rest
 
@@ -89,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "search": _command("selcon_plugin.commands.search"),
         "cluster": _command("selcon_plugin.commands.cluster"),
         "adapt": _command("selcon_plugin.commands.adapt"),
+        "report": _command("selcon_plugin.commands.report"),
         "demo": _command("selcon_plugin.demo"),
         "doctor": _command("selcon_plugin.doctor"),
     }
@@ -447,25 +453,6 @@ def _explained(cfg: Any, keys: ConfigKeys, source: str) -> Iterator[None]:
         raise ValueError(
             f"{source}: {value} does not fit {key}{remedy if legal else ''}"
         ) from error
-
-
-def flatten_config(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of a config, or of a dict of dicts, by their full keys.
-
-    Args:
-        node: Config or dict.
-        prefix: Put before each key.
-
-    Returns:
-        For instance ``{"SOLVER.MAX_EPOCH": 20, ...}``.
-    """
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten_config(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _train(argv: list[str]) -> int:

@@ -167,3 +167,22 @@ def _read_yaml(file: str, source: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} is no config: it must hold lines KEY: value")
     return content
+
+
+def flatten_config(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of a config, or of a dict of dicts, by their full keys.
+
+    Args:
+        node: Config or dict.
+        prefix: Put before each key.
+
+    Returns:
+        For instance ``{"SOLVER.MAX_EPOCH": 20, ...}``.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten_config(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

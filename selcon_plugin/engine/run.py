@@ -42,6 +42,7 @@ from selcon_plugin.engine.bad_numbers import (
     leave_out_bad_features,
 )
 from selcon_plugin.engine.best_weights import BestWeights
+from selcon_plugin.engine.embedding_record import record_embedding
 from selcon_plugin.engine.image_check import report_unreadable
 from selcon_plugin.engine.images import IndexedImages
 from selcon_plugin.engine.network import EmbeddingNetwork
@@ -85,6 +86,7 @@ class TrainingRun:
         max_bad_share: Share of the images that may become unreadable.
         on_bad_numbers: What to do about NaN and infinity: ``"skip"`` or ``"stop"``.
         max_bad_steps: Steps skipped in a row after which the run stops all the same.
+        folder: Where what a report shows is kept; nothing is if it is empty.
         report: Takes what a clustering measured, by name; on the main process.
         best: Keeps the best weights by a label-free figure; None for none.
         guard: Judges each step before anything is written.
@@ -103,6 +105,7 @@ class TrainingRun:
     max_bad_share: float = 0.05
     on_bad_numbers: str = SKIP
     max_bad_steps: int = 10
+    folder: str = ""
     report: Callable[[Mapping[str, float]], None] = field(default=lambda _: None)
     best: BestWeights | None = None
 
@@ -216,6 +219,7 @@ class TrainingRun:
             return {}
         spread = measure_spread(features)
         self._offer(spread, epoch + 1)
+        self._keep(features, None, epoch + 1)
         return self._watch(epoch, spread)
 
     def judge_last(self, epochs: int) -> None:
@@ -345,12 +349,24 @@ class TrainingRun:
             "clustering_seconds": time.perf_counter() - extracted,
         }
         if rank() == 0:
+            self._keep(embeddings.global_features, pseudo_labels, epoch)
             spread = self._watch(
                 epoch,
                 measure_spread(embeddings.global_features)
                 | measure_clusters(pseudo_labels),
             )
             self._report(epoch, pseudo_labels, spread | seconds)
+
+    def _keep(self, features: Tensor, found: PseudoLabels | None, epoch: int) -> None:
+        """Write what a report shows; the training goes on where that fails."""
+        if not self.folder:
+            return
+        try:
+            record_embedding(features, self.dataset.camera_ids, found, epoch=epoch).save(
+                self.folder
+            )
+        except Exception as error:
+            logger.warning("What a report shows could not be kept: %s", error)
 
     def _label(self, embeddings: Embeddings, usable: Tensor) -> PseudoLabels:
         """Label the images that have features; the others are in no cluster."""

@@ -59,6 +59,7 @@ def run_options() -> dict[str, Option]:
         Option("ema_decay", 0.0, float, Interval(0, 1, below=True)),
         Option("on_bad_numbers", "skip", str, Choice(("skip", "stop"))),
         Option("max_bad_steps", 10, int, Interval(1)),
+        Option("report_images", True, bool, None),
         Option("seed", 0, int, Interval(0)),
     )
     return {option.name: option for option in options}
@@ -219,6 +220,19 @@ class ConfigKeys:
             for name, option in group.options_of(chosen).items():
                 if owner[self.case(name)] is None:
                     owner[self.case(name)] = option.default
+
+    def choose_like(self, node: Node, settings: Mapping[str, Any]) -> None:
+        """Set method and labeler as in another config, and their defaults for None.
+
+        Args:
+            node: The plugin's node, with the defaults; changed in place.
+            settings: The other config, by full keys. What is not registered here is left.
+        """
+        for owner, label, group in self._groups(node):
+            key = self.case(group.chooser)
+            if settings.get(f"{label}.{key}") in group.names():
+                owner[key] = settings[f"{label}.{key}"]
+        self.check(node)
 
     def run_values(self, node: Node) -> dict[str, Any]:
         """Return the values of the run's options, checked.

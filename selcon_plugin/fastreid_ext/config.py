@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from fastreid.config import CfgNode
+import yaml
+from fastreid.config import CfgNode, get_cfg
 from fastreid.data.datasets import DATASET_REGISTRY
 from fastreid.modeling.backbones import BACKBONE_REGISTRY
 from fastreid.modeling.heads import REID_HEADS_REGISTRY, EmbeddingHead
@@ -24,6 +26,7 @@ from selcon_plugin.engine.checks import (
     check_name,
     check_size,
     check_values,
+    flatten_config,
     value_of,
 )
 from selcon_plugin.engine.settings import ConfigKeys, sampler_of
@@ -215,3 +218,17 @@ def complete_config(cfg: CfgNode) -> CfgNode:
     if frozen:
         cfg.freeze()
     return cfg
+
+
+def default_values(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the default config, for the method and the labeler of another.
+
+    Args:
+        settings: The other config, by full keys.
+
+    Returns:
+        Defaults by full keys.
+    """
+    cfg = add_selcon_config(get_cfg())
+    KEYS.choose_like(cfg.MODEL.SELCON, settings)
+    return flatten_config(yaml.safe_load(cfg.dump()))

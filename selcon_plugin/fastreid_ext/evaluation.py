@@ -1,16 +1,19 @@
-"""FastReID's evaluator with the training distance's camera term, by option."""
+"""FastReID's evaluator, which keeps some ranked results, and one with a camera term."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from fastreid.config import CfgNode
-from fastreid.evaluation import ReidEvaluator
+from fastreid.evaluation import ReidEvaluator, rank
 from fastreid.utils import comm
 from torch import Tensor
+
+from selcon_plugin.engine.rank_record import rank_queries, write_ranked
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +43,60 @@ def append_camera_term(
     return torch.cat([F.normalize(features, dim=1), sign[:, None] * cameras], dim=1)
 
 
-class CameraTermEvaluator(ReidEvaluator):
+class RecordingEvaluator(ReidEvaluator):
+    """FastReID's evaluator, which writes some ranked results into ``OUTPUT_DIR``.
+
+    Args:
+        cfg: Complete config.
+        num_query: Queries at the front of the loader.
+        output_dir: As FastReID's.
+        items: Path, identity and camera of queries and gallery images.
+        name: The test set's name.
+    """
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        num_query: int,
+        output_dir: str | None = None,
+        *,
+        items: Sequence[tuple[Any, ...]],
+        name: str,
+    ) -> None:
+        super().__init__(cfg, num_query, output_dir)
+        self._items = items
+        self._name = name
+
+    def evaluate(self) -> Any:
+        """Measure as FastReID does.
+
+        Returns:
+            Its results.
+        """
+        # The distances, re-ranked or not, are handed to this function and kept nowhere.
+        evaluate_rank = rank.evaluate_rank
+
+        def recorded(distance: Any, *args: Any, **kwargs: Any) -> Any:
+            self._record(distance)
+            return evaluate_rank(distance, *args, **kwargs)
+
+        rank.evaluate_rank = recorded
+        try:
+            return super().evaluate()
+        finally:
+            rank.evaluate_rank = evaluate_rank
+
+    def _record(self, distance: Any) -> None:
+        """Write some ranked results; the evaluation goes on where that fails."""
+        query, gallery = self._items[: self._num_query], self._items[self._num_query :]
+        try:
+            queries = rank_queries(distance, query, gallery)
+            write_ranked(self.cfg.OUTPUT_DIR, self._name, queries)
+        except Exception as error:
+            logger.warning("Ranked results could not be kept: %s", error)
+
+
+class CameraTermEvaluator(RecordingEvaluator):
     """FastReID's evaluator on features extended by the camera term.
 
     Uses camera ids of query and gallery at test time, so its numbers are not comparable
@@ -49,24 +105,27 @@ class CameraTermEvaluator(ReidEvaluator):
     Args:
         cfg: Complete config.
         num_query: Queries at the front of the loader.
-        num_images: Queries and gallery images together.
-        num_cameras: Larger than every camera id.
         output_dir: As FastReID's.
+        num_cameras: Larger than every camera id.
+        items: Path, identity and camera of queries and gallery images.
+        name: The test set's name.
     """
 
     def __init__(
         self,
         cfg: CfgNode,
         num_query: int,
-        num_images: int,
-        num_cameras: int,
         output_dir: str | None = None,
+        *,
+        num_cameras: int,
+        items: Sequence[tuple[Any, ...]],
+        name: str,
     ) -> None:
-        super().__init__(cfg, num_query, output_dir)
+        super().__init__(cfg, num_query, output_dir, items=items, name=name)
         self._penalty: float = cfg.MODEL.SELCON.SAME_CAMERA_PENALTY
         self._num_cameras = num_cameras
         # FastReID's InferenceSampler gives each rank one run of images.
-        self._first = comm.get_rank() * ((num_images - 1) // comm.get_world_size() + 1)
+        self._first = comm.get_rank() * ((len(items) - 1) // comm.get_world_size() + 1)
         self._seen = 0
         logger.warning(
             "TEST_CAMERA_TERM is on: %g is added to the distance of images from one "

@@ -1,4 +1,4 @@
-"""``results.json`` of a run in FastReID."""
+"""``results.json`` and report of a run in FastReID."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from selcon_plugin.engine import run_record
+from selcon_plugin.fastreid_ext.config import default_values
+from selcon_plugin.report import finish_run
 from selcon_plugin.visualize import read_metrics
 
 
@@ -29,7 +31,7 @@ def results_by_test_set(cfg: Any, results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_results(trainer: Any, results: Mapping[str, Any] | None) -> None:
-    """Write ``results.json`` into the run's folder; on the main process alone.
+    """Write ``results.json`` and the report into the run's folder, on the main process.
 
     Args:
         trainer: The trainer, after training.
@@ -53,6 +55,7 @@ def write_results(trainer: Any, results: Mapping[str, Any] | None) -> None:
         device=torch.device(cfg.MODEL.DEVICE),
         host="fastreid",
     )
+    finish_run(cfg.OUTPUT_DIR, default_values)
 
 
 def _last_num_clusters(trainer: Any) -> int | None:

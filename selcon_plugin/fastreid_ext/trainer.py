@@ -36,7 +36,10 @@ from selcon_plugin.fastreid_ext.checkpoint import STOPPED, SelConCheckpointer
 from selcon_plugin.fastreid_ext.clustering_hook import ClusteringHook
 from selcon_plugin.fastreid_ext.config import KEYS, complete_config, sampler_name
 from selcon_plugin.fastreid_ext.embedding import extract_training_set, unwrap
-from selcon_plugin.fastreid_ext.evaluation import CameraTermEvaluator
+from selcon_plugin.fastreid_ext.evaluation import (
+    CameraTermEvaluator,
+    RecordingEvaluator,
+)
 from selcon_plugin.fastreid_ext.hooks import (
     CheckpointHook,
     DiagnosticsHook,
@@ -292,6 +295,7 @@ class SelConTrainer(DefaultTrainer):
             on_bad_numbers=cfg.MODEL.SELCON.ON_BAD_NUMBERS,
             max_bad_steps=cfg.MODEL.SELCON.MAX_BAD_STEPS,
             best=self.best,
+            folder=cfg.OUTPUT_DIR,
         )
 
     def build_hooks(self) -> list[HookBase]:
@@ -443,11 +447,12 @@ class SelConTrainer(DefaultTrainer):
     ) -> tuple[Any, ReidEvaluator]:
         """Build FastReID's evaluator, with the camera term where it is asked for."""
         loader, num_query = cls.build_test_loader(cfg, dataset_name)
+        record = {"items": loader.dataset.img_items, "name": dataset_name}
         if not cfg.MODEL.SELCON.TEST_CAMERA_TERM:
-            return loader, ReidEvaluator(cfg, num_query, output_dir)
+            return loader, RecordingEvaluator(cfg, num_query, output_dir, **record)
         num_cameras = max(loader.dataset.cams) + 1
         return loader, CameraTermEvaluator(
-            cfg, num_query, len(loader.dataset), num_cameras, output_dir
+            cfg, num_query, output_dir, num_cameras=num_cameras, **record
         )
 
     @staticmethod

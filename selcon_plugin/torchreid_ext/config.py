@@ -8,13 +8,15 @@ a config written for its train script is read as it is. What trains on identitie
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, get_args
 
 import torch
+import yaml
 from yacs.config import CfgNode
 
 from selcon_plugin.datasets import SyntheticPersonsSpec
-from selcon_plugin.engine.checks import check_name, check_values
+from selcon_plugin.engine.checks import check_name, check_values, flatten_config
 from selcon_plugin.engine.settings import ConfigKeys
 from selcon_plugin.options import Choice, Interval, Option
 from selcon_plugin.torchreid_ext.models import Pool
@@ -189,3 +191,17 @@ def _check_host_keys(cfg: CfgNode) -> None:
             "selcon.ghost_batch_size must be 0 (off) or at least 2, got 1: one image has "
             "no batch statistics"
         )
+
+
+def default_values(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the default config, for the method and the labeler of another.
+
+    Args:
+        settings: The other config, by full keys.
+
+    Returns:
+        Defaults by full keys.
+    """
+    cfg = get_default_config()
+    KEYS.choose_like(cfg.selcon, settings)
+    return flatten_config(yaml.safe_load(cfg.dump()))

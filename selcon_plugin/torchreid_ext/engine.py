@@ -10,7 +10,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from selcon_plugin.engine.checkpoints import (
 )
 from selcon_plugin.engine.extraction import calibrate_normalization, extract_embeddings
 from selcon_plugin.engine.image_list import images_to_resume_with, write_image_list
+from selcon_plugin.engine.metrics_file import LossAverage, append_metrics, forget_metrics
+from selcon_plugin.engine.rank_record import rank_queries, write_ranked
 from selcon_plugin.engine.run import TrainingRun, seed_all
 from selcon_plugin.engine.run_record import RunMeter
 from selcon_plugin.engine.run_state import RunState
@@ -106,6 +108,7 @@ class ImageSelConEngine(_Engine):
             ``sampler``, ``outlier_share``, ``iters_per_epoch``, ``micro_batches``,
             ``extra_images``, ``max_bad_share``, ``ema_decay``, ``diagnostics_period``,
             ``keep_checkpoints``, ``keep_best_by``, ``on_bad_numbers``, ``max_bad_steps``,
+            ``report_images``,
             ``seed``.
 
     Attributes:
@@ -178,6 +181,7 @@ class ImageSelConEngine(_Engine):
         self.start_epoch = 0
         self._save_dir = ""
         self._step = 0
+        self._losses_seen = LossAverage()
         self._steps_done = 0  # of the epoch to start with
         self._signals = StopSignals()
         self._ready = False
@@ -296,7 +300,7 @@ class ImageSelConEngine(_Engine):
         """
         call = inspect.signature(super().run).bind(save_dir, max_epoch, *args, **kwargs)
         call.arguments.setdefault("start_epoch", self.start_epoch)
-        self._save_dir = save_dir
+        self._save_dir = self._training.folder = save_dir
         if call.arguments["start_epoch"] != self.start_epoch:
             self._steps_done = 0  # they are of another epoch
         with _messages_shown():
@@ -311,6 +315,8 @@ class ImageSelConEngine(_Engine):
                 return
             for folder in (Path(save_dir), Path(save_dir) / "model"):
                 remove_partial_files(folder)
+            if not call.arguments["start_epoch"] and not self._steps_done:
+                forget_metrics(save_dir)
             with self._signals:
                 super().run(*call.args, **call.kwargs)
 
@@ -333,11 +339,14 @@ class ImageSelConEngine(_Engine):
             self._training.start_epoch(self.epoch)
             self._training.renew_batches(self.epoch, first, done)
             self.train_loader.steps_done = done
+            rate = self.get_current_lr()
             super().train(print_freq, fixbase_epoch, open_layers)
             measured = self._training.end_epoch(self.epoch)
             self._write("Features", measured)
             if self.epoch + 1 == self.max_epoch:
                 self._training.judge_last(self.max_epoch)
+            losses = self._losses_seen.take()
+            append_metrics(self._save_dir, self._step - 1, {**losses, "lr": rate})
         done, period = self.epoch + 1, self._checkpoint_period
         if period and done % period == 0 and done < self.max_epoch:
             self.save_model(self.epoch, 0.0, self._save_dir)
@@ -387,6 +396,7 @@ class ImageSelConEngine(_Engine):
         self._step += 1
         if guard.skipped:
             return {}
+        self._losses_seen.add(summary)
         period = self._options["diagnostics_period"]
         if period and self._step % period == 0:
             summary.update(self._training.diagnostics())
@@ -428,6 +438,7 @@ class ImageSelConEngine(_Engine):
         if self.writer is not None:
             for name, value in measured.items():
                 self.writer.add_scalar(f"{group}/{name}", value, self.epoch)
+        append_metrics(self._save_dir, self._step, measured)
 
     # --- evaluation -----------------------------------------------------------------------
 
@@ -452,9 +463,15 @@ class ImageSelConEngine(_Engine):
         self, dataset_name: str = "", ranks: Sequence[int] = (1,), **kwargs: Any
     ) -> tuple[float, float]:
         # torchreid fails on a rank beyond what is left of a small gallery.
-        smallest = _smallest_gallery(self.datamanager.test_dataset[dataset_name])
+        test_set = self.datamanager.test_dataset[dataset_name]
+        smallest = _smallest_gallery(test_set)
         ranks = [rank for rank in ranks if rank <= smallest]
-        with _ranks_up_to(smallest):
+
+        def record(distance: Any) -> None:
+            queries = rank_queries(distance, test_set["query"], test_set["gallery"])
+            write_ranked(self._save_dir, dataset_name, queries)
+
+        with _ranks_up_to(smallest, record):
             rank1, mean_ap = super()._evaluate(
                 dataset_name=dataset_name, ranks=ranks, **kwargs
             )
@@ -462,6 +479,11 @@ class ImageSelConEngine(_Engine):
             "mAP": 100.0 * float(mean_ap),
             "Rank-1": 100.0 * float(rank1),
         }
+        if self._step:  # not a test of weights alone
+            prefix = f"{dataset_name}/" if len(self.test_loader) > 1 else ""
+            found = self.results[dataset_name]
+            named = {f"{prefix}{metric}": value for metric, value in found.items()}
+            append_metrics(self._save_dir, self._step - 1, named)
         return rank1, mean_ap
 
     # --- checkpoints ----------------------------------------------------------------------
@@ -572,12 +594,21 @@ def _smallest_gallery(test_set: Mapping[str, Any]) -> int:
 
 
 @contextlib.contextmanager
-def _ranks_up_to(last: int) -> Iterator[None]:
-    """Let torchreid count matches at those ranks alone that every query has."""
+def _ranks_up_to(last: int, record: Callable[[Any], None]) -> Iterator[None]:
+    """Let torchreid count matches at those ranks alone that every query has.
+
+    Args:
+        last: The last such rank.
+        record: Is handed the distances; the evaluation goes on where it fails.
+    """
     metrics = import_torchreid().metrics
     evaluate = metrics.evaluate_rank
 
     def bounded(*args: Any, max_rank: int = 50, **kwargs: Any) -> Any:
+        try:
+            record(args[0])
+        except Exception as error:
+            logger.warning("Ranked results could not be kept: %s", error)
         return evaluate(*args, max_rank=max(1, min(max_rank, last)), **kwargs)
 
     metrics.evaluate_rank = bounded

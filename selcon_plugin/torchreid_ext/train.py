@@ -19,8 +19,9 @@ from selcon_plugin.engine.run import seed_all
 from selcon_plugin.engine.run_record import forget_results, write_results
 from selcon_plugin.engine.settings import clustering_options, run_options
 from selcon_plugin.methods import method_class
+from selcon_plugin.report import finish_run
 from selcon_plugin.safe_loading import safe_extraction
-from selcon_plugin.torchreid_ext.config import KEYS
+from selcon_plugin.torchreid_ext.config import KEYS, default_values
 from selcon_plugin.torchreid_ext.datasets import (
     image_dataset_names,
     register_image_folder,
@@ -279,4 +280,5 @@ def run_config(cfg: CfgNode, *, resume: bool = False) -> ImageSelConEngine:
             device=next(engine.model.parameters()).device,
             host="torchreid",
         )
+        finish_run(folder, default_values)
     return engine

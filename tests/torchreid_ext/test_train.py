@@ -9,7 +9,10 @@ from PIL import Image
 
 from selcon_plugin.cli import load_config, main
 from selcon_plugin.datasets import SyntheticPersonsSpec
+from selcon_plugin.report import collect_run
+from selcon_plugin.report.page import changed_settings
 from selcon_plugin.torchreid_ext import ImageSelConEngine, register_synthetic_persons
+from selcon_plugin.torchreid_ext.config import default_values
 from selcon_plugin.torchreid_ext.train import build_datamanager, build_engine
 
 SPEC = {
@@ -96,6 +99,26 @@ def test_run_leaves_its_results(selcon, tmp_path):
     assert record["num_clusters"] is None
     assert record["versions"]["torch"] == torch.__version__
     assert record["device"].endswith("1 thread")
+
+
+def test_run_leaves_a_report(selcon, tmp_path, capsys):
+    assert selcon(**{"data.save_dir": tmp_path / "out", "selcon.seed": 4}) == 0
+    run = collect_run(tmp_path / "out", defaults_of=default_values)
+    assert run.host == "torchreid"
+    assert run.curve("total_loss").epochs == (1.0, 2.0)
+    assert run.curve("mAP").epochs == (2.0,)
+    assert run.embedding.epoch == 2
+    assert [len(queries) for queries in run.ranked.values()] == [8]
+    assert changed_settings(run)["selcon.seed"] == (4, 0)
+    assert "selcon.temperature" not in changed_settings(run)
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "same person" in page
+    assert "data:image" in page
+    (tmp_path / "out" / "report.html").unlink()
+    assert main(["report", str(tmp_path / "out"), "--no-images"]) == 0
+    assert "report.html" in capsys.readouterr().out
+    again = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "data:image" not in again
 
 
 def test_run_that_was_stopped_goes_on(selcon, tmp_path, monkeypatch):

@@ -1,0 +1,101 @@
+"""``report.html``: what a run learned, on one page that needs nothing but itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from selcon_plugin.distributed import rank
+from selcon_plugin.engine.atomic import write_atomically
+from selcon_plugin.report.collect import RunData, collect_run
+from selcon_plugin.report.compare import comparison_page
+from selcon_plugin.report.page import run_page
+
+__all__ = ["RunData", "collect_run", "finish_run", "write_comparison", "write_report"]
+
+REPORT_FILE = "report.html"
+
+logger = logging.getLogger(__name__)
+
+# Returns the default config for a config, both by full keys.
+DefaultsOf = Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
+
+
+def write_report(
+    folder: str | Path,
+    output: str | Path = "",
+    *,
+    images: bool | None = None,
+    defaults_of: DefaultsOf | None = None,
+) -> Path:
+    """Write the report of a run.
+
+    Args:
+        folder: Folder of the run, finished or not.
+        output: HTML file to write; by default ``report.html`` in the folder.
+        images: Whether crops are shown; by default as the run's option ``report_images``
+            says.
+        defaults_of: Returns the default config for a config, both by full keys.
+
+    Returns:
+        The file.
+
+    Raises:
+        FileNotFoundError: If the folder holds no run.
+    """  # noqa: DOC502  (raised by what this calls)
+    run = collect_run(folder, defaults_of=defaults_of)
+    if images is None:
+        images = run.setting("report_images") is not False
+    file = Path(output or Path(folder) / REPORT_FILE)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(run_page(run, images=images), file)
+    return file
+
+
+def write_comparison(
+    folders: Sequence[str | Path],
+    output: str | Path,
+    *,
+    defaults_of: DefaultsOf | None = None,
+) -> Path:
+    """Write a page that compares runs.
+
+    Args:
+        folders: Folders of two or more runs.
+        output: HTML file to write.
+        defaults_of: Returns the default config for a config, both by full keys.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: If there are fewer than two, or one is given twice.
+            ``FileNotFoundError`` if one holds no run.
+    """
+    resolved = [Path(folder).resolve() for folder in folders]
+    if len(set(resolved)) < max(2, len(resolved)):
+        raise ValueError("a comparison needs two runs or more, each of them once")
+    runs = [collect_run(folder, defaults_of=defaults_of) for folder in folders]
+    file = Path(output)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(comparison_page(runs), file)
+    return file
+
+
+def finish_run(folder: str | Path, defaults_of: DefaultsOf) -> None:
+    """Write the report at the end of a run, on the main process; never fail the run.
+
+    Args:
+        folder: Folder of the run; nothing is written if it is empty.
+        defaults_of: As in :func:`write_report`.
+    """
+    if not folder or rank() > 0:
+        return
+    try:
+        file = write_report(folder, defaults_of=defaults_of)
+    except Exception as error:
+        logger.warning("The report could not be written: %s", error)
+    else:
+        logger.info("Report: %s", file)

@@ -1,0 +1,269 @@
+"""What is known of a run: everything that its folder holds, read and checked."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from selcon_plugin.engine.checks import flatten_config
+from selcon_plugin.engine.embedding_record import EmbeddingRecord
+from selcon_plugin.engine.image_list import IMAGE_LIST
+from selcon_plugin.engine.metrics_file import METRICS_FILE
+from selcon_plugin.engine.rank_record import RankedQuery, read_ranked
+from selcon_plugin.engine.run_record import RESULTS_FILE
+from selcon_plugin.visualize import read_metrics
+
+CONFIG_FILE = "config.yaml"
+
+logger = logging.getLogger(__name__)
+
+_Read = TypeVar("_Read")
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingImages:
+    """The images that a run was trained on.
+
+    Attributes:
+        paths: Their files.
+        camids: Camera of each, -1 where unknown, ``(M,)``.
+        pids: Identity of each, -1 where unknown, ``(M,)``; for diagnostics.
+        num_left_out: Files that could not be read when the run began.
+    """
+
+    paths: tuple[str, ...]
+    camids: NDArray[np.int64]
+    pids: NDArray[np.int64]
+    num_left_out: int
+
+    @property
+    def identities_known(self) -> bool:
+        """Whether identities say anything: all known, and neither one nor all distinct."""
+        distinct = len(set(self.pids.tolist()))
+        return bool((self.pids >= 0).all()) and 1 < distinct < len(self.pids)
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """A figure over the epochs.
+
+    Attributes:
+        epochs: When it was measured, in epochs trained.
+        values: What was measured.
+    """
+
+    epochs: tuple[float, ...]
+    values: tuple[float, ...]
+
+    @property
+    def last(self) -> float | None:
+        """The last value; None if it was never measured."""
+        return self.values[-1] if self.values else None
+
+
+@dataclass(frozen=True, eq=False)
+class RunData:
+    """A run, as its folder tells it.
+
+    Attributes:
+        folder: The folder.
+        results: ``results.json`` of a finished run, else empty.
+        curves: What was measured during training, by name.
+        settings: The config by full keys; empty if it is not known.
+        defaults: What the keys are where nobody sets them; None if that is not known.
+        images: The training images; None if not known.
+        embedding: Features and clusters; None if not known.
+        ranked: Ranked results of the last evaluation, by test set.
+        broken: What could not be read, in words.
+    """
+
+    folder: Path
+    results: Mapping[str, Any] = field(default_factory=dict)
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] | None = None
+    images: TrainingImages | None = None
+    embedding: EmbeddingRecord | None = None
+    ranked: Mapping[str, list[RankedQuery]] = field(default_factory=dict)
+    broken: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return self.folder.resolve().name
+
+    @property
+    def host(self) -> str:
+        """Package that trained, as far as the config or the results tell."""
+        if "selcon.method" in self.settings:
+            return "torchreid"
+        return str(self.results.get("host", "fastreid"))
+
+    def setting(self, name: str) -> Any:
+        """Look up a setting of the plugin by its option's name; None if not known."""
+        key = f"selcon.{name}"
+        return self.settings.get(key, self.settings.get(f"MODEL.{key}".upper()))
+
+    def curve(self, name: str) -> Curve:
+        """Return a figure over the epochs; an empty one where it was not measured."""
+        return self.curves.get(name, Curve((), ()))
+
+    @property
+    def metrics(self) -> dict[str, Mapping[str, float]]:
+        """Percent by metric, by test set, of the end of the run."""
+        found = self.results.get("metrics")
+        if isinstance(found, Mapping):
+            return {n: m for n, m in found.items() if isinstance(m, Mapping)}
+        after = self.results.get("after")  # the demo's form
+        return {"after training": after} if isinstance(after, Mapping) else {}
+
+
+def collect_run(
+    folder: str | Path,
+    *,
+    defaults_of: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] | None = None,
+) -> RunData:
+    """Read what a run left in its folder; what is missing or broken is left out.
+
+    Args:
+        folder: Folder of a run, finished or not.
+        defaults_of: Returns the default config for a config, both by full keys.
+
+    Returns:
+        What is known.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist, or holds no run.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: there is no such folder")
+    reader = _Reader()
+    results = reader.read(lambda: _read_json(folder / RESULTS_FILE)) or {}
+    settings = reader.read(lambda: _read_settings(folder / CONFIG_FILE)) or {}
+    images = reader.read(lambda: _read_images(folder / IMAGE_LIST))
+    records = reader.read(lambda: read_metrics(folder / METRICS_FILE)) or []
+    if not (results or records or images):
+        raise FileNotFoundError(
+            f"{folder} holds no run: none of {RESULTS_FILE}, {METRICS_FILE} and "
+            f"{IMAGE_LIST}. Name the run's OUTPUT_DIR (torchreid: data.save_dir)"
+        )
+    embedding = reader.read(lambda: EmbeddingRecord.load(folder))
+    if embedding and (images is None or len(embedding.labels) != len(images.paths)):
+        embedding = None
+        reader.broken.append("the record of the features is of other images")
+    return RunData(
+        folder,
+        results,
+        _curves(records, results),
+        settings,
+        reader.read(lambda: defaults_of(settings)) if defaults_of and settings else None,
+        images,
+        embedding,
+        reader.read(lambda: read_ranked(folder)) or {},
+        tuple(reader.broken),
+    )
+
+
+def cameras_of_clusters(
+    labels: NDArray[np.integer], camids: NDArray[np.integer]
+) -> NDArray[np.int64]:
+    """Count the cameras of each cluster.
+
+    Args:
+        labels: Cluster of each image, -1 for an outlier, ``(M,)``.
+        camids: Camera of each image, -1 where unknown, ``(M,)``.
+
+    Returns:
+        Known cameras by cluster.
+
+    Example:
+        >>> labels, camids = np.array([0, 0, 1, 1, -1]), np.array([3, 4, 3, 3, 5])
+        >>> cameras_of_clusters(labels, camids).tolist()
+        [2, 1]
+    """
+    inside = (labels >= 0) & (camids >= 0)
+    pairs = np.unique(np.stack([labels[inside], camids[inside]]), axis=1)
+    counts: NDArray[np.int64] = np.bincount(
+        pairs[0], minlength=int(labels.max(initial=-1)) + 1
+    )
+    return counts
+
+
+class _Reader:
+    """Reads files of which each may be missing or broken."""
+
+    def __init__(self) -> None:
+        self.broken: list[str] = []
+
+    def read(self, function: Callable[[], _Read]) -> _Read | None:
+        try:
+            return function()
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError, OSError, ImportError) as error:
+            self.broken.append(" ".join(str(error).split()))
+            return None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is broken: no JSON object")
+    return content
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is no YAML: {error}") from error
+    return flatten_config(content) if isinstance(content, dict) else {}
+
+
+def _read_images(file: Path) -> TrainingImages:
+    content = _read_json(file)
+    rows = content["images"]
+    return TrainingImages(
+        tuple(str(row[0]) for row in rows),
+        np.array([row[2] for row in rows], dtype=np.int64),
+        np.array([row[3] for row in rows], dtype=np.int64),
+        int(content.get("num_left_out", 0)),
+    )
+
+
+def _curves(
+    records: list[dict[str, float]], results: Mapping[str, Any]
+) -> dict[str, Curve]:
+    """Sort what was measured by name, over epochs where their length is known."""
+    steps, epochs = results.get("steps"), results.get("epochs")
+    per_epoch = steps / epochs if steps and epochs else 1.0
+    points: dict[str, list[tuple[float, float]]] = {}
+    for record in records:
+        # Clusters are found before a step, everything else is measured after it.
+        done = record["iteration"] + ("num_clusters" not in record)
+        if steps and done > steps:
+            continue  # of a longer run that was in the folder before
+        for name, value in record.items():
+            if name != "iteration" and isinstance(value, (int, float)):
+                points.setdefault(name, []).append((done / per_epoch, float(value)))
+    for metrics in (results.get("metrics") or {}).values():
+        # FastReID's writers leave out the evaluation at the end.
+        for name in ("mAP", "Rank-1"):
+            known = points.setdefault(name, [])
+            if epochs and name in metrics and (not known or known[-1][0] < epochs):
+                known.append((float(epochs), float(metrics[name])))
+        break
+    return {
+        name: Curve(tuple(x for x, _ in known), tuple(y for _, y in known))
+        for name, known in points.items()
+        if known
+    }

@@ -1,0 +1,156 @@
+"""What a reader of a report should know first, in plain words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from selcon_plugin.collapse import find_collapse_signs
+from selcon_plugin.report.collect import RunData, cameras_of_clusters
+
+_MANY_OUTLIERS = 0.5
+_MANY_ONE_CAMERA_CLUSTERS = 0.5
+_FEW_LOSSES = 4
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something to know about a run.
+
+    Attributes:
+        level: ``"warning"`` for what speaks against the result, ``"info"`` for the rest.
+        text: What is so.
+        remedy: What to do about it; may be empty.
+    """
+
+    level: Literal["warning", "info"]
+    text: str
+    remedy: str = ""
+
+
+def find_notes(run: RunData) -> list[Note]:
+    """Look for what speaks against a run, and for what its report lacks.
+
+    Args:
+        run: The run.
+
+    Returns:
+        Warnings first.
+    """
+    found = [*_of_clusters(run), *_of_cameras(run), *_of_training(run), *_of_images(run)]
+    found += _of_what_is_missing(run)
+    return sorted(found, key=lambda note: note.level == "info")
+
+
+def _of_clusters(run: RunData) -> Iterator[Note]:
+    clusters = run.curve("num_clusters").last
+    outliers = run.curve("outlier_share").last
+    if clusters is not None and clusters <= 1:
+        what = "All images are in one cluster" if clusters else "No cluster was found"
+        change = "Lower" if clusters else "Raise"
+        yield Note(
+            "warning", f"{what}.", f"{change} eps of the clustering, or set it to auto."
+        )
+    if outliers is not None and outliers > _MANY_OUTLIERS:
+        yield Note(
+            "warning",
+            f"{100 * outliers:.0f} % of the images are in no cluster.",
+            "Raise eps, lower min_samples, or set eps to auto; with few images per person "
+            "many outliers are usual.",
+        )
+    measured = {
+        name: value
+        for name in ("embedding_variance", "effective_rank", "largest_cluster_share")
+        if (value := run.curve(name).last) is not None
+    }
+    if measured.get("largest_cluster_share") == 1 and clusters == 1:
+        del measured["largest_cluster_share"]  # said above
+    signs = find_collapse_signs(measured, _num_images(run))
+    if signs:
+        text = str(signs)
+        yield Note(
+            "warning",
+            f"The features look collapsed: {text}.",
+            "Begin with pretrained weights, lower the learning rate, or lower eps.",
+        )
+
+
+def _num_images(run: RunData) -> int:
+    return int(run.results.get("num_images", 0)) or (
+        0 if run.images is None else len(run.images.paths)
+    )
+
+
+def _of_cameras(run: RunData) -> Iterator[Note]:
+    record, images = run.embedding, run.images
+    if record is None or images is None or not record.clustered:
+        return
+    cameras = images.camids[images.camids >= 0]
+    if len(np.unique(cameras)) < 2:
+        return
+    share = float(np.mean(cameras_of_clusters(record.labels, images.camids) == 1))
+    if share > _MANY_ONE_CAMERA_CLUSTERS:
+        yield Note(
+            "warning",
+            f"{100 * share:.0f} % of the clusters hold images of one camera only: the "
+            "features may tell cameras apart rather than people.",
+            "Use a method on camera proxies (CAP, O2CAP), drop such clusters "
+            "(DROP_SINGLE_CAMERA), or raise eps.",
+        )
+
+
+def _of_training(run: RunData) -> Iterator[Note]:
+    losses = [v for v in run.curve("total_loss").values if math.isfinite(v)]
+    if len(losses) >= _FEW_LOSSES:
+        third = max(1, len(losses) // 3)
+        first, last = float(np.mean(losses[:third])), float(np.mean(losses[-third:]))
+        if last >= first:
+            yield Note(
+                "warning",
+                f"The loss did not fall: {first:.3g} at first, {last:.3g} at the end.",
+                "Lower the learning rate. Where the number of clusters grows, so does the "
+                "loss: judge by the quality of the clusters then.",
+            )
+    skipped = run.curve("skipped_steps").last
+    if skipped:
+        yield Note(
+            "warning",
+            f"{skipped:.0f} steps were left out because of NaN or infinity.",
+            "The log names the images and the weights.",
+        )
+
+
+def _of_images(run: RunData) -> Iterator[Note]:
+    if run.images is not None and run.images.num_left_out:
+        yield Note(
+            "warning",
+            f"{run.images.num_left_out} image files could not be read and were left out.",
+            "The log names them.",
+        )
+
+
+def _of_what_is_missing(run: RunData) -> Iterator[Note]:
+    for text in run.broken:
+        yield Note("warning", f"Not shown, since it could not be read: {text}.")
+    if not run.results:
+        yield Note(
+            "info",
+            "The run has not finished: figures are those so far.",
+            "Go on with --resume, then build the report again.",
+        )
+    elif not run.metrics:
+        yield Note(
+            "info",
+            "The run has no test set: whether the features rank well is not known.",
+            "Look at the clusters and the neighbours below.",
+        )
+    if run.embedding is None:
+        yield Note(
+            "info",
+            "The run left no record of its features: there is no map and no clusters.",
+            "Runs of earlier versions have none.",
+        )

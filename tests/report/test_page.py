@@ -1,0 +1,311 @@
+"""The page: what it says, that nothing leaks in, that it stays small."""
+
+from __future__ import annotations
+
+import html.parser
+import itertools
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from selcon_plugin.engine.embedding_record import EmbeddingRecord
+from selcon_plugin.report import (
+    collect_run,
+    crops,
+    finish_run,
+    write_comparison,
+    write_report,
+)
+from selcon_plugin.report.charts import Series, line_chart, ticks
+from selcon_plugin.report.crops import Crops
+from selcon_plugin.report.embedding_map import lay_out
+
+_VOID = {"meta", "img", "input", "br", "link", "path", "circle"}
+
+
+class Outline(html.parser.HTMLParser):
+    """Reads a page: tags, ids, headings, images; fails where elements do not nest."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(page)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if tag not in _VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.text.append(data)
+
+    def of(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def report(folder, **options):
+    return write_report(folder, **options).read_text(encoding="utf-8")
+
+
+def test_a_page_has_all_parts(make_run):
+    outline = Outline(report(make_run()))
+    sections = [s["id"] for s in outline.of("section")]
+    assert sections == [
+        *(
+            "summary",
+            "curves",
+            "map",
+            "clusters",
+            "distances",
+            "ranked",
+            "settings",
+            "about",
+        )
+    ]
+    text = " ".join(outline.text)
+    for words in (
+        "61.2 %",
+        "No warnings",
+        "1 min 15 s",
+        "eps 0.6",
+        "ClusterContrast",
+        "2.13",
+    ):
+        assert words in text
+    links = [a["href"] for a in outline.of("a")]
+    ids = {attrs["id"] for _, attrs in outline.tags if "id" in attrs}
+    assert {link.removeprefix("#") for link in links} <= ids
+
+
+def test_a_page_is_accessible_as_far_as_markup_tells(make_run):
+    outline = Outline(report(make_run()))
+    assert outline.of("html") == [{"lang": "en"}]
+    assert all(image["alt"] for image in outline.of("img"))
+    for svg in outline.of("svg"):
+        assert svg.get("aria-label") or svg.get("aria-hidden") == "true"
+    levels = [int(tag[1]) for tag, _ in outline.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(b <= a + 1 for a, b in itertools.pairwise(levels))
+    assert {"main", "nav", "header", "footer"} <= {tag for tag, _ in outline.tags}
+    # A label per radio button, headings for rows and columns.
+    assert {i["id"] for i in outline.of("input")} == {x["for"] for x in outline.of("label")}
+    assert all(th["scope"] in ("col", "row") for th in outline.of("th"))
+
+
+def test_a_page_asks_for_nothing(make_run):
+    page = report(make_run())
+    outline = Outline(page)
+    for _, attrs in outline.tags:
+        for name in ("src", "href"):
+            assert (attrs.get(name) or "#").startswith(("#", "data:"))
+    assert not re.search(r"url\((?!data:)|@import|fetch\(|XMLHttp|https?://", page)
+    assert "default-src 'none'" in outline.of("meta")[1]["content"]
+
+
+def test_names_and_values_are_escaped(make_run):
+    folder = make_run(NOTE="</script><script>alert(1)</script><img src=x>")
+    (folder / "results.json").write_text(
+        '{"method": "<i>bold</i>", "versions": {"<u>": 1}}'
+    )
+    page = report(folder)
+    outline = Outline(page)
+    assert len(outline.of("script")) == 2
+    for tag in ("b", "i", "u"):
+        assert not outline.of(tag)
+    assert "<b>&'\"x.png" in {image["alt"].split(",")[0] for image in outline.of("img")}
+
+
+def test_no_images_leaves_every_crop_out(make_run):
+    folder = make_run()
+    page = report(folder, images=False)
+    assert "data:image" not in page
+    assert not Outline(page).of("img")
+    assert "data:image" in report(folder, images=None)
+    private = make_run("private", REPORT_IMAGES=False)
+    assert "data:image" not in report(private)
+    assert "data:image" in report(private, images=True)
+
+
+def test_crops_that_are_gone_are_named(make_run):
+    folder = make_run()
+    for file in folder.glob("*.png"):
+        file.unlink()
+    outline = Outline(report(folder))
+    assert not outline.of("img")
+    assert any("c1_01.png" in text for text in outline.text)
+
+
+def test_pictures_stay_within_their_budget(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    paths = []
+    for i in range(40):
+        paths.append(str(tmp_path / f"{i}.png"))
+        noise = rng.integers(0, 256, (128, 64, 3), dtype=np.uint8)  # the worst to compress
+        Image.fromarray(noise).save(paths[-1])
+    monkeypatch.setattr(crops, "MAX_CROP_BYTES", 50_000)
+    monkeypatch.setattr(crops, "MAX_SPRITE_BYTES", 120_000)
+    made = Crops()
+    uris = [made.uri(path) for path in paths]
+    assert 0 < sum(map(len, uris)) <= 50_000
+    assert [made.uri(path) for path in paths] == uris
+    sprite = made.sprite(paths)
+    assert sprite is not None
+    assert len(sprite.uri) <= 120_000
+    monkeypatch.setattr(crops, "MAX_SPRITE_BYTES", 1000)
+    assert Crops().sprite(paths) is None
+
+
+def test_the_largest_report_is_below_ten_megabytes():
+    """Pictures are bounded; so are a map of 2,000 points and its names."""
+    point = '[123.4,567.8,"' + "x" * 250 + '",12345,123],'
+    marks = 2 * 2000 * 60
+    text = 2000 * len(point) + marks + 500_000  # tables, curves, settings
+    assert crops.MAX_CROP_BYTES + crops.MAX_SPRITE_BYTES + text < 10_000_000
+
+
+def test_neighbours_take_the_place_of_ranks(make_run):
+    folder = make_run(ranked=False, identities=False)
+    (folder / "ranked.json").unlink(missing_ok=True)
+    text = " ".join(Outline(report(folder)).text)
+    assert "Nearest neighbours" in text
+    assert "no test set" in text
+    assert "true identit" not in text
+    assert "true identit" in " ".join(Outline(report(make_run("known"))).text)
+
+
+def test_a_method_without_clusters_has_a_map_by_camera(make_run):
+    page = report(make_run(clustered=False))
+    outline = Outline(page)
+    assert [i["value"] for i in outline.of("input")] == ["camera"]
+    assert "cosine distance" in " ".join(outline.text)
+    assert "clusters" not in [s["id"] for s in outline.of("section")]
+
+
+def test_a_run_of_which_little_is_left(tmp_path):
+    (tmp_path / "metrics.json").write_text('{"iteration": 4, "total_loss": 1.5}\n{"itera')
+    (tmp_path / "embedding.npz").write_bytes(b"PK no archive")
+    (tmp_path / "images.json").write_text("[]")
+    text = " ".join(Outline(report(tmp_path)).text)
+    assert "has not finished" in text
+    assert text.count("could not be read") == 2
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"holds no run.*OUTPUT_DIR"):
+        write_report(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        write_report(tmp_path / "gone")
+
+
+def test_a_record_of_other_images_is_not_shown(make_run):
+    folder = make_run()
+    content = json.loads((folder / "images.json").read_text())
+    content["images"].pop()
+    (folder / "images.json").write_text(json.dumps(content))
+    run = collect_run(folder)
+    assert run.embedding is None
+    assert run.broken == ("the record of the features is of other images",)
+
+
+def test_settings_that_differ_are_marked(make_run):
+    folder = make_run(SEED=3, EMA_DECAY=0.0)
+    defaults = {"MODEL.SELCON.SEED": 0, "MODEL.SELCON.EMA_DECAY": 0.0}
+    text = " ".join(Outline(report(folder, defaults_of=lambda _: defaults)).text)
+    top, full = text.split("The full config")
+    assert "MODEL.SELCON.SEED 3 0" in top
+    assert "EMA_DECAY" not in top
+    assert "MODEL.SELCON.SEED 3 changed" in full
+
+
+def test_curves_are_over_epochs_and_end_with_the_run(make_run):
+    run = collect_run(make_run())
+    assert run.curve("num_clusters").epochs == (0.0, 1.0, 2.0)
+    assert run.curve("total_loss").epochs == (1.0, 2.0, 3.0)
+    assert run.curve("total_loss").values == (3.0, 2.0, 1.0)
+    assert run.curve("mAP").epochs == (3.0,)
+    with (run.folder / "metrics.json").open("a") as stream:
+        stream.write('\n{"iteration": 39, "total_loss": 9.0}')  # of a longer run
+    assert collect_run(run.folder).curve("total_loss").epochs[-1] == 3.0
+
+
+def test_comparison(make_run, tmp_path):
+    runs = [make_run("a", SEED=0), make_run("b", SEED=1)]
+    page = write_comparison(runs, tmp_path / "c.html").read_text(encoding="utf-8")
+    outline = Outline(page)
+    text = " ".join(outline.text)
+    assert "MODEL.SELCON.SEED 0 1" in text
+    assert "METHOD" not in text  # it is the same
+    assert text.count("61.2 %") == 2
+    assert "data:image" not in page
+    for bad in ([runs[0]], [runs[0], runs[0]]):
+        with pytest.raises(ValueError, match="two runs or more"):
+            write_comparison(bad, tmp_path / "d.html")
+
+
+def test_a_report_that_fails_is_a_warning(make_run, monkeypatch, caplog):
+    folder = make_run()
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("selcon_plugin.report.write_report", fail)
+    finish_run(folder, lambda _: None)
+    assert "disk full" in caplog.text
+    finish_run("", lambda _: None)
+
+
+# --- figures ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (3, 3), (-0.2, 0.35), (1e-7, 2e-2), (0, 0)]
+)
+def test_ticks_enclose_the_values(low, high):
+    found = ticks(low, high)
+    assert found[0] <= low <= high <= found[-1]
+    assert 2 <= len(found) <= 13
+    steps = np.diff(found)
+    assert np.allclose(steps, steps[0])
+
+
+def test_a_chart_shows_its_figures_at_their_places():
+    page = line_chart([Series("a", [0, 10], [0.0, 4.0])], title="T", x_label="x")
+    assert "M52.0 210.0L466.0 12.0" in page  # the corners of the plot
+    assert page.count("<tr>") == 3
+    assert line_chart([Series("a", [1.0], [float("nan")])], title="T", x_label="x") == ""
+
+
+def test_layout_keeps_groups_together_and_repeats():
+    rng = np.random.default_rng(0)
+    group = np.repeat(np.arange(3), 20)
+    points = 10 * np.eye(3)[group] + rng.normal(size=(60, 3))
+    places = lay_out(points.astype(np.float16))
+    assert places.min() == 0.0
+    assert places.max() == 1.0
+    distance = np.linalg.norm(places[:, None] - places[None], axis=2)
+    np.fill_diagonal(distance, np.inf)
+    assert (group[distance.argmin(axis=1)] == group).all()
+    assert np.array_equal(places, lay_out(points.astype(np.float16)))
+    for count in (0, 1, 3):
+        assert lay_out(np.zeros((count, 2), dtype=np.float16)).shape == (count, 2)
+
+
+def test_record_survives_its_file(make_run):
+    record = EmbeddingRecord.load(make_run())
+    assert record.clustered
+    assert record.num_clusters == 6
+    assert record.epoch == 2
+    assert record.eps == 0.6
