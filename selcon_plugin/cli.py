@@ -1,4 +1,4 @@
-"""``selcon``: train, eval, bench, extract, demo and doctor from the command line.
+"""``selcon``: train, eval, bench, extract, config, demo and doctor from the command line.
 
 The arguments of ``train`` and ``eval`` are those of FastReID's own train script. Nothing
 algorithmic happens here: arguments are read, a config is made, a function is called.
@@ -49,6 +49,7 @@ usage: selcon COMMAND [ARGUMENTS]
   eval      evaluate a checkpoint
   bench     train and evaluate several configs on several seeds; write a table
   extract   write the features of a folder of images to a file
+  config    say what a config key means, or list all keys
   demo      draw data, train and evaluate, in minutes, on a CPU
   doctor    say what is installed, what works and how to mend the rest
 
@@ -79,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "eval": _eval,
         "bench": _command("selcon_plugin.bench"),
         "extract": _extract,
+        "config": _command("selcon_plugin.commands.config"),
         "demo": _command("selcon_plugin.demo"),
         "doctor": _command("selcon_plugin.doctor"),
     }

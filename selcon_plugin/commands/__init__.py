@@ -1,1 +1,1 @@
-"""Commands of ``selcon``, a module each with a ``main(argv)``; hosts are imported inside."""
+"""Commands of ``selcon``, a module each with a ``main(argv)``; they import the hosts."""
