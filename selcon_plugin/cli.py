@@ -510,7 +510,7 @@ def run(cfg: Any, args: argparse.Namespace) -> Any:
             raise ValueError("DATASETS.TESTS is empty: there is nothing to evaluate on")
         results = SelConTrainer.test(cfg, load_trained_model(cfg))
     else:
-        trainer = SelConTrainer(cfg, show_progress=sys.stderr.isatty())
+        trainer = SelConTrainer(cfg)
         trainer.resume_or_load(resume=args.resume)
         forget_results(cfg.OUTPUT_DIR)
         readers = cfg.MODEL.DEVICE == "cpu" and cfg.DATALOADER.NUM_WORKERS

@@ -44,6 +44,7 @@ from selcon_plugin.engine.bad_numbers import (
 from selcon_plugin.engine.image_check import report_unreadable
 from selcon_plugin.engine.images import IndexedImages
 from selcon_plugin.engine.network import EmbeddingNetwork
+from selcon_plugin.engine.progress import Stage, duration
 from selcon_plugin.features import Embeddings
 from selcon_plugin.methods import Method
 from selcon_plugin.samplers import BatchStream, ClusterSampler
@@ -105,6 +106,7 @@ class TrainingRun:
 
     def __post_init__(self) -> None:
         self._true_pids = self.dataset.known_pids
+        self._clustering_seconds: float | None = None
         self.guard = StepGuard(
             self.network,
             self.dataset.paths,
@@ -309,13 +311,17 @@ class TrainingRun:
             embeddings = Embeddings(own)
             usable = torch.ones(len(self.dataset), dtype=torch.bool)
         extracted = time.perf_counter()
-        found = self._label(embeddings, usable) if rank() == 0 else None
+        last = self._clustering_seconds
+        hint = f" ({duration(last)} the last time)" if last is not None else ""
+        with Stage(f"Clustering {len(self.dataset)} images{hint}"):
+            found = self._label(embeddings, usable) if rank() == 0 else None
         pseudo_labels = share_pseudo_labels(found, self.network.device)
         self.method.prepare(embeddings, self._camids(), pseudo_labels)
         seconds = {
             "extraction_seconds": extracted - started,
             "clustering_seconds": time.perf_counter() - extracted,
         }
+        self._clustering_seconds = seconds["clustering_seconds"]
         if rank() == 0:
             spread = self._watch(
                 epoch,

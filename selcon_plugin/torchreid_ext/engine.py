@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from selcon_plugin.clustering import Labeler, labeler_options
 from selcon_plugin.compat import import_torchreid
@@ -29,6 +30,7 @@ from selcon_plugin.engine.checkpoints import (
 )
 from selcon_plugin.engine.extraction import calibrate_normalization, extract_embeddings
 from selcon_plugin.engine.image_list import images_to_resume_with, write_image_list
+from selcon_plugin.engine.progress import TrainingProgress, Watched, on_terminal
 from selcon_plugin.engine.run import TrainingRun, seed_all
 from selcon_plugin.engine.run_record import RunMeter
 from selcon_plugin.engine.run_state import RunState
@@ -176,6 +178,7 @@ class ImageSelConEngine(_Engine):
         self._step = 0
         self._steps_done = 0  # of the epoch to start with
         self._signals = StopSignals()
+        self._progress: TrainingProgress | None = None
         self._ready = False
 
     # --- setting up -----------------------------------------------------------------------
@@ -325,10 +328,17 @@ class ImageSelConEngine(_Engine):
             first, done = self.epoch * len(self.train_loader), self._steps_done
             self._step, self._steps_done = first + done, 0
             self._stop_if_asked()
+            if self._progress is None:
+                self._progress = TrainingProgress(
+                    self.max_epoch, len(self.train_loader), self._step
+                )
             self._training.start_epoch(self.epoch)
             self._training.renew_batches(self.epoch, first, done)
             self.train_loader.steps_done = done
-            super().train(print_freq, fixbase_epoch, open_layers)
+            # A bar says what torchreid's own lines say, and they would break it.
+            every = sys.maxsize if on_terminal() else print_freq
+            with contextlib.closing(self._progress):
+                super().train(every, fixbase_epoch, open_layers)
             measured = self._training.end_epoch(self.epoch)
             self._write("Features", measured)
         done, period = self.epoch + 1, self._checkpoint_period
@@ -358,6 +368,8 @@ class ImageSelConEngine(_Engine):
         """
         # torchreid counts from 0 in an epoch begun by an earlier part of the run, too.
         self.batch_idx = self._step - self.epoch * len(self.train_loader)
+        if self._progress is not None:
+            self._progress.begin_step(self._step)
         self._training.start_step(self._step)
         guard = self._training.guard
         micro_batches = split_batch(data, self._options["micro_batches"])
@@ -377,6 +389,8 @@ class ImageSelConEngine(_Engine):
         else:
             self.optimizer.step()
         self._training.after_step()
+        if self._progress is not None:
+            self._progress.end_step(self._step, summary.get("loss"))
         self._step += 1
         if guard.skipped:
             return {}
@@ -447,6 +461,9 @@ class ImageSelConEngine(_Engine):
         # torchreid fails on a rank beyond what is left of a small gallery.
         smallest = _smallest_gallery(self.datamanager.test_dataset[dataset_name])
         ranks = [rank for rank in ranks if rank <= smallest]
+        for side in ("query", "gallery"):
+            name = f"Evaluation on {dataset_name}, {side}"
+            kwargs[f"{side}_loader"] = Watched(kwargs[f"{side}_loader"], name)
         with _ranks_up_to(smallest):
             rank1, mean_ap = super()._evaluate(
                 dataset_name=dataset_name, ranks=ranks, **kwargs
@@ -691,7 +708,7 @@ class _Printed(logging.Handler):
     """Shows messages as torchreid shows its own: on what is standard output by then."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        sys.stdout.write(f"{self.format(record)}\n")
+        tqdm.write(self.format(record), file=sys.stdout)  # above a bar, if there is one
 
 
 @contextlib.contextmanager
