@@ -44,6 +44,7 @@ from selcon_plugin.engine.bad_numbers import (
 from selcon_plugin.engine.image_check import report_unreadable
 from selcon_plugin.engine.images import IndexedImages
 from selcon_plugin.engine.network import EmbeddingNetwork
+from selcon_plugin.engine.pictures import write_pictures
 from selcon_plugin.engine.progress import Stage, duration
 from selcon_plugin.features import Embeddings
 from selcon_plugin.methods import Method
@@ -246,6 +247,28 @@ class TrainingRun:
             unreadable=on_any_rank(self.dataset.unreadable),
             max_bad_share=self.max_bad_share,
             what_happened="others were drawn in their place, with their own labels",
+        )
+
+    def write_pictures(self, folder: str, step: int) -> None:
+        """Write contact sheets and the embedding of the trained network to TensorBoard.
+
+        Every rank extracts its share; the main process writes.
+
+        Args:
+            folder: Folder of the run.
+            step: Optimiser steps done.
+        """
+        embeddings, usable = self._extract()
+        if rank() > 0:
+            return
+        kept = usable.nonzero().flatten().tolist()
+        write_pictures(
+            folder,
+            [self.dataset.paths[i] for i in kept],
+            [self.dataset.camids[i] for i in kept],
+            embeddings.global_features[kept],
+            self.method.labels[kept],
+            step=step,
         )
 
     def diagnostics(self) -> dict[str, float]:

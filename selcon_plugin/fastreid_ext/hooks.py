@@ -67,6 +67,24 @@ class DiagnosticsHook(HookBase):
             self.trainer.storage.put_scalars(smoothing_hint=False, **report)
 
 
+class PicturesHook(HookBase):
+    """Write pictures of clusters and embedding to TensorBoard after the last epoch.
+
+    Args:
+        run: The training run.
+        folder: Its folder.
+    """
+
+    def __init__(self, run: TrainingRun, folder: str) -> None:
+        self._run = run
+        self._folder = folder
+
+    def after_epoch(self) -> None:
+        """Write them, if that was the last."""
+        if self.trainer.epoch + 1 == self.trainer.max_epoch:
+            self._run.write_pictures(self._folder, self.trainer.iter)
+
+
 class ProgressHook(HookBase):
     """A line for each epoch of training: steps, loss, time left, memory."""
 

@@ -42,6 +42,7 @@ from selcon_plugin.fastreid_ext.hooks import (
     DiagnosticsHook,
     EvaluationHook,
     MethodHook,
+    PicturesHook,
     ProgressHook,
 )
 from selcon_plugin.fastreid_ext.meta_arch import SelCon
@@ -300,6 +301,8 @@ class SelConTrainer(DefaultTrainer):
         result: list[HookBase] = [MethodHook(run)]
         if self.labeler is not None:
             result.append(ClusteringHook(run))
+        if self.cfg.MODEL.SELCON.TENSORBOARD_PICTURES:
+            result.append(PicturesHook(run, self.cfg.OUTPUT_DIR))
         if self._show_progress:
             # After the clustering, which is a stage of its own; before the evaluation.
             result.append(ProgressHook())

@@ -106,7 +106,8 @@ class ImageSelConEngine(_Engine):
         **options: Options of the method, such as ``temperature``, and of the run:
             ``sampler``, ``outlier_share``, ``iters_per_epoch``, ``micro_batches``,
             ``extra_images``, ``max_bad_share``, ``ema_decay``, ``diagnostics_period``,
-            ``keep_checkpoints``, ``on_bad_numbers``, ``max_bad_steps``, ``seed``.
+            ``keep_checkpoints``, ``tensorboard_pictures``, ``on_bad_numbers``,
+            ``max_bad_steps``, ``seed``.
 
     Attributes:
         start_epoch: Epoch to begin with; set by :meth:`resume`.
@@ -341,6 +342,8 @@ class ImageSelConEngine(_Engine):
                 super().train(every, fixbase_epoch, open_layers)
             measured = self._training.end_epoch(self.epoch)
             self._write("Features", measured)
+            if self._options["tensorboard_pictures"] and self.epoch + 1 == self.max_epoch:
+                self._training.write_pictures(self._save_dir, self._step)
         done, period = self.epoch + 1, self._checkpoint_period
         if period and done % period == 0 and done < self.max_epoch:
             self.save_model(self.epoch, 0.0, self._save_dir)
