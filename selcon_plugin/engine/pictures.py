@@ -116,7 +116,8 @@ def write_pictures(
     """Write a contact sheet of clusters and the embedding to a run's TensorBoard files.
 
     Of the embedding at most 1,000 images are shown, with 64 principal axes, cluster,
-    camera, file name and a small crop. A failure to write is a warning: the run is worth more.
+    camera, file name and a small crop. A failure to write is a warning: the run is worth
+    more.
 
     Args:
         folder: Folder of the run.

@@ -1036,12 +1036,12 @@ def test_training_on_a_gpu_fills_banks_there(manager, tmp_path, method):
     assert engine.resume(tmp_path) == 2
 
 
-def test_pictures_and_a_line_for_each_stage(make_engine, tmp_path, capfd):
+def test_pictures_and_a_line_for_each_stage(make_engine, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="selcon_plugin")
     engine = make_engine(method="ClusterContrast", tensorboard_pictures=True)
     engine.run(save_dir=str(tmp_path), max_epoch=1, print_freq=100)
     (vectors,) = tmp_path.rglob("tensors.tsv")
     assert len(vectors.read_text().splitlines()) == 40
-    out = capfd.readouterr().out
     for stage in (
         "Features of 40 images: ",
         "Clustering 40 images: ",
@@ -1049,4 +1049,4 @@ def test_pictures_and_a_line_for_each_stage(make_engine, tmp_path, capfd):
         "Evaluation on few, query: ",
         "Evaluation on few, gallery: ",
     ):
-        assert stage in out, out
+        assert stage in caplog.text
