@@ -101,7 +101,8 @@ def reduced(features: Tensor, dimensions: int = _MAX_DIMENSIONS) -> Tensor:
     """
     centred = features.double() - features.double().mean(dim=0)
     _, _, axes = torch.linalg.svd(centred, full_matrices=False)
-    return (centred @ axes[:dimensions].T).float()
+    projected: Tensor = centred @ axes[:dimensions].T
+    return projected.float()
 
 
 def write_pictures(
@@ -132,13 +133,11 @@ def write_pictures(
     try:
         from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(str(folder)) as writer:  # type: ignore[no-untyped-call]
+        with SummaryWriter(str(folder)) as writer:
             if bool((labels != OUTLIER).any()):
                 sheet = np.asarray(cluster_sheet(paths, features, labels))
-                writer.add_image(  # type: ignore[no-untyped-call]
-                    "largest_clusters", sheet, step, dataformats="HWC"
-                )
-            writer.add_embedding(  # type: ignore[no-untyped-call]
+                writer.add_image("largest_clusters", sheet, step, dataformats="HWC")
+            writer.add_embedding(
                 reduced(features[points]),
                 metadata=[
                     [_cluster_name(labels[i]), camids[i], Path(paths[i]).name]

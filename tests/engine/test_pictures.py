@@ -92,7 +92,8 @@ def test_projector_files_hold_what_tensorboard_reads(images, tmp_path):
     assert rows[4] == ["1", "0", "3.png"]
     assert rows[9] == ["none", "-1", "8.png"]
     (sprite,) = folder.rglob("sprite.png")
-    assert Image.open(sprite).size == (3 * 64, 3 * 64)
+    with Image.open(sprite) as picture:
+        assert picture.size == (3 * 64, 3 * 64)
     assert "training_images" in (folder / "projector_config.pbtxt").read_text()
     event_accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"

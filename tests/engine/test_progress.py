@@ -35,9 +35,15 @@ def clock(monkeypatch):
 
 
 @pytest.fixture
-def lines(caplog):
-    caplog.set_level(logging.INFO, logger="selcon_plugin")
-    return caplog.messages
+def lines():
+    """What is logged, as it comes."""
+    said = []
+    log = logging.getLogger("selcon_plugin")
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    log.addHandler(handler)  # taken off again by the fixture that restores loggers
+    log.setLevel(logging.INFO)
+    return said
 
 
 @pytest.fixture
