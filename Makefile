@@ -4,7 +4,8 @@
 #   make test    run the tests
 #
 # Both build .venv first, once, from Python >= 3.10, pip and the network; the second run of
-# either installs nothing. Others: make check (linters, types), format, venv, clean.
+# either installs nothing. Others: make check (linters, types), docs (the site, into site/),
+# format, venv, clean.
 #
 #   PYTHON=python3.12 make test           another Python
 #   TORCH_BUILD=cuda make demo            torch with CUDA, or cpu; default: by nvidia-smi
@@ -23,7 +24,7 @@ INSTALL := $(BIN)/python -m pip --disable-pip-version-check install
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 STAMP := $(VENV)/installed-python$(PYTHON_VERSION)-$(TORCH_BUILD)
 
-.PHONY: demo test check format venv clean
+.PHONY: demo test check docs format venv clean
 
 demo: $(STAMP)
 	$(BIN)/selcon demo
@@ -36,6 +37,15 @@ check: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/codespell
 	$(BIN)/mypy
+
+# Strict: a link that leads nowhere fails. The variable silences news of the theme's makers.
+docs: $(STAMP) $(VENV)/installed-docs
+	$(BIN)/python tools/config_tables.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+$(VENV)/installed-docs: $(STAMP) requirements/docs.txt
+	$(INSTALL) -c requirements/constraints.txt -r requirements/docs.txt
+	@touch $@
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix
@@ -74,5 +84,5 @@ $(STAMP): setup.py $(wildcard requirements/*.txt)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

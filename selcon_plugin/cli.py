@@ -1,4 +1,4 @@
-"""``selcon``: train, eval, bench, extract, demo and doctor from the command line.
+"""``selcon``: train, eval, bench, extract, config, demo and doctor from the command line.
 
 The arguments of ``train`` and ``eval`` are those of FastReID's own train script. Nothing
 algorithmic happens here: arguments are read, a config is made, a function is called.
@@ -59,6 +59,7 @@ usage: selcon COMMAND [ARGUMENTS]
   cluster   cluster a folder of images: who may be the same person
   adapt     train a network further on a folder of images, and keep what became better
   report    write what a run learned as one page to look at; compare runs
+  config    say what a config key means, or list all keys
   demo      draw data, train and evaluate, in minutes, on a CPU
   doctor    say what is installed, what works and how to mend the rest
 
@@ -95,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "cluster": _command("selcon_plugin.commands.cluster"),
         "adapt": _command("selcon_plugin.commands.adapt"),
         "report": _command("selcon_plugin.commands.report"),
+        "config": _command("selcon_plugin.commands.config"),
         "demo": _command("selcon_plugin.demo"),
         "doctor": _command("selcon_plugin.doctor"),
     }
@@ -558,7 +560,7 @@ def run(cfg: Any, args: argparse.Namespace) -> Any:
             raise ValueError("DATASETS.TESTS is empty: there is nothing to evaluate on")
         results = SelConTrainer.test(cfg, load_trained_model(cfg))
     else:
-        trainer = SelConTrainer(cfg, show_progress=sys.stderr.isatty())
+        trainer = SelConTrainer(cfg)
         trainer.resume_or_load(resume=args.resume)
         forget_results(cfg.OUTPUT_DIR)
         readers = cfg.MODEL.DEVICE == "cpu" and cfg.DATALOADER.NUM_WORKERS

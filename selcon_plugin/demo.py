@@ -33,6 +33,7 @@ from selcon_plugin.cli import (
 )
 from selcon_plugin.datasets import generate_synthetic_persons
 from selcon_plugin.engine.checks import flatten_config
+from selcon_plugin.engine.progress import on_terminal
 from selcon_plugin.engine.stopping import RunStopped
 from selcon_plugin.visualize import LabeledImages, loss_curve, ranked_sheet
 
@@ -256,7 +257,7 @@ def _train(cfg: Any) -> tuple[nn.Module, int]:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.DATASETS.TESTS = ()  # it is evaluated afterwards
-    trainer = SelConTrainer(cfg, show_progress=True)
+    trainer = SelConTrainer(cfg)
     trainer.resume_or_load(resume=True)
     if trainer.start_epoch >= trainer.max_epoch:
         _say("[3/5] Training was finished earlier; --fresh would train anew")
@@ -351,7 +352,7 @@ def _duration(seconds: float) -> str:
 
 @contextlib.contextmanager
 def _log_into(file: Path) -> Iterator[None]:
-    """Write what is logged into a file, and only warnings to the terminal."""
+    """Write what is logged into a file; to the terminal warnings, and progress."""
     to_file = logging.FileHandler(file)
     form = "[%(asctime)s] %(name)s %(levelname)s: %(message)s"
     to_file.setFormatter(logging.Formatter(form))
@@ -361,8 +362,13 @@ def _log_into(file: Path) -> Iterator[None]:
     handlers: dict[str, list[logging.Handler]] = {
         "fastreid": [to_file, to_terminal],
         "selcon_plugin": [to_file, to_terminal],
+        "selcon_plugin.engine.progress": [to_file],
         "py.warnings": [to_file],  # from libraries: nothing the reader could mend
     }
+    if not on_terminal():  # where there are no bars
+        lines = logging.StreamHandler(sys.stderr)
+        lines.setFormatter(logging.Formatter("      %(message)s"))
+        handlers["selcon_plugin.engine.progress"].append(lines)
     loggers = [logging.getLogger(name) for name in handlers]
     earlier = [(log.handlers, log.level, log.propagate) for log in loggers]
     for log in loggers:

@@ -5,17 +5,31 @@ A method states each option once, in its signature::
     def __init__(self, ..., *, temperature: Annotated[float, Interval(0, above=True)] = 0.1)
 
 From there come the constructor's default, the config key (``TEMPERATURE``), its check and
-the error that names key, value and legal range.
+the error that names key, value and legal range; what it means comes from the docstring.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+_KINDS: dict[type, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "text",
+    list: "a list",
+    tuple: "a list",
+}
+_SECTION = r"^{name}:\n((?:[ ]{{4}}.*(?:\n|$)|\n)+)"
+_ENTRY = re.compile(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
+_ROLE = re.compile(r":\w+:`~?(?:[\w.]+\.)?(\w+)`")  # :class:`~package.module.Name`
+_LITERAL = re.compile(r'``"?([^`"]+)"?``')
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,7 @@ class Option:
         kind: ``int``, ``float``, ``bool`` or ``str``.
         legal: Range or choice; None if every value of the type is legal.
         words: Words that are legal besides, such as "auto" for a number to be found.
+        meaning: What it does, in Markdown, without a full stop.
     """
 
     name: str
@@ -85,6 +100,7 @@ class Option:
     kind: type
     legal: Interval | Choice | None
     words: tuple[str, ...] = ()
+    meaning: str = field(default="", compare=False)
 
     def check(self, value: Any, *, label: str | None = None) -> Any:
         """Return ``value`` in the option's type, or say what would be legal.
@@ -116,13 +132,7 @@ class Option:
 
     def describe(self) -> str:
         """Say in words what is legal."""
-        words = {
-            int: "a whole number",
-            float: "a number",
-            bool: "True or False",
-            str: "text",
-        }
-        kind = words[self.kind]
+        kind = _KINDS[self.kind]
         legal = kind if self.legal is None else f"{kind} {self.legal}"
         return " or ".join([legal, *map(repr, self.words)])
 
@@ -150,9 +160,12 @@ def options_of(constructor: Callable[..., Any]) -> dict[str, Option]:
         Options by name, in the order of the signature, a class's own before its base's.
     """
     if not inspect.isclass(constructor):
-        return _options_of_function(constructor)
+        meanings = described_names(constructor.__doc__)
+        return _with_meanings(_options_of_function(constructor), meanings)
     options: dict[str, Option] = {}
+    meanings = {}
     for cls in constructor.__mro__:
+        meanings = described_names(cls.__doc__) | meanings
         if "__init__" not in vars(cls):
             continue
         function = vars(cls)["__init__"]
@@ -164,7 +177,45 @@ def options_of(constructor: Callable[..., Any]) -> dict[str, Option]:
         kinds = [p.kind for p in inspect.signature(function).parameters.values()]
         if inspect.Parameter.VAR_KEYWORD not in kinds:
             break
-    return options
+    return _with_meanings(options, meanings)
+
+
+def _with_meanings(
+    options: Mapping[str, Option], meanings: Mapping[str, str]
+) -> dict[str, Option]:
+    return {
+        name: replace(option, meaning=meanings.get(name, ""))
+        for name, option in options.items()
+    }
+
+
+def described_names(docstring: str | None, section: str = "Args") -> dict[str, str]:
+    r"""Read what a docstring says of each argument, or attribute.
+
+    Args:
+        docstring: Docstring in Google's style, or None.
+        section: Heading of the section.
+
+    Returns:
+        By name the description: Markdown that begins with a small letter and ends without
+        a full stop.
+
+    Example:
+        >>> described_names("Draw.\n\nArgs:\n    form: Either ``\"a\"`` or ``\"b\"``.")
+        {'form': 'either `a` or `b`'}
+    """
+    text = inspect.cleandoc(docstring or "")
+    found = re.search(_SECTION.format(name=section), text, re.MULTILINE)
+    entries = _ENTRY.findall(found[1]) if found else []
+    return {name: _as_markdown(description) for name, description in entries}
+
+
+def _as_markdown(description: str) -> str:
+    text = " ".join(description.split()).removesuffix(".")
+    text = _LITERAL.sub(r"`\1`", _ROLE.sub(r"`\1`", text))
+    # "K, neighbours ..." begins with a symbol.
+    begins_with_word = text[:1].isupper() and text[1:2].islower()
+    return text[:1].lower() + text[1:] if begins_with_word else text
 
 
 def _options_of_function(function: Callable[..., Any]) -> dict[str, Option]:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from selcon_plugin.distributed import rank, world_size
+from selcon_plugin.distributed import world_size
 from selcon_plugin.engine.images import IndexedImages
 from selcon_plugin.engine.network import EmbeddingNetwork
+from selcon_plugin.engine.progress import with_progress
 from selcon_plugin.features import Embeddings
 from selcon_plugin.samplers import StreamSampler
 
@@ -52,7 +50,7 @@ def extract_embeddings(
     if heads.num_parts:
         size = (num_images, heads.num_parts, heads.part_dim)
         parts = torch.zeros(size, device=device)
-    for images, index in _with_progress(batches, "extracting features"):
+    for images, index in with_progress(batches, f"Features of {num_images} images"):
         rows = index.to(device)
         global_features, part_features = network.embed(images)
         globals_[rows] = global_features.float()
@@ -64,12 +62,6 @@ def extract_embeddings(
         if parts is not None:
             dist.all_reduce(parts)
     return Embeddings(globals_, parts)
-
-
-def _with_progress(batches: Iterable[Any], what: str) -> Iterable[Any]:
-    hidden = rank() > 0 or not sys.stderr.isatty()
-    bar: Iterable[Any] = tqdm(batches, desc=what, unit="batch", leave=False, disable=hidden)
-    return bar
 
 
 @torch.no_grad()

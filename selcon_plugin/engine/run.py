@@ -46,6 +46,8 @@ from selcon_plugin.engine.embedding_record import record_embedding
 from selcon_plugin.engine.image_check import report_unreadable
 from selcon_plugin.engine.images import IndexedImages
 from selcon_plugin.engine.network import EmbeddingNetwork
+from selcon_plugin.engine.pictures import write_pictures
+from selcon_plugin.engine.progress import Stage, duration
 from selcon_plugin.features import Embeddings
 from selcon_plugin.methods import Method
 from selcon_plugin.samplers import BatchStream, ClusterSampler
@@ -113,6 +115,7 @@ class TrainingRun:
         if self.best is not None:
             self.best.check(has_clusters=self.labeler is not None)
         self._true_pids = self.dataset.known_pids
+        self._clustering_seconds: float | None = None
         self.guard = StepGuard(
             self.network,
             self.dataset.paths,
@@ -277,6 +280,28 @@ class TrainingRun:
             what_happened="others were drawn in their place, with their own labels",
         )
 
+    def write_pictures(self, folder: str, step: int) -> None:
+        """Write contact sheets and the embedding of the trained network to TensorBoard.
+
+        Every rank extracts its share; the main process writes.
+
+        Args:
+            folder: Folder of the run.
+            step: Optimiser steps done.
+        """
+        embeddings, usable = self._extract()
+        if rank() > 0:
+            return
+        kept = usable.nonzero().flatten().tolist()
+        write_pictures(
+            folder,
+            [self.dataset.paths[i] for i in kept],
+            [self.dataset.camids[i] for i in kept],
+            embeddings.global_features[kept],
+            self.method.labels[kept],
+            step=step,
+        )
+
     def diagnostics(self) -> dict[str, float]:
         """Report what a user watches, from the last batch and the banks.
 
@@ -341,13 +366,17 @@ class TrainingRun:
         started = time.perf_counter()
         embeddings, usable = self._clustered_features()
         extracted = time.perf_counter()
-        found = self._label(embeddings, usable) if rank() == 0 else None
+        last = self._clustering_seconds
+        hint = f" ({duration(last)} the last time)" if last is not None else ""
+        with Stage(f"Clustering {len(self.dataset)} images{hint}"):
+            found = self._label(embeddings, usable) if rank() == 0 else None
         pseudo_labels = share_pseudo_labels(found, self.network.device)
         self.method.prepare(embeddings, self._camids(), pseudo_labels)
         seconds = {
             "extraction_seconds": extracted - started,
             "clustering_seconds": time.perf_counter() - extracted,
         }
+        self._clustering_seconds = seconds["clustering_seconds"]
         if rank() == 0:
             self._keep(embeddings.global_features, pseudo_labels, epoch)
             spread = self._watch(

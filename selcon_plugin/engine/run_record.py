@@ -55,7 +55,7 @@ class RunMeter:
     @property
     def peak_gpu_memory_mib(self) -> float:
         """Most memory that tensors took on a GPU so far, in MiB; 0 without a GPU."""
-        self._peak_gpu_memory = max(self._peak_gpu_memory, _peak_gpu_memory_mib())
+        self._peak_gpu_memory = max(self._peak_gpu_memory, peak_gpu_memory_mib())
         return self._peak_gpu_memory
 
     @contextmanager
@@ -116,7 +116,8 @@ def peak_memory_mib() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 1024)  # bytes there, else KiB
 
 
-def _peak_gpu_memory_mib() -> float:
+def peak_gpu_memory_mib() -> float:
+    """Return the most memory that tensors took on a GPU so far, in MiB; 0 without one."""
     if not torch.cuda.is_available():
         return 0.0
     devices = range(torch.cuda.device_count())

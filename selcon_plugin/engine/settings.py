@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from selcon_plugin.clustering import (
@@ -23,6 +23,7 @@ from selcon_plugin.clustering import (
     labeler_options,
 )
 from selcon_plugin.engine.best_weights import KEEP_BEST_BY, NEVER
+from selcon_plugin.engine.option_meanings import MEANINGS
 from selcon_plugin.methods import method_class, method_names, method_options
 from selcon_plugin.options import Choice, Interval, Option
 from selcon_plugin.samplers import planner_names
@@ -60,9 +61,17 @@ def run_options() -> dict[str, Option]:
         Option("on_bad_numbers", "skip", str, Choice(("skip", "stop"))),
         Option("max_bad_steps", 10, int, Interval(1)),
         Option("report_images", True, bool, None),
+        Option("tensorboard_pictures", False, bool, None),
         Option("seed", 0, int, Interval(0)),
     )
-    return {option.name: option for option in options}
+    return _described(options)
+
+
+def _described(options: Sequence[Option]) -> dict[str, Option]:
+    return {
+        option.name: replace(option, meaning=MEANINGS.get(option.name, ""))
+        for option in options
+    }
 
 
 def clustering_options() -> dict[str, Option]:
@@ -75,7 +84,7 @@ def clustering_options() -> dict[str, Option]:
         Option("drop_single_camera", False, bool, None),
         Option("outliers", "drop", str, Choice(("drop", "singleton", "nearest"))),
     )
-    return {option.name: option for option in options}
+    return _described(options)
 
 
 def own_method_options(name: str) -> dict[str, Option]:

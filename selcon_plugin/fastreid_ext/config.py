@@ -7,6 +7,7 @@ configs/README.md for the tables.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Mapping
@@ -31,7 +32,7 @@ from selcon_plugin.engine.checks import (
 )
 from selcon_plugin.engine.settings import ConfigKeys, sampler_of
 from selcon_plugin.methods import method_options
-from selcon_plugin.options import Choice, Interval, Option
+from selcon_plugin.options import Choice, Interval, Option, described_names
 
 logger = logging.getLogger(__name__)
 
@@ -46,28 +47,152 @@ def _optimizer_names() -> tuple[str, ...]:
 
 # How FastReID's config writes the plugin's keys.
 KEYS = ConfigKeys(
-    "MODEL.SELCON", str.upper, extra=(Option("test_camera_term", False, bool, None),)
+    "MODEL.SELCON",
+    str.upper,
+    extra=(
+        Option(
+            "test_camera_term",
+            False,
+            bool,
+            None,
+            meaning="add `SAME_CAMERA_PENALTY` at test time too. Uses camera ids of the "
+            "test set: say so next to the number",
+        ),
+    ),
 )
+
+
+def _own_options() -> tuple[Option, ...]:
+    spec = described_names(SyntheticPersonsSpec.__doc__, "Attributes")
+    timm, torchreid = "build_timm_backbone", "build_torchreid_backbone"
+    node = "DATASETS.SYNTHETIC_PERSONS"
+    return (
+        Option(
+            "MODEL.BACKBONE.TIMM_NAME",
+            "",
+            str,
+            None,
+            meaning=f"timm model for `MODEL.BACKBONE.NAME: {timm}`",
+        ),
+        Option(
+            "MODEL.BACKBONE.TORCHREID_NAME",
+            "",
+            str,
+            None,
+            meaning=f"torchreid model for `MODEL.BACKBONE.NAME: {torchreid}`, such as "
+            "`osnet_ain_x1_0`",
+        ),
+        Option(
+            "DATASETS.IMAGE_FOLDER.ROOT",
+            "",
+            str,
+            None,
+            meaning="folder of the data set `ImageFolderReID`",
+        ),
+        Option(
+            "DATASETS.IMAGE_FOLDER.CAMERA_PATTERN",
+            "",
+            str,
+            None,
+            meaning="regular expression whose first group, or match, is the camera in a "
+            'path below the folder; "" first sub-folder, "none" no cameras',
+        ),
+        *(
+            Option(f"{node}.{name.upper()}", value, int, None, meaning=spec[name])
+            for name, value in dataclasses.asdict(SyntheticPersonsSpec()).items()
+        ),
+        # FastReID's verify_results reads this key, its defaults lack it.
+        Option(
+            "TEST.EXPECTED_RESULTS",
+            [],
+            list,
+            None,
+            meaning="rows `[data set, metric, value, tolerance]`; the run fails if a "
+            "result is off",
+        ),
+    )
+
+
+# Keys beside MODEL.SELCON.
+OWN_OPTIONS = _own_options()
 
 
 _SCHEDULES = ("MultiStepLR", "CosineAnnealingLR")  # those FastReID has arguments for
 
 # FastReID's keys whose wrong values it meets late, or in silence.
-_HOST_OPTIONS = (
-    Option("SOLVER.IMS_PER_BATCH", 64, int, Interval(1)),
-    Option("SOLVER.MAX_EPOCH", 120, int, Interval(1)),
-    Option("SOLVER.BASE_LR", 0.01, float, Interval(0)),
-    Option("SOLVER.WEIGHT_DECAY", 0.0, float, Interval(0)),
-    Option("SOLVER.MOMENTUM", 0.9, float, Interval(0, 1, below=True)),
-    Option("SOLVER.WARMUP_ITERS", 0, int, Interval(0)),
-    Option("SOLVER.CHECKPOINT_PERIOD", 20, int, Interval(1)),
-    Option("SOLVER.OPT", "Adam", str, Choice(_optimizer_names())),
-    Option("SOLVER.SCHED", "MultiStepLR", str, Choice(_SCHEDULES)),
-    Option("TEST.IMS_PER_BATCH", 64, int, Interval(1)),
-    Option("TEST.EVAL_PERIOD", 20, int, Interval(0)),
-    Option("DATALOADER.NUM_WORKERS", 8, int, Interval(0)),
-    Option("DATALOADER.NUM_INSTANCE", 4, int, Interval(1)),
-    Option("MODEL.HEADS.EMBEDDING_DIM", 0, int, Interval(0)),
+HOST_OPTIONS = (
+    Option(
+        "SOLVER.IMS_PER_BATCH",
+        64,
+        int,
+        Interval(1),
+        meaning="images in a training batch, over all processes",
+    ),
+    Option("SOLVER.MAX_EPOCH", 120, int, Interval(1), meaning="epochs in all"),
+    Option(
+        "SOLVER.BASE_LR",
+        0.01,
+        float,
+        Interval(0),
+        meaning="learning rate after the warm-up",
+    ),
+    Option("SOLVER.WEIGHT_DECAY", 0.0, float, Interval(0), meaning="weight decay"),
+    Option(
+        "SOLVER.MOMENTUM", 0.9, float, Interval(0, 1, below=True), meaning="momentum of SGD"
+    ),
+    Option(
+        "SOLVER.WARMUP_ITERS",
+        0,
+        int,
+        Interval(0),
+        meaning="steps over which the learning rate rises",
+    ),
+    Option(
+        "SOLVER.CHECKPOINT_PERIOD",
+        20,
+        int,
+        Interval(1),
+        meaning="epochs between checkpoints",
+    ),
+    Option("SOLVER.OPT", "Adam", str, Choice(_optimizer_names()), meaning="optimiser"),
+    Option(
+        "SOLVER.SCHED",
+        "MultiStepLR",
+        str,
+        Choice(_SCHEDULES),
+        meaning="schedule of the learning rate",
+    ),
+    Option(
+        "TEST.IMS_PER_BATCH",
+        64,
+        int,
+        Interval(1),
+        meaning="images in a batch of extraction and evaluation",
+    ),
+    Option(
+        "TEST.EVAL_PERIOD",
+        20,
+        int,
+        Interval(0),
+        meaning="epochs between evaluations; 0 is at the end alone",
+    ),
+    Option(
+        "DATALOADER.NUM_WORKERS", 8, int, Interval(0), meaning="processes that read images"
+    ),
+    Option(
+        "DATALOADER.NUM_INSTANCE",
+        4,
+        int,
+        Interval(1),
+        meaning="images K of each cluster in a batch",
+    ),
+    Option(
+        "MODEL.HEADS.EMBEDDING_DIM",
+        0,
+        int,
+        Interval(0),
+        meaning="length of the global feature; 0 is as wide as the backbone",
+    ),
 )
 _REGISTRIES = {
     "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
@@ -90,25 +215,12 @@ def add_selcon_config(cfg: CfgNode) -> CfgNode:
     """
     cfg.MODEL.SELCON = CfgNode(KEYS.defaults())
 
-    # Name of the timm model for MODEL.BACKBONE.NAME build_timm_backbone.
-    cfg.MODEL.BACKBONE.TIMM_NAME = ""
-    cfg.MODEL.BACKBONE.TORCHREID_NAME = ""  # the same, for build_torchreid_backbone
-
-    # Data set ImageFolderReID: any folder of images.
-    cfg.DATASETS.IMAGE_FOLDER = CfgNode()
-    cfg.DATASETS.IMAGE_FOLDER.ROOT = ""
-    # Regular expression whose first group is the camera, searched in the path below ROOT.
-    # "" takes the first sub-folder, "none" leaves cameras out.
-    cfg.DATASETS.IMAGE_FOLDER.CAMERA_PATTERN = ""
-
-    # Data set SyntheticPersons, drawn when it is absent.
-    cfg.DATASETS.SYNTHETIC_PERSONS = CfgNode()
-    for field, value in dataclasses.asdict(SyntheticPersonsSpec()).items():
-        setattr(cfg.DATASETS.SYNTHETIC_PERSONS, field.upper(), value)
-
-    # FastReID's verify_results reads this key, its defaults lack it: rows of
-    # [data set, metric, expected value, tolerance].
-    cfg.TEST.EXPECTED_RESULTS = []
+    for option in OWN_OPTIONS:
+        *nodes, name = option.name.split(".")
+        node = cfg
+        for part in nodes:
+            node = node.setdefault(part, CfgNode())
+        node[name] = copy.copy(option.default)
     return cfg
 
 
@@ -168,7 +280,7 @@ def _check_combinations(cfg: CfgNode) -> None:
 
 def _check_host_keys(cfg: CfgNode) -> None:
     """Refuse values and names on which FastReID would fail late, or without saying why."""
-    check_values(cfg, _HOST_OPTIONS)
+    check_values(cfg, HOST_OPTIONS)
     check_size("INPUT.SIZE_TRAIN", cfg.INPUT.SIZE_TRAIN)
     check_size("INPUT.SIZE_TEST", cfg.INPUT.SIZE_TEST)
     check_device("MODEL.DEVICE", cfg.MODEL.DEVICE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +13,6 @@ from selcon_plugin.engine.extraction import extract_embeddings
 from selcon_plugin.fastreid_ext.data import IndexedDataset, build_extraction_loader
 from selcon_plugin.fastreid_ext.meta_arch import SelCon
 from selcon_plugin.features import Embeddings
-
-logger = logging.getLogger(__name__)
 
 
 def unwrap(model: nn.Module) -> SelCon:
@@ -70,6 +67,5 @@ def extract_training_set(
     Returns:
         Embeddings of images 0..M-1 on the model's device, the same on all ranks.
     """
-    logger.info("Extracting features of %d training images", len(dataset))
     loader = build_extraction_loader(cfg, dataset)
     return extract_embeddings(model, ImagesAndIndex(loader), len(dataset))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 from fastreid.engine.hooks import EvalHook, PeriodicCheckpointer
 from fastreid.engine.train_loop import HookBase
-from fastreid.utils import comm
-from tqdm import tqdm
 
+from selcon_plugin.engine.progress import TrainingProgress
 from selcon_plugin.engine.run import TrainingRun
 
 
@@ -71,36 +69,47 @@ class DiagnosticsHook(HookBase):
             self.trainer.storage.put_scalars(smoothing_hint=False, **report)
 
 
+class PicturesHook(HookBase):
+    """Write pictures of clusters and embedding to TensorBoard after the last epoch.
+
+    Args:
+        run: The training run.
+        folder: Its folder.
+    """
+
+    def __init__(self, run: TrainingRun, folder: str) -> None:
+        self._run = run
+        self._folder = folder
+
+    def after_epoch(self) -> None:
+        """Write them, if that was the last."""
+        if self.trainer.epoch + 1 == self.trainer.max_epoch:
+            self._run.write_pictures(self._folder, self.trainer.iter)
+
+
 class ProgressHook(HookBase):
-    """Progress bar over all steps, with loss and time left, on the main process."""
+    """A line for each epoch of training: steps, loss, time left, memory."""
 
     def before_train(self) -> None:
-        """Open the bar."""
-        self._bar = tqdm(
-            total=self.trainer.max_iter,
-            initial=self.trainer.start_iter,
-            desc="training",
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=1.0 if sys.stderr.isatty() else 15.0,
-            disable=not comm.is_main_process(),
+        """Note where the run begins."""
+        trainer = self.trainer
+        self._progress = TrainingProgress(
+            trainer.max_epoch, trainer.iters_per_epoch, trainer.start_iter
         )
 
+    def before_step(self) -> None:
+        """Open the epoch's line."""
+        self._progress.begin_step(self.trainer.iter)
+
     def after_step(self) -> None:
-        """Move the bar."""
+        """Move it."""
         latest = self.trainer.storage.latest()
-        if "total_loss" in latest:
-            # The epoch shown counts from 1, as people do.
-            self._bar.set_postfix(
-                epoch=f"{self.trainer.epoch + 1}/{self.trainer.max_epoch}",
-                loss=f"{latest['total_loss'][0]:.3f}",
-                refresh=False,
-            )
-        self._bar.update()
+        loss = latest["total_loss"][0] if "total_loss" in latest else None
+        self._progress.end_step(self.trainer.iter, loss)
 
     def after_train(self) -> None:
-        """Close the bar."""
-        self._bar.close()
+        """Close the line of an epoch that was not finished."""
+        self._progress.close()
 
 
 class EvaluationHook(EvalHook):

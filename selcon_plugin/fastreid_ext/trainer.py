@@ -26,6 +26,7 @@ from selcon_plugin.engine.best_weights import NEVER, BestWeights
 from selcon_plugin.engine.checks import make_output_folder
 from selcon_plugin.engine.extraction import calibrate_normalization
 from selcon_plugin.engine.image_list import images_to_resume_with, write_image_list
+from selcon_plugin.engine.progress import Watched
 from selcon_plugin.engine.run import TrainingRun, seed_all
 from selcon_plugin.engine.run_record import RunMeter
 from selcon_plugin.engine.run_state import RunState
@@ -45,6 +46,7 @@ from selcon_plugin.fastreid_ext.hooks import (
     DiagnosticsHook,
     EvaluationHook,
     MethodHook,
+    PicturesHook,
     ProgressHook,
 )
 from selcon_plugin.fastreid_ext.meta_arch import SelCon
@@ -100,10 +102,11 @@ class SelConTrainer(DefaultTrainer):
     Args:
         cfg: FastReID config with ``MODEL.META_ARCHITECTURE: SelCon``; the plugin's keys are
             added where the script did not.
-        show_progress: Whether to draw a progress bar.
+        show_progress: Whether to show each epoch's progress: a bar on a terminal, and a
+            line in the log.
     """
 
-    def __init__(self, cfg: CfgNode, *, show_progress: bool = False) -> None:
+    def __init__(self, cfg: CfgNode, *, show_progress: bool = True) -> None:
         self._show_progress = show_progress
         self._build(cfg)
 
@@ -310,6 +313,11 @@ class SelConTrainer(DefaultTrainer):
         result: list[HookBase] = [MethodHook(run)]
         if self.labeler is not None:
             result.append(ClusteringHook(run))
+        if self.cfg.MODEL.SELCON.TENSORBOARD_PICTURES:
+            result.append(PicturesHook(run, self.cfg.OUTPUT_DIR))
+        if self._show_progress:
+            # After the clustering, which is a stage of its own; before the evaluation.
+            result.append(ProgressHook())
         result.append(DiagnosticsHook(run, self.cfg.MODEL.SELCON.DIAGNOSTICS_PERIOD))
         for hook in super().build_hooks():
             if isinstance(hook, host_hooks.IterationTimer):
@@ -327,8 +335,6 @@ class SelConTrainer(DefaultTrainer):
                 period = self.cfg.TEST.EVAL_PERIOD or self.cfg.SOLVER.MAX_EPOCH
                 evaluate = self.meter.excluding(hook._func)
                 result.append(EvaluationHook(period, evaluate))
-        if self._show_progress:
-            result.insert(-1, ProgressHook())
         return result
 
     def train(self) -> Any:
@@ -448,6 +454,7 @@ class SelConTrainer(DefaultTrainer):
         """Build FastReID's evaluator, with the camera term where it is asked for."""
         loader, num_query = cls.build_test_loader(cfg, dataset_name)
         record = {"items": loader.dataset.img_items, "name": dataset_name}
+        loader = Watched(loader, f"Evaluation on {dataset_name}")
         if not cfg.MODEL.SELCON.TEST_CAMERA_TERM:
             return loader, RecordingEvaluator(cfg, num_query, output_dir, **record)
         num_cameras = max(loader.dataset.cams) + 1

@@ -68,8 +68,10 @@ class CACL(ClusterMethod):
         part_dim: Not used.
         temperature: τ, divides the similarities.
         bank_momentum: Weight of the old row when a memory is written.
-        grey_feature_weight: Weight of the pull towards the image's grey feature.
-        grey_cluster_weight: Weight of the pull towards the cluster's grey mean.
+        grey_feature_weight: Weight of the pull of the colour feature towards the image's
+            grey feature.
+        grey_cluster_weight: Weight of the pull of the colour feature towards the cluster's
+            grey mean.
         focal_gamma: Exponent of the focal factor 1 - p on a sample's loss, which raises the
             share of hard samples; 0 for none.
         **options: The other options of :class:`ClusterMethod`.

@@ -50,7 +50,8 @@ class DCMIP(ClusterMethod):
         margin: Loss of the mean proxies that is let be.
         instance_slots: Instance proxies per cluster.
         instance_weight: Weight of the instance proxies' loss.
-        instance_epoch: First epoch with instance proxies, counted from 0.
+        instance_epoch: First epoch with instance proxies, counted from 0; a shorter run
+            has none.
         seed: Seed of the random images.
         **options: Those of :class:`ClusterMethod`; ``focal_gamma`` is the cluster losses'.
     """

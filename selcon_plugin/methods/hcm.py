@@ -41,8 +41,9 @@ class HCM(ClusterContrast):
         num_parts: Not used.
         part_dim: Not used.
         focal_gamma: γ, exponent of the dynamic factor, sensibly 1 to 4; 0 for none.
-        constraint_weight: Weight of the image level's loss. Large ones let noisy clusters
-            collapse: their least similar images are of other people.
+        constraint_weight: Weight of the loss between an image's hardest positive and
+            hardest negative. Large ones let noisy clusters collapse: their least similar
+            images are of other people.
         **options: Those of :class:`ClusterContrast`; the temperature and the momentum are
             those of both memories.
     """

@@ -51,7 +51,9 @@ class HHCL(ClusterMethod):
         global_dim: Global feature dimension C.
         num_parts: Not used.
         part_dim: Not used.
-        form: ``"prototypes"`` or ``"instances"``.
+        form: What stands beside the mean row of a cluster: ``"prototypes"``, a row that
+            follows its hardest image of the batch; or ``"instances"``, slots that hold its
+            images of the batch.
         instance_slots: S, slots per cluster; as many as the images of a cluster in a batch.
             Only ``"instances"`` has them.
         released_weights: Weigh hard and mean loss 0.5 and 0.25, as the release does, and

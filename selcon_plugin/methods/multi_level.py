@@ -43,9 +43,11 @@ class MultiLevel(ClusterContrast):
         global_dim: Global feature dimension C.
         num_parts: Not used.
         part_dim: Not used.
-        intra_weight: Weight of the loss within the class. Large ones let noisy clusters
-            collapse: their farthest images are of other people.
-        inter_weight: Weight of the loss between classes.
+        intra_weight: Weight of the loss within the class: own farthest image, others' mean.
+            Large ones let noisy clusters collapse: their farthest images are of other
+            people.
+        inter_weight: Weight of the loss between classes: own mean, others' most confusable
+            image.
         centroid_weight: Weight of the centroids' loss.
         **options: Those of :class:`ClusterContrast`; the temperature and the momentum are
             those of both memories.

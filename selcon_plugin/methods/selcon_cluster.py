@@ -34,7 +34,8 @@ class SelConCluster(SelectiveContrastive):
         global_dim: Global feature dimension C.
         num_parts: Parts S, 0 for none.
         part_dim: Part feature dimension D.
-        selection: As in :class:`SelectiveContrastive`; both choices need clusters.
+        selection: What ranks the candidates, as in :class:`SelectiveContrastive`; both
+            choices need clusters.
         center_weight: Share of the cluster's mean in the mixture row with which an image
             begins an epoch; the rest is its own feature.
         num_neighbors: K, images of the cluster that count as positives: all of most.

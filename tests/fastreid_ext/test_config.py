@@ -1,21 +1,16 @@
 import copy
 import re
-from pathlib import Path
 from typing import Annotated
 
 import pytest
 from fastreid.config import get_cfg
 
 from selcon_plugin.cli import load_config
-from selcon_plugin.clustering import labeler_names, labeler_options
-from selcon_plugin.engine.settings import clustering_options
 from selcon_plugin.fastreid_ext import add_selcon_config, complete_config
-from selcon_plugin.fastreid_ext.config import KEYS, selected_method_options
+from selcon_plugin.fastreid_ext.config import selected_method_options
 from selcon_plugin.methods import base, build_method, method_names, method_options
 from selcon_plugin.methods.selective_contrastive import SelectiveContrastive
 from selcon_plugin.options import Interval
-
-README = Path(__file__).parents[2] / "configs" / "README.md"
 
 
 def test_config_key_is_constructor_argument():
@@ -148,42 +143,3 @@ def test_camera_term_excludes_reranking():
         load_config(
             "", ["MODEL.SELCON.TEST_CAMERA_TERM", "True", "TEST.RERANK.ENABLED", "True"]
         )
-
-
-def section(heading):
-    """Return the text below a heading of configs/README.md."""
-    _, _, text = README.read_text().partition(f"## {heading}\n")
-    assert text, heading
-    return text.partition("\n## ")[0]
-
-
-def assert_lists(text, options):
-    for option in options.values():
-        row = f"| `{option.name.upper()}` | {option.default} | {option.describe_legal()} |"
-        assert row in text, row
-
-
-def test_readme_lists_every_key_with_default_and_legal_values():
-    own = {o.name: o for o in KEYS.run_options().values() if o.name != "method"}
-    assert_lists(section("`MODEL.SELCON`: what every method has"), own)
-    own = {o.name: o for o in clustering_options().values() if o.name != "labeler"}
-    assert_lists(section("`MODEL.SELCON.CLUSTERING`"), own)
-    for name in method_names():
-        assert f"`{name}`" in section("Methods")
-        assert_lists(section(f"Method `{name}`"), listed_options(name))
-    for name in labeler_names():
-        assert_lists(section(f"Labeler `{name}`"), labeler_options(name))
-
-
-def listed_options(name):
-    """Return a method's options: those of its base only where their default differs."""
-    options = method_options(name)
-    options.pop("seed", None)
-    if name != "SelConCluster":
-        return options
-    base = method_options("SelectiveContrastive")
-    return {
-        key: option
-        for key, option in options.items()
-        if key not in base or base[key].default != option.default
-    }

@@ -1,4 +1,6 @@
 import json
+import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -319,3 +321,34 @@ def test_training_on_a_gpu_fills_banks_there(tiny_cfg, mixed_precision, bank_dty
         norms = bank.float().norm(dim=-1)
         assert torch.allclose(norms, torch.ones_like(norms), atol=2e-3)
     assert trainer._last_eval_results["mAP"] > 0
+
+
+def test_pictures_of_the_last_epoch_go_to_tensorboard(tiny_cfg):
+    tiny_cfg.MODEL.SELCON.TENSORBOARD_PICTURES = True
+    tiny_cfg.DATASETS.TESTS = ()
+    tiny_cfg.SOLVER.MAX_EPOCH = 1
+    trainer = SelConTrainer(tiny_cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    (vectors,) = Path(tiny_cfg.OUTPUT_DIR).rglob("tensors.tsv")
+    images = len(trainer.data_loader.dataset)
+    assert len(vectors.read_text().splitlines()) == images
+
+
+def test_each_stage_leaves_a_line_in_the_log(tiny_cfg, caplog):
+    tiny_cfg.MODEL.SELCON.ITERS_PER_EPOCH = 2
+    caplog.set_level("INFO", logger="selcon_plugin")
+    trainer = SelConTrainer(tiny_cfg)
+    logging.getLogger("selcon_plugin").propagate = True
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    lines = [r.message for r in caplog.records if r.name == "selcon_plugin.engine.progress"]
+    assert [line.partition(":")[0] for line in lines] == [
+        "Features of 40 images",
+        "Training, epoch 1 of 2",
+        "Training, epoch 2 of 2",
+        "Evaluation on SyntheticPersons",
+    ]
+    assert re.search(
+        r": 2 steps in .*, loss \d+\.\d{3}, .* to the end of the run, ", lines[1]
+    )

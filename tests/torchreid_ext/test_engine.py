@@ -1049,3 +1049,19 @@ def test_training_on_a_gpu_fills_banks_there(manager, tmp_path, method):
     assert all(buffer.is_cuda for buffer in network_of(engine).method.buffers())
     assert engine.results["few"]["mAP"] > 0
     assert engine.resume(tmp_path) == 2
+
+
+def test_pictures_and_a_line_for_each_stage(make_engine, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="selcon_plugin")
+    engine = make_engine(method="ClusterContrast", tensorboard_pictures=True)
+    engine.run(save_dir=str(tmp_path), max_epoch=1, print_freq=100)
+    (vectors,) = tmp_path.rglob("tensors.tsv")
+    assert len(vectors.read_text().splitlines()) == 40
+    for stage in (
+        "Features of 40 images: ",
+        "Clustering 40 images: ",
+        "Training, epoch 1 of 1: 5 steps in ",
+        "Evaluation on few, query: ",
+        "Evaluation on few, gallery: ",
+    ):
+        assert stage in caplog.text

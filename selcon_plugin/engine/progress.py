@@ -1,0 +1,283 @@
+"""What a person sees of a run while it goes on: a line for each of its stages.
+
+On a terminal a stage is a bar with the time left, and a line of the log when it ends. Where
+the output is no terminal, lines of the log alone: each minute, and at the end. Nothing here
+knows a host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from selcon_plugin.distributed import rank
+from selcon_plugin.engine.run_record import peak_gpu_memory_mib, peak_memory_mib
+
+logger = logging.getLogger(__name__)
+
+_LINE_SECONDS = 60.0  # between two lines of one stage
+_REFRESH_SECONDS = 0.5  # between two readings of memory for a bar
+# Loggers whose lines on a terminal have to make way for the bar.
+_LOGGERS = ("", "selcon_plugin", "fastreid")
+
+
+def on_terminal() -> bool:
+    """Tell whether bars are drawn: on the main process, where all output is a terminal."""
+    return rank() == 0 and sys.stdout.isatty() and sys.stderr.isatty()
+
+
+def duration(seconds: float) -> str:
+    """Write a time for people: ``8.4 s``, ``2 min 5 s``, ``3 h 20 min``.
+
+    Args:
+        seconds: Seconds, 0 or more.
+
+    Returns:
+        The time in at most two units.
+    """
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, whole = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {whole} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min"
+
+
+def memory() -> str:
+    """Say how much memory this process has taken at most, and on a GPU if it has one."""
+    text = f"{peak_memory_mib() / 1024:.1f} GiB"
+    on_gpu = peak_gpu_memory_mib()
+    return f"{text}, GPU {on_gpu / 1024:.1f} GiB" if on_gpu else text
+
+
+class Stage:
+    """One stage of a run: how far it is, time left, memory. On the main process alone.
+
+    Used as a context manager. A stage that an error ends says nothing of its end.
+
+    Args:
+        name: What is going on, for instance ``"Training, epoch 3 of 20"``.
+        total: Units in all; None where they cannot be counted.
+        unit: What is counted.
+        done: Units done before.
+    """
+
+    def __init__(
+        self, name: str, total: int | None = None, *, unit: str = "batch", done: int = 0
+    ) -> None:
+        self._name, self._unit, self._total = name, unit, total
+        self._first = self._done = done
+        self._note = ""
+
+    def __enter__(self) -> Stage:
+        self._began = self._said = time.monotonic()
+        self._refreshed = 0.0
+        self._silent = rank() > 0
+        self._bar: Any = None
+        self._open = contextlib.ExitStack()
+        if on_terminal():
+            self._open.enter_context(_lines_above_bars())
+            self._bar = tqdm(
+                total=self._total,
+                initial=self._done,
+                desc=self._name,
+                unit=self._unit,
+                leave=False,
+                dynamic_ncols=True,
+                file=sys.stderr,
+                bar_format=None if self._total else "{desc}{postfix}",
+            )
+        return self
+
+    def update(self, note: str = "") -> None:
+        """Count one more unit.
+
+        Args:
+            note: What to show besides, such as the loss.
+        """
+        if self._silent:
+            return
+        self._done += 1
+        self._note = note
+        now = time.monotonic()
+        if self._bar is not None:
+            if now - self._refreshed >= _REFRESH_SECONDS:
+                self._refreshed = now
+                self._bar.set_postfix_str(_joined(note, memory()), refresh=False)
+            self._bar.update()
+        elif now - self._said >= _LINE_SECONDS and self._done != self._total:
+            self._said = now
+            logger.info("%s: %s", self._name, self._so_far(now))
+
+    def _so_far(self, now: float) -> str:
+        count = f"{self._done} {_plural(self._unit)}"
+        left = ""
+        if self._total is not None:
+            count = f"{self._done} of {self._total} {_plural(self._unit)}"
+            pace = (now - self._began) / (self._done - self._first)
+            left = f"{duration(pace * (self._total - self._done))} left"
+        return _joined(count, left, self._note, memory())
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._open.close()
+        if self._silent or kind is not None:
+            return
+        seconds = duration(time.monotonic() - self._began)
+        done = self._done - self._first
+        count = f"{done} {_plural(self._unit, done)} in {seconds}" if done else seconds
+        logger.info("%s: %s", self._name, _joined(count, self._note, memory()))
+
+
+def _joined(*parts: str) -> str:
+    return ", ".join(part for part in parts if part)
+
+
+def _plural(unit: str, count: int = 2) -> str:
+    if count == 1:
+        return unit
+    return f"{unit}es" if unit.endswith("ch") else f"{unit}s"
+
+
+class _AboveBars(logging.Handler):
+    """Lets a handler write to the terminal while bars are out of the way."""
+
+    def __init__(self, inner: logging.StreamHandler[Any]) -> None:
+        super().__init__(inner.level)
+        self._inner = inner
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record above the bars."""
+        with tqdm.external_write_mode(file=self._inner.stream):
+            self._inner.handle(record)
+
+
+@contextlib.contextmanager
+def _lines_above_bars() -> Iterator[None]:
+    """Keep what is logged on the terminal from running into a bar."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    earlier = [log.handlers for log in loggers]
+    for log in loggers:
+        log.handlers = [
+            _AboveBars(handler)
+            if isinstance(handler, logging.StreamHandler)
+            and handler.stream in (sys.stdout, sys.stderr)
+            else handler
+            for handler in log.handlers
+        ]
+    try:
+        yield
+    finally:
+        for log, handlers in zip(loggers, earlier, strict=True):
+            log.handlers = handlers
+
+
+class Watched:
+    """A loader that shows how far it is as it is iterated.
+
+    Args:
+        loader: Batches; its attributes are this one's as well.
+        name: What goes on meanwhile.
+    """
+
+    def __init__(self, loader: Any, name: str) -> None:
+        self._loader, self._name = loader, name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._loader, attribute)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return with_progress(self._loader, self._name)
+
+
+def with_progress(batches: Iterable[Any], name: str) -> Iterator[Any]:
+    """Show how far an iteration over batches is.
+
+    Args:
+        batches: What is iterated.
+        name: What goes on meanwhile.
+
+    Yields:
+        The batches.
+    """
+    total = len(batches) if isinstance(batches, Sized) else None
+    with Stage(name, total) as stage:
+        for batch in batches:
+            yield batch
+            stage.update()
+
+
+class TrainingProgress:
+    """Shows each epoch of a training as a stage, with the time left of the whole run.
+
+    That time follows the run's own pace, clustering and evaluation included.
+
+    Args:
+        epochs: Epochs in all.
+        steps_per_epoch: Optimiser steps of each.
+        first_step: Steps done before, by an earlier part of the run.
+    """
+
+    def __init__(self, epochs: int, steps_per_epoch: int, first_step: int = 0) -> None:
+        self._epochs, self._steps_per_epoch = epochs, steps_per_epoch
+        self._first_step, self._began = first_step, time.monotonic()
+        self._stage: Stage | None = None
+
+    def begin_step(self, step: int) -> None:
+        """Open the stage of an epoch, unless it is open.
+
+        Args:
+            step: Steps done before this one.
+        """
+        if self._stage is None:
+            epoch, done = divmod(step, self._steps_per_epoch)
+            self._stage = Stage(
+                f"Training, epoch {epoch + 1} of {self._epochs}",
+                self._steps_per_epoch,
+                unit="step",
+                done=done,
+            )
+            self._stage.__enter__()
+
+    def end_step(self, step: int, loss: float | None = None) -> None:
+        """Count a step; close the stage after an epoch's last.
+
+        Args:
+            step: Steps done before this one.
+            loss: Its loss, if it is known.
+        """
+        assert self._stage is not None
+        done = step + 1
+        pace = (time.monotonic() - self._began) / (done - self._first_step)
+        left = pace * (self._epochs * self._steps_per_epoch - done)
+        run = f"{duration(left)} to the end of the run" if left else ""
+        self._stage.update(_joined("" if loss is None else f"loss {loss:.3f}", run))
+        if done % self._steps_per_epoch == 0:
+            self._stage.__exit__(None, None, None)
+            self._stage = None
+
+    def close(self) -> None:
+        """Close the stage of an epoch that was not finished."""
+        if self._stage is not None:
+            self._stage.__exit__(RuntimeError, None, None)
+            self._stage = None

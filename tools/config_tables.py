@@ -1,0 +1,78 @@
+"""Write the tables of config keys, and of measured methods, into the pages that show them.
+
+    python tools/config_tables.py            # writes them
+    python tools/config_tables.py --check    # status 1 if a page is not up to date
+
+Each table stands between a line ``<!-- keys: NAME -->`` and ``<!-- keys: end -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from selcon_plugin.commands.config import config_help_of
+from selcon_plugin.engine.config_help import fill_tables, key_table
+
+ROOT = Path(__file__).resolve().parents[1]
+_PAPER = re.compile(r"\[paper\]\(([^)]*)\)")
+
+
+def key_tables() -> dict[str, str]:
+    """Return the tables of configs/README.md by name."""
+    torchreid = config_help_of("torchreid")
+    keys = torchreid.keys
+    extra = [replace(o, name=f"{keys.path}.{keys.case(o.name)}") for o in keys.extra]
+    tables = config_help_of("fastreid").tables()
+    return {**tables, "torchreid": key_table([*extra, *torchreid.own])}
+
+
+def measured_table() -> str:
+    """Return README.md's table of methods, with links that hold inside docs/methods."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.partition("<!-- methods: begin -->")[2]
+    table = table.partition("<!-- methods: end -->")[0]
+    header = "| method | `METHOD` | paper | mAP | Rank-1 | minutes | memory (MiB) |"
+    lines = [header, "| --- " * 7 + "|"]
+    for row in table.strip().splitlines()[2:]:
+        method, _, read, *figures = (cell.strip() for cell in row.strip("|").split("|"))
+        title, name = re.findall(r"\[(.*?)\]\(.*?\) `(\w+)`", method)[0]
+        page = re.findall(r"\(docs/methods/(\w+\.md)\)", read)[0]
+        paper = _PAPER.search(read)
+        cited = f"[paper]({paper[1]})" if paper else ""
+        cells = [f"[{title}]({page})", f"`{name}`", cited, *figures]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def pages() -> dict[Path, str]:
+    """Return the pages with tables, as they should be."""
+    tables = {
+        ROOT / "configs" / "README.md": key_tables(),
+        ROOT / "docs" / "methods" / "index.md": {"measured": measured_table()},
+    }
+    return {
+        page: fill_tables(page.read_text(encoding="utf-8"), found)
+        for page, found in tables.items()
+    }
+
+
+def main() -> int:
+    """Write the pages, or compare them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    args = parser.parse_args()
+    stale = [
+        page for page, text in pages().items() if page.read_text(encoding="utf-8") != text
+    ]
+    for page in stale:
+        print(f"{page.relative_to(ROOT)} {'is stale' if args.check else 'is written'}")
+        if not args.check:
+            page.write_text(pages()[page], encoding="utf-8")
+    return 1 if args.check and stale else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
