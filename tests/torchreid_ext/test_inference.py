@@ -46,7 +46,9 @@ def plain(name, file, *, classes):
     model = import_torchreid().models.build_model(
         name, num_classes=classes, pretrained=False, use_gpu=False
     )
-    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, file)
+    torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, file
+    )
     return model
 
 
