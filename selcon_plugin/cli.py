@@ -52,13 +52,13 @@ usage: selcon COMMAND [ARGUMENTS]
   train     train without identity labels
   eval      evaluate a checkpoint
   bench     train and evaluate several configs on several seeds; write a table
-  extract   write the features of a folder of images to a file
-  export    write a trained network as ONNX or TorchScript
-  index     keep the features of many images, to search in
-  search    find the person of an image in an index
+  report    write what a run learned as one page to look at; compare runs
   cluster   cluster a folder of images: who may be the same person
   adapt     train a network further on a folder of images, and keep what became better
-  report    write what a run learned as one page to look at; compare runs
+  extract   write the features of a folder of images to a file
+  index     keep the features of many images, to search in
+  search    find the person of an image in an index
+  export    write a trained network as ONNX or TorchScript
   config    say what a config key means, or list all keys
   demo      draw data, train and evaluate, in minutes, on a CPU
   doctor    say what is installed, what works and how to mend the rest
@@ -89,13 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": _train,
         "eval": _eval,
         "bench": _command("selcon_plugin.bench"),
-        "extract": _command("selcon_plugin.commands.extract"),
-        "export": _command("selcon_plugin.commands.export"),
-        "index": _command("selcon_plugin.commands.index"),
-        "search": _command("selcon_plugin.commands.search"),
+        "report": _command("selcon_plugin.commands.report"),
         "cluster": _command("selcon_plugin.commands.cluster"),
         "adapt": _command("selcon_plugin.commands.adapt"),
-        "report": _command("selcon_plugin.commands.report"),
+        "extract": _command("selcon_plugin.commands.extract"),
+        "index": _command("selcon_plugin.commands.index"),
+        "search": _command("selcon_plugin.commands.search"),
+        "export": _command("selcon_plugin.commands.export"),
         "config": _command("selcon_plugin.commands.config"),
         "demo": _command("selcon_plugin.demo"),
         "doctor": _command("selcon_plugin.doctor"),
