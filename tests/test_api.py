@@ -1,7 +1,9 @@
 """Ten lines of Python, from a folder of crops to who is where."""
 
+import functools
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -148,3 +150,30 @@ def test_importing_the_package_stays_light():
     )
     with pytest.raises(AttributeError, match="no attribute 'Indexer'"):
         selcon_plugin.Indexer  # noqa: B018
+
+
+def test_the_ten_lines_of_the_documentation_run_as_they_stand(
+    tmp_path, crops, monkeypatch, capsys
+):
+    needs("fastreid")
+    text = (ROOT / "docs/python.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    assert len([line for line in code.splitlines() if line]) <= 10
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(crops, "crops")
+    files = sorted(Path("crops").iterdir())
+    for name, file in zip(("a.jpg", "b.jpg", "query.jpg"), files, strict=False):
+        shutil.copy(file, name)
+    fit = functools.partial(
+        selcon_plugin.fit, backbone="timm:test_resnet", **{**TINY, "epochs": 1}
+    )
+    monkeypatch.setattr(
+        selcon_plugin, "fit", lambda *where, method, epochs: fit(*where, method=method)
+    )
+    exec(compile(code, "docs/python.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert re.search(r"^cosine -?\d", said, re.MULTILINE)
+    # The query is a copy of an image that is in the index.
+    path, similarity = said.splitlines()[-1].split()
+    assert Path(path) == tmp_path / files[2]
+    assert float(similarity) == pytest.approx(1.0, abs=1e-5)

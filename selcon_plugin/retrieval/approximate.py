@@ -22,7 +22,8 @@ _BUILD_BREADTH = 120
 _MIN_BREADTH = 256
 _TRAINED_PER_LIST = 64
 _MIN_TRAINED_PER_LIST = 39  # below, faiss warns
-_MAX_PROBES = 64
+# Lists that are looked at: this many, and this share of them.
+_MIN_PROBES, _PROBED_SHARE = 64, 0.125
 _ROWS_AT_ONCE = 65_536
 
 logger = logging.getLogger(__name__)
@@ -164,7 +165,8 @@ class Approximate:
             breadth = max(_MIN_BREADTH, 2 * count)
             options = faiss.SearchParametersHNSW(efSearch=breadth, sel=selector)
         else:
-            probes = min(_MAX_PROBES, self._index.nlist)
+            lists = self._index.nlist
+            probes = min(lists, max(_MIN_PROBES, round(_PROBED_SHARE * lists)))
             options = faiss.SearchParametersIVF(nprobe=probes, sel=selector)
         rows: NDArray[np.int64] = self._index.search(queries, count, params=options)[1]
         return rows
