@@ -48,6 +48,7 @@ from selcon_plugin.engine.images import IndexedImages
 from selcon_plugin.engine.network import EmbeddingNetwork
 from selcon_plugin.engine.pictures import write_pictures
 from selcon_plugin.engine.progress import Stage, duration
+from selcon_plugin.estimates import check_memory, clustering_estimate, product_rate
 from selcon_plugin.features import Embeddings
 from selcon_plugin.methods import Method
 from selcon_plugin.samplers import BatchStream, ClusterSampler
@@ -135,14 +136,31 @@ class TrainingRun:
 
         Raises:
             FloatingPointError: If weights or banks that were loaded hold NaN or infinity.
+            ValueError: If there is too little memory to cluster the images.
         """  # noqa: DOC502  (raised by what this calls)
         check_state(self.network, self.dataset.paths, when="before training")
+        self._check_clustering()
         if self.method.prepared:
             return
         self.calibrate()
         self.network.update_teacher(restart=True)
         if not self.method.needs_clusters:
             self.method.prepare(self._extract()[0], self._camids())
+
+    def _check_clustering(self) -> None:
+        """Say what each clustering will take, and refuse where the memory is not there."""
+        if self.labeler is None or rank() > 0:
+            return
+        device, dim = self.network.device, self.network.heads.global_dim
+        expected = clustering_estimate(
+            len(self.dataset),
+            dim,
+            k1=getattr(self.labeler, "k1", 0),
+            products_per_second=product_rate(dim, str(device)),
+        )
+        logger.info("Each clustering of %d images takes %s", len(self.dataset), expected)
+        if device.type == "cpu":
+            check_memory(expected, f"clustering {len(self.dataset):,} images")
 
     def start_epoch(self, epoch: int) -> None:
         """Tell the method and seed all random streams.

@@ -253,8 +253,8 @@ def load_network(model: SelConModel, file: str) -> None:
     read = read_state_dict(Path(file).expanduser())
     state = {key.removeprefix("module."): tensor for key, tensor in read.items()}
     if not any(key.startswith("backbone.") for key in state):
+        state = _begin_as_feature_layer(model.heads, state)
         load_weights(cast(nn.Module, model.backbone.model), state, file)
-        _begin_as_feature_layer(model.heads, state)
         check_state(model, when=f"weights from {file}")
         return
     taught = "teacher.module."
@@ -280,8 +280,18 @@ def feature_layer_width(state: Mapping[str, Tensor]) -> int:
     return len(layers[0]) if len(layers) == 1 else 0
 
 
-def _begin_as_feature_layer(head: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Take over a linear layer and its normalisation, if they are the head's in shape."""
+def _begin_as_feature_layer(
+    head: nn.Module, state: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
+    """Take over a linear layer and its normalisation, if they are the head's in shape.
+
+    Args:
+        head: Head to load into.
+        state: Weights of a torchreid model.
+
+    Returns:
+        The weights that are still to be loaded.
+    """
     renamed = {
         name.replace("fc.0.", "global_projection.").replace("fc.1.", "global_norm."): value
         for name, value in state.items()
@@ -289,8 +299,10 @@ def _begin_as_feature_layer(head: nn.Module, state: Mapping[str, Tensor]) -> Non
     }
     own = head.state_dict()
     fits = [k in own and own[k].shape == value.shape for k, value in renamed.items()]
-    if feature_layer_width(state) and all(fits):
-        head.load_state_dict(renamed, strict=False)
+    if not feature_layer_width(state) or not all(fits):
+        return state
+    head.load_state_dict(renamed, strict=False)
+    return {k: v for k, v in state.items() if not k.startswith(("fc.0.", "fc.1."))}
 
 
 def load_whole(model: nn.Module, state: Mapping[str, Any], file: str | Path) -> None:

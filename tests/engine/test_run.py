@@ -108,6 +108,19 @@ def make_run():
     return make
 
 
+def test_what_a_clustering_takes_is_said_before_training(make_run, caplog, monkeypatch):
+    with caplog.at_level(logging.INFO):
+        make_run(Recorded(clusters=True), Scripted(LABELS)).before_training()
+    assert "Each clustering of 12 images takes about" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        make_run(Recorded()).before_training()
+    assert "Each clustering" not in caplog.text
+    monkeypatch.setattr("selcon_plugin.estimates.available_memory", lambda: 1000)
+    with pytest.raises(ValueError, match="clustering 12 images needs about"):
+        make_run(Recorded(clusters=True), Scripted(LABELS)).before_training()
+
+
 def features(seed=0):
     generator = torch.Generator().manual_seed(seed)
     vectors = nn.functional.normalize(torch.randn(IMAGES, 8, generator=generator), dim=1)
