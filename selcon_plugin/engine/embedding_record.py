@@ -128,7 +128,11 @@ class EmbeddingRecord:
         if not file.is_file():
             raise FileNotFoundError(f"there is no {file}")
         try:
-            with np.load(file, allow_pickle=False) as arrays:
+            # NumPy leaves a file that it opened open where the archive is broken.
+            with (
+                file.open("rb") as stream,
+                np.load(stream, allow_pickle=False) as arrays,
+            ):
                 values = {f.name: arrays[f.name] for f in dataclasses.fields(cls)}
             scalars = {name: a.item() for name, a in values.items() if a.ndim == 0}
             return cls(**{**values, **scalars})

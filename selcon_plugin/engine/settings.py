@@ -230,18 +230,22 @@ class ConfigKeys:
                 if owner[self.case(name)] is None:
                     owner[self.case(name)] = option.default
 
-    def choose_like(self, node: Node, settings: Mapping[str, Any]) -> None:
-        """Set method and labeler as in another config, and their defaults for None.
+    def fill_defaults(self, node: Node, settings: Mapping[str, Any]) -> None:
+        """Put, for None, the defaults of the method and the labeler of another config.
 
         Args:
             node: The plugin's node, with the defaults; changed in place.
             settings: The other config, by full keys. What is not registered here is left.
         """
+        chosen = []
         for owner, label, group in self._groups(node):
             key = self.case(group.chooser)
+            chosen.append((owner, key, owner[key]))
             if settings.get(f"{label}.{key}") in group.names():
                 owner[key] = settings[f"{label}.{key}"]
         self.check(node)
+        for owner, key, default in chosen:
+            owner[key] = default
 
     def run_values(self, node: Node) -> dict[str, Any]:
         """Return the values of the run's options, checked.

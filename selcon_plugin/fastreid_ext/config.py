@@ -333,7 +333,7 @@ def complete_config(cfg: CfgNode) -> CfgNode:
 
 
 def default_values(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the default config, for the method and the labeler of another.
+    """Return the default config, with the defaults of the method of another.
 
     Args:
         settings: The other config, by full keys.
@@ -342,5 +342,5 @@ def default_values(settings: Mapping[str, Any]) -> dict[str, Any]:
         Defaults by full keys.
     """
     cfg = add_selcon_config(get_cfg())
-    KEYS.choose_like(cfg.MODEL.SELCON, settings)
+    KEYS.fill_defaults(cfg.MODEL.SELCON, settings)
     return flatten_config(yaml.safe_load(cfg.dump()))

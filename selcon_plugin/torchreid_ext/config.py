@@ -292,7 +292,7 @@ def _check_host_keys(cfg: CfgNode) -> None:
 
 
 def default_values(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the default config, for the method and the labeler of another.
+    """Return the default config, with the defaults of the method of another.
 
     Args:
         settings: The other config, by full keys.
@@ -301,5 +301,5 @@ def default_values(settings: Mapping[str, Any]) -> dict[str, Any]:
         Defaults by full keys.
     """
     cfg = get_default_config()
-    KEYS.choose_like(cfg.selcon, settings)
+    KEYS.fill_defaults(cfg.selcon, settings)
     return flatten_config(yaml.safe_load(cfg.dump()))

@@ -51,6 +51,9 @@ def test_a_run_without_a_test_set_has_clusters_and_neighbours(tiny_cfg):
         MODEL__SELCON__WARMUP_EPOCHS=None,
         MODEL__SELCON__REPORT_IMAGES=False,
     )
+    changed = changed_settings(run)
+    assert changed["MODEL.SELCON.METHOD"] == ("ClusterContrast", "SelectiveContrastive")
+    assert "MODEL.SELCON.BANK_MOMENTUM" not in changed  # the method's own default
     page = (run.folder / "report.html").read_text(encoding="utf-8")
     assert "Nearest neighbours" in page
     assert "data:image" not in page

@@ -1,0 +1,56 @@
+"""Warnings: each has a run that calls for it, and a healthy run has none."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from selcon_plugin.report.collect import Curve, collect_run
+from selcon_plugin.report.notes import find_notes
+
+
+def curve(*values):
+    return Curve(tuple(float(i) for i in range(len(values))), values)
+
+
+def warnings(run):
+    return [note.text for note in find_notes(run) if note.level == "warning"]
+
+
+def test_a_healthy_run_has_no_warning(make_run):
+    assert warnings(collect_run(make_run())) == []
+
+
+@pytest.mark.parametrize(
+    ("curves", "words"),
+    [
+        ({"num_clusters": curve(5.0, 1.0)}, "in one cluster"),
+        ({"num_clusters": curve(0.0)}, "No cluster"),
+        ({"outlier_share": curve(0.2, 0.75)}, "75 % of the images are in no cluster"),
+        ({"embedding_variance": curve(0.001)}, "nearly the same feature"),
+        ({"largest_cluster_share": curve(0.8)}, "one cluster holds 80 %"),
+        ({"total_loss": curve(2.0, 2.0, 2.1, 2.2)}, "did not fall: 2 at first, 2.2"),
+        ({"skipped_steps": curve(3.0)}, "3 steps were left out"),
+    ],
+)
+def test_what_was_measured_is_warned_about(make_run, curves, words):
+    run = collect_run(make_run())
+    (text,) = warnings(dataclasses.replace(run, curves={**run.curves, **curves}))
+    assert words in text
+
+
+def test_clusters_of_one_camera(make_run):
+    run = collect_run(make_run())
+    labels = run.images.camids.astype(np.int32)
+    record = dataclasses.replace(run.embedding, labels=labels)
+    (text,) = warnings(dataclasses.replace(run, embedding=record))
+    assert "100 % of the clusters hold images of one camera" in text
+    alone = dataclasses.replace(run.images, camids=np.zeros_like(run.images.camids))
+    assert warnings(dataclasses.replace(run, embedding=record, images=alone)) == []
+
+
+def test_images_that_were_left_out(make_run):
+    run = collect_run(make_run())
+    images = dataclasses.replace(run.images, num_left_out=2)
+    (text,) = warnings(dataclasses.replace(run, images=images))
+    assert text.startswith("2 image files")
