@@ -93,6 +93,7 @@ setup(
             "hypothesis",
             'infomap ; python_version >= "3.11"',
             "mypy",
+            "playwright",
             "pytest>=8",
             "ruff",
             "types-PyYAML",

@@ -253,8 +253,8 @@ def load_network(model: SelConModel, file: str) -> None:
     read = read_state_dict(Path(file).expanduser())
     state = {key.removeprefix("module."): tensor for key, tensor in read.items()}
     if not any(key.startswith("backbone.") for key in state):
-        state = _begin_as_feature_layer(model.heads, state)
-        load_weights(cast(nn.Module, model.backbone.model), state, file)
+        rest = _begin_as_feature_layer(model.heads, state)
+        load_weights(cast(nn.Module, model.backbone.model), rest, file)
         check_state(model, when=f"weights from {file}")
         return
     taught = "teacher.module."
