@@ -80,6 +80,7 @@ setup(
         "torchreid-deps": TORCHREID_NEEDS,
         "export": EXPORT_NEEDS,
         "demo": [*FASTREID_NEEDS, *DEMO_NEEDS],
+        "search": ["faiss-cpu>=1.7.3,<2"],  # for more than 100,000 images
         "dev": [
             *FASTREID_NEEDS,
             *TORCHREID_NEEDS,
