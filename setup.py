@@ -83,6 +83,7 @@ setup(
         "export": EXPORT_NEEDS,
         "demo": [*FASTREID_NEEDS, *DEMO_NEEDS],
         "docs": DOCS_NEEDS,
+        "search": ["faiss-cpu>=1.7.3,<2"],  # for more than 100,000 images
         "dev": [
             *DOCS_NEEDS,
             *FASTREID_NEEDS,

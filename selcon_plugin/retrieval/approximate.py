@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,7 +23,8 @@ _BUILD_BREADTH = 120
 _MIN_BREADTH = 256
 _TRAINED_PER_LIST = 64
 _MIN_TRAINED_PER_LIST = 39  # below, faiss warns
-# Lists that are looked at: this many, and this share of them.
+# Lists that are looked at: so many at least, or such a share of them; more where a part of
+# the rows may not be found, so that as many may.
 _MIN_PROBES, _PROBED_SHARE = 64, 0.125
 _ROWS_AT_ONCE = 65_536
 
@@ -49,7 +51,9 @@ def choose_kind(asked: str, num_images: int) -> str:
         raise ValueError(f"search must be one of {known}, got {asked!r}")
     has_faiss = importlib.util.find_spec("faiss") is not None
     if asked in ("hnsw", "ivf") and not has_faiss:
-        raise ImportError(f"search {asked!r} needs faiss: pip install faiss-cpu")
+        raise ImportError(
+            f"search {asked!r} needs faiss: pip install 'selcon_plugin[search]'"
+        )
     if asked != "auto":
         return asked
     if num_images <= MAX_FLAT:
@@ -166,7 +170,8 @@ class Approximate:
             options = faiss.SearchParametersHNSW(efSearch=breadth, sel=selector)
         else:
             lists = self._index.nlist
-            probes = min(lists, max(_MIN_PROBES, round(_PROBED_SHARE * lists)))
+            wanted = max(_MIN_PROBES, _PROBED_SHARE * lists) / max(allowed.mean(), 1e-6)
+            probes = min(lists, math.ceil(wanted))
             options = faiss.SearchParametersIVF(nprobe=probes, sel=selector)
         rows: NDArray[np.int64] = self._index.search(queries, count, params=options)[1]
         return rows
