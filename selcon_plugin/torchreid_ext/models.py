@@ -280,9 +280,7 @@ def feature_layer_width(state: Mapping[str, Tensor]) -> int:
     return len(layers[0]) if len(layers) == 1 else 0
 
 
-def _begin_as_feature_layer(
-    head: nn.Module, state: Mapping[str, Tensor]
-) -> Mapping[str, Tensor]:
+def _begin_as_feature_layer(head: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Take over a linear layer and its normalisation, if they are the head's in shape.
 
     Args:
