@@ -233,36 +233,6 @@ def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
-    """Let a command take a trained network, and config options behind all else."""
-    parser.add_argument(
-        "--weights",
-        default="",
-        metavar="FILE",
-        help="checkpoint of a run, or weights of FastReID, torchreid or timm",
-    )
-    parser.add_argument(
-        "--config-file",
-        default="",
-        metavar="FILE",
-        help="its config; default: config.yaml in the folder of the run",
-    )
-    parser.add_argument(
-        "--backbone",
-        default="",
-        metavar="NAME",
-        help="for plain weights in the place of a config: model of torchreid, such as "
-        "osnet_x0_25, or of timm, such as timm:resnet50",
-    )
-    parser.add_argument(
-        "opts",
-        metavar="KEY VALUE",
-        nargs=argparse.REMAINDER,
-        default=[],
-        help="config options",
-    )
-
-
 def add_import_argument(parser: argparse.ArgumentParser) -> None:
     """Let a command take files that register methods, labelers or samplers."""
     parser.add_argument(

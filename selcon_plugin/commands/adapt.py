@@ -8,6 +8,7 @@ import sys
 from selcon_plugin.cli import add_folder_arguments, add_import_argument, import_files
 from selcon_plugin.commands.network_arguments import (
     add_network_arguments,
+    add_reading_arguments,
     check_network_arguments,
 )
 
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         "what was stopped.",
     )
     add_network_arguments(parser, onnx=False)
+    add_reading_arguments(parser)
     add_folder_arguments(parser)
     add_import_argument(parser)
     parser.add_argument(

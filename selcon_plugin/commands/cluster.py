@@ -14,6 +14,7 @@ from selcon_plugin.cli import add_folder_arguments, add_import_argument, import_
 from selcon_plugin.clustering import labeler_names, labeler_options
 from selcon_plugin.commands.network_arguments import (
     add_network_arguments,
+    add_reading_arguments,
     check_network_arguments,
     load_embedder,
     network_key,
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         "kept beside it: the same command with another --eps or --labeler is quick.",
     )
     add_network_arguments(parser)
+    add_reading_arguments(parser)
     add_folder_arguments(parser)
     add_import_argument(parser)
     parser.add_argument(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from selcon_plugin.cli import add_import_argument, add_weights_arguments, import_files
+from selcon_plugin.cli import add_import_argument, import_files
+from selcon_plugin.commands.network_arguments import add_network_arguments, add_options
 from selcon_plugin.embedder import Embedder
 from selcon_plugin.engine.inference import InferenceNetwork
 from selcon_plugin.exporting import (
@@ -97,7 +98,8 @@ def _parser() -> argparse.ArgumentParser:
         "--licence", default=LICENCE_NOTE, metavar="TEXT", help="note in the metadata"
     )
     add_import_argument(parser)
-    add_weights_arguments(parser)
+    add_network_arguments(parser, onnx=False)
+    add_options(parser)
     return parser
 
 

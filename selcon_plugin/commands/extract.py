@@ -9,9 +9,13 @@ from pathlib import Path
 from selcon_plugin.cli import (
     add_folder_arguments,
     add_import_argument,
-    add_weights_arguments,
     import_files,
     load_config,
+)
+from selcon_plugin.commands.network_arguments import (
+    add_network_arguments,
+    add_options,
+    add_reading_arguments,
 )
 from selcon_plugin.embedder import Embedder
 from selcon_plugin.engine.checks import make_output_folder
@@ -53,23 +57,15 @@ def _parser() -> argparse.ArgumentParser:
     add_import_argument(parser)
     parser.add_argument("--output", required=True, metavar="FILE.npz", help="file to write")
     parser.add_argument(
-        "--onnx", default="", metavar="FILE", help="what selcon export --onnx wrote"
-    )
-    parser.add_argument(
-        "--device", default="auto", help="where --weights run; default: a GPU if present"
-    )
-    parser.add_argument("--batch-size", type=int, default=64, help="images at once")
-    parser.add_argument(
-        "--workers", type=int, default=0, help="processes that read images; default: 0"
-    )
-    parser.add_argument(
         "--max-bad-share",
         type=float,
         default=0.05,
         metavar="SHARE",
         help="share of the images that may be unreadable; default: 0.05",
     )
-    add_weights_arguments(parser)
+    add_network_arguments(parser)
+    add_reading_arguments(parser)
+    add_options(parser)
     return parser
 
 
@@ -88,7 +84,7 @@ def _embed(args: argparse.Namespace) -> tuple[int, int]:
         args.images,
         camera_pattern=args.camera_pattern,
         batch_size=args.batch_size,
-        num_workers=args.workers,
+        num_workers=args.num_workers,
         max_bad_share=args.max_bad_share,
         show_progress=sys.stderr.isatty(),
     )

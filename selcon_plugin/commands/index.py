@@ -6,7 +6,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from selcon_plugin.commands.network import add_network_arguments, network_of
+from selcon_plugin.commands.network_arguments import (
+    add_device_argument,
+    add_network_arguments,
+    add_options,
+    network_source,
+)
 from selcon_plugin.datasets.reading import describe_faults
 from selcon_plugin.retrieval import ImageEmbedder, Index, NetworkSource
 from selcon_plugin.retrieval.store import MANIFEST
@@ -50,7 +55,7 @@ def main(argv: list[str]) -> int:
 
 def _index_and_network(args: argparse.Namespace) -> tuple[Index, ImageEmbedder]:
     """Open the index, or make it if --images is given and there is none."""
-    source = network_of(args)
+    source = network_source(args)
     if args.add or Path(args.index, MANIFEST).is_file():
         index = Index.open(args.index)
         embedder = _source_of(index, source).load(args.device)
@@ -96,6 +101,8 @@ def _parser() -> argparse.ArgumentParser:
         help="take out the images whose path ends like this, for instance 'cam3/*'",
     )
     add_network_arguments(parser)
+    add_device_argument(parser)
+    parser.add_argument("--batch-size", type=int, default=64, help="default: 64")
     parser.add_argument(
         "--camera-pattern",
         metavar="REGEX",
@@ -111,7 +118,6 @@ def _parser() -> argparse.ArgumentParser:
         "hnsw up to 1,000,000, ivf above",
     )
     parser.add_argument("--fp16", action="store_true", help="half the size on the disk")
-    parser.add_argument("--batch-size", type=int, default=64, help="default: 64")
     parser.add_argument(
         "--max-bad-share",
         type=float,
@@ -119,11 +125,5 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="share of unreadable images that are left out; default: 0.05",
     )
-    parser.add_argument(
-        "opts",
-        metavar="KEY VALUE",
-        nargs=argparse.REMAINDER,
-        default=[],
-        help="options that change the network's config",
-    )
+    add_options(parser)
     return parser

@@ -7,6 +7,8 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from selcon_plugin.retrieval import NetworkSource
+
 if TYPE_CHECKING:
     from selcon_plugin.embedder import Embedder
 
@@ -43,14 +45,34 @@ def add_network_arguments(parser: argparse.ArgumentParser, *, onnx: bool = True)
         parser.add_argument(
             "--onnx", default="", metavar="FILE", help="exported network, for --weights"
         )
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """Let a command take the device that computes features."""
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:0; default: auto"
     )
+
+
+def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Let a command take the device, and how images are read for it."""
+    add_device_argument(parser)
     parser.add_argument(
         "--batch-size", type=int, default=64, help="images computed together; default: 64"
     )
     parser.add_argument(
         "--num-workers", type=int, default=0, help="processes that read images; default: 0"
+    )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Let a command take options of the network's config, behind all else."""
+    parser.add_argument(
+        "opts",
+        metavar="KEY VALUE",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="options of the network's config",
     )
 
 
@@ -91,6 +113,25 @@ def load_embedder(args: argparse.Namespace) -> Embedder:
         backbone=args.backbone,
         device=args.device,
     )
+
+
+def network_source(args: argparse.Namespace) -> NetworkSource | None:
+    """Return the network that the arguments name, None if none.
+
+    Args:
+        args: Arguments of the command; ``opts``, where there are, are ``KEY VALUE`` pairs.
+
+    Returns:
+        Where to read it from.
+
+    Raises:
+        ValueError: If more than one is named, or a part of one.
+    """  # noqa: DOC502  (raised by what this calls)
+    named = (args.weights, args.config_file, args.backbone, args.onnx)
+    options = tuple(getattr(args, "opts", ()))
+    if not any(named) and not options:
+        return None
+    return NetworkSource(*named, options)
 
 
 def network_key(args: argparse.Namespace) -> str:

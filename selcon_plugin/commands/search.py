@@ -8,7 +8,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from selcon_plugin.commands.network import add_network_arguments, network_of
+from selcon_plugin.commands.network_arguments import (
+    add_device_argument,
+    add_network_arguments,
+    network_source,
+)
 from selcon_plugin.datasets.reading import ImageReadError
 from selcon_plugin.retrieval import Index, QueryResult, search
 from selcon_plugin.retrieval.page import write_page
@@ -29,7 +33,7 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     index = Index.open(args.index)
     threshold, said = _threshold(index, args.threshold)
-    source = network_of(args) or index.source
+    source = network_source(args) or index.source
     try:
         results = search(
             index,
@@ -118,4 +122,5 @@ def _parser() -> argparse.ArgumentParser:
         "--no-images", action="store_false", dest="images", help="a page without pictures"
     )
     add_network_arguments(parser)
+    add_device_argument(parser)
     return parser
