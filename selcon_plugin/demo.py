@@ -44,11 +44,13 @@ logger = logging.getLogger(__name__)
 _SETTINGS = "demo.yaml"  # what the run in a folder was begun with
 _METRICS = "metrics.json"  # FastReID's
 _LOG = "log.txt"
+_GAIN = "gain.json"  # metrics before and after
 # What a run leaves behind, for --fresh to remove; nothing else is touched.
 _RUN_FILES = (
     *("model_*.pth", "model_*.pth.partial", "last_checkpoint*", "config.yaml"),
     *(_METRICS, _LOG, "events.out.tfevents.*", _SETTINGS),
-    *("results.json", "ranked.png", "loss.png"),
+    *("results.json", "gain.json", "ranked.png", "loss.png", "report.html"),
+    *("images.json", "embedding.npz", "ranked.json"),
 )
 # Settings that may differ between the parts of one run.
 _FREE_KEYS = ("OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "TEST.")
@@ -148,6 +150,8 @@ def _config(args: argparse.Namespace) -> Any:
 
 def _run(cfg: Any, output: Path) -> None:
     """Go through the steps of the demo."""
+    from selcon_plugin.fastreid_ext.run_record import write_results
+
     started = time.monotonic()
     _check_settings(output, cfg)
     _say("[1/5] Data")
@@ -156,18 +160,21 @@ def _run(cfg: Any, output: Path) -> None:
     _say("[2/5] What ImageNet features know, without any training")
     before = _evaluate(cfg, _plain_model(cfg), output / _LOG)
     _say(f"      {_in_words(before)}")
-    model, steps_per_epoch = _train(cfg)
+    trainer = _train(cfg)
     _say("[4/5] What the trained model knows")
-    after = _evaluate(cfg, model, output / _LOG)
+    after = _evaluate(cfg, trainer.model, output / _LOG)
     _say(f"      {_in_words(after)}")
     _say("[5/5] Pictures")
+    steps_per_epoch = trainer.iters_per_epoch
     warmup_steps = cfg.MODEL.SELCON.WARMUP_EPOCHS * steps_per_epoch
     pictures = _draw_pictures(output, before, after, steps_per_epoch, warmup_steps)
-    results = {"before": before.metrics, "after": after.metrics}
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    gain = {"before": before.metrics, "after": after.metrics}
+    (output / _GAIN).write_text(json.dumps(gain, indent=2) + "\n")
+    write_results(trainer, {cfg.DATASETS.TESTS[0]: after.metrics})
     _say(f"\n{_table(before.metrics, after.metrics)}\n")
     _say(f"Ranked results  {pictures[0]}")
     _say(f"Loss curve      {pictures[1]}")
+    _say(f"Report          {output / 'report.html'}")
     _say(f"Model, logs     {output}")
     _say(f"\nThis took {_duration(time.monotonic() - started)}.")
 
@@ -250,8 +257,8 @@ def _plain_model(cfg: Any) -> nn.Module:
     return model
 
 
-def _train(cfg: Any) -> tuple[nn.Module, int]:
-    """Train without labels, or finish what was begun; return the model, steps per epoch."""
+def _train(cfg: Any) -> Any:
+    """Train without labels, or finish what was begun; return the trainer."""
     from selcon_plugin.fastreid_ext import SelConTrainer
 
     cfg = cfg.clone()
@@ -267,7 +274,7 @@ def _train(cfg: Any) -> tuple[nn.Module, int]:
         trainer.train()
     for file in Path(cfg.OUTPUT_DIR).glob("model_[0-9]*.pth"):
         file.unlink()  # model_final.pth holds all of it
-    return trainer.model, trainer.iters_per_epoch
+    return trainer
 
 
 def _evaluate(cfg: Any, model: nn.Module, log: Path) -> _Evaluation:

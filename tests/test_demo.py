@@ -63,7 +63,7 @@ def test_demo_trains_shows_and_resumes(run, tmp_path):
     out = tmp_path / "out"
     text = run("--epochs", "2")
 
-    results = json.loads((out / "results.json").read_text())
+    results = json.loads((out / "gain.json").read_text())
     assert set(results) == {"before", "after"}
     before, after = results["before"]["mAP"], results["after"]["mAP"]
     assert re.search(rf"^before: .* {before:.1f} ", text, re.MULTILINE)
@@ -75,6 +75,10 @@ def test_demo_trains_shows_and_resumes(run, tmp_path):
         assert str(out / name) in text
         with Image.open(out / name) as picture:
             assert min(picture.size) > 100
+    assert str(out / "report.html") in text
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert f"{after:.1f}" in page
+    assert "could not be written" not in (out / "log.txt").read_text()
     # The console stays readable: all else is in the log.
     assert len(text.splitlines()) < 40
     assert "Running" not in text
@@ -85,7 +89,7 @@ def test_demo_trains_shows_and_resumes(run, tmp_path):
 
     # A finished run is not trained again and gives the same figures.
     assert "finished earlier" in run("--epochs", "2")
-    assert json.loads((out / "results.json").read_text())["after"] == results["after"]
+    assert json.loads((out / "gain.json").read_text())["after"] == results["after"]
 
 
 def test_stopped_run_gives_the_figures_of_the_unbroken_one(run, tmp_path, monkeypatch):
@@ -93,7 +97,7 @@ def test_stopped_run_gives_the_figures_of_the_unbroken_one(run, tmp_path, monkey
 
     out = tmp_path / "out"
     run("--epochs", "3")
-    unbroken = json.loads((out / "results.json").read_text())["after"]
+    unbroken = json.loads((out / "gain.json").read_text())["after"]
     run_step = AccumulatingTrainer.run_step
 
     def stop_in_the_third_epoch(self) -> None:
@@ -104,10 +108,10 @@ def test_stopped_run_gives_the_figures_of_the_unbroken_one(run, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(AccumulatingTrainer, "run_step", stop_in_the_third_epoch)
         assert "Stopped." in run("--epochs", "3", "--fresh", status=130)
-    assert not (out / "results.json").exists()
+    assert not (out / "gain.json").exists()
 
     assert "from epoch 3 on" in run("--epochs", "3")
-    assert json.loads((out / "results.json").read_text())["after"] == unbroken
+    assert json.loads((out / "gain.json").read_text())["after"] == unbroken
 
 
 def test_other_settings_need_a_fresh_start(run, tmp_path):
