@@ -104,7 +104,7 @@ def _of_cameras(run: RunData) -> Iterator[Note]:
 
 
 def _of_training(run: RunData) -> Iterator[Note]:
-    losses = [v for v in run.curve("total_loss").values if math.isfinite(v)]
+    losses = _comparable_losses(run)
     if len(losses) >= _FEW_LOSSES:
         third = max(1, len(losses) // 3)
         first, last = float(np.mean(losses[:third])), float(np.mean(losses[-third:]))
@@ -112,8 +112,7 @@ def _of_training(run: RunData) -> Iterator[Note]:
             yield Note(
                 "warning",
                 f"The loss did not fall: {first:.3g} at first, {last:.3g} at the end.",
-                "Lower the learning rate. Where the number of clusters grows, so does the "
-                "loss: judge by the quality of the clusters then.",
+                "Lower the learning rate.",
             )
     skipped = run.curve("skipped_steps").last
     if skipped:
@@ -122,6 +121,22 @@ def _of_training(run: RunData) -> Iterator[Note]:
             f"{skipped:.0f} steps were left out because of NaN or infinity.",
             "The log names the images and the weights.",
         )
+
+
+def _comparable_losses(run: RunData) -> list[float]:
+    """Return the losses since the warm-up, which is easier; none if clusters grew more.
+
+    Each cluster more makes a cluster loss larger, however good the features.
+    """
+    clusters = run.curve("num_clusters").values
+    if clusters and clusters[-1] > clusters[0]:
+        return []
+    losses, warmup = run.curve("total_loss"), run.setting("warmup_epochs") or 0
+    return [
+        value
+        for epoch, value in zip(losses.epochs, losses.values, strict=True)
+        if epoch > warmup and math.isfinite(value)
+    ]
 
 
 def _of_images(run: RunData) -> Iterator[Note]:

@@ -10,7 +10,7 @@ from selcon_plugin.report.notes import find_notes
 
 
 def curve(*values):
-    return Curve(tuple(float(i) for i in range(len(values))), values)
+    return Curve(tuple(float(i) for i in range(1, len(values) + 1)), values)
 
 
 def warnings(run):
@@ -37,6 +37,18 @@ def test_what_was_measured_is_warned_about(make_run, curves, words):
     run = collect_run(make_run())
     (text,) = warnings(dataclasses.replace(run, curves={**run.curves, **curves}))
     assert words in text
+
+
+def test_loss_of_warm_up_or_of_fewer_clusters_is_no_measure(make_run):
+    run = collect_run(make_run())
+    rising = {**run.curves, "total_loss": curve(0.1, 0.1, 0.1, 4.0, 3.9, 3.8, 3.7)}
+    rising.pop("num_clusters", None)
+    run = dataclasses.replace(run, curves=rising)
+    assert "did not fall" in " ".join(warnings(run))
+    settings = {**run.settings, "MODEL.SELCON.WARMUP_EPOCHS": 3}
+    assert warnings(dataclasses.replace(run, settings=settings)) == []
+    grown = {**rising, "num_clusters": curve(20.0, 30.0)}
+    assert warnings(dataclasses.replace(run, curves=grown)) == []
 
 
 def test_clusters_of_one_camera(make_run):
