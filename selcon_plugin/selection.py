@@ -115,12 +115,13 @@ def select_within_clusters(
     *,
     num_neighbors: int,
     num_negatives: int,
+    allowed_negatives: Tensor | None = None,
 ) -> Selection:
     """Take positives from the own cluster and negatives from outside, the nearest of each.
 
     A cluster smaller than 1 + K leaves positives absent. An outlier has no positive but
-    itself; its K nearest rows, which may well show the same person, are neither positive
-    nor negative, and the next N are its negatives.
+    itself; its K nearest rows that may be negatives, which may well show the same person,
+    are neither, and the next N are its negatives.
 
     Args:
         distance: Smaller is closer, shape ``(B, M)``. Not modified.
@@ -128,6 +129,7 @@ def select_within_clusters(
         labels: Cluster of each bank row, -1 for outliers, int64, shape ``(M,)``.
         num_neighbors: Neighbours K, at least 0; clamped to M - 1.
         num_negatives: Negatives N, at least 0; clamped to M - 1 - K.
+        allowed_negatives: Rows that may be negatives, bool, shape ``(B, M)``; None for all.
 
     Returns:
         Positives and negatives, nearest first, with their masks.
@@ -149,7 +151,8 @@ def select_within_clusters(
     near, positive = others.masked_fill(~same, float("inf")).topk(
         neighbors, dim=1, largest=False, sorted=True
     )
-    far, negative = others.masked_fill(same, float("inf")).topk(
+    excluded = same if allowed_negatives is None else same | ~allowed_negatives
+    far, negative = others.masked_fill(excluded, float("inf")).topk(
         neighbors + negatives, dim=1, largest=False, sorted=True
     )
     place = torch.arange(negatives, device=index.device) + neighbors * is_outlier  # (B, N)
@@ -159,6 +162,36 @@ def select_within_clusters(
         torch.cat([torch.ones_like(is_outlier), near.isfinite()], dim=1),
         far.gather(1, place).isfinite(),
     )
+
+
+@torch.no_grad()
+def select_among(
+    distance: Tensor, positive_index: Tensor, allowed: Tensor, *, num_negatives: int
+) -> Selection:
+    """Take the nearest allowed rows that are no positives as negatives.
+
+    Args:
+        distance: Smaller is closer, shape ``(B, M)``. Not modified.
+        positive_index: Positives, int64, shape ``(B, P)``.
+        allowed: Rows that may be negatives, bool, shape ``(B, M)``.
+        num_negatives: Negatives N, at least 0; clamped to M - P.
+
+    Returns:
+        The positives, and the negatives, nearest first, with their mask.
+
+    Example:
+        >>> distance = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
+        >>> allowed = torch.tensor([[True, True, False, True]])
+        >>> chosen = select_among(distance, torch.tensor([[0]]), allowed, num_negatives=2)
+        >>> chosen.negative_index
+        tensor([[3, 1]])
+    """
+    count = min(num_negatives, distance.shape[1] - positive_index.shape[1])
+    others = distance.masked_fill(~allowed, float("inf"))
+    far, negative = others.scatter(1, positive_index, float("inf")).topk(
+        count, dim=1, largest=False, sorted=True
+    )
+    return Selection(positive_index, negative, None, far.isfinite())
 
 
 @torch.no_grad()

@@ -43,6 +43,8 @@ class SelConCluster(SelectiveContrastive):
         self_weight: λ_t, weight of the image's own row.
         neighbor_scale: α, factor on the weight shared by the neighbours; 1 makes all
             weights sum to 1.
+        negative_cameras: As there; negatives from the own camera alone by default, where
+            cameras are known.
         temperature: τ, divides the similarities.
         normalize_parts: Whether the concatenated parts are scaled to unit length.
         warmup_epochs: Epochs without neighbours at the start.
@@ -64,6 +66,7 @@ class SelConCluster(SelectiveContrastive):
         num_negatives: Annotated[int, Interval(1)] = 3000,
         self_weight: Annotated[float, Interval(0, 1, above=True)] = 0.1,
         neighbor_scale: Annotated[float, Interval(0)] = 1.0,
+        negative_cameras: Annotated[str, Choice(("all", "own"))] = "own",
         temperature: Annotated[float, Interval(0, above=True)] = 0.05,
         normalize_parts: bool = True,
         warmup_epochs: Annotated[int, Interval(0)] = 0,
@@ -79,6 +82,7 @@ class SelConCluster(SelectiveContrastive):
             num_negatives=num_negatives,
             self_weight=self_weight,
             neighbor_scale=neighbor_scale,
+            negative_cameras=negative_cameras,
             temperature=temperature,
             normalize_parts=normalize_parts,
             warmup_epochs=warmup_epochs,

@@ -28,6 +28,7 @@ from selcon_plugin.selection import (
     Selection,
     draw_random_negatives,
     prefer_listed,
+    select_among,
     select_neighbors,
     select_within_clusters,
     step_generator,
@@ -64,6 +65,9 @@ class SelectiveContrastive(Method):
         part_loss_weight: λ_p, weight of the parts' loss; the global loss gets 1 - λ_p.
         global_distance_weight: λ_g, weight of the global distance in the ranking.
         same_camera_penalty: λ_c, added to the distance of images from one camera.
+        negative_cameras: Cameras whose images may be negatives: ``"all"``, or ``"own"``,
+            that of the image alone, so that telling cameras apart is no help. Images of
+            unknown camera take all. Not during warm-up.
         temperature: τ, divides the similarities.
         bank_momentum: Weight of the old row when a bank is written.
         mixture_update: Whose mixture rows an image writes: all its ``"positives"`` or
@@ -107,6 +111,7 @@ class SelectiveContrastive(Method):
         part_loss_weight: Annotated[float, Interval(0, 1)] = 0.5,
         global_distance_weight: Annotated[float, Interval(0, 1)] = 0.5,
         same_camera_penalty: Annotated[float, Interval(0)] = 0.05,
+        negative_cameras: Annotated[str, Choice(("all", "own"))] = "all",
         temperature: Annotated[float, Interval(0, above=True)] = 0.1,
         bank_momentum: Annotated[float, Interval(0, 1)] = 0.5,
         mixture_update: Annotated[str, Choice(("positives", "self"))] = "positives",
@@ -130,6 +135,7 @@ class SelectiveContrastive(Method):
         self.part_loss_weight = part_loss_weight
         self.global_distance_weight = global_distance_weight
         self.same_camera_penalty = same_camera_penalty
+        self.negative_cameras = negative_cameras
         self.warmup_epochs = warmup_epochs
         self.seed = seed
         self.criterion = SelectiveContrastiveLoss(
@@ -259,17 +265,39 @@ class SelectiveContrastive(Method):
             "num_neighbors": self.num_neighbors,
             "num_negatives": self.num_negatives,
         }
+        allowed = self._allowed_negatives(camids)
         # Where no clusters were found the images' own neighbours stand in for them.
         if self.selection == "cluster" and not self.instance_level:
-            return select_within_clusters(distance, index, self.labels, **counts)
-        if self.selection == "jaccard":
-            listed = self._listed_index[index]
-            listed_distance = self._listed_distance[index]
-            if camids is not None:
-                same = (self._bank_camids[listed] == camids[:, None]) & (listed >= 0)
-                listed_distance = listed_distance + self.same_camera_penalty * same
-            distance = prefer_listed(distance, listed, listed_distance)
-        return Selection(*select_neighbors(distance, index, **counts))
+            return select_within_clusters(
+                distance, index, self.labels, allowed_negatives=allowed, **counts
+            )
+        ranked = self._rank_by_jaccard(distance, index, camids)
+        chosen = Selection(*select_neighbors(ranked, index, **counts))
+        if allowed is None:
+            return chosen
+        return select_among(
+            ranked, chosen.positive_index, allowed, num_negatives=self.num_negatives
+        )
+
+    def _rank_by_jaccard(
+        self, distance: Tensor, index: Tensor, camids: Tensor | None
+    ) -> Tensor:
+        """Put the neighbours of the last clustering first, where they are asked for."""
+        if self.selection != "jaccard":
+            return distance
+        listed = self._listed_index[index]
+        listed_distance = self._listed_distance[index]
+        if camids is not None:
+            same = (self._bank_camids[listed] == camids[:, None]) & (listed >= 0)
+            listed_distance = listed_distance + self.same_camera_penalty * same
+        return prefer_listed(distance, listed, listed_distance)
+
+    def _allowed_negatives(self, camids: Tensor | None) -> Tensor | None:
+        """Return which rows may be negatives of which image, (B, M); None for all."""
+        if self.negative_cameras == "all" or camids is None:
+            return None
+        own = camids[:, None]
+        return (self._bank_camids == own) | (own < 0)
 
     @torch.no_grad()
     def update(self, index: Tensor, embeddings: Embeddings) -> None:

@@ -167,7 +167,12 @@ def test_jaccard_selection_ranks_by_the_graph_and_the_camera() -> None:
 def test_without_clusters_the_nearest_images_stand_in() -> None:
     method = make_method(labels=PseudoLabels.each_its_own(M))
     plain = build_method(
-        "SelectiveContrastive", M, C, num_neighbors=3, num_negatives=8, warmup_epochs=0
+        "SelectiveContrastive",
+        *(M, C),
+        num_neighbors=3,
+        num_negatives=8,
+        warmup_epochs=0,
+        negative_cameras="own",
     )
     assert isinstance(plain, SelectiveContrastive)
     plain.prepare(embeddings_of(M, seed=0), CAMIDS)
@@ -178,6 +183,52 @@ def test_without_clusters_the_nearest_images_stand_in() -> None:
     assert torch.equal(chosen.positive_index, wanted.positive_index)
     assert torch.equal(chosen.negative_index, wanted.negative_index)
     assert chosen.positive_mask is None
+
+
+@pytest.mark.parametrize("selection", ["cluster", "distance"])
+def test_negatives_of_the_own_camera_alone(selection: str) -> None:
+    camids = CAMIDS.clone()
+    camids[13] = -1
+    whole, own = (
+        build_method(
+            "SelectiveContrastive",
+            *(M, C),
+            selection=selection,
+            num_neighbors=3,
+            num_negatives=number,
+            warmup_epochs=0,
+            negative_cameras=cameras,
+        )
+        for cameras, number in (("all", M), ("own", 4))
+    )
+    assert isinstance(whole, SelectiveContrastive)
+    assert isinstance(own, SelectiveContrastive)
+    labels = DBSCANLabeler(eps=0.8, k1=6, k2=2)(units(M, C, seed=0))
+    index = torch.tensor([0, 7, 13])
+    batch = embeddings_of(3, seed=3)
+    for method in (whole, own):
+        method.prepare(embeddings_of(M, seed=0), camids, labels)
+    anywhere = whole.select(batch, index, camids[index])
+    chosen = own.select(batch, index, camids[index])
+    assert torch.equal(chosen.positive_index, anywhere.positive_index)
+    assert chosen.negative_mask is not None
+    for row, camera in enumerate(camids[index].tolist()):
+        ranked = anywhere.negative_index[row].tolist()
+        if anywhere.negative_mask is not None:
+            present = anywhere.negative_mask[row].tolist()
+            ranked = [j for j, there in zip(ranked, present, strict=True) if there]
+        wanted = [j for j in ranked if camera < 0 or camids[j] == camera][:4]
+        assert wanted
+        assert chosen.negative_index[row][chosen.negative_mask[row]].tolist() == wanted
+
+
+def test_without_cameras_all_images_may_be_negatives() -> None:
+    chosen = []
+    for cameras in ("own", "all"):
+        method = make_method(negative_cameras=cameras)
+        method.prepare(embeddings_of(M, seed=0), None, PseudoLabels.numbered(LABELS))
+        chosen.append(method.select(embeddings_of(2, seed=3), torch.tensor([0, 7]), None))
+    assert torch.equal(chosen[0].negative_index, chosen[1].negative_index)
 
 
 def test_camera_weight_needs_clusters() -> None:
