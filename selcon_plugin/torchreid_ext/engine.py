@@ -489,6 +489,8 @@ class ImageSelConEngine(_Engine):
             kwargs[f"{side}_loader"] = Watched(kwargs[f"{side}_loader"], name)
 
         def record(distance: Any) -> None:
+            if not self._step:  # a test of weights alone
+                return
             queries = rank_queries(distance, test_set["query"], test_set["gallery"])
             write_ranked(self._save_dir, dataset_name, queries)
 
