@@ -166,6 +166,7 @@ _SCL: dict[str, Mapping[str, Options]] = {
     "mixture_update": _levels("MIXTURE_UPDATE", "self"),
     "normalize_parts": _levels("NORMALIZE_PARTS", True),
     "camera_term": {"off": {f"{_SELCON}SAME_CAMERA_PENALTY": 0.0}},
+    "negative_cameras": _levels("NEGATIVE_CAMERAS", "own"),
     "parts": {"off": {f"{_SELCON}NUM_PARTS": 0}},
     "neighbors": _levels("NUM_NEIGHBORS", 3, 15),
 }
@@ -182,6 +183,7 @@ _SELCON_CLUSTER: dict[str, Mapping[str, Options]] = {
     "pooling": _AVERAGE_POOLING,
     "camera_weight": _CAMERA_WEIGHT,
     "camera_term": {"off": {f"{_SELCON}SAME_CAMERA_PENALTY": 0.0}},
+    "negative_cameras": _levels("NEGATIVE_CAMERAS", "all"),
     "mixture_update": _levels("MIXTURE_UPDATE", "self"),
     "neighbors": _levels("NUM_NEIGHBORS", 7, 15),
     "negatives": _levels("NUM_NEGATIVES", 500, 1000),
