@@ -26,6 +26,7 @@ from selcon_plugin.engine.checks import (
     read_config_file,
 )
 from selcon_plugin.engine.stopping import RunStopped
+from selcon_plugin.options import KINDS
 
 if TYPE_CHECKING:
     from selcon_plugin.engine.settings import ConfigKeys
@@ -37,14 +38,6 @@ logger = logging.getLogger(__name__)
 
 # yacs: Type mismatch (<old type> vs. <new type>) with values (<old> vs. <new>) for ...
 _MISMATCH = re.compile(r"with values \(.* vs\. (.*)\) for config key: (.*)", re.DOTALL)
-_TYPES = {
-    int: "a whole number",
-    float: "a number",
-    bool: "True or False",
-    str: "text",
-    list: "a list",
-    tuple: "a list",
-}
 
 _USAGE = """\
 usage: selcon COMMAND [ARGUMENTS]
@@ -419,7 +412,7 @@ def _explained(cfg: Any, keys: ConfigKeys, source: str) -> Iterator[None]:
         if mismatch is None:
             raise ValueError(f"{source}: {error}") from error
         value, key = mismatch.groups()
-        legal = keys.describe(key) or _TYPES.get(type(flatten_config(cfg).get(key)), "")
+        legal = keys.describe(key) or KINDS.get(type(flatten_config(cfg).get(key)), "")
         # To yacs a whole number is no float: 1 has to be written 1.0.
         remedy = f"; it must be {legal}, written with its type (1.0, not 1)"
         raise ValueError(

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-_KINDS: dict[type, str] = {
+KINDS: dict[type, str] = {  # types of values in a config, in words
     int: "a whole number",
     float: "a number",
     bool: "True or False",
@@ -132,7 +132,7 @@ class Option:
 
     def describe(self) -> str:
         """Say in words what is legal."""
-        kind = _KINDS[self.kind]
+        kind = KINDS[self.kind]
         legal = kind if self.legal is None else f"{kind} {self.legal}"
         return " or ".join([legal, *map(repr, self.words)])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
+from functools import partial
 
 from selcon_plugin.cli import add_folder_arguments, add_import_argument, import_files
 from selcon_plugin.commands.network_arguments import (
@@ -47,13 +47,8 @@ def main(argv: list[str]) -> int:
         device=args.device,
         options=tuple(args.opts),
     )
-    adapt(settings, args.output, say=_say)
+    adapt(settings, args.output, say=partial(print, flush=True))
     return 0
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
 
 
 def _parser() -> argparse.ArgumentParser:
