@@ -271,7 +271,8 @@ def _train(cfg: Any) -> Any:
     else:
         first = f", from epoch {trainer.start_epoch + 1} on" if trainer.start_epoch else ""
         _say(f"[3/5] Training without labels, {trainer.max_epoch} epochs{first}")
-        trainer.train()
+        with trainer.meter.running():
+            trainer.train()
     for file in Path(cfg.OUTPUT_DIR).glob("model_[0-9]*.pth"):
         file.unlink()  # model_final.pth holds all of it
     return trainer

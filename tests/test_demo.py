@@ -78,6 +78,7 @@ def test_demo_trains_shows_and_resumes(run, tmp_path):
     assert str(out / "report.html") in text
     page = (out / "report.html").read_text(encoding="utf-8")
     assert f"{after:.1f}" in page
+    assert json.loads((out / "results.json").read_text())["train_seconds"] > 0
     assert "could not be written" not in (out / "log.txt").read_text()
     # The console stays readable: all else is in the log.
     assert len(text.splitlines()) < 40
