@@ -16,8 +16,8 @@ from selcon_plugin.commands.network_arguments import (
     add_network_arguments,
     add_options,
     add_reading_arguments,
+    load_embedder,
 )
-from selcon_plugin.embedder import Embedder
 from selcon_plugin.engine.checks import make_output_folder
 
 
@@ -70,16 +70,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _embed(args: argparse.Namespace) -> tuple[int, int]:
-    if args.onnx:
-        embedder = Embedder.from_onnx(args.onnx)
-    else:
-        embedder = Embedder.from_checkpoint(
-            args.weights,
-            config_file=args.config_file,
-            backbone=args.backbone,
-            device=args.device,
-            options=args.opts,
-        )
+    embedder = load_embedder(args, args.opts)
     found = embedder.embed_folder(
         args.images,
         camera_pattern=args.camera_pattern,

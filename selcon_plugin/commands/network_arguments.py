@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,25 +95,21 @@ def check_network_arguments(args: argparse.Namespace) -> None:
             raise FileNotFoundError(f"{name} {file!r} does not exist")
 
 
-def load_embedder(args: argparse.Namespace) -> Embedder:
+def load_embedder(args: argparse.Namespace, options: Sequence[str] = ()) -> Embedder:
     """Load the network that the arguments name.
 
     Args:
         args: Arguments of the command, checked.
+        options: ``KEY VALUE`` pairs that change the network's config.
 
     Returns:
         The embedder.
     """
-    from selcon_plugin.embedder import Embedder
-
-    if getattr(args, "onnx", ""):
-        return Embedder.from_onnx(args.onnx)
-    return Embedder.from_checkpoint(
-        args.weights,
-        config_file=args.config_file,
-        backbone=args.backbone,
-        device=args.device,
-    )
+    onnx = getattr(args, "onnx", "")
+    if onnx:
+        return NetworkSource(onnx=onnx).load(args.device)
+    named = (args.weights, args.config_file, args.backbone)
+    return NetworkSource(*named, options=tuple(options)).load(args.device)
 
 
 def network_source(args: argparse.Namespace) -> NetworkSource | None:

@@ -6,10 +6,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from selcon_plugin.embedder import Embedder
 
 # Largest distance between two answers of one network to a probe. Half precision and other
 # hardware move an answer by some thousandths.
@@ -88,14 +91,14 @@ class NetworkSource:
                 digest.update(block)
         return digest.hexdigest()
 
-    def load(self, device: str = "auto") -> ImageEmbedder:
+    def load(self, device: str = "auto") -> Embedder:
         """Load the network.
 
         Args:
             device: As of ``Embedder.from_checkpoint``.
 
         Returns:
-            An ``Embedder``.
+            The embedder.
 
         Raises:
             FileNotFoundError: If there is no such file.
