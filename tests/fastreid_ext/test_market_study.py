@@ -70,7 +70,10 @@ def test_each_change_is_legal_and_changes_something(name):
 
 
 def test_all_methods_are_there():
-    assert len(PROTOCOLS["gpu"].configs) == len(PROTOCOLS["cpu"].configs) == 19
+    assert len(PROTOCOLS["gpu"].configs) == 19
+    # And the demo's config of scl_paper's method.
+    assert len(PROTOCOLS["cpu"].configs) == 20
+    assert {"scl", "scl_paper"} < set(PROTOCOLS["cpu"].configs)
 
 
 def test_fixed_options_leave_their_groups_out():
@@ -86,9 +89,17 @@ def test_only():
     some = protocol.only(["scl/parts", "scl/neighbors", "cap"])
     assert list(some.configs) == ["scl", "cap"]
     assert list(some.groups["scl"]) == ["parts", "neighbors"]
+    assert protocol.only(["scl/neighbors/3", "scl/parts"]).groups == {
+        "scl": {
+            "neighbors": {"3": protocol.groups["scl"]["neighbors"]["3"]},
+            "parts": protocol.groups["scl"]["parts"],
+        }
+    }
+    plain = protocol.only(["scl/", "cap/"])
+    assert (list(plain.configs), plain.groups) == (["scl", "cap"], {})
     every = protocol.only(["methods"])
     assert (every.configs, every.groups) == (protocol.configs, {})
-    for wrong in ("sc", "scl/part", "cap/parts"):
+    for wrong in ("sc", "scl/part", "cap/parts", "scl/neighbors/4", "scl/neighbors/3/4"):
         with pytest.raises(
             ValueError, match=f"--only {wrong}: legal are methods, .*scl/parts"
         ):

@@ -4,7 +4,13 @@ import itertools
 
 import pytest
 
-from market_study.split import DATASET_FOLDER, has_official_test, hold_out, make_split
+from market_study.split import (
+    DATASET_FOLDER,
+    has_official_test,
+    hold_out,
+    make_official,
+    make_split,
+)
 
 # Identity: images of each camera.
 PEOPLE = {
@@ -140,6 +146,30 @@ def test_missing_data_are_named(market, tmp_path):
     for part in ("query", "bounding_box_test"):
         (market / DATASET_FOLDER / part).mkdir()
     assert has_official_test(market)
+
+
+def test_official_test_set_with_fewer_training_images(market, tmp_path):
+    official = market / DATASET_FOLDER
+    for part in ("query", "bounding_box_test"):
+        (official / part).mkdir()
+        (official / part / f"0001_c1_{part}.jpg").write_text(part)
+        (official / part / "Thumbs.db").write_text("")
+    root = tmp_path / "official"
+    make_official(market, root, NAMES[:3])
+    made = {
+        part: {
+            file.name: file.read_text() for file in (root / DATASET_FOLDER / part).iterdir()
+        }
+        for part in ("bounding_box_train", "query", "bounding_box_test")
+    }
+    assert list(made.values()) == [
+        {name: name for name in NAMES[:3]},
+        {"0001_c1_query.jpg": "query"},
+        {"0001_c1_bounding_box_test.jpg": "bounding_box_test"},
+    ]
+    make_official(market, root, NAMES[:3])  # read, not made anew
+    with pytest.raises(ValueError, match="holds other training images"):
+        make_official(market, root, NAMES[:4])
 
 
 def test_hashes_do_not_follow_the_names_order():

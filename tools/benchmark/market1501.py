@@ -15,6 +15,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="METHOD, METHOD/GROUP of changes, or methods: all without changes",
+        help="METHOD, METHOD/GROUP of changes, METHOD/GROUP/LEVEL, METHOD/ for it without "
+        "changes, or methods: all without changes",
     )
     parser.add_argument(
         "--validation-identities", type=int, default=100, metavar="N", help="default: 100"
@@ -97,7 +99,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         default=0,
         metavar="N",
-        help="train on fewer while choosing; default: all that are not held out",
+        help="train on fewer that are not held out, in the report too; default: on all "
+        "that are not held out while choosing, on all in the report",
     )
     parser.add_argument("--split-seed", type=int, default=0, metavar="N")
     parser.add_argument("--epochs", type=int, metavar="N", help="default: the configs'")
@@ -155,6 +158,8 @@ def _run(args: argparse.Namespace) -> list[str]:
         num_train=args.train_identities,
         seed=args.split_seed,
     )
+    if args.train_identities:
+        study = replace(study, train_subset=split.train)
     print(f"Validation split: {split.counts()}", flush=True)
     wanted = PHASES if "all" in args.phases else args.phases
     for phase in PHASES:

@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -195,16 +195,46 @@ def make_split(
         num_train=num_train,
         seed=seed,
     )
+    parts = {TRAIN: split.train, QUERY: split.query, GALLERY: split.gallery}
+    links = {part: [source / name for name in names] for part, names in parts.items()}
+    _link(links, root, {"asked": asked, **asdict(split)})
+    return split
+
+
+def make_official(data: Path, root: Path, train: Sequence[str]) -> None:
+    """Make a data set of some training images and the whole official test set.
+
+    Args:
+        data: Root under which Market-1501 lies.
+        root: Root to make the new one under, of links; one that is there stays.
+        train: Names of the training images.
+
+    Raises:
+        ValueError: If one of other training images is there already.
+    """
+    record = root / _RECORD
+    if record.is_file():
+        if json.loads(record.read_text())["train"] != list(train):
+            raise ValueError(
+                f"{root} holds other training images than asked for: choose another "
+                "--output"
+            )
+        return
+    source = official_folder(data).resolve()
+    links = {TRAIN: [source / TRAIN / name for name in train]}
+    for part in (QUERY, GALLERY):
+        links[part] = sorted((source / part).glob("*.jpg"))
+    _link(links, root, {"train": list(train)})
+
+
+def _link(links: Mapping[str, Sequence[Path]], root: Path, record: object) -> None:
     # Renamed when complete: one that was cut off is made again.
     partial = root.with_name(f"{root.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    parts = {TRAIN: split.train, QUERY: split.query, GALLERY: split.gallery}
-    for part, names in parts.items():
+    for part, files in links.items():
         folder = partial / DATASET_FOLDER / part
         folder.mkdir(parents=True)
-        for name in names:
-            (folder / name).symlink_to(source / name)
-    content = json.dumps({"asked": asked, **asdict(split)}, indent=1)
-    (partial / _RECORD).write_text(f"{content}\n")
+        for file in files:
+            (folder / file.name).symlink_to(file)
+    (partial / _RECORD).write_text(f"{json.dumps(record, indent=1)}\n")
     partial.rename(root)
-    return split

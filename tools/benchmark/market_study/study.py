@@ -11,7 +11,7 @@ from market_study import correlation, tables
 from market_study.choose import Changes, climb
 from market_study.protocols import Protocol, options_of, variant_name
 from market_study.runs import Budget, Variant, run_variants, variants_in
-from market_study.split import DATASET_FOLDER, has_official_test
+from market_study.split import DATASET_FOLDER, has_official_test, make_official
 from selcon_plugin.bench_report import write_file
 
 PHASES = ("choose", "report", "correlate", "tables")
@@ -34,6 +34,7 @@ class Study:
         rounds: Rounds of changes.
         margin: Gain in validation mAP that counts.
         budget: How long it may take.
+        train_subset: Training images of the report; None for all.
     """
 
     protocol: Protocol
@@ -44,6 +45,7 @@ class Study:
     rounds: int = 1
     margin: float = 0.5
     budget: Budget = field(default_factory=Budget)
+    train_subset: Sequence[str] | None = None
 
     @property
     def validation_root(self) -> Path:
@@ -107,7 +109,9 @@ class Study:
         )
 
     def report(self) -> None:
-        """Train each final configuration on all training images; test once, at the end.
+        """Train each final configuration; test once on the official test set, at the end.
+
+        On all training images, or on those asked for.
 
         Raises:
             FileNotFoundError: If the official test images are not there.
@@ -117,6 +121,10 @@ class Study:
                 f"{self.data / DATASET_FOLDER} has no query and bounding_box_test: the "
                 "report needs the official test images; the other phases do without"
             )
+        data = self.data
+        if self.train_subset is not None:
+            data = self.output / "official"
+            make_official(self.data, data, self.train_subset)
         finals = [(method, _BASE, Changes()) for method in self.protocol.configs]
         for method in self.protocol.groups:
             changes = self._chosen(method)
@@ -126,7 +134,7 @@ class Study:
             for method, name, changes in finals:
                 # 0: at the end alone.
                 final = self._variant(
-                    "report", method, changes, data=self.data, eval_period=0, name=name
+                    "report", method, changes, data=data, eval_period=0, name=name
                 )
                 run_variants([final], seeds, self.budget)
 
