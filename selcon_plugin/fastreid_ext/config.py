@@ -37,6 +37,9 @@ from selcon_plugin.options import Choice, Interval, Option, described_names
 logger = logging.getLogger(__name__)
 
 
+FLOAT16, BFLOAT16 = "float16", "bfloat16"
+
+
 def _optimizer_names() -> tuple[str, ...]:
     return tuple(
         name
@@ -100,6 +103,15 @@ def _own_options() -> tuple[Option, ...]:
         *(
             Option(f"{node}.{name.upper()}", value, int, None, meaning=spec[name])
             for name, value in dataclasses.asdict(SyntheticPersonsSpec()).items()
+        ),
+        Option(
+            "SOLVER.AMP.DTYPE",
+            FLOAT16,
+            str,
+            Choice((FLOAT16, BFLOAT16)),
+            meaning="type of mixed precision (`SOLVER.AMP.ENABLED`), in steps and for the "
+            "features that are clustered; `bfloat16` needs no loss scale, and works on a "
+            "CPU",
         ),
         # FastReID's verify_results reads this key, its defaults lack it.
         Option(
@@ -280,7 +292,7 @@ def _check_combinations(cfg: CfgNode) -> None:
 
 def _check_host_keys(cfg: CfgNode) -> None:
     """Refuse values and names on which FastReID would fail late, or without saying why."""
-    check_values(cfg, HOST_OPTIONS)
+    check_values(cfg, (*HOST_OPTIONS, *OWN_OPTIONS))
     check_size("INPUT.SIZE_TRAIN", cfg.INPUT.SIZE_TRAIN)
     check_size("INPUT.SIZE_TEST", cfg.INPUT.SIZE_TEST)
     check_device("MODEL.DEVICE", cfg.MODEL.DEVICE)
@@ -301,7 +313,7 @@ def complete_config(cfg: CfgNode) -> CfgNode:
     """Return a checked copy of a config, with everything a SelCon run needs.
 
     Adds the plugin's keys if the caller's script did not; moves a run without CUDA to the
-    CPU, where FastReID has no mixed precision.
+    CPU, where there is no float16.
 
     Args:
         cfg: FastReID config; not changed.
@@ -324,12 +336,32 @@ def complete_config(cfg: CfgNode) -> CfgNode:
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("MODEL.DEVICE is cuda, but CUDA is not available: using the CPU")
         cfg.MODEL.DEVICE = "cpu"
-    if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
-        logger.warning("SOLVER.AMP.ENABLED needs CUDA: training in float32")
-        cfg.SOLVER.AMP.ENABLED = False
+    if cfg.SOLVER.AMP.ENABLED:
+        _check_precision(cfg)
     if frozen:
         cfg.freeze()
     return cfg
+
+
+def _check_precision(cfg: CfgNode) -> None:
+    """Leave out what a CPU lacks; refuse what a GPU lacks."""
+    dtype = cfg.SOLVER.AMP.DTYPE
+    if cfg.MODEL.DEVICE == "cpu" and dtype == FLOAT16:
+        logger.warning(
+            "SOLVER.AMP.ENABLED in float16 needs CUDA: training in float32. On a CPU "
+            "there is SOLVER.AMP.DTYPE bfloat16"
+        )
+        cfg.SOLVER.AMP.ENABLED = False
+    if dtype == BFLOAT16 and cfg.MODEL.DEVICE != "cpu" and not _gpu_does_bfloat16():
+        raise ValueError(
+            f"SOLVER.AMP.DTYPE is {dtype}, which {torch.cuda.get_device_name()} cannot "
+            "compute in: set it to float16"
+        )
+
+
+def _gpu_does_bfloat16() -> bool:
+    # PyTorch's own question is answered yes where it is emulated, slowly.
+    return torch.cuda.get_device_capability() >= (8, 0)
 
 
 def default_values(settings: Mapping[str, Any]) -> dict[str, Any]:

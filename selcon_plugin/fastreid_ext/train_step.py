@@ -34,6 +34,7 @@ class AccumulatingTrainer(SimpleTrainer):
         optimizer: Steps once per batch.
         param_wrapper: As in FastReID's trainers.
         num_micro_batches: Parts of each batch; must divide the number of its images.
+        autocast_dtype: Half precision that the forward pass may use; None for none.
 
     Attributes:
         guard: Judges each step; None for none.
@@ -52,6 +53,7 @@ class AccumulatingTrainer(SimpleTrainer):
         param_wrapper: Any,
         *,
         num_micro_batches: int,
+        autocast_dtype: torch.dtype | None = None,
     ) -> None:
         if num_micro_batches < 1:
             raise ValueError(
@@ -59,6 +61,8 @@ class AccumulatingTrainer(SimpleTrainer):
             )
         super().__init__(model, data_loader, optimizer, param_wrapper)
         self.num_micro_batches = num_micro_batches
+        self._autocast_dtype = autocast_dtype
+        self._device_type = next(model.parameters()).device.type
         self.guard: StepGuard | None = None
 
     def run_step(self) -> None:
@@ -118,8 +122,15 @@ class AccumulatingTrainer(SimpleTrainer):
         return total / self.num_micro_batches
 
     def _forward(self, micro_batch: dict[str, Any]) -> dict[str, Tensor]:
-        losses: dict[str, Tensor] = self.model(micro_batch)
+        with self.autocast():
+            losses: dict[str, Tensor] = self.model(micro_batch)
         return losses
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which the network runs, also to extract features."""
+        if self._autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device_type, dtype=self._autocast_dtype)
 
     def _backward(self, loss: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
@@ -131,8 +142,9 @@ class AccumulatingTrainer(SimpleTrainer):
 class AccumulatingAMPTrainer(AccumulatingTrainer, AMPTrainer):
     """FastReID's ``AMPTrainer`` with each batch in parts, and one optimiser step.
 
-    Mixed precision on CUDA: the loss scale is the same for all micro-batches of a batch and
-    changes once per step. Otherwise as :class:`AccumulatingTrainer`.
+    Mixed precision in float16, on CUDA: the loss scale is the same for all micro-batches of
+    a batch and changes once per step. Otherwise as :class:`AccumulatingTrainer`, which does
+    bfloat16, whose range needs no loss scale.
     """
 
     _scales_loss = True
@@ -142,9 +154,9 @@ class AccumulatingAMPTrainer(AccumulatingTrainer, AMPTrainer):
         assert torch.cuda.is_available(), "SOLVER.AMP.ENABLED needs CUDA"
         super().run_step()
 
-    def _forward(self, micro_batch: dict[str, Any]) -> dict[str, Tensor]:
-        with torch.autocast("cuda"):
-            return super()._forward(micro_batch)
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which the network runs, also to extract features."""
+        return torch.autocast("cuda")
 
     def _backward(self, loss: Tensor) -> None:
         super()._backward(self.grad_scaler.scale(loss))

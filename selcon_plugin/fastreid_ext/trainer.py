@@ -13,7 +13,6 @@ from fastreid.engine.defaults import DefaultTrainer
 from fastreid.engine.train_loop import HookBase, TrainerBase
 from fastreid.evaluation import ReidEvaluator
 from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
-from fastreid.solver import build_optimizer
 from fastreid.utils import comm
 from fastreid.utils.events import EventStorage
 from fastreid.utils.logger import setup_logger
@@ -35,7 +34,12 @@ from selcon_plugin.engine.stopping import RunStopped, StopSignals
 from selcon_plugin.fastreid_ext import data as selcon_data
 from selcon_plugin.fastreid_ext.checkpoint import STOPPED, SelConCheckpointer
 from selcon_plugin.fastreid_ext.clustering_hook import ClusteringHook
-from selcon_plugin.fastreid_ext.config import KEYS, complete_config, sampler_name
+from selcon_plugin.fastreid_ext.config import (
+    FLOAT16,
+    KEYS,
+    complete_config,
+    sampler_name,
+)
 from selcon_plugin.fastreid_ext.embedding import extract_training_set, unwrap
 from selcon_plugin.fastreid_ext.evaluation import (
     CameraTermEvaluator,
@@ -50,10 +54,12 @@ from selcon_plugin.fastreid_ext.hooks import (
     ProgressHook,
 )
 from selcon_plugin.fastreid_ext.meta_arch import SelCon
+from selcon_plugin.fastreid_ext.optimizer import build_optimizer
 from selcon_plugin.fastreid_ext.train_step import (
     AccumulatingAMPTrainer,
     AccumulatingTrainer,
 )
+from selcon_plugin.features import Embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -133,20 +139,7 @@ class SelConTrainer(DefaultTrainer):
         logger.info("Seed of this run: MODEL.SELCON.SEED %d", cfg.MODEL.SELCON.SEED)
         seed_all(cfg.MODEL.SELCON.SEED)
         model = self.build_model(cfg)
-        if cfg.MODEL.DEVICE == "cpu":
-            # Convolutions on a CPU are up to a third faster with channels innermost.
-            model.to(memory_format=torch.channels_last)
-        optimizer, param_wrapper = self.build_optimizer(cfg, model)
-        model = self._distribute(model)
-        mixed = cfg.SOLVER.AMP.ENABLED
-        trainer_class = AccumulatingAMPTrainer if mixed else AccumulatingTrainer
-        self._trainer = trainer_class(
-            model,
-            loader,
-            optimizer,
-            param_wrapper,
-            num_micro_batches=cfg.MODEL.SELCON.MICRO_BATCHES,
-        )
+        self._trainer = self._build_steps(cfg, model, loader)
         self.labeler = self._build_labeler(cfg, model, loader.dataset.camera_ids)
         self.iters_per_epoch = (
             cfg.MODEL.SELCON.ITERS_PER_EPOCH
@@ -157,6 +150,7 @@ class SelConTrainer(DefaultTrainer):
         self.best = None
         if figure != NEVER:
             self.best = BestWeights(figure, lambda n: self.checkpointer.save_best(n))
+        optimizer = self._trainer.optimizer
         self.scheduler = self.build_lr_scheduler(cfg, optimizer, self.iters_per_epoch)
         self.checkpointer = self._build_checkpointer(cfg, model, optimizer, loader)
         self.start_epoch, self._steps_done = 0, 0  # steps of the epoch to start with
@@ -183,6 +177,26 @@ class SelConTrainer(DefaultTrainer):
                 f"MODEL.META_ARCHITECTURE is {name!r}, which trains on identities: set it "
                 "to SelCon to train without"
             )
+
+    def _build_steps(
+        self, cfg: CfgNode, model: nn.Module, loader: selcon_data.TrainLoader
+    ) -> AccumulatingTrainer:
+        """Build what takes the training steps: optimiser, precision, parts of a batch."""
+        mixed = cfg.SOLVER.AMP.ENABLED
+        if cfg.MODEL.DEVICE == "cpu" or mixed:
+            # Convolutions with channels innermost are up to a third faster on a CPU, and
+            # the form that a GPU's half-precision units take.
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer, param_wrapper = self.build_optimizer(cfg, model)
+        parts = (self._distribute(model), loader, optimizer, param_wrapper)
+        num_micro_batches = cfg.MODEL.SELCON.MICRO_BATCHES
+        if mixed and cfg.SOLVER.AMP.DTYPE == FLOAT16:
+            return AccumulatingAMPTrainer(*parts, num_micro_batches=num_micro_batches)
+        return AccumulatingTrainer(
+            *parts,
+            num_micro_batches=num_micro_batches,
+            autocast_dtype=torch.bfloat16 if mixed else None,
+        )
 
     @staticmethod
     def _build_labeler(cfg: CfgNode, model: nn.Module, camids: Tensor) -> Labeler | None:
@@ -275,6 +289,13 @@ class SelConTrainer(DefaultTrainer):
         """Begin the data iterator anew at the sampler's present place."""
         self._trainer._data_loader_iter = iter(self.data_loader)
 
+    def _extract(self) -> Embeddings:
+        """Compute the features of the training images, as precisely as the steps do."""
+        with self._trainer.autocast():
+            return extract_training_set(
+                self.cfg, unwrap(self.model), self.data_loader.dataset
+            )
+
     def _build_run(self) -> TrainingRun:
         cfg, dataset, model = self.cfg, self.data_loader.dataset, unwrap(self.model)
         clustering = cfg.MODEL.SELCON.CLUSTERING
@@ -284,7 +305,7 @@ class SelConTrainer(DefaultTrainer):
             dataset,
             self.data_loader.sampler,
             self.labeler,
-            extract=lambda: extract_training_set(cfg, model, dataset),
+            extract=self._extract,
             calibrate=lambda: calibrate_normalization(
                 model, test_view, cfg.TEST.IMS_PER_BATCH
             ),
@@ -428,10 +449,6 @@ class SelConTrainer(DefaultTrainer):
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> tuple[Any, Any]:
         """Build FastReID's optimiser on the model's own parameters.
 
-        FastReID's contiguous parameter buffers are left out: there a weight without a
-        gradient has one of zeros, and weight decay still moves it. PyTorch's optimisers
-        no longer need such buffers to be fast.
-
         Args:
             cfg: Complete config.
             model: Model whose parameters are trained.
@@ -439,8 +456,7 @@ class SelConTrainer(DefaultTrainer):
         Returns:
             The optimiser, and its parameter groups as FastReID's trainer wants them.
         """
-        optimizer: tuple[Any, Any] = build_optimizer(cfg, model, contiguous=False)
-        return optimizer
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> tuple[Any, int]:

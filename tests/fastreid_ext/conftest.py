@@ -48,6 +48,12 @@ def dataset_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def drawn_people(dataset_root: Path) -> Path:
+    """Folder of the data set, in the form of Market-1501."""
+    return generate_synthetic_persons(dataset_root, SPEC)  # there already
+
+
 @pytest.fixture(autouse=True)
 def _use_dataset_root(dataset_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTREID_DATASETS", str(dataset_root))

@@ -138,6 +138,29 @@ def test_without_cuda_the_run_moves_to_the_cpu(monkeypatch):
     assert not cfg.SOLVER.AMP.ENABLED
 
 
+def test_mixed_precision_on_a_cpu_is_bfloat16(monkeypatch, caplog):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    cfg = load_config("", ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "bfloat16"])
+    assert cfg.SOLVER.AMP.ENABLED
+    load_config("", ["SOLVER.AMP.ENABLED", "True"])
+    assert "On a CPU there is SOLVER.AMP.DTYPE bfloat16" in caplog.text
+    with pytest.raises(ValueError, match=r"SOLVER\.AMP\.DTYPE.*'float16'.*'half'"):
+        load_config("", ["SOLVER.AMP.DTYPE", "half"])
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+def test_bfloat16_needs_a_gpu_that_has_it(monkeypatch, capability):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Tesla T4")
+    options = ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "bfloat16"]
+    if capability >= (8, 0):
+        assert load_config("", options).SOLVER.AMP.DTYPE == "bfloat16"
+        return
+    with pytest.raises(ValueError, match="which Tesla T4 cannot compute in"):
+        load_config("", options)
+
+
 def test_camera_term_excludes_reranking():
     with pytest.raises(ValueError, match="RERANK"):
         load_config(

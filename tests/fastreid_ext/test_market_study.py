@@ -132,11 +132,10 @@ def study(data, output, *phases, options=TINY, more=()):
 
 
 @pytest.fixture(scope="module")
-def market(dataset_root, tmp_path_factory):
+def market(drawn_people, tmp_path_factory):
     """Drawn people under Market-1501's folder name."""
-    (drawn,) = dataset_root.iterdir()
     root = tmp_path_factory.mktemp("market")
-    (root / DATASET_FOLDER).symlink_to(drawn)
+    (root / DATASET_FOLDER).symlink_to(drawn_people)
     return root
 
 

@@ -9,7 +9,7 @@ from fastreid.data.datasets import DATASET_REGISTRY
 
 from selcon_plugin.engine.extraction import calibrate_normalization
 from selcon_plugin.fastreid_ext import SelConTrainer, SyntheticPersons
-from selcon_plugin.fastreid_ext.embedding import unwrap
+from selcon_plugin.fastreid_ext.embedding import extract_training_set, unwrap
 from selcon_plugin.fastreid_ext.trainer import load_trained_model
 from selcon_plugin.visualize import read_metrics
 
@@ -85,8 +85,14 @@ def test_same_seed_same_run_other_seed_other_run(tiny_cfg):
     assert not torch.equal(state_of(first)[name], state_of(other)[name])
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_resumed_run_equals_the_unbroken_one(tiny_cfg, tmp_path, num_workers):
+@pytest.mark.parametrize(
+    ("num_workers", "mixed_precision"), [(0, False), (2, False), (0, True)]
+)
+def test_resumed_run_equals_the_unbroken_one(
+    tiny_cfg, tmp_path, num_workers, mixed_precision
+):
+    tiny_cfg.SOLVER.AMP.ENABLED = mixed_precision
+    tiny_cfg.SOLVER.AMP.DTYPE = "bfloat16"
     unbroken = train(tiny_cfg, SOLVER__MAX_EPOCH=4)
     changes = {
         "OUTPUT_DIR": str(tmp_path / "broken"),
@@ -304,14 +310,67 @@ def test_fresh_normalization_gets_the_statistics_of_the_images(tiny_cfg):
     assert not calibrate_normalization(model, dataset, 16)
 
 
+class OutputTypes:
+    """Notes in which type the backbone computes, in training steps and otherwise."""
+
+    def __init__(self, network):
+        self.steps, self.others = set(), set()
+        network.backbone.register_forward_hook(self._note)
+
+    def _note(self, module, inputs, output):
+        seen = self.steps if torch.is_grad_enabled() else self.others
+        seen.add(output.dtype)
+
+
+def test_bfloat16_is_for_steps_and_extraction_not_for_tests(tiny_cfg):
+    tiny_cfg.SOLVER.AMP.ENABLED, tiny_cfg.SOLVER.AMP.DTYPE = True, "bfloat16"
+    trainer = SelConTrainer(tiny_cfg)
+    trainer.resume_or_load(False)
+    network = unwrap(trainer.model)
+    half = trainer._extract()
+    precise = extract_training_set(tiny_cfg, network, trainer.data_loader.dataset)
+    for found, expected in zip(half, precise, strict=True):
+        assert found.dtype == torch.float32
+        cosines = torch.nn.functional.cosine_similarity(found, expected, dim=-1)
+        assert cosines.min() > 0.99
+        assert not torch.equal(found, expected)
+
+    seen = OutputTypes(network)
+    trainer.test(tiny_cfg, trainer.model)
+    assert seen.others == {torch.float32}
+    before = {name: value.clone() for name, value in state_of(trainer).items()}
+    trainer.train()
+    assert seen.steps == {torch.bfloat16}
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+    changed = [
+        name for name, value in state_of(trainer).items() if value.is_floating_point()
+    ]
+    assert all(value.isfinite().all() for value in state_of(trainer).values())
+    assert any(not torch.equal(before[name], state_of(trainer)[name]) for name in changed)
+
+
+def test_bfloat16_losses_are_close_to_those_of_full_precision(tiny_cfg):
+    tiny_cfg.SOLVER.MAX_EPOCH = 1
+    tiny_cfg.SOLVER.AMP.DTYPE = "bfloat16"
+    losses = []
+    for mixed_precision in (False, True):
+        tiny_cfg.SOLVER.AMP.ENABLED = mixed_precision
+        trainer = train(tiny_cfg)
+        history = trainer.storage.history("total_loss")
+        losses.append([value for value, _ in history.values()])
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("mixed_precision", [False, True])
+@pytest.mark.parametrize("precision", ["", "float16", "bfloat16"])
 @pytest.mark.parametrize("bank_dtype", ["float32", "float16"])
-def test_training_on_a_gpu_fills_banks_there(tiny_cfg, mixed_precision, bank_dtype):
+def test_training_on_a_gpu_fills_banks_there(tiny_cfg, precision, bank_dtype):
     changes = {
         "MODEL__DEVICE": "cuda",
         "MODEL__SELCON__BANK_DTYPE": bank_dtype,
-        "SOLVER__AMP__ENABLED": mixed_precision,
+        "SOLVER__AMP__ENABLED": bool(precision),
+        "SOLVER__AMP__DTYPE": precision or "float16",
         "SOLVER__MAX_EPOCH": 3,
     }
     trainer = train(tiny_cfg, **changes)

@@ -23,7 +23,6 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +122,7 @@ def measure(cfg: Any) -> dict[str, Any]:
         if f"{name}_seconds" in clustering:
             result["phases"][name] = clustering[f"{name}_seconds"]
     images = cfg.SOLVER.IMS_PER_BATCH
-    alone = time_alone(unwrap(trainer.model), trainer.optimizer, cfg)
+    alone = time_alone(unwrap(trainer.model), trainer._trainer, cfg)
     return {
         **result,
         "steps": trainer.iters_per_epoch,
@@ -186,12 +185,12 @@ def _time_phases(trainer: Any, run: Any, method: Any, phases: Phases) -> None:
         setattr(owner, name, phases.timed(phase, getattr(owner, name)))
 
 
-def time_alone(network: Any, optimizer: Any, cfg: Any, turns: int = 5) -> float:
+def time_alone(network: Any, steps: Any, cfg: Any, turns: int = 5) -> float:
     """Time the network on random images on its device, without loss and banks.
 
     Args:
         network: Network with its method.
-        optimizer: Its optimiser.
+        steps: What takes its training steps.
         cfg: Config.
         turns: Timed turns, after one to warm up.
 
@@ -204,15 +203,14 @@ def time_alone(network: Any, optimizer: Any, cfg: Any, turns: int = 5) -> float:
     seconds = []
     for turn in range(turns + 1):
         watch = Stopwatch(device)
-        optimizer.zero_grad()
-        mixed = torch.autocast("cuda") if cfg.SOLVER.AMP.ENABLED else nullcontext()
-        with mixed:
+        steps.optimizer.zero_grad()
+        with steps.autocast():
             found: Embeddings = network.embed(images, student=True)
         features: list[Tensor] = [found.global_features]
         if found.part_features is not None:
             features.append(found.part_features)
         torch.stack([f.float().square().mean() for f in features]).sum().backward()
-        optimizer.step()
+        steps.optimizer.step()
         if turn:
             seconds.append(watch.lap())
     return statistics.median(seconds)

@@ -265,7 +265,10 @@ _ON_GPU: dict[str, Mapping[str, Options]] = {
         "100": {"SOLVER.MAX_EPOCH": 100, "SOLVER.STEPS": [40, 80]},
     },
     "instances": {"8": {"DATALOADER.NUM_INSTANCE": 8}},
-    "mixed_precision": {"off": {"SOLVER.AMP.ENABLED": False}},
+    "mixed_precision": {
+        "off": {"SOLVER.AMP.ENABLED": False},
+        "bfloat16": {"SOLVER.AMP.DTYPE": "bfloat16"},
+    },
 }
 
 _GPU = Protocol(
