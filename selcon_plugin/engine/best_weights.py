@@ -7,33 +7,34 @@ stand in for it: see docs/benchmarks/market1501.md for how well each figure does
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 
 logger = logging.getLogger(__name__)
 
 NEVER = "none"
-# The larger, the better, all of them.
-CLUSTER_FIGURES = ("silhouette", "stability")
-FEATURE_FIGURES = ("effective_rank", "embedding_variance")
-KEEP_BEST_BY = (NEVER, *CLUSTER_FIGURES, *FEATURE_FIGURES)
+# Figures of the clusters, and whether the largest is best, or the smallest.
+_SIGNS = {"outlier_share": -1, "stability": 1, "silhouette": 1}
+KEEP_BEST_BY = (NEVER, *_SIGNS)
 
 BEST_FILE = "best_without_labels.pth"
 
 
 class BestWeights:
-    """Keeps the weights of the epoch at which a label-free figure was largest.
+    """Keeps the weights of the epoch at which a label-free figure was best.
 
     Its state is saved with each checkpoint: a resumed run goes on from its best figure.
 
     Args:
-        figure: One of ``CLUSTER_FIGURES`` and ``FEATURE_FIGURES``.
+        figure: One of ``KEEP_BEST_BY``, not ``NEVER``.
         save: Writes the present weights to a file, given the epochs trained.
     """
 
     def __init__(self, figure: str, save: Callable[[int], None]) -> None:
         self.figure = figure
+        self._sign = _SIGNS[figure]
         self._save = save
-        self.value = float("-inf")
+        self.value: float | None = None
 
     def check(self, *, has_clusters: bool) -> None:
         """Refuse a figure that the run does not measure.
@@ -42,37 +43,39 @@ class BestWeights:
             has_clusters: Whether the method clusters the images.
 
         Raises:
-            ValueError: If it is a figure of clusters, and there are none.
+            ValueError: If it makes no clusters.
         """
-        if self.figure in CLUSTER_FIGURES and not has_clusters:
+        if not has_clusters:
             raise ValueError(
                 f"keep_best_by {self.figure} is a figure of clusters, and the method makes "
-                f"none: choose {' or '.join(FEATURE_FIGURES)}"
+                f"none: set it to {NEVER}, or train with a method that clusters"
             )
 
     def offer(self, measured: Mapping[str, float], epochs: int) -> None:
-        """Save the present weights if their figure is the largest so far.
+        """Save the present weights if their figure is the best so far.
 
         Args:
             measured: Figures by name; without the one that counts, nothing is saved.
             epochs: Epochs that these weights were trained for.
         """
-        value = measured.get(self.figure, float("-inf"))
-        if not value > self.value:  # NaN included
+        value = measured.get(self.figure, math.nan)
+        if math.isnan(value) or (
+            self.value is not None and self._sign * value <= self._sign * self.value
+        ):
             return
         self.value = value
         self._save(epochs)
         logger.info("Best %s so far, %.4g, after %d epochs", self.figure, value, epochs)
 
-    def state_dict(self) -> dict[str, float | str]:
+    def state_dict(self) -> dict[str, float | str | None]:
         """Return the best figure so far."""
         return {"figure": self.figure, "value": self.value}
 
-    def load_state_dict(self, state: Mapping[str, float | str]) -> None:
+    def load_state_dict(self, state: Mapping[str, float | str | None]) -> None:
         """Go on from a checkpoint, unless it was by another figure.
 
         Args:
             state: What :meth:`state_dict` returned.
         """
-        if state["figure"] == self.figure:
+        if state["figure"] == self.figure and state["value"] is not None:
             self.value = float(state["value"])

@@ -19,10 +19,10 @@ MEANINGS = {
         "banks"
     ),
     "keep_best_by": (
-        "keeps the weights of the epoch at which this label-free figure was largest, in "
-        "`best_without_labels.pth`; the first two need clusters. Clusters the images once "
-        "more after the last epoch ([what each figure is worth]"
-        "(../docs/benchmarks/market1501.md#label-free-figures))"
+        "keeps the weights of the epoch whose clusters were best by this label-free "
+        "figure, in `best_without_labels.pth`: fewest outliers, or the largest stability "
+        "or silhouette. Clusters the images once more after the last epoch ([what each is "
+        "worth](../docs/benchmarks/market1501.md#label-free-figures))"
     ),
     "report_images": (
         "whether the run's `report.html` shows crops; see "

@@ -239,7 +239,6 @@ class TrainingRun:
         if rank() > 0 or features is None:
             return {}
         spread = measure_spread(features)
-        self._offer(spread, epoch + 1)
         self._keep(features, None, epoch + 1)
         return self._watch(epoch, spread)
 
@@ -257,10 +256,14 @@ class TrainingRun:
         if rank() == 0:
             found = self._label(embeddings, usable)
             spread = measure_spread(embeddings.global_features)
-            self._offer({**found.measured, **spread}, epochs)
+            sizes = measure_clusters(found)
+            self._offer({**found.measured, **spread, **sizes}, epochs)
 
     def _offer(self, measured: Mapping[str, float], epochs: int) -> None:
-        if self.best is not None and self.method.step:  # else: weights before training
+        if self.best is None or not self.method.step:  # weights before training
+            return
+        # All images in one cluster leave no outlier, and are the same every epoch.
+        if not find_collapse_signs(measured, len(self.dataset)).clusters:
             self.best.offer(measured, epochs)
 
     def _watch(self, epoch: int, measured: dict[str, float]) -> dict[str, float]:

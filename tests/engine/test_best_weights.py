@@ -4,31 +4,31 @@ import math
 
 import pytest
 
-from selcon_plugin.engine.best_weights import (
-    CLUSTER_FIGURES,
-    FEATURE_FIGURES,
-    BestWeights,
+from selcon_plugin.engine.best_weights import KEEP_BEST_BY, NEVER, BestWeights
+
+
+@pytest.mark.parametrize(
+    ("figure", "sign"), [("silhouette", 1), ("stability", 1), ("outlier_share", -1)]
 )
-
-
-def test_weights_are_saved_when_the_figure_rises():
+def test_weights_are_saved_when_the_figure_gets_better(figure, sign):
     saved = []
-    best = BestWeights("silhouette", saved.append)
+    best = BestWeights(figure, saved.append)
     values = [0.2, 0.1, 0.2, math.nan, None, 0.3, -1.0, 0.4]
     for epochs, value in enumerate(values, start=1):
-        best.offer(
-            {"stability": 9.0} | ({} if value is None else {"silhouette": value}), epochs
-        )
+        measured = {} if value is None else {figure: sign * value}
+        best.offer({"num_clusters": 9.0} | measured, epochs)
     assert saved == [1, 6, 8]
+    assert best.value == sign * 0.4
 
 
 def test_resumed_run_goes_on_from_its_best():
     saved = []
-    first, second = BestWeights("silhouette", saved.append), None
-    first.offer({"silhouette": 0.5}, 1)
-    second = BestWeights("silhouette", saved.append)
+    first = BestWeights("outlier_share", saved.append)
+    second = BestWeights("outlier_share", saved.append)
+    second.load_state_dict(first.state_dict())  # of a run that has none yet
+    first.offer({"outlier_share": 0.5}, 1)
     second.load_state_dict(first.state_dict())
-    second.offer({"silhouette": 0.4}, 2)
+    second.offer({"outlier_share": 0.6}, 2)
     assert saved == [1]
     other = BestWeights("stability", saved.append)
     other.load_state_dict(first.state_dict())  # of another figure: not comparable
@@ -36,12 +36,9 @@ def test_resumed_run_goes_on_from_its_best():
     assert saved == [1, 3]
 
 
-@pytest.mark.parametrize("figure", [*CLUSTER_FIGURES, *FEATURE_FIGURES])
-def test_figures_of_clusters_need_clusters(figure):
+@pytest.mark.parametrize("figure", sorted({*KEEP_BEST_BY} - {NEVER}))
+def test_figures_need_clusters(figure):
     best = BestWeights(figure, print)
     best.check(has_clusters=True)
-    if figure in FEATURE_FIGURES:
-        best.check(has_clusters=False)
-        return
-    with pytest.raises(ValueError, match=f"keep_best_by {figure} .* choose effective_rank"):
+    with pytest.raises(ValueError, match=f"keep_best_by {figure} .* set it to none"):
         best.check(has_clusters=False)

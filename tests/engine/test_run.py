@@ -414,21 +414,25 @@ def test_clusters_judge_the_weights_of_the_epoch_before(make_run):
 
 def test_untrained_weights_are_never_the_best(make_run):
     saved = []
-    run, _ = clustered_run(make_run, saved, "effective_rank")
+    run, _ = clustered_run(make_run, saved, "outlier_share")
     run.renew_batches(0, 0)
     assert saved == []
 
 
-def test_without_clusters_each_epoch_is_judged_by_its_features(make_run):
+def test_one_cluster_of_all_images_is_never_the_best(make_run, monkeypatch):
+    monkeypatch.setattr("selcon_plugin.collapse._MIN_IMAGES", len(LABELS))
     saved = []
-    best = BestWeights("effective_rank", saved.append)
-    run = make_run(Recorded(), best=best)
-    run.before_training()
-    run.method.image_features = lambda: features().global_features
-    one_step(run, [0, 1, 2, 3])
-    run.end_epoch(0)
-    run.end_epoch(1)  # the same features: no better
-    run.judge_last(2)
+    run, labeler = clustered_run(make_run, saved, "outlier_share")
+    collapsed = [0] * (len(LABELS) - 1) + [1]
+    for epoch, labels in enumerate([LABELS, LABELS, collapsed]):
+        labeler.labels = torch.tensor(labels)
+        run.renew_batches(epoch, 0)
+        one_step(run, [0, 1, 2, 3])
+        run.end_epoch(epoch)
+    run.judge_last(3)
     assert saved == [1]
+
+
+def test_best_weights_need_clusters(make_run):
     with pytest.raises(ValueError, match="keep_best_by silhouette is a figure of clusters"):
         make_run(Recorded(), best=BestWeights("silhouette", print))

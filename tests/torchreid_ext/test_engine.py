@@ -512,8 +512,10 @@ def test_which_checkpoints_there_are(make_engine, tmp_path, options, epochs):
     assert checkpoints_in(tmp_path) == [f"model.pth.tar-{epoch}" for epoch in epochs]
 
 
-def test_best_weights_without_labels_are_kept(make_engine, tmp_path):
-    options = {"method": "SelConCluster", "keep_best_by": "embedding_variance"}
+def test_best_weights_without_labels_are_kept(make_engine, tmp_path, monkeypatch):
+    # Untrained, a network this small puts most images into one cluster.
+    monkeypatch.setattr("selcon_plugin.collapse.MAX_CLUSTER_SHARE", 1.0)
+    options = {"method": "SelConCluster", "keep_best_by": "outlier_share"}
     engine = run(make_engine(iters_per_epoch=2, **options), tmp_path, 2)
     kept = torch.load(tmp_path / "model" / "best_without_labels.pth", weights_only=True)
     assert kept["epoch"] in (1, 2)
@@ -524,7 +526,7 @@ def test_best_weights_without_labels_are_kept(make_engine, tmp_path):
                 assert torch.equal(value, kept["state_dict"][key])
     resumed = make_engine(iters_per_epoch=2, **options)
     resumed.resume(tmp_path)
-    assert resumed._best.value == engine._best.value > 0
+    assert resumed._best.value == engine._best.value >= 0
 
 
 def test_half_written_file_never_takes_the_place_of_a_whole_one(
