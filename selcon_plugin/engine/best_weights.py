@@ -14,8 +14,8 @@ logger = logging.getLogger(__name__)
 
 NEVER = "none"
 # Figures of the clusters, and whether the largest is best, or the smallest.
-_SIGNS = {"outlier_share": -1, "stability": 1, "silhouette": 1}
-KEEP_BEST_BY = (NEVER, *_SIGNS)
+SIGNS = {"outlier_share": -1, "stability": 1, "silhouette": 1}
+KEEP_BEST_BY = (NEVER, *SIGNS)
 
 BEST_FILE = "best_without_labels.pth"
 
@@ -32,7 +32,7 @@ class BestWeights:
 
     def __init__(self, figure: str, save: Callable[[int], None]) -> None:
         self.figure = figure
-        self._sign = _SIGNS[figure]
+        self._sign = SIGNS[figure]
         self._save = save
         self.value: float | None = None
 

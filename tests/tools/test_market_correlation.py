@@ -65,3 +65,17 @@ def test_across_and_within_runs():
     # What needs identities stands last, however strong.
     assert list(rows) == ["stability", "silhouette", "total_loss", "ami"]
     assert "| `ami` | identities |" in table(list(rows.values()), len(runs))
+
+
+def test_gain_of_keeping_the_best():
+    def run(*pairs):
+        return [Evaluation(mean, {"outlier_share": share}) for share, mean in pairs]
+
+    runs = [
+        run((0.5, 10.0), (0.2, 30.0), (0.3, 26.0)),  # fewest outliers: 4 above the last
+        run((0.5, 10.0), (0.4, 20.0), (0.3, 22.0)),  # the last itself
+        [Evaluation(5.0, {})],
+    ]
+    (row,) = correlate(runs)
+    assert row.gain == pytest.approx(2.0)
+    assert "| +2.00 |" in table([row], len(runs))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
+from selcon_plugin.engine.best_weights import SIGNS
 from selcon_plugin.visualize import read_metrics
 
 LABEL_FREE = (
@@ -86,6 +87,8 @@ class Row:
         num_runs: How many have it.
         within: Mean over runs of that over a run's own evaluations.
         num_within: How many runs have 3 or more evaluations with it.
+        gain: Mean validation mAP of the evaluation at which it was best, less that of the
+            last; None for figures that weights are not kept by.
     """
 
     name: str
@@ -93,6 +96,7 @@ class Row:
     num_runs: int
     within: float | None
     num_within: int
+    gain: float | None = None
 
 
 def correlate(runs: Sequence[Sequence[Evaluation]]) -> list[Row]:
@@ -118,10 +122,22 @@ def correlate(runs: Sequence[Sequence[Evaluation]]) -> list[Row]:
         defined = [value for value in within if value is not None]
         across = spearman([e.figures[name] for e in last], [e.mean_ap for e in last])
         mean = statistics.fmean(defined) if defined else None
-        rows.append(Row(name, across, len(last), mean, len(defined)))
+        gain = _gain(name, runs) if name in SIGNS else None
+        rows.append(Row(name, across, len(last), mean, len(defined), gain))
     return sorted(
         rows, key=lambda row: (row.name in WITH_IDENTITIES, -abs(row.across or 0.0))
     )
+
+
+def _gain(name: str, runs: Sequence[Sequence[Evaluation]]) -> float:
+    """Compare the weights that a figure would keep with the last ones."""
+    gains = []
+    for run in runs:
+        known = [e for e in run if math.isfinite(e.figures.get(name, math.nan))]
+        if known:
+            kept = max(known, key=lambda e: SIGNS[name] * e.figures[name])
+            gains.append(kept.mean_ap - run[-1].mean_ap)
+    return statistics.fmean(gains)
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
@@ -159,18 +175,19 @@ def table(rows: Sequence[Row], num_runs: int) -> str:
         Table and a note.
     """
     lines = [
-        "| figure | labels | across runs | runs | within a run | runs |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| figure | labels | across runs | runs | within a run | runs | kept - last |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         labels = "identities" if row.name in WITH_IDENTITIES else "none"
         lines.append(
             f"| `{row.name}` | {labels} | {_signed(row.across)} | {row.num_runs} | "
-            f"{_signed(row.within)} | {row.num_within} |"
+            f"{_signed(row.within)} | {row.num_within} | {_signed(row.gain)} |"
         )
     note = (
         f"Spearman's rank correlation with validation mAP over {num_runs} runs: across "
-        "runs at their ends, and within a run over its evaluations (mean over runs)."
+        "runs at their ends, and within a run over its evaluations (mean over runs). Last "
+        "column: mAP of the evaluation at which the figure was best, less the last's."
     )
     return "\n".join([*lines, "", note, ""])
 
