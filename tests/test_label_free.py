@@ -6,7 +6,8 @@ import torch
 from sklearn.metrics import silhouette_samples
 
 from selcon_plugin.clustering import build_labeler, jaccard_distance
-from selcon_plugin.label_free import NeighborhoodSizes, label_free_quality
+from selcon_plugin.clustering.neighborhood import NeighborhoodSizes
+from selcon_plugin.label_free import label_free_quality
 
 SIZES = NeighborhoodSizes(k1=8, k2=2, min_samples=3)
 
@@ -82,11 +83,3 @@ def test_no_clusters_is_zero() -> None:
     found = label_free_quality(torch.eye(40), sizes=SIZES)
     assert (found.value, found.num_clusters, found.outlier_share) == (0.0, 0, 1.0)
     assert label_free_quality(torch.zeros(0, 4)).value == 0.0
-
-
-@pytest.mark.parametrize(
-    ("num_images", "sizes"),
-    [(0, (8, 1, 3)), (100, (10, 2, 3)), (999, (15, 3, 3)), (1000, (30, 6, 4))],
-)
-def test_few_images_have_fewer_neighbours(num_images: int, sizes: tuple[int, ...]) -> None:
-    assert NeighborhoodSizes.for_images(num_images) == NeighborhoodSizes(*sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Literal
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from selcon_plugin.clustering.auto_eps import EPS_GRID, choose_eps
 from selcon_plugin.clustering.base import Labeler, register_labeler
 from selcon_plugin.clustering.jaccard import jaccard_distance
+from selcon_plugin.clustering.neighborhood import NeighborhoodSizes
 from selcon_plugin.clustering.pseudo_labels import OUTLIER, PseudoLabels
 from selcon_plugin.options import Interval
 
@@ -95,9 +97,12 @@ class DBSCANLabeler(Labeler):
     Args:
         eps: Largest Jaccard distance of neighbours, or "auto" to find it without labels,
             see :func:`~selcon_plugin.clustering.auto_eps.choose_eps`.
-        min_samples: Neighbours, itself included, that make a core image.
-        k1: Neighbours in the Jaccard distance.
-        k2: Neighbours averaged by its query expansion, 1 for none.
+        min_samples: Neighbours, itself included, that make a core image; "auto" for 3 below
+            1,000 images and 4 from there on.
+        k1: Neighbours in the Jaccard distance; "auto" for a tenth of the images, but 8 to
+            15, below 1,000 images and 30 from there on.
+        k2: Neighbours averaged by its query expansion, 1 for none; "auto" for a fifth of
+            what is "auto" for k1.
         graph_margin: The graph in ``PseudoLabels.distance`` keeps distances up to ``eps +
             graph_margin`` (with "auto" the largest eps tried); filters and silhouette see
             larger ones as 1.
@@ -107,9 +112,9 @@ class DBSCANLabeler(Labeler):
         self,
         *,
         eps: Annotated[float | Literal["auto"], Interval(0, 1, above=True)] = 0.6,
-        min_samples: Annotated[int, Interval(1)] = 4,
-        k1: Annotated[int, Interval(1)] = 30,
-        k2: Annotated[int, Interval(1)] = 6,
+        min_samples: Annotated[int | Literal["auto"], Interval(1)] = 4,
+        k1: Annotated[int | Literal["auto"], Interval(1)] = 30,
+        k2: Annotated[int | Literal["auto"], Interval(1)] = 6,
         graph_margin: Annotated[float, Interval(0, 1)] = 0.1,
     ) -> None:
         self.eps = eps
@@ -128,12 +133,13 @@ class DBSCANLabeler(Labeler):
             Labels, the graph, and ``eps`` in ``measured``.
         """
         reach = self.graph_margin + (EPS_GRID[-1] if self.eps == "auto" else self.eps)
+        sizes = self._sizes(len(features))
         distance = jaccard_distance(
-            features, k1=self.k1, k2=self.k2, max_distance=reach if reach < 1 else None
+            features, k1=sizes.k1, k2=sizes.k2, max_distance=reach if reach < 1 else None
         )
         eps, labels_at = self.eps, partial(self._labels_at, distance)
         if eps == "auto":
-            eps = choose_eps(distance, labels_at, self.min_samples)
+            eps = choose_eps(distance, labels_at, sizes.min_samples)
         labels = labels_at(eps)
         return PseudoLabels.numbered(labels, distance=distance, measured={"eps": eps})
 
@@ -169,4 +175,9 @@ class DBSCANLabeler(Labeler):
         return torch.from_numpy(self._labels_at(pseudo_labels.distance, eps))
 
     def _labels_at(self, distance: scipy.sparse.csr_array, eps: float) -> NDArray[np.int64]:
-        return dbscan_labels(distance, eps, self.min_samples)
+        return dbscan_labels(distance, eps, self._sizes(distance.shape[0]).min_samples)
+
+    def _sizes(self, num_images: int) -> NeighborhoodSizes:
+        sizes = NeighborhoodSizes.for_images(num_images)
+        given = {name: getattr(self, name) for name in vars(sizes)}
+        return replace(sizes, **{n: value for n, value in given.items() if value != "auto"})

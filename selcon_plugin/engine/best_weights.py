@@ -36,21 +36,6 @@ class BestWeights:
         self._save = save
         self.value: float | None = None
 
-    def check(self, *, has_clusters: bool) -> None:
-        """Refuse a figure that the run does not measure.
-
-        Args:
-            has_clusters: Whether the method clusters the images.
-
-        Raises:
-            ValueError: If it makes no clusters.
-        """
-        if not has_clusters:
-            raise ValueError(
-                f"keep_best_by {self.figure} is a figure of clusters, and the method makes "
-                f"none: set it to {NEVER}, or train with a method that clusters"
-            )
-
     def offer(self, measured: Mapping[str, float], epochs: int) -> None:
         """Save the present weights if their figure is the best so far.
 

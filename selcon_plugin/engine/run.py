@@ -113,8 +113,13 @@ class TrainingRun:
     best: BestWeights | None = None
 
     def __post_init__(self) -> None:
-        if self.best is not None:
-            self.best.check(has_clusters=self.labeler is not None)
+        if self.best is not None and self.labeler is None:
+            logger.warning(
+                "keep_best_by %s is a figure of clusters, and the method makes none: no "
+                "best weights are kept",
+                self.best.figure,
+            )
+            self.best = None
         self._true_pids = self.dataset.known_pids
         self._clustering_seconds: float | None = None
         self.guard = StepGuard(

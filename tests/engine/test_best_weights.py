@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from selcon_plugin.engine.best_weights import KEEP_BEST_BY, NEVER, BestWeights
+from selcon_plugin.engine.best_weights import BestWeights
 
 
 @pytest.mark.parametrize(
@@ -34,11 +34,3 @@ def test_resumed_run_goes_on_from_its_best():
     other.load_state_dict(first.state_dict())  # of another figure: not comparable
     other.offer({"stability": 0.1}, 3)
     assert saved == [1, 3]
-
-
-@pytest.mark.parametrize("figure", sorted({*KEEP_BEST_BY} - {NEVER}))
-def test_figures_need_clusters(figure):
-    best = BestWeights(figure, print)
-    best.check(has_clusters=True)
-    with pytest.raises(ValueError, match=f"keep_best_by {figure} .* set it to none"):
-        best.check(has_clusters=False)
