@@ -1,9 +1,11 @@
 """Phases of an epoch, on a clock that the test moves."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 
-from bench_epoch import Phases, TimedBatches, report
+from bench_epoch import Phases, TimedBatches, report, time_reading
 
 
 @pytest.fixture
@@ -62,8 +64,25 @@ def test_waits_for_batches_are_data(clock):
 
 
 def test_report_shows_shares_of_all_phases():
-    speeds = {f"{name}_images_per_second": 10.0 for name in ("alone", "steps", "epoch")}
+    rates = ("alone", "steps", "epoch", "one_reader")
+    speeds = {f"{name}_images_per_second": 10.0 for name in rates}
     figures = {"phases": {"data": 1.0, "loss": 3.0}, "steps_share_of_alone": 0.5, **speeds}
     text = report(figures)
     assert text.index("| loss | 3.00 | 75.0% |") < text.index("| data | 1.00 | 25.0% |")
+    assert "| one reader | 10.0 |" in text
     assert "network alone: 50.0%" in text
+
+
+def test_reading_takes_other_images_each_turn():
+    class Images:
+        asked: ClassVar = []
+
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, key):
+            self.asked.append((key.index, key.position))
+            return {"images": torch.zeros(3, 4, 2), "targets": key.index}
+
+    assert time_reading(Images(), 4, list, turns=1) > 0
+    assert Images.asked == [(i % 5, i) for i in range(8)]

@@ -7,7 +7,8 @@ Trains a config for three epochs, the first to warm up:
   optimiser, banks, extraction, clustering. The waiting costs time: compare shares.
 
 Both stand against the network alone: forward, backward and optimiser step on a batch of
-random images that lies on the device.
+random images that lies on the device. Besides: how many images one process reads and
+augments, to tell how many of them (``DATALOADER.NUM_WORKERS``) keep the device busy.
 
     python tools/benchmark/bench_epoch.py --config-file configs/SyntheticPersons/scl.yml
     python tools/benchmark/bench_epoch.py --device cuda --amp --output epoch.json \
@@ -32,6 +33,7 @@ from torch import Tensor
 from bench_step import Stopwatch, describe_machine
 from selcon_plugin.cli import load_config
 from selcon_plugin.features import Embeddings
+from selcon_plugin.samplers import SampleKey
 
 
 class Phases:
@@ -96,6 +98,7 @@ def measure(cfg: Any) -> dict[str, Any]:
     Returns:
         Figures by name.
     """
+    from fastreid.data.build import fast_batch_collator
     from fastreid.utils.events import EventStorage
 
     from selcon_plugin.fastreid_ext import SelConTrainer
@@ -128,6 +131,8 @@ def measure(cfg: Any) -> dict[str, Any]:
         "steps": trainer.iters_per_epoch,
         "batch_size": images,
         "alone_images_per_second": images / alone,
+        "one_reader_images_per_second": images
+        / time_reading(trainer.data_loader.dataset, images, fast_batch_collator),
         "steps_images_per_second": images / result["step_seconds"],
         "epoch_images_per_second": images
         * trainer.iters_per_epoch
@@ -216,6 +221,30 @@ def time_alone(network: Any, steps: Any, cfg: Any, turns: int = 5) -> float:
     return statistics.median(seconds)
 
 
+def time_reading(
+    dataset: Any, num_images: int, collate: Callable[..., Any], turns: int = 3
+) -> float:
+    """Time one process that reads and augments a batch of training images.
+
+    Args:
+        dataset: The training images.
+        num_images: Images in the batch.
+        collate: Makes a batch of samples.
+        turns: Timed turns, after one to warm up.
+
+    Returns:
+        Median seconds of a batch.
+    """
+    seconds = []
+    for turn in range(turns + 1):
+        started = time.perf_counter()
+        places = range(turn * num_images, (turn + 1) * num_images)
+        collate([dataset[SampleKey(i % len(dataset), i)] for i in places])
+        if turn:
+            seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
 def report(figures: dict[str, Any]) -> str:
     """Lay out the figures in Markdown."""
     phases = figures["phases"]
@@ -224,8 +253,9 @@ def report(figures: dict[str, Any]) -> str:
     for name, seconds in sorted(phases.items(), key=lambda item: -item[1]):
         lines.append(f"| {name} | {seconds:.2f} | {seconds / total:.1%} |")
     lines += ["", "| images/s | |", "| --- | --- |"]
-    for name in ("alone", "steps", "epoch"):
-        lines.append(f"| {name} | {figures[f'{name}_images_per_second']:.1f} |")
+    for name in ("alone", "steps", "epoch", "one reader"):
+        rate = figures[f"{name.replace(' ', '_')}_images_per_second"]
+        lines.append(f"| {name} | {rate:.1f} |")
     lines += ["", f"Steps against the network alone: {figures['steps_share_of_alone']:.1%}"]
     return "\n".join(lines)
 
