@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from selcon_plugin.clustering import PseudoLabels
+from selcon_plugin.clustering import PseudoLabels, build_labeler
 from selcon_plugin.datasets import ImageItem, read_image_folder
 from selcon_plugin.engine.atomic import write_atomically
 from selcon_plugin.engine.checks import make_output_folder
@@ -214,7 +214,7 @@ def _cluster(
     say: Callable[[str], None],
 ) -> PseudoLabels:
     num_images, dim = found.features.shape
-    neighbors = options.get("k1", options.get("k", 0))
+    neighbors = build_labeler(labeler, **options).num_neighbors(num_images)
     expected = clustering_estimate(
         num_images, dim, k1=neighbors, products_per_second=product_rate(dim, device)
     )

@@ -77,6 +77,18 @@ class Labeler(ABC):
             The labels, with the sparse distances where the labeler has them.
         """
 
+    def num_neighbors(self, num_images: int) -> int:
+        """Tell how many neighbours of each image are looked up, for estimates.
+
+        Args:
+            num_images: Images M.
+
+        Returns:
+            The option k1, or k; 0 for a labeler without.
+        """
+        found: int = getattr(self, "k1", getattr(self, "k", 0))
+        return found
+
     def check_reach(self, eps_change: float) -> None:
         """Refuse a change of eps that :meth:`labels_at` cannot follow.
 

@@ -143,6 +143,17 @@ class DBSCANLabeler(Labeler):
         labels = labels_at(eps)
         return PseudoLabels.numbered(labels, distance=distance, measured={"eps": eps})
 
+    def num_neighbors(self, num_images: int) -> int:
+        """Tell how many neighbours of each image are looked up, for estimates.
+
+        Args:
+            num_images: Images M.
+
+        Returns:
+            The option k1, or what it is for that many images.
+        """
+        return self._sizes(num_images).k1
+
     def check_reach(self, eps_change: float) -> None:
         """Refuse a change of eps beyond the graph.
 

@@ -160,7 +160,7 @@ class TrainingRun:
         expected = clustering_estimate(
             len(self.dataset),
             dim,
-            k1=getattr(self.labeler, "k1", 0),
+            k1=self.labeler.num_neighbors(len(self.dataset)),
             products_per_second=product_rate(dim, str(device)),
         )
         logger.info("Each clustering of %d images takes %s", len(self.dataset), expected)

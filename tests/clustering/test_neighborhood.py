@@ -5,7 +5,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from selcon_plugin.clustering import DBSCANLabeler
+from selcon_plugin.clustering import DBSCANLabeler, HDBSCANLabeler, build_labeler
 from selcon_plugin.clustering.neighborhood import NeighborhoodSizes
 
 
@@ -40,3 +40,11 @@ def test_auto_is_that_of_the_number_of_images(num_images):
     mixed = DBSCANLabeler(eps=0.5, min_samples=2, k1="auto", k2="auto")(features)
     by_hand = DBSCANLabeler(eps=0.5, **{**sizes, "min_samples": 2})(features)
     assert torch.equal(mixed.labels, by_hand.labels)
+
+
+def test_estimates_know_the_number_of_neighbours():
+    assert DBSCANLabeler(k1="auto").num_neighbors(100) == 10
+    assert DBSCANLabeler(k1="auto").num_neighbors(5000) == 30
+    assert DBSCANLabeler(k1=20).num_neighbors(100) == 20
+    assert HDBSCANLabeler(k1=25).num_neighbors(100) == 25
+    assert build_labeler("KMeans").num_neighbors(100) == 0
