@@ -174,8 +174,17 @@ class _Torchreid(AdaptHost):
         self._weights = weights
 
     def _of_network(self) -> list[str]:
-        # A config of its own is none of a run: torchreid's defaults, without downloads.
-        named = ["model.name", self._backbone] if self._backbone else []
+        # A config of its own is none of a run: torchreid's defaults, without downloads. The
+        # package's config for folders, which has a head to train from scratch, steps back.
+        named: list[str] = []
+        if self._backbone:
+            keys = {
+                "model.name": self._backbone,
+                "selcon.pool": "avg",
+                "selcon.bn_neck": False,
+                "data.transforms": ["random_flip"],
+            }
+            named = _as_options(keys)
         cpu = [] if torch.cuda.is_available() else ["use_gpu", "False"]
         return [*named, "model.pretrained", "False", "selcon.weights", "''", *cpu]
 
@@ -197,6 +206,7 @@ class _Torchreid(AdaptHost):
             "selcon.method": settings["method"],
             "selcon.checkpoint_period": settings["checkpoint_period"],
             "selcon.keep_checkpoints": 0,
+            "selcon.keep_best_by": "none",  # all checkpoints are measured
         }
         if settings["device"] == "cpu":
             keys["use_gpu"] = False
@@ -242,6 +252,7 @@ class _FastReID(AdaptHost):
             "MODEL.BACKBONE.PRETRAIN": False,
             "MODEL.SELCON.METHOD": settings["method"],
             "MODEL.SELCON.KEEP_CHECKPOINTS": 0,
+            "MODEL.SELCON.KEEP_BEST_BY": "none",  # all checkpoints are measured
             "SOLVER.OPT": "Adam",
             "SOLVER.BASE_LR": settings["learning_rate"],
             "SOLVER.MAX_EPOCH": settings["epochs"],

@@ -167,7 +167,9 @@ def test_build_checks_options_and_sets_filters() -> None:
     labeler = build_labeler("DBSCAN", filters=[label_filter], eps=1, min_samples=2)
     assert labeler.filters == (label_filter,)
     assert (labeler.eps, labeler.min_samples) == (1.0, 2)  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="min_samples must be a whole number >= 1, got 0"):
+    with pytest.raises(
+        ValueError, match="min_samples must be a whole number >= 1 or 'auto', got 0"
+    ):
         build_labeler("DBSCAN", min_samples=0)
     with pytest.raises(ValueError, match="DBSCAN has no option epsilon; it has eps"):
         build_labeler("DBSCAN", epsilon=0.5)
