@@ -202,6 +202,7 @@ _SELCON_CLUSTER: dict[str, Mapping[str, Options]] = {
     "mixture_update": _levels("MIXTURE_UPDATE", "self"),
     "neighbors": _levels("NUM_NEIGHBORS", 7, 15),
     "negatives": _levels("NUM_NEGATIVES", 500, 1000),
+    "sampler": _levels("SAMPLER", "pk", "proxy"),
     "self_weight": _levels("SELF_WEIGHT", 0.3, 0.5),
     "center_weight": _levels("CENTER_WEIGHT", 0.0, 0.5),
     "focal": _levels("FOCAL_GAMMA", 2.0),
