@@ -32,15 +32,32 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> tuple[Optimizer, list[Gro
     """
     optimizer, _ = build_host_optimizer(cfg, model, contiguous=False)
     groups = merge_groups(optimizer.param_groups)
-    kind: Any = type(optimizer)
+    merged = _build(type(optimizer), groups, clips=cfg.SOLVER.CLIP_GRADIENTS.ENABLED)
+    # Checkpoints may have FastReID's own groups.
+    merged.register_load_state_dict_pre_hook(_with_merged_groups)
+    return merged, merged.param_groups
+
+
+def _build(kind: Any, groups: list[Group], *, clips: bool) -> Optimizer:
     # A fused step divides the loss scale out by itself: clipping would come before that.
-    if not cfg.SOLVER.CLIP_GRADIENTS.ENABLED and _can_fuse(kind):
-        fused = [{**group, "fused": True} for group in groups]
+    if not clips and _can_fuse(kind):
         try:
-            return kind(fused, fused=True), fused
+            fused: Optimizer = kind([{**g, "fused": True} for g in groups], fused=True)
         except RuntimeError:  # this PyTorch cannot on this device
             pass
-    return kind(groups), groups
+        else:
+            return fused
+    optimizer: Optimizer = kind(groups)
+    return optimizer
+
+
+def _with_merged_groups(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    groups = merge_groups(state["param_groups"])
+    own = optimizer.param_groups
+    if len(groups) == len(own):
+        for group, present in zip(groups, own, strict=True):
+            group["fused"] = present.get("fused")
+    return {**state, "param_groups": groups}
 
 
 def merge_groups(groups: list[Group]) -> list[Group]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from fastreid.config import CfgNode
@@ -76,6 +78,23 @@ def test_each_parameter_keeps_its_settings_in_few_groups(cfg: CfgNode) -> None:
     settings = list(settings_by_parameter(host).values())
     assert len(optimizer.param_groups) == len(set(settings))
     assert 1 < len(set(settings)) < len(settings)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_checkpoint_of_the_hosts_optimizer_goes_on(cfg: CfgNode, name: str) -> None:
+    cfg.SOLVER.OPT = name
+    host, ours = Network(), Network()
+    theirs = build_host_optimizer(cfg, host, contiguous=False)[0]
+    train(host, theirs, 4)
+    ours.load_state_dict(host.state_dict())
+    optimizer, _ = build_optimizer(cfg, ours)
+    fused = [group.get("fused") for group in optimizer.param_groups]
+    optimizer.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    assert [group.get("fused") for group in optimizer.param_groups] == fused
+    train(host, theirs, 4)
+    train(ours, optimizer, 4)
+    for found, expected in zip(ours.parameters(), host.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
 def test_frozen_layers_stay_apart(cfg: CfgNode) -> None:
