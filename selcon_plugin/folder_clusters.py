@@ -29,9 +29,9 @@ from selcon_plugin.clustering import (
     labeler_names,
     labeler_options,
 )
+from selcon_plugin.clustering.neighborhood import NeighborhoodSizes
 from selcon_plugin.engine.atomic import write_atomically
 from selcon_plugin.engine.checks import check_name
-from selcon_plugin.label_free import NeighborhoodSizes
 
 __all__ = [
     "FolderClusters",
@@ -92,8 +92,8 @@ def default_options(labeler: str, num_images: int) -> dict[str, Any]:
 
     Returns:
         ``eps`` "auto" where the labeler finds it, and the neighbours of
-        :class:`~selcon_plugin.label_free.NeighborhoodSizes`, as far as it has such options.
-        For few images HDBSCAN's smallest cluster shrinks to ``min_samples``.
+        :class:`~selcon_plugin.clustering.neighborhood.NeighborhoodSizes`, as far as it has
+        such options. For few images HDBSCAN's smallest cluster shrinks to ``min_samples``.
 
     Raises:
         ValueError: If there is no such labeler.

@@ -19,7 +19,7 @@ from selcon_plugin.clustering.jaccard import unit_features
 from selcon_plugin.clustering.neighborhood import NeighborhoodSizes
 from selcon_plugin.collapse import find_collapse_signs, measure_spread
 
-__all__ = ["LabelFreeQuality", "NeighborhoodSizes", "label_free_quality"]
+__all__ = ["LabelFreeQuality", "label_free_quality"]
 
 # Distances that silhouette and coverage see, as when DBSCAN's eps is "auto".
 _REACH = EPS_GRID[-1] + 0.1

@@ -260,9 +260,7 @@ class TrainingRun:
         embeddings, usable = self._clustered_features()
         if rank() == 0:
             found = self._label(embeddings, usable)
-            spread = measure_spread(embeddings.global_features)
-            sizes = measure_clusters(found)
-            self._offer({**found.measured, **spread, **sizes}, epochs)
+            self._offer({**found.measured, **measure_clusters(found)}, epochs)
 
     def _offer(self, measured: Mapping[str, float], epochs: int) -> None:
         if self.best is None or not self.method.step:  # weights before training

@@ -71,14 +71,17 @@ def merge_groups(groups: list[Group]) -> list[Group]:
     """
     merged: list[Group] = []
     for group in groups:
-        settings = {key: value for key, value in group.items() if key != "params"}
-        for other in merged:
-            if {key: value for key, value in other.items() if key != "params"} == settings:
-                other["params"] += group["params"]
-                break
+        settings = _settings(group)
+        twin = next((other for other in merged if _settings(other) == settings), None)
+        if twin is None:
+            merged.append({**group, "params": list(group["params"])})
         else:
-            merged.append({**settings, "params": list(group["params"])})
+            twin["params"] += group["params"]
     return merged
+
+
+def _settings(group: Group) -> Group:
+    return {key: value for key, value in group.items() if key != "params"}
 
 
 def _can_fuse(kind: type[Optimizer]) -> bool:
