@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from selcon_plugin.clustering.camera_centering import center_cameras
 from selcon_plugin.clustering.jaccard import unit_features
 from selcon_plugin.clustering.pseudo_labels import PseudoLabels
 from selcon_plugin.clustering.quality import label_free_quality
@@ -61,14 +62,17 @@ class Labeler(ABC):
     Options are the constructor's keyword-only arguments, as for methods.
 
     Attributes:
+        center_cameras: Whether features are first made alike in their means over the
+            images of each camera, where cameras are known.
         filters: Run on the labels in this order.
     """
 
+    center_cameras: bool = False
     filters: Sequence[LabelFilter] = ()
 
     @abstractmethod
     def cluster(self, features: Tensor) -> PseudoLabels:
-        """Cluster images by their features; camera ids are left to the filters.
+        """Cluster images by their features; cameras are for centering and filters.
 
         Args:
             features: Finite unit vectors, float32 ``(M, C)``, on any device; M may be 0.
@@ -135,6 +139,8 @@ class Labeler(ABC):
         started = time.perf_counter()
         features = unit_features(features)
         camids = _checked_camids(camids, len(features))
+        if self.center_cameras and camids is not None:
+            features = center_cameras(features, camids)
         found = self.cluster(features)
         for label_filter in self.filters:
             found = label_filter(found, features, camids, self)
@@ -190,12 +196,17 @@ def labeler_options(name: str) -> dict[str, Option]:
 
 
 def build_labeler(
-    name: str, *, filters: Sequence[LabelFilter] = (), **options: Any
+    name: str,
+    *,
+    center_cameras: bool = False,
+    filters: Sequence[LabelFilter] = (),
+    **options: Any,
 ) -> Labeler:
     """Build a labeler by name, with its options checked.
 
     Args:
         name: Registered name, for instance ``"DBSCAN"``.
+        center_cameras: Whether the cameras' means are made alike first.
         filters: Run on its labels in this order.
         **options: The labeler's keyword options; those left out keep their defaults.
 
@@ -204,5 +215,6 @@ def build_labeler(
     """
     checked = check_options(labeler_options(name), options, owner=name)
     labeler = _LABELERS[name](**checked)
+    labeler.center_cameras = center_cameras
     labeler.filters = tuple(filters)
     return labeler

@@ -80,6 +80,10 @@ MEANINGS = {
     "features": (
         "what is clustered: the global feature, or the test feature of global and parts"
     ),
+    "center_cameras": (
+        "make the features of all cameras alike in their means before they are clustered, "
+        "where cameras are known"
+    ),
     "reliability": (
         "SpCL's self-paced criterion: clusters that fall apart or merge at a slightly "
         "different eps lose their images"

@@ -80,6 +80,7 @@ def clustering_options() -> dict[str, Option]:
         Option("labeler", "DBSCAN", str, Choice(tuple(labeler_names()))),
         Option("period", 1, int, Interval(1)),
         Option("features", "global", str, Choice(("global", "fused"))),
+        Option("center_cameras", False, bool, None),
         Option("reliability", False, bool, None),
         Option("drop_single_camera", False, bool, None),
         Option("outliers", "drop", str, Choice(("drop", "singleton", "nearest"))),
@@ -138,7 +139,12 @@ def configured_labeler(
         filters.append(SingleCameraFilter())
     if clustering["outliers"] != "drop":
         filters.append(OutlierPolicy(clustering["outliers"]))
-    labeler = build_labeler(clustering["labeler"], filters=filters, **options)
+    labeler = build_labeler(
+        clustering["labeler"],
+        center_cameras=clustering["center_cameras"],
+        filters=filters,
+        **options,
+    )
     if clustering["reliability"]:
         labeler.check_reach(ReliabilityFilter().delta)
     return labeler

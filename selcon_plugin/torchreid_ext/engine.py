@@ -100,8 +100,8 @@ class ImageSelConEngine(_Engine):
         scheduler: Learning rates by epoch, or None.
         method: Registered name; see :func:`selcon_plugin.methods.method_names`.
         clustering: For methods with clusters. Either a labeler, or a dict: ``labeler``, its
-            options (``eps`` ...), ``period``, ``features``, ``reliability``,
-            ``drop_single_camera``, ``outliers``. None for the defaults.
+            options (``eps`` ...), ``period``, ``features``, ``center_cameras``,
+            ``reliability``, ``drop_single_camera``, ``outliers``. None for the defaults.
         use_gpu: As torchreid's.
         num_instances: Images of each cluster in a batch.
         head: Arguments of :class:`SelConModel` for a model without our head.

@@ -202,3 +202,5 @@ def test_filters_follow_the_labeler_in_order():
     ]
     assert type(labeler) is type(build_labeler("DBSCAN"))
     assert labeler.eps == 0.4
+    assert not labeler.center_cameras
+    assert configured_labeler(defaults | {"center_cameras": True}, {}).center_cameras

@@ -37,7 +37,7 @@ def test_identities_are_read_from_the_names(people, tmp_path):
     file = tmp_path / "run.npz"
     paths = [f"/a/{who + 1:04d}_c1s1_{i:06d}.jpg" for i, who in enumerate(identities)]
     np.savez(file, paths=np.array(paths), features=2 * features.numpy())
-    found, read = read_features(file, r"^(\d+)_c")
+    found, (read,) = read_features(file, r"^(\d+)_c")
     torch.testing.assert_close(found, features)
     assert (read == identities).all()
     with pytest.raises(ValueError, match=r"0001_c1s1_000000\.jpg does not match 'x\(y\)'"):

@@ -31,6 +31,7 @@ from selcon_plugin.clustering.quality import adjusted_mutual_info
 K1, K2, MIN_SAMPLES = 30, 6, 4  # the published settings
 FIXED = (0.4, 0.5, 0.6, 0.7)
 
+Numbers = NDArray[np.int64]
 Choice = Callable[[Sequence[EpsTrial]], EpsTrial | None]
 
 
@@ -51,35 +52,35 @@ WAYS: Mapping[str, Choice] = {
 }
 
 
-def read_features(
-    file: Path, identity_pattern: str
-) -> tuple[torch.Tensor, NDArray[np.int64]]:
-    """Read features of images, and who is on them from the images' names.
+def read_features(file: Path, *patterns: str) -> tuple[torch.Tensor, list[Numbers]]:
+    """Read features of images, and what the images' names tell, such as who is on them.
 
     Args:
         file: As ``selcon extract`` writes.
-        identity_pattern: Its first group is the identity in a name.
+        *patterns: The first group of each is the identity, or the camera, in a name.
 
     Returns:
-        Unit features ``(M, C)`` and identities ``(M,)``, numbered.
+        Unit features ``(M, C)``, and for each pattern what it found, numbered, ``(M,)``.
 
     Raises:
-        ValueError: If a name has no identity.
+        ValueError: If a pattern is not in a name.
     """
     with np.load(file) as content:
         names = [Path(path).name for path in content["paths"]]
         features = torch.from_numpy(content["features"])
-    found = [re.search(identity_pattern, name) for name in names]
-    if None in found:
-        raise ValueError(
-            f"{file}: {names[found.index(None)]} does not match {identity_pattern!r}: "
-            "--identity-pattern says where the identity is"
-        )
-    _, identities = np.unique([match[1] for match in found if match], return_inverse=True)
-    return torch.nn.functional.normalize(features, dim=1), identities
+    told = []
+    for pattern in patterns:
+        found = [re.search(pattern, name) for name in names]
+        if None in found:
+            raise ValueError(
+                f"{file}: {names[found.index(None)]} does not match {pattern!r}: give the "
+                "pattern of your file names"
+            )
+        told.append(np.unique([m[1] for m in found if m], return_inverse=True)[1])
+    return torch.nn.functional.normalize(features, dim=1), told
 
 
-def compare(features: torch.Tensor, identities: NDArray[np.int64]) -> dict[str, float]:
+def compare(features: torch.Tensor, identities: Numbers) -> dict[str, float]:
     """Measure what each way to choose eps loses.
 
     Args:
@@ -144,7 +145,7 @@ def main() -> None:
     rows = {}
     for file in args.features:
         try:
-            features, identities = read_features(file, args.identity_pattern)
+            features, (identities,) = read_features(file, args.identity_pattern)
         except (ValueError, OSError, KeyError) as error:
             parser.error(str(error))
         rows[file.stem] = compare(features, identities)

@@ -173,6 +173,7 @@ def _configs(folder: str, *, without: Sequence[str]) -> dict[str, Path]:
 
 _CAMERA_WEIGHT = _levels("CAMERA_WEIGHT", "batch", "cluster", "multi_camera")
 _NO_ERASING = {"off": {"INPUT.REA.ENABLED": False}}
+_CENTER_CAMERAS = _levels("CLUSTERING.CENTER_CAMERAS", True)
 _TEACHER = _levels("EMA_DECAY", 0.99, 0.999)
 _AVERAGE_POOLING = {"average": {"MODEL.HEADS.POOL_LAYER": "GlobalAvgPool"}}
 
@@ -197,6 +198,7 @@ _SELCON_CLUSTER: dict[str, Mapping[str, Options]] = {
     },
     "pooling": _AVERAGE_POOLING,
     "camera_weight": _CAMERA_WEIGHT,
+    "center_cameras": _CENTER_CAMERAS,
     "camera_term": {"off": {f"{_SELCON}SAME_CAMERA_PENALTY": 0.0}},
     "negative_cameras": _levels("NEGATIVE_CAMERAS", "all"),
     "mixture_update": _levels("MIXTURE_UPDATE", "self"),
@@ -214,6 +216,7 @@ _CLUSTER_CONTRAST: dict[str, Mapping[str, Options]] = {
     "cluster_update": _levels("CLUSTER_UPDATE", "hard"),
     "pooling": _AVERAGE_POOLING,
     "camera_weight": _CAMERA_WEIGHT,
+    "center_cameras": _CENTER_CAMERAS,
     "focal": _levels("FOCAL_GAMMA", 2.0),
     "erasing": _NO_ERASING,
     "teacher": _TEACHER,

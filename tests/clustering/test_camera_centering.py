@@ -1,0 +1,106 @@
+"""Cameras made alike in their means: the definition in loops, invariants, real clusters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from selcon_plugin.clustering import build_labeler
+from selcon_plugin.clustering.camera_centering import PRIOR_IMAGES, center_cameras
+from selcon_plugin.clustering.quality import adjusted_mutual_info
+
+CAMERAS = torch.tensor([3, 0, -1, 3, 0, 3, 7, -1, 0, 3])
+
+
+def unit(features: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(features, dim=1)
+
+
+def some_features(num_images: int = 10) -> Tensor:
+    return unit(torch.randn(num_images, 6, generator=torch.Generator().manual_seed(5)))
+
+
+def by_loops(features: Tensor, camids: Tensor) -> Tensor:
+    rows = features.tolist()
+    known = [i for i, camera in enumerate(camids.tolist()) if camera >= 0]
+    result = []
+    for row, camera in zip(rows, camids.tolist(), strict=True):
+        own = [i for i in known if camids[i] == camera]
+        moved = list(row)
+        for axis in range(len(row)) if own else ():
+            everywhere = sum(rows[i][axis] for i in known) / len(known)
+            here = sum(rows[i][axis] for i in own) / len(own)
+            moved[axis] += len(own) / (len(own) + PRIOR_IMAGES) * (everywhere - here)
+        length = sum(value**2 for value in moved) ** 0.5
+        result.append([value / length for value in moved])
+    return torch.tensor(result)
+
+
+def test_equals_the_definition_in_loops(device: str) -> None:
+    features = some_features().to(device)
+    before = features.clone()
+    found = center_cameras(features, CAMERAS)
+    assert found.device == features.device
+    torch.testing.assert_close(found.cpu(), by_loops(features.cpu(), CAMERAS))
+    assert torch.equal(features, before)
+
+
+def test_images_of_unknown_camera_stay() -> None:
+    features = some_features()
+    found = center_cameras(features, CAMERAS)
+    torch.testing.assert_close(found[CAMERAS < 0], features[CAMERAS < 0])
+    nothing_known = torch.full((10,), -1)
+    assert torch.equal(center_cameras(features, nothing_known), features)
+    # Nor do they move the others.
+    known = CAMERAS >= 0
+    torch.testing.assert_close(
+        found[known], center_cameras(features[known], CAMERAS[known])
+    )
+
+
+@pytest.mark.parametrize("num_images", [0, 1, 10])
+def test_one_camera_changes_nothing(num_images: int) -> None:
+    features = some_features(num_images)
+    found = center_cameras(features, torch.full((num_images,), 2))
+    torch.testing.assert_close(found, features)
+
+
+def test_a_camera_of_one_image_hardly_moves_it() -> None:
+    features = some_features()
+    alone = center_cameras(features, CAMERAS)[6]  # camera 7 has no other
+    assert torch.dot(alone, features[6]) > 0.99
+
+
+def people_seen_by_cameras(shift: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Twelve people, ten images each by three cameras that add ``shift`` of their own."""
+    generator = torch.Generator().manual_seed(0)
+    people = torch.arange(12).repeat_interleave(30)
+    camids = torch.arange(3).repeat_interleave(10).repeat(12)
+    looks = torch.randn(12, 32, generator=generator)[people]
+    tints = shift * torch.randn(3, 32, generator=generator)[camids]
+    noise = 0.3 * torch.randn(len(people), 32, generator=generator)
+    return unit(looks + tints + noise), camids, people
+
+
+def ami(features: Tensor, camids: Tensor, people: Tensor, *, center: bool) -> float:
+    labeler = build_labeler("DBSCAN", center_cameras=center)
+    return adjusted_mutual_info(labeler(features, camids).labels, people)
+
+
+def test_people_are_found_across_cameras_that_look_different() -> None:
+    data = people_seen_by_cameras(shift=2.0)
+    assert ami(*data, center=False) < 0.7  # cut by camera
+    assert ami(*data, center=True) > 0.99
+    alike = people_seen_by_cameras(shift=0.0)
+    assert ami(*alike, center=False) > 0.99
+    assert ami(*alike, center=True) > 0.99
+
+
+def test_without_cameras_there_is_nothing_to_center() -> None:
+    features, camids, _ = people_seen_by_cameras(shift=2.0)
+    centered = build_labeler("DBSCAN", center_cameras=True)
+    plain = build_labeler("DBSCAN")
+    assert torch.equal(centered(features).labels, plain(features).labels)
+    unknown = torch.full_like(camids, -1)
+    assert torch.equal(centered(features, unknown).labels, plain(features).labels)
