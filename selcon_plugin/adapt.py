@@ -196,7 +196,7 @@ def _run_settings(settings: AdaptSettings, num_images: int, folder: Path) -> dic
         "checkpoint_period": settings.checkpoint_period,
         "device": settings.device,
         "folder": str(folder),
-        "clustering": default_options("DBSCAN", num_images),
+        "clustering": {**default_options("DBSCAN", num_images), "center_cameras": True},
     }
 
 

@@ -111,6 +111,7 @@ def default_options(labeler: str, num_images: int) -> dict[str, Any]:
 
 def cluster_features(
     features: NDArray[np.float32],
+    camids: NDArray[np.int64] | None = None,
     *,
     labeler: str = "DBSCAN",
     options: Mapping[str, Any] | None = None,
@@ -120,6 +121,8 @@ def cluster_features(
 
     Args:
         features: Unit vectors, shape ``(M, C)``.
+        camids: Camera of each image, ``(M,)``, -1 where unknown: the features of all
+            cameras are made alike in their means first. None to leave cameras out.
         labeler: Registered name.
         options: Its options; those left out are chosen by the number of images, see
             :func:`default_options`.
@@ -132,7 +135,11 @@ def cluster_features(
         ValueError: If labeler or option is unknown, or a value illegal.
     """  # noqa: DOC502  (raised by what this calls)
     values = {**default_options(labeler, len(features)), **(options or {})}
-    found = build_labeler(labeler, **values)(torch.from_numpy(features).to(device))
+    clusterer = build_labeler(labeler, center_cameras=True, **values)
+    found = clusterer(
+        torch.from_numpy(features).to(device),
+        None if camids is None else torch.from_numpy(camids),
+    )
     order = torch.argsort(found.sizes, descending=True, stable=True)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from selcon_plugin.clustering import PseudoLabels, build_labeler
@@ -113,11 +114,12 @@ def cluster_folder(
     else:
         say(f"{len(found.paths):,} features of this network are in {output} already")
     values = {**default_options(labeler, len(found.paths)), **(options or {})}
-    labels = _cluster(found, labeler, values, _device(device), say)
     camera_of = {item.path: item.camera or "" for item in items}
+    cameras = [camera_of.get(path, "") for path in found.paths]
+    labels = _cluster(found, cameras, labeler, values, _device(device), say)
     clusters = FolderClusters(
         found.paths,
-        [camera_of.get(path, "") for path in found.paths],
+        cameras,
         labels.labels.numpy(),
         cluster_confidence(found.features, labels.labels.numpy()),
     )
@@ -208,6 +210,7 @@ def _compute_features(
 
 def _cluster(
     found: FolderFeatures,
+    cameras: Sequence[str],
     labeler: str,
     options: Mapping[str, Any],
     device: str,
@@ -223,8 +226,13 @@ def _cluster(
     if device == "cpu":
         check_memory(expected, f"clustering {num_images:,} images")
     started = time.perf_counter()
+    known = sorted({camera for camera in cameras if camera})
+    if len(known) > 1:
+        say(f"The features of {len(known)} cameras are made alike in their means")
+    number_of = {camera: number for number, camera in enumerate(known)}
+    camids = np.array([number_of.get(camera, -1) for camera in cameras], dtype=np.int64)
     labels = cluster_features(
-        found.features, labeler=labeler, options=options, device=device
+        found.features, camids, labeler=labeler, options=options, device=device
     )
     say(f"Clustered in {time.perf_counter() - started:.1f} s")
     return labels

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from selcon_plugin.clustering.quality import adjusted_mutual_info
 from selcon_plugin.folder_clusters import (
     FolderClusters,
     cluster_confidence,
@@ -72,6 +73,24 @@ def test_clusters_are_numbered_by_size() -> None:
     features = unit(centres + 0.01 * rng.normal(size=centres.shape))
     found = cluster_features(features, labeler="KMeans", options={"num_clusters": 3})
     assert found.labels.tolist() == [2] * 4 + [0] * 9 + [1] * 6
+
+
+def test_cameras_are_made_alike_where_they_are_known() -> None:
+    rng = np.random.default_rng(0)
+    people = np.repeat(np.arange(10), 30)
+    cameras = np.tile(np.repeat(np.arange(3), 10), 10)
+    tints = rng.normal(size=(3, 32))[cameras]
+    features = unit(
+        rng.normal(size=(10, 32))[people] + tints + 0.3 * rng.normal(size=(300, 32))
+    )
+    options = {"eps": 0.6, "k1": 30, "k2": 6, "min_samples": 4}
+    assert adjusted_mutual_info(
+        cluster_features(features, cameras, options=options).labels, people
+    ) == pytest.approx(1.0)
+    without = cluster_features(features, options=options)
+    assert adjusted_mutual_info(without.labels, people) < 0.8
+    unknown = np.full(300, -1)
+    assert without.labels.equal(cluster_features(features, unknown, options=options).labels)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 # Images of a camera whose mean is half believed. The mean of few images is more about who
 # is on them than about the camera, and that of a single one is the image itself.
-PRIOR_IMAGES = 20
+PRIOR_IMAGES = 50
 
 
 def center_cameras(features: Tensor, camids: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def center_cameras(features: Tensor, camids: Tensor) -> Tensor:
     Light, tint and background make images of one camera alike whoever is on them, and the
     neighbours of an image are then mostly its camera's. To every image is added
 
-        n / (n + 20) · (mean of all images - mean of its camera's n images)
+        n / (n + 50) · (mean of all images - mean of its camera's n images)
 
     and the result is scaled to unit length. With one camera nothing changes. As in the
     camera-based batch normalisation of Zhuang et al., ECCV 2020
