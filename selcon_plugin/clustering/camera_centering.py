@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from selcon_plugin.memory import cluster_means
+
 # Images of a camera whose mean is half believed. The mean of few images is more about who
 # is on them than about the camera, and that of a single one is the image itself.
 PRIOR_IMAGES = 50
+_ROWS_AT_ONCE = 65_536
 
 
 def center_cameras(features: Tensor, camids: Tensor) -> Tensor:
@@ -35,12 +38,20 @@ def center_cameras(features: Tensor, camids: Tensor) -> Tensor:
     known = camids >= 0
     if not known.any():
         return features
-    cameras, camera_of = torch.unique(camids[known], return_inverse=True)
-    counts = torch.bincount(camera_of, minlength=len(cameras)).to(features.dtype)[:, None]
-    sums = features.new_zeros(len(cameras), features.shape[1])
-    sums.index_add_(0, camera_of, features[known])
-    shift = sums.sum(dim=0) / counts.sum() - sums / counts  # (cameras, C)
-    shift *= counts / (counts + PRIOR_IMAGES)
-    centered = features.clone()
-    centered[known] += shift[camera_of]
-    return torch.nn.functional.normalize(centered, dim=1)
+    cameras, camera_of = torch.unique(camids, return_inverse=True)
+    if not known.all():  # the lowest number; -1 as in clusters, no row of its own
+        cameras, camera_of = cameras[1:], camera_of - 1
+    counts = torch.bincount(camera_of[known], minlength=len(cameras)).to(features)[:, None]
+    means = cluster_means(
+        features, camera_of, num_clusters=len(cameras), normalize=False
+    )  # (cameras, C)
+    everywhere = (means * counts).sum(dim=0) / counts.sum()
+    shift = (everywhere - means) * counts / (counts + PRIOR_IMAGES)
+    stays = torch.zeros_like(everywhere)[None]
+    shift = torch.cat([shift, stays])  # row -1, of unknown cameras
+    centered = torch.empty_like(features)
+    for start in range(0, len(features), _ROWS_AT_ONCE):  # no further copy of all
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        moved = features[rows] + shift[camera_of[rows]]
+        centered[rows] = torch.nn.functional.normalize(moved, dim=1)
+    return centered

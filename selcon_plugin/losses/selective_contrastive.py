@@ -133,6 +133,8 @@ def selective_contrastive_loss(
     *,
     positive_weight: Tensor,
     negative_mask: Tensor | None = None,
+    exempt_positive: Tensor | None = None,
+    exempt_negative: Tensor | None = None,
     temperature: float = 0.1,
     focal_gamma: float = 0.0,
 ) -> Tensor:
@@ -154,6 +156,9 @@ def selective_contrastive_loss(
     entry is False. What is absent is not in :math:`A_i`; the index in its place may be any
     row. An anchor without positives has loss 0, and counts in the mean.
 
+    Pairs can be exempt: a negative of ``exempt_negative`` does not count against a positive
+    of ``exempt_positive``: it is not in :math:`A_i` under that positive.
+
     With ``focal_gamma`` :math:`\gamma` each :math:`L_i` is multiplied by :math:`(1 -
     P_i)^\gamma`, where :math:`P_i` is the softmax's share of all positives: anchors that
     already find them count less. Its gradient is taken as well.
@@ -167,6 +172,9 @@ def selective_contrastive_loss(
         positive_weight: Weight of each positive column, shape ``(P,)``; or of each anchor's
             positives, shape ``(B, P)``, 0 for those it does not have.
         negative_mask: Which negatives there are, bool, shape ``(B, N)``; None for all.
+        exempt_positive: Positives against which the exempt negatives do not count, bool,
+            shape ``(B, P)``; None for none.
+        exempt_negative: Those negatives, bool, shape ``(B, N)``; given with it.
         temperature: Softmax temperature τ; similarities are divided by it.
         focal_gamma: Exponent γ of the focal factor, at least 0 (off).
 
@@ -175,8 +183,9 @@ def selective_contrastive_loss(
         ``(V,)``.
 
     Raises:
-        ValueError: If ``temperature`` is not positive, ``focal_gamma`` is negative, or
-            ``positive_weight`` or ``negative_mask`` does not fit the indices.
+        ValueError: If ``temperature`` is not positive, ``focal_gamma`` is negative,
+            ``positive_weight`` or ``negative_mask`` does not fit the indices, or one of
+            the two ``exempt`` masks is missing.
 
     Example:
         >>> bank = torch.eye(2)
@@ -199,6 +208,8 @@ def selective_contrastive_loss(
         raise ValueError(f"temperature must be positive, got {temperature}")
     if not focal_gamma >= 0:
         raise ValueError(f"focal_gamma must be 0 or more, got {focal_gamma}")
+    if (exempt_positive is None) != (exempt_negative is None):
+        raise ValueError("exempt_positive and exempt_negative must be given together")
     present = _present_candidates(
         positive_index, negative_index, positive_weight, negative_mask
     )
@@ -208,7 +219,19 @@ def selective_contrastive_loss(
     if present is not None:
         # Not -inf: its product with weight 0 would be NaN.
         logits = logits.masked_fill(~present[:, None], torch.finfo(logits.dtype).min)
-    log_prob = F.log_softmax(logits, dim=2)[:, :, : positive_index.shape[1]]  # (B, V, P)
+    num_positives = positive_index.shape[1]
+    all_log_prob = F.log_softmax(logits, dim=2)[:, :, :num_positives]  # (B, V, P)
+    log_prob = all_log_prob
+    if exempt_positive is not None and exempt_negative is not None:
+        negatives = logits[:, :, num_positives:].masked_fill(
+            exempt_negative[:, None], torch.finfo(logits.dtype).min
+        )
+        fewer = torch.cat([logits[:, :, :num_positives], negatives], dim=2)
+        log_prob = torch.where(
+            exempt_positive[:, None],
+            F.log_softmax(fewer, dim=2)[:, :, :num_positives],
+            all_log_prob,
+        )
     weight = positive_weight.to(log_prob)
     with torch.autocast(device_type=log_prob.device.type, enabled=False):
         if weight.dim() == 1:
@@ -216,7 +239,7 @@ def selective_contrastive_loss(
         else:
             losses = -(log_prob @ weight[:, :, None]).squeeze(2)
         if focal_gamma:
-            losses = losses * _focal_factor(log_prob, focal_gamma)
+            losses = losses * _focal_factor(all_log_prob, focal_gamma)
         loss = losses.mean(dim=0)  # (V,)
     # float32, unless the features themselves are float64.
     loss = loss.to(torch.promote_types(features.dtype, torch.float32))
@@ -302,6 +325,8 @@ class SelectiveContrastiveLoss(nn.Module):
         *,
         positive_mask: Tensor | None = None,
         negative_mask: Tensor | None = None,
+        exempt_positive: Tensor | None = None,
+        exempt_negative: Tensor | None = None,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
         """Compute the loss; arguments and result as in the function.
@@ -314,6 +339,9 @@ class SelectiveContrastiveLoss(nn.Module):
             positive_mask: Which positives there are, bool ``(B, P)``; None for all. The
                 neighbours there are share the neighbours' weight.
             negative_mask: Which negatives there are, bool ``(B, N)``; None for all.
+            exempt_positive: Positives against which exempt negatives do not count, bool
+                ``(B, P)``; None for none.
+            exempt_negative: Those negatives, bool ``(B, N)``; given with it.
             sample_weight: Factor on each anchor's loss, shape ``(B,)``; None for 1.
 
         Returns:
@@ -337,6 +365,8 @@ class SelectiveContrastiveLoss(nn.Module):
             negative_index,
             positive_weight=weights,
             negative_mask=negative_mask,
+            exempt_positive=exempt_positive,
+            exempt_negative=exempt_negative,
             temperature=self.temperature,
             focal_gamma=self.focal_gamma,
         )

@@ -21,7 +21,10 @@ from selcon_plugin.clustering import PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.memory import cluster_means
 from selcon_plugin.methods.base import register_method
-from selcon_plugin.methods.selective_contrastive import SelectiveContrastive
+from selcon_plugin.methods.selective_contrastive import (
+    NEGATIVE_CAMERAS,
+    SelectiveContrastive,
+)
 from selcon_plugin.options import Choice, Interval
 
 
@@ -43,8 +46,8 @@ class SelConCluster(SelectiveContrastive):
         self_weight: λ_t, weight of the image's own row.
         neighbor_scale: α, factor on the weight shared by the neighbours; 1 makes all
             weights sum to 1.
-        negative_cameras: As there; negatives from the own camera alone by default, where
-            cameras are known.
+        negative_cameras: As there; by default no pair counts that the camera tells apart,
+            where cameras are known.
         temperature: τ, divides the similarities.
         normalize_parts: Whether the concatenated parts are scaled to unit length.
         warmup_epochs: Epochs without neighbours at the start.
@@ -66,7 +69,7 @@ class SelConCluster(SelectiveContrastive):
         num_negatives: Annotated[int, Interval(1)] = 3000,
         self_weight: Annotated[float, Interval(0, 1, above=True)] = 0.1,
         neighbor_scale: Annotated[float, Interval(0)] = 1.0,
-        negative_cameras: Annotated[str, Choice(("all", "own"))] = "own",
+        negative_cameras: Annotated[str, Choice(NEGATIVE_CAMERAS)] = "unbiased",
         temperature: Annotated[float, Interval(0, above=True)] = 0.05,
         normalize_parts: bool = True,
         warmup_epochs: Annotated[int, Interval(0)] = 0,

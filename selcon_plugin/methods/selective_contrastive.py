@@ -36,6 +36,7 @@ from selcon_plugin.selection import (
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _UNKNOWN_CAMERA = -1
+NEGATIVE_CAMERAS = ("all", "own", "unbiased")
 # Listed Jaccard neighbours per positive asked for: the camera term reorders them.
 _LISTED_PER_NEIGHBOR = 4
 
@@ -65,9 +66,10 @@ class SelectiveContrastive(Method):
         part_loss_weight: λ_p, weight of the parts' loss; the global loss gets 1 - λ_p.
         global_distance_weight: λ_g, weight of the global distance in the ranking.
         same_camera_penalty: λ_c, added to the distance of images from one camera.
-        negative_cameras: Cameras whose images may be negatives: ``"all"``, or ``"own"``,
-            that of the image alone, so that telling cameras apart is no help. Images of
-            unknown camera take all. Not during warm-up.
+        negative_cameras: Cameras whose images may be negatives: ``"all"``; ``"own"``,
+            that of the image alone, so that telling cameras apart is no help; or
+            ``"unbiased"``, all, but against positives of the own camera those of the own
+            camera alone. Images of unknown camera take all. Not during warm-up.
         temperature: τ, divides the similarities.
         bank_momentum: Weight of the old row when a bank is written.
         mixture_update: Whose mixture rows an image writes: all its ``"positives"`` or
@@ -111,7 +113,7 @@ class SelectiveContrastive(Method):
         part_loss_weight: Annotated[float, Interval(0, 1)] = 0.5,
         global_distance_weight: Annotated[float, Interval(0, 1)] = 0.5,
         same_camera_penalty: Annotated[float, Interval(0)] = 0.05,
-        negative_cameras: Annotated[str, Choice(("all", "own"))] = "all",
+        negative_cameras: Annotated[str, Choice(NEGATIVE_CAMERAS)] = "all",
         temperature: Annotated[float, Interval(0, above=True)] = 0.1,
         bank_momentum: Annotated[float, Interval(0, 1)] = 0.5,
         mixture_update: Annotated[str, Choice(("positives", "self"))] = "positives",
@@ -218,6 +220,7 @@ class SelectiveContrastive(Method):
             chosen.negative_index,
             positive_mask=chosen.positive_mask,
             negative_mask=chosen.negative_mask,
+            **self._exempt_pairs(chosen, camids),
             sample_weight=self.camera_weighting(index, self.labels[index], camids),
         )
         if part_features is None:
@@ -294,10 +297,22 @@ class SelectiveContrastive(Method):
 
     def _allowed_negatives(self, camids: Tensor | None) -> Tensor | None:
         """Return which rows may be negatives of which image, (B, M); None for all."""
-        if self.negative_cameras == "all" or camids is None:
+        if self.negative_cameras != "own" or camids is None:
             return None
         own = camids[:, None]
         return (self._bank_camids == own) | (own < 0)
+
+    def _exempt_pairs(self, chosen: Selection, camids: Tensor | None) -> dict[str, Tensor]:
+        """Return the pairs that the camera tells apart, as the loss takes them."""
+        unbiased = self.negative_cameras == "unbiased" and self.epoch >= self.warmup_epochs
+        if not unbiased or camids is None:
+            return {}
+        own = camids[:, None]
+        return {
+            "exempt_positive": (self._bank_camids[chosen.positive_index] == own)
+            & (own >= 0),
+            "exempt_negative": self._bank_camids[chosen.negative_index] != own,
+        }
 
     @torch.no_grad()
     def update(self, index: Tensor, embeddings: Embeddings) -> None:

@@ -388,6 +388,79 @@ def test_gradient_with_absent_candidates(case: dict[str, Tensor]) -> None:
     assert gradient.any(dim=1).tolist() == [True, True, True, True, False]
 
 
+def exempt_case(case: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The masked case, with some pairs that do not count."""
+    generator = torch.Generator().manual_seed(6)
+    return masked_case(case) | {
+        "exempt_positive": torch.rand(B, P, generator=generator) < 0.5,
+        "exempt_negative": torch.rand(B, N, generator=generator) < 0.5,
+    }
+
+
+def exempt_loss_by_loops(case: dict[str, Tensor], temperature: float) -> float:
+    """The masked case of each positive with the negatives that count against it."""
+    total = 0.0
+    for p in range(P):
+        fewer = case["exempt_positive"][:, p, None] & case["exempt_negative"]
+        counted = case["negative_mask"] & ~fewer
+        for i in range(B):
+            feature = case["features"][i].double()
+            present = case["positive_weight"][i] != 0
+            if not present[p]:
+                continue
+            rows = torch.cat(
+                [
+                    case["positive_index"][i][present],
+                    case["negative_index"][i][counted[i]],
+                ]
+            )
+            values = [
+                math.exp(float(feature @ case["bank"][row].double()) / temperature)
+                for row in rows
+            ]
+            own = case["bank"][case["positive_index"][i, p]].double()
+            value = math.exp(float(feature @ own) / temperature)
+            total -= float(case["positive_weight"][i, p]) * math.log(value / sum(values))
+    return total / B
+
+
+def test_exempt_pairs_equal_definition_by_loops(
+    case: dict[str, Tensor], path: str, device: str
+) -> None:
+    case = exempt_case(case)
+    on_device = {name: tensor.to(device) for name, tensor in case.items()}
+    for temperature in (0.1, 1.0):
+        found = selective_contrastive_loss(**on_device, temperature=temperature)
+        expected = exempt_loss_by_loops(case, temperature)
+        assert found.item() == pytest.approx(expected, rel=2e-6)
+        assert expected < masked_loss_by_loops(case, temperature)
+
+
+def test_no_pair_and_all_pairs_exempt(case: dict[str, Tensor], path: str) -> None:
+    case = masked_case(case)
+    plain = selective_contrastive_loss(**case)
+    nothing, everything = torch.zeros(B, P).bool(), torch.ones(B, N).bool()
+    for positives, negatives in ((nothing, everything), (~nothing, ~everything)):
+        found = selective_contrastive_loss(
+            **case, exempt_positive=positives, exempt_negative=negatives
+        )
+        torch.testing.assert_close(found, plain)
+    found = selective_contrastive_loss(
+        **case, exempt_positive=~nothing, exempt_negative=everything
+    )
+    case["negative_mask"] = ~everything
+    torch.testing.assert_close(found, selective_contrastive_loss(**case))
+
+
+def test_gradient_with_exempt_pairs(case: dict[str, Tensor]) -> None:
+    case = exempt_case(case) | {"bank": case["bank"].double()}
+
+    def loss_of(features: Tensor) -> Tensor:
+        return selective_contrastive_loss(**(case | {"features": features}))
+
+    assert torch.autograd.gradcheck(loss_of, (case["features"].double().requires_grad_(),))
+
+
 def test_paper_weights() -> None:
     assert positive_weights(8).tolist() == [0.5] + 7 * [0.125]
     assert positive_weights(8).sum().item() == pytest.approx(1.375)
@@ -427,3 +500,5 @@ def test_wrong_arguments_are_named(case: dict[str, Tensor]) -> None:
         SelectiveContrastiveLoss(-1)
     with pytest.raises(ValueError, match=r"temperature must be positive, got -0\.1"):
         SelectiveContrastiveLoss(7, temperature=-0.1)
+    with pytest.raises(ValueError, match="exempt_negative must be given together"):
+        selective_contrastive_loss(**case, exempt_positive=torch.ones(B, P).bool())

@@ -164,15 +164,17 @@ def test_jaccard_selection_ranks_by_the_graph_and_the_camera() -> None:
         assert chosen.positive_index[row].tolist() == [own, *wanted]
 
 
-def test_without_clusters_the_nearest_images_stand_in() -> None:
-    method = make_method(labels=PseudoLabels.each_its_own(M))
+@pytest.mark.parametrize("cameras", ["own", "unbiased"])
+def test_without_clusters_the_nearest_images_stand_in(cameras: str) -> None:
+    labels = PseudoLabels.each_its_own(M)
+    method = make_method(labels=labels, negative_cameras=cameras)
     plain = build_method(
         "SelectiveContrastive",
         *(M, C),
         num_neighbors=3,
         num_negatives=8,
         warmup_epochs=0,
-        negative_cameras="own",
+        negative_cameras=cameras,
     )
     assert isinstance(plain, SelectiveContrastive)
     plain.prepare(embeddings_of(M, seed=0), CAMIDS)
@@ -222,13 +224,53 @@ def test_negatives_of_the_own_camera_alone(selection: str) -> None:
         assert chosen.negative_index[row][chosen.negative_mask[row]].tolist() == wanted
 
 
+@pytest.mark.parametrize("cameras", ["all", "unbiased"])
+def test_unbiased_negatives_leave_out_what_the_camera_tells(cameras: str) -> None:
+    camids = CAMIDS.clone()
+    camids[13] = -1
+    method = make_method(negative_cameras=cameras, num_neighbors=5, num_negatives=M)
+    method.prepare(embeddings_of(M, seed=0), camids, PseudoLabels.numbered(LABELS))
+    index = torch.tensor([0, 7, 13])
+    batch = embeddings_of(3, seed=3)
+    found = method.loss(batch, index, camids[index])["loss_global"].item()
+
+    bank = method.memory.mixture_bank.double()
+    expected, left_out = 0.0, 0
+    for own, feature in zip(index.tolist(), batch.global_features.double(), strict=True):
+        logits = bank @ feature / 0.05
+        positives = [j for j in range(M) if LABELS[j] == LABELS[own]]
+        negatives = [j for j in range(M) if LABELS[j] != LABELS[own]]
+        for p in positives:
+            told = cameras == "unbiased" and camids[own] >= 0 and camids[p] == camids[own]
+            counted = [n for n in negatives if not told or camids[n] == camids[own]]
+            left_out += len(negatives) - len(counted)
+            weight = 0.1 if p == own else 0.9 / (len(positives) - 1)
+            total = torch.logsumexp(logits[positives + counted], dim=0)
+            expected += weight * (total - logits[p]).item() / len(index)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert (left_out > 0) == (cameras == "unbiased")
+
+
+def test_warm_up_exempts_nothing() -> None:
+    index = torch.tensor([0, 7])
+    batch = embeddings_of(2, seed=3)
+    found = [
+        make_method(negative_cameras=cameras, warmup_epochs=1).loss(
+            batch, index, CAMIDS[index]
+        )["loss_global"]
+        for cameras in ("all", "unbiased")
+    ]
+    assert found[0].equal(found[1])
+
+
 def test_without_cameras_all_images_may_be_negatives() -> None:
     chosen = []
-    for cameras in ("own", "all"):
+    for cameras in ("own", "unbiased", "all"):
         method = make_method(negative_cameras=cameras)
         method.prepare(embeddings_of(M, seed=0), None, PseudoLabels.numbered(LABELS))
         chosen.append(method.select(embeddings_of(2, seed=3), torch.tensor([0, 7]), None))
-    assert torch.equal(chosen[0].negative_index, chosen[1].negative_index)
+    assert torch.equal(chosen[0].negative_index, chosen[2].negative_index)
+    assert torch.equal(chosen[1].negative_index, chosen[2].negative_index)
 
 
 def test_camera_weight_needs_clusters() -> None:

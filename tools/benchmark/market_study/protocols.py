@@ -173,7 +173,6 @@ def _configs(folder: str, *, without: Sequence[str]) -> dict[str, Path]:
 
 _CAMERA_WEIGHT = _levels("CAMERA_WEIGHT", "batch", "cluster", "multi_camera")
 _NO_ERASING = {"off": {"INPUT.REA.ENABLED": False}}
-_CENTER_CAMERAS = _levels("CLUSTERING.CENTER_CAMERAS", True)
 _TEACHER = _levels("EMA_DECAY", 0.99, 0.999)
 _AVERAGE_POOLING = {"average": {"MODEL.HEADS.POOL_LAYER": "GlobalAvgPool"}}
 
@@ -182,7 +181,7 @@ _SCL: dict[str, Mapping[str, Options]] = {
     "mixture_update": _levels("MIXTURE_UPDATE", "self"),
     "normalize_parts": _levels("NORMALIZE_PARTS", True),
     "camera_term": {"off": {f"{_SELCON}SAME_CAMERA_PENALTY": 0.0}},
-    "negative_cameras": _levels("NEGATIVE_CAMERAS", "own"),
+    "negative_cameras": _levels("NEGATIVE_CAMERAS", "own", "unbiased"),
     "parts": {"off": {f"{_SELCON}NUM_PARTS": 0}},
     "neighbors": _levels("NUM_NEIGHBORS", 3, 15),
 }
@@ -198,9 +197,9 @@ _SELCON_CLUSTER: dict[str, Mapping[str, Options]] = {
     },
     "pooling": _AVERAGE_POOLING,
     "camera_weight": _CAMERA_WEIGHT,
-    "center_cameras": _CENTER_CAMERAS,
+    "center_cameras": _levels("CLUSTERING.CENTER_CAMERAS", False),
     "camera_term": {"off": {f"{_SELCON}SAME_CAMERA_PENALTY": 0.0}},
-    "negative_cameras": _levels("NEGATIVE_CAMERAS", "all"),
+    "negative_cameras": _levels("NEGATIVE_CAMERAS", "all", "own"),
     "mixture_update": _levels("MIXTURE_UPDATE", "self"),
     "neighbors": _levels("NUM_NEIGHBORS", 7, 15),
     "negatives": _levels("NUM_NEGATIVES", 500, 1000),
@@ -216,7 +215,7 @@ _CLUSTER_CONTRAST: dict[str, Mapping[str, Options]] = {
     "cluster_update": _levels("CLUSTER_UPDATE", "hard"),
     "pooling": _AVERAGE_POOLING,
     "camera_weight": _CAMERA_WEIGHT,
-    "center_cameras": _CENTER_CAMERAS,
+    "center_cameras": _levels("CLUSTERING.CENTER_CAMERAS", True),
     "focal": _levels("FOCAL_GAMMA", 2.0),
     "erasing": _NO_ERASING,
     "teacher": _TEACHER,
