@@ -53,6 +53,7 @@ class Fault:
 MEMORY, CLUSTER_MEMORY = ("tests/test_memory.py",), ("tests/test_cluster_memory.py",)
 SELECTION, SAMPLERS = ("tests/test_selection.py",), ("tests/test_samplers.py",)
 SELECTIVE_LOSS = ("tests/losses/test_selective_contrastive.py",)
+CENTERING = ("tests/clustering/test_camera_centering.py",)
 DATA = ("tests/fastreid_ext/test_data.py",)
 
 FAULTS = (
@@ -103,6 +104,30 @@ FAULTS = (
         "order = torch.argsort(similarity, stable=True)",
         "order = torch.argsort(-similarity, stable=True)",
         CLUSTER_MEMORY,
+    ),
+    Fault(
+        "cameras_moved_apart",
+        "centering moves the images of a camera away from the others'",
+        "clustering/camera_centering.py",
+        "shift = (everywhere - means)",
+        "shift = (means - everywhere)",
+        CENTERING,
+    ),
+    Fault(
+        "few_images_trusted",
+        "the mean of a camera's few images is taken for the camera's",
+        "clustering/camera_centering.py",
+        "counts / (counts + PRIOR_IMAGES)",
+        "counts / counts",
+        CENTERING,
+    ),
+    Fault(
+        "other_pairs_exempt",
+        "pairs that the camera does not tell apart are left out, and those it does are not",
+        "losses/selective_contrastive.py",
+        "exempt_positive[:, None],\n",
+        "~exempt_positive[:, None],\n",
+        SELECTIVE_LOSS,
     ),
     Fault(
         "negatives_overlap_positives",
