@@ -11,14 +11,12 @@ mutual information (AMI) with the identities, every outlier a cluster of its own
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from eps_without_labels import Numbers, compare, read_features
+from eps_without_labels import Numbers, compare, features_parser, read_features
 from selcon_plugin.clustering.camera_centering import center_cameras
 
 
@@ -58,14 +56,7 @@ def table(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="What centering cameras gains.")
-    parser.add_argument("features", nargs="+", type=Path, metavar="FILE.npz")
-    parser.add_argument(
-        "--identity-pattern",
-        default=r"^(\d+)_c",
-        metavar="REGEX",
-        help="its first group is the identity in a file name; default: Market-1501's",
-    )
+    parser = features_parser("What centering cameras gains.")
     parser.add_argument(
         "--camera-pattern",
         default=r"_c(\d+)",

@@ -131,9 +131,9 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description="Ways to choose eps without labels.")
+def features_parser(description: str) -> argparse.ArgumentParser:
+    """Make a parser of files of features whose names tell who is on the images."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("features", nargs="+", type=Path, metavar="FILE.npz")
     parser.add_argument(
         "--identity-pattern",
@@ -141,6 +141,12 @@ def main() -> None:
         metavar="REGEX",
         help="its first group is the identity in a file name; default: Market-1501's",
     )
+    return parser
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = features_parser("Ways to choose eps without labels.")
     args = parser.parse_args()
     rows = {}
     for file in args.features:
