@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import statistics
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +13,8 @@ logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 NO_CAMERAS = "none"
+# More sub-folders of fewer images are hardly cameras.
+_MANY_CAMERAS, _FEW_IMAGES = 20, 100
 
 
 class ImageItem(NamedTuple):
@@ -135,4 +139,12 @@ def _checked_cameras(
         ", ..." if len(names) > 8 else "",
         unknown,
     )
+    usual = statistics.median(Counter(filter(None, cameras)).values())
+    if not camera_pattern and len(names) > _MANY_CAMERAS and usual < _FEW_IMAGES:
+        logger.warning(
+            "%d sub-folders, of %g images in the middle, are taken for cameras. If they "
+            "are people or tracks, leave them out: --camera-pattern none",
+            len(names),
+            usual,
+        )
     return cameras

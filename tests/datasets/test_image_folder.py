@@ -36,6 +36,21 @@ def test_first_sub_folder_is_the_camera(tmp_path):
     assert cameras(tmp_path) == {"a.jpg": "door", "b.jpg": "lobby", "c.jpg": None}
 
 
+def test_many_small_sub_folders_are_doubted(tmp_path, caplog):
+    for number in range(63):
+        save_image(tmp_path / f"track{number % 21:02d}/{number}.jpg")
+    read_image_folder(tmp_path)
+    assert "21 sub-folders, of 3 images in the middle, are taken for cameras" in caplog.text
+    assert "--camera-pattern none" in caplog.text
+    caplog.clear()
+    read_image_folder(tmp_path, camera_pattern=r"track(\d+)")  # said by the user
+    read_image_folder(tmp_path, camera_pattern="none")
+    for place in ("track20/20.jpg", "track20/41.jpg", "track20/62.jpg"):
+        (tmp_path / place).unlink()
+    read_image_folder(tmp_path)  # 20: they may be cameras
+    assert "taken for cameras" not in caplog.text
+
+
 @pytest.mark.parametrize("pattern", ["", "none"])
 def test_no_structure_means_no_cameras(tmp_path, pattern):
     save_image(tmp_path / "a.jpg")
