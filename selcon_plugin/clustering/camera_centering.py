@@ -7,8 +7,10 @@ from torch import Tensor
 
 from selcon_plugin.memory import cluster_means
 
-# Images of a camera whose mean is half believed. The mean of few images is more about who
-# is on them than about the camera, and that of a single one is the image itself.
+# The mean of few images is more about who is on them than about the camera. A camera of
+# fewer stays as it is: trained on 304 crops by six cameras, centering cost 5 and 9 mAP.
+FEWEST_IMAGES = 100
+# Images of a camera whose mean is half believed.
 PRIOR_IMAGES = 50
 _ROWS_AT_ONCE = 65_536
 
@@ -21,37 +23,40 @@ def center_cameras(features: Tensor, camids: Tensor) -> Tensor:
 
         n / (n + 50) · (mean of all images - mean of its camera's n images)
 
-    and the result is scaled to unit length. With one camera nothing changes. As in the
-    camera-based batch normalisation of Zhuang et al., ECCV 2020
-    (https://arxiv.org/abs/2001.08680), cameras are made alike in their first moment; their
-    variances hardly differ in unit features.
+    and the result is scaled to unit length; with one camera nothing changes. Cameras of
+    fewer than 100 images are left as they are, like unknown ones. As in the camera-based
+    batch normalisation of Zhuang et al., ECCV 2020 (https://arxiv.org/abs/2001.08680),
+    cameras are made alike in their first moment; their variances hardly differ in unit
+    features.
 
     Args:
         features: Unit vectors ``(M, C)``, on any device.
-        camids: Camera of each image, int64 ``(M,)``, -1 where unknown; these images are
-            left as they are and count in no mean.
+        camids: Camera of each image, int64 ``(M,)``, -1 where unknown; images of unknown
+            or small cameras are left as they are and count in no mean.
 
     Returns:
         Unit vectors ``(M, C)``.
     """
-    camids = camids.to(features.device)
-    known = camids >= 0
-    if not known.any():
+    cameras, camera_of, counts = torch.unique(
+        camids.to(features.device), return_inverse=True, return_counts=True
+    )
+    moved = (cameras >= 0) & (counts >= FEWEST_IMAGES)
+    if moved.sum() < 2:
         return features
-    cameras, camera_of = torch.unique(camids, return_inverse=True)
-    if not known.all():  # the lowest number; -1 as in clusters, no row of its own
-        cameras, camera_of = cameras[1:], camera_of - 1
-    counts = torch.bincount(camera_of[known], minlength=len(cameras)).to(features)[:, None]
+    # Numbered anew, -1 for the cameras that stay.
+    number = torch.where(moved, moved.cumsum(dim=0) - 1, -1)
+    camera_of, counts = number[camera_of], counts[moved].to(features)[:, None]
     means = cluster_means(
-        features, camera_of, num_clusters=len(cameras), normalize=False
+        features, camera_of, num_clusters=len(counts), normalize=False
     )  # (cameras, C)
     everywhere = (means * counts).sum(dim=0) / counts.sum()
     shift = (everywhere - means) * counts / (counts + PRIOR_IMAGES)
     stays = torch.zeros_like(everywhere)[None]
-    shift = torch.cat([shift, stays])  # row -1, of unknown cameras
+    shift = torch.cat([shift, stays])  # row -1
     centered = torch.empty_like(features)
     for start in range(0, len(features), _ROWS_AT_ONCE):  # no further copy of all
         rows = slice(start, start + _ROWS_AT_ONCE)
-        moved = features[rows] + shift[camera_of[rows]]
-        centered[rows] = torch.nn.functional.normalize(moved, dim=1)
+        centered[rows] = torch.nn.functional.normalize(
+            features[rows] + shift[camera_of[rows]], dim=1
+        )
     return centered

@@ -81,8 +81,8 @@ MEANINGS = {
         "what is clustered: the global feature, or the test feature of global and parts"
     ),
     "center_cameras": (
-        "make the features of all cameras alike in their means before they are clustered, "
-        "where cameras are known"
+        "make the features of all cameras of 100 images or more alike in their means "
+        "before they are clustered"
     ),
     "reliability": (
         "SpCL's self-paced criterion: clusters that fall apart or merge at a slightly "

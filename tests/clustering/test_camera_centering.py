@@ -6,27 +6,37 @@ import pytest
 import torch
 from torch import Tensor
 
-from selcon_plugin.clustering import build_labeler
-from selcon_plugin.clustering.camera_centering import PRIOR_IMAGES, center_cameras
+from selcon_plugin.clustering import build_labeler, camera_centering
+from selcon_plugin.clustering.camera_centering import (
+    FEWEST_IMAGES,
+    PRIOR_IMAGES,
+    center_cameras,
+)
 from selcon_plugin.clustering.quality import adjusted_mutual_info
 
-CAMERAS = torch.tensor([3, 0, -1, 3, 0, 3, 7, -1, 0, 3])
+# Two cameras are large enough, one lacks an image; some images are of an unknown one.
+SIZES = {3: 160, 0: 100, 7: 99, -1: 41}
+CAMERAS = torch.cat([torch.full((count,), camera) for camera, count in SIZES.items()])
+CAMERAS = CAMERAS[torch.randperm(400, generator=torch.Generator().manual_seed(4))]
+MOVED = (CAMERAS == 3) | (CAMERAS == 0)
 
 
 def unit(features: Tensor) -> Tensor:
     return torch.nn.functional.normalize(features, dim=1)
 
 
-def some_features(num_images: int = 10) -> Tensor:
-    return unit(torch.randn(num_images, 6, generator=torch.Generator().manual_seed(5)))
+def some_features(num_images: int = 400) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return unit(torch.randn(num_images, 6, generator=generator))
 
 
 def by_loops(features: Tensor, camids: Tensor) -> Tensor:
-    rows = features.tolist()
-    known = [i for i, camera in enumerate(camids.tolist()) if camera >= 0]
+    rows, cameras = features.tolist(), camids.tolist()
+    large = [c for c in cameras if c >= 0 and cameras.count(c) >= FEWEST_IMAGES]
+    known = [i for i, camera in enumerate(cameras) if camera in large]
     result = []
-    for row, camera in zip(rows, camids.tolist(), strict=True):
-        own = [i for i in known if camids[i] == camera]
+    for row, camera in zip(rows, cameras, strict=True):
+        own = [i for i in known if cameras[i] == camera]
         moved = list(row)
         for axis in range(len(row)) if own else ():
             everywhere = sum(rows[i][axis] for i in known) / len(known)
@@ -44,32 +54,32 @@ def test_equals_the_definition_in_loops(device: str) -> None:
     assert found.device == features.device
     torch.testing.assert_close(found.cpu(), by_loops(features.cpu(), CAMERAS))
     assert torch.equal(features, before)
-
-
-def test_images_of_unknown_camera_stay() -> None:
-    features = some_features()
-    found = center_cameras(features, CAMERAS)
-    torch.testing.assert_close(found[CAMERAS < 0], features[CAMERAS < 0])
-    nothing_known = torch.full((10,), -1)
-    assert torch.equal(center_cameras(features, nothing_known), features)
-    # Nor do they move the others.
-    known = CAMERAS >= 0
-    torch.testing.assert_close(
-        found[known], center_cameras(features[known], CAMERAS[known])
+    assert not torch.allclose(
+        found[MOVED.to(device)], features[MOVED.to(device)], atol=0.01
     )
 
 
-@pytest.mark.parametrize("num_images", [0, 1, 10])
-def test_one_camera_changes_nothing(num_images: int) -> None:
-    features = some_features(num_images)
-    found = center_cameras(features, torch.full((num_images,), 2))
-    torch.testing.assert_close(found, features)
-
-
-def test_a_camera_of_one_image_hardly_moves_it() -> None:
+def test_images_of_unknown_and_of_small_cameras_stay() -> None:
     features = some_features()
-    alone = center_cameras(features, CAMERAS)[6]  # camera 7 has no other
-    assert torch.dot(alone, features[6]) > 0.99
+    found = center_cameras(features, CAMERAS)
+    torch.testing.assert_close(found[~MOVED], features[~MOVED])
+    # Nor do they move the others.
+    without = center_cameras(features[MOVED], CAMERAS[MOVED])
+    torch.testing.assert_close(found[MOVED], without)
+
+
+@pytest.mark.parametrize("camera", [2, -1])
+@pytest.mark.parametrize("num_images", [0, 1, 400])
+def test_one_camera_or_none_changes_nothing(num_images: int, camera: int) -> None:
+    features = some_features(num_images)
+    found = center_cameras(features, torch.full((num_images,), camera))
+    assert torch.equal(found, features)
+
+
+def test_rows_are_done_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = center_cameras(some_features(), CAMERAS)
+    monkeypatch.setattr(camera_centering, "_ROWS_AT_ONCE", 7)
+    assert torch.equal(center_cameras(some_features(), CAMERAS), whole)
 
 
 def people_seen_by_cameras(shift: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -112,14 +112,9 @@ def test_features_are_kept_for_the_same_network_and_images_alone(
         )
         return done.labels.tolist()
 
-    said: list[str] = []
-    first = cluster("a", say=said.append)
+    first = cluster("a")
     assert max(first) >= 0
-    assert "The features of 2 cameras are made alike in their means" in said
-    said.clear()
-    cluster("a", camera_pattern="none", say=said.append)
-    assert not any("cameras" in line for line in said)
-    assert embedder.folders == 1
+    assert (cluster("a", camera_pattern="none"), embedder.folders) == (first, 1)
     cluster("b")
     assert embedder.folders == 2
     Image.new("RGB", (24, 48), (9, 200, 9)).save(folder / "cam0" / "new.png")
@@ -129,6 +124,30 @@ def test_features_are_kept_for_the_same_network_and_images_alone(
     cluster("b")
     assert embedder.folders == 4
     assert json.loads((output / "features.json").read_text())["network"] == "b"
+
+
+def test_large_cameras_are_made_alike_and_it_says_so(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"eps": 0.6, "k1": 4, "k2": 1, "min_samples": 3}
+
+    def said(**other: object) -> list[str]:
+        lines: list[str] = []
+        cluster_folder(
+            _Counted,
+            folder,
+            tmp_path,
+            network_key="a",
+            options=options,
+            **other,
+            say=lines.append,
+        )
+        return [line for line in lines if "made alike" in line]
+
+    assert said() == []  # twelve images each
+    monkeypatch.setattr("selcon_plugin.own_folder.FEWEST_IMAGES", 12)
+    assert said() == ["The features of 2 cameras are made alike in their means"]
+    assert said(camera_pattern="none") == []
 
 
 def test_too_little_memory_is_refused_before_anything_is_computed(

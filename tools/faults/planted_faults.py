@@ -114,11 +114,11 @@ FAULTS = (
         CENTERING,
     ),
     Fault(
-        "few_images_trusted",
+        "small_cameras_moved",
         "the mean of a camera's few images is taken for the camera's",
         "clustering/camera_centering.py",
-        "counts / (counts + PRIOR_IMAGES)",
-        "counts / counts",
+        "moved = (cameras >= 0) & (counts >= FEWEST_IMAGES)",
+        "moved = cameras >= 0",
         CENTERING,
     ),
     Fault(
