@@ -8,7 +8,6 @@ import json
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from selcon_plugin.clustering import PseudoLabels, build_labeler
-from selcon_plugin.clustering.camera_centering import FEWEST_IMAGES
+from selcon_plugin.clustering.camera_centering import num_centered
 from selcon_plugin.datasets import ImageItem, read_image_folder
 from selcon_plugin.engine.atomic import write_atomically
 from selcon_plugin.engine.checks import make_output_folder
@@ -228,12 +227,11 @@ def _cluster(
     if device == "cpu":
         check_memory(expected, f"clustering {num_images:,} images")
     started = time.perf_counter()
-    images_of = Counter(filter(None, cameras))
-    large = [name for name, count in images_of.items() if count >= FEWEST_IMAGES]
-    if len(large) > 1:
-        say(f"The features of {len(large)} cameras are made alike in their means")
-    number_of = {camera: number for number, camera in enumerate(sorted(images_of))}
+    known = sorted({camera for camera in cameras if camera})
+    number_of = {camera: number for number, camera in enumerate(known)}
     camids = np.array([number_of.get(camera, -1) for camera in cameras], dtype=np.int64)
+    if centered := num_centered(torch.from_numpy(camids)):
+        say(f"The features of {centered} cameras are made alike in their means")
     labels = cluster_features(
         found.features, camids, labeler=labeler, options=options, device=device
     )

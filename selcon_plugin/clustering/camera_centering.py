@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from selcon_plugin.memory import cluster_means
@@ -13,6 +14,21 @@ FEWEST_IMAGES = 100
 # Images of a camera whose mean is half believed.
 PRIOR_IMAGES = 50
 _ROWS_AT_ONCE = 65_536
+
+
+def num_centered(camids: Tensor) -> int:
+    """Return how many cameras :func:`center_cameras` moves; 0 where nothing changes.
+
+    Args:
+        camids: Camera of each image, int64 ``(M,)``, -1 where unknown.
+    """
+    return int(_are_moved(*torch.unique(camids, return_counts=True)).sum())
+
+
+def _are_moved(cameras: Tensor, counts: Tensor) -> Tensor:
+    """Return which cameras are moved, of their numbers and their images' counts."""
+    large = (cameras >= 0) & (counts >= FEWEST_IMAGES)
+    return large & (large.sum() > 1)  # one alone has nothing to agree with
 
 
 def center_cameras(features: Tensor, camids: Tensor) -> Tensor:
@@ -40,8 +56,8 @@ def center_cameras(features: Tensor, camids: Tensor) -> Tensor:
     cameras, camera_of, counts = torch.unique(
         camids.to(features.device), return_inverse=True, return_counts=True
     )
-    moved = (cameras >= 0) & (counts >= FEWEST_IMAGES)
-    if moved.sum() < 2:
+    moved = _are_moved(cameras, counts)
+    if not moved.any():
         return features
     # Numbered anew, -1 for the cameras that stay.
     number = torch.where(moved, moved.cumsum(dim=0) - 1, -1)
@@ -51,12 +67,9 @@ def center_cameras(features: Tensor, camids: Tensor) -> Tensor:
     )  # (cameras, C)
     everywhere = (means * counts).sum(dim=0) / counts.sum()
     shift = (everywhere - means) * counts / (counts + PRIOR_IMAGES)
-    stays = torch.zeros_like(everywhere)[None]
-    shift = torch.cat([shift, stays])  # row -1
+    shift = F.pad(shift, (0, 0, 0, 1))  # row -1 stays
     centered = torch.empty_like(features)
     for start in range(0, len(features), _ROWS_AT_ONCE):  # no further copy of all
         rows = slice(start, start + _ROWS_AT_ONCE)
-        centered[rows] = torch.nn.functional.normalize(
-            features[rows] + shift[camera_of[rows]], dim=1
-        )
+        centered[rows] = F.normalize(features[rows] + shift[camera_of[rows]], dim=1)
     return centered

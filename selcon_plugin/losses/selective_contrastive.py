@@ -223,10 +223,8 @@ def selective_contrastive_loss(
     all_log_prob = F.log_softmax(logits, dim=2)[:, :, :num_positives]  # (B, V, P)
     log_prob = all_log_prob
     if exempt_positive is not None and exempt_negative is not None:
-        negatives = logits[:, :, num_positives:].masked_fill(
-            exempt_negative[:, None], torch.finfo(logits.dtype).min
-        )
-        fewer = torch.cat([logits[:, :, :num_positives], negatives], dim=2)
+        exempt = F.pad(exempt_negative, (num_positives, 0))[:, None]  # (B, 1, A)
+        fewer = logits.masked_fill(exempt, torch.finfo(logits.dtype).min)
         log_prob = torch.where(
             exempt_positive[:, None],
             F.log_softmax(fewer, dim=2)[:, :, :num_positives],

@@ -11,6 +11,7 @@ from selcon_plugin.clustering.camera_centering import (
     FEWEST_IMAGES,
     PRIOR_IMAGES,
     center_cameras,
+    num_centered,
 )
 from selcon_plugin.clustering.quality import adjusted_mutual_info
 
@@ -74,6 +75,7 @@ def test_one_camera_or_none_changes_nothing(num_images: int, camera: int) -> Non
     features = some_features(num_images)
     found = center_cameras(features, torch.full((num_images,), camera))
     assert torch.equal(found, features)
+    assert num_centered(torch.full((num_images,), camera)) == 0
 
 
 def test_rows_are_done_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,8 +117,8 @@ FAULTS = (
         "small_cameras_moved",
         "the mean of a camera's few images is taken for the camera's",
         "clustering/camera_centering.py",
-        "moved = (cameras >= 0) & (counts >= FEWEST_IMAGES)",
-        "moved = cameras >= 0",
+        "large = (cameras >= 0) & (counts >= FEWEST_IMAGES)",
+        "large = cameras >= 0",
         CENTERING,
     ),
     Fault(
