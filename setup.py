@@ -10,7 +10,7 @@ README = ROOT / "README.md"
 
 VERSION = re.search(
     r'^__version__ = "([^"]+)"',
-    (ROOT / "selcon_plugin" / "__init__.py").read_text(encoding="utf-8"),
+    (ROOT / "selcon_plugin" / "_version.py").read_text(encoding="utf-8"),
     re.MULTILINE,
 ).group(1)
 

@@ -7,14 +7,13 @@ everything with FastReID. What is listed in ``__all__`` is imported when it is f
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from selcon_plugin._version import __version__
 from selcon_plugin.features import Embeddings
 
 if TYPE_CHECKING:
     from selcon_plugin.api import FitResult, fit
     from selcon_plugin.embedder import Embedder, FolderFeatures
     from selcon_plugin.retrieval import Index, search
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Embedder",

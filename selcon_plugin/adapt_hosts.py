@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import yaml
 
-from selcon_plugin.cli import host_of, load_config, train_config
 from selcon_plugin.engine.atomic import save_atomically, write_atomically
 from selcon_plugin.engine.checks import read_config_file
 from selcon_plugin.engine.settings import own_method_options
+from selcon_plugin.hosts import host_of, load_config, train_config
 from selcon_plugin.imagenet_weights import read_state_dict
 from selcon_plugin.methods import method_names
 

@@ -200,20 +200,20 @@ def _torchreid_network(
 def _run_fastreid(
     config_file: str, words: list[Any], images: str, camera_pattern: str, resume: bool
 ) -> Path:
-    from selcon_plugin.cli import load_config, run, train_arguments
+    from selcon_plugin.hosts import load_config, run_fastreid
 
     cfg = load_config(
         config_file, words, images=images, camera_pattern=camera_pattern, host="fastreid"
     )
     make_output_folder("output", cfg.OUTPUT_DIR)
-    run(cfg, train_arguments(["--resume"] if resume else []))
+    run_fastreid(cfg, resume=resume)
     return Path(cfg.OUTPUT_DIR, "model_final.pth")
 
 
 def _run_torchreid(
     config_file: str, words: list[Any], images: str, camera_pattern: str, resume: bool
 ) -> Path:
-    from selcon_plugin.cli import load_config
+    from selcon_plugin.hosts import load_config
     from selcon_plugin.torchreid_ext.train import run_config
 
     cfg = load_config(

@@ -34,8 +34,9 @@ from selcon_plugin.bench_report import (
     differences,
     write_file,
 )
-from selcon_plugin.cli import add_import_argument, host_of, import_files
+from selcon_plugin.cli import add_import_argument
 from selcon_plugin.engine.checks import flatten_config
+from selcon_plugin.hosts import host_of, import_files
 
 _RESULTS = "results.json"  # of `selcon train`: there when a run is finished
 _SETTINGS = "bench.yaml"  # the effective config that a run was begun with

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from selcon_plugin.cli import host_of, load_config
+from selcon_plugin.hosts import host_of, load_config
 
 # The hosts are imported inside the functions: FastReID reads FASTREID_DATASETS when it is.
 

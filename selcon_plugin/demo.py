@@ -26,15 +26,11 @@ import yaml
 from numpy.typing import NDArray
 from torch import nn
 
-from selcon_plugin.cli import (
-    builtin_config,
-    load_config,
-    one_core_left_free,
-)
 from selcon_plugin.datasets import generate_synthetic_persons
 from selcon_plugin.engine.checks import flatten_config
 from selcon_plugin.engine.progress import on_terminal
 from selcon_plugin.engine.stopping import RunStopped
+from selcon_plugin.hosts import builtin_config, load_config, one_core_left_free
 from selcon_plugin.visualize import LabeledImages, loss_curve, ranked_sheet
 
 logger = logging.getLogger(__name__)

@@ -329,7 +329,7 @@ def _load_network(
     file: Path, config_file: str, backbone: str, device: torch.device, options: list[str]
 ) -> InferenceNetwork:
     # The hosts are imported here: an exported model must run where there is none.
-    from selcon_plugin.cli import host_of, load_config
+    from selcon_plugin.hosts import host_of, load_config
 
     use_gpu = ["use_gpu", "False"]  # of a run: where to compute is said by the device
     if backbone:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-import selcon_plugin
+from selcon_plugin._version import __version__
 from selcon_plugin.datasets import (
     SyntheticPersonsSpec,
     generate_synthetic_persons,
@@ -377,7 +377,7 @@ def _metadata(
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "selcon_plugin": selcon_plugin.__version__,
+            "selcon_plugin": __version__,
         },
     }
 

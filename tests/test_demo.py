@@ -13,8 +13,8 @@ from PIL import Image
 pytest.importorskip("fastreid")
 
 from selcon_plugin import demo
-from selcon_plugin.cli import one_core_left_free
 from selcon_plugin.datasets import SyntheticPersonsSpec, generate_synthetic_persons
+from selcon_plugin.hosts import one_core_left_free
 
 SPEC = SyntheticPersonsSpec(
     num_train_ids=8, num_test_ids=4, images_per_id=5, num_cameras=3, num_distractors=3

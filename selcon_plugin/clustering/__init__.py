@@ -33,7 +33,8 @@ from selcon_plugin.clustering.hdbscan import HDBSCANLabeler
 from selcon_plugin.clustering.infomap import InfomapLabeler
 from selcon_plugin.clustering.jaccard import jaccard_distance
 from selcon_plugin.clustering.kmeans import KMeansLabeler
-from selcon_plugin.clustering.knn import Neighbors, nearest_neighbors
+from selcon_plugin.clustering.knn import nearest_neighbors
+from selcon_plugin.clustering.neighbors import Neighbors
 from selcon_plugin.clustering.pseudo_labels import OUTLIER, PseudoLabels
 from selcon_plugin.clustering.quality import label_free_quality, label_stability
 

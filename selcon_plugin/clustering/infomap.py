@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from selcon_plugin.clustering.base import Labeler, register_labeler
-from selcon_plugin.clustering.knn import Neighbors, nearest_neighbors
+from selcon_plugin.clustering.knn import nearest_neighbors
+from selcon_plugin.clustering.neighbors import Neighbors
 from selcon_plugin.clustering.pseudo_labels import OUTLIER, PseudoLabels
 from selcon_plugin.options import Interval
 

@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
-from selcon_plugin.clustering.knn import Neighbors, check_finite, nearest_neighbors
+from selcon_plugin.clustering.knn import check_finite, nearest_neighbors
+from selcon_plugin.clustering.neighbors import Neighbors
 
 logger = logging.getLogger(__name__)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-from selcon_plugin.cli import add_folder_arguments, add_import_argument, import_files
+from selcon_plugin.cli import add_folder_arguments, add_import_argument
 from selcon_plugin.commands.network_arguments import (
     add_network_arguments,
     add_reading_arguments,
     check_network_arguments,
 )
+from selcon_plugin.hosts import import_files
 
 
 def main(argv: list[str]) -> int:

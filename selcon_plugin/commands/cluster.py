@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from selcon_plugin.cli import add_folder_arguments, add_import_argument, import_files
+from selcon_plugin.cli import add_folder_arguments, add_import_argument
 from selcon_plugin.clustering import labeler_names, labeler_options
 from selcon_plugin.commands.network_arguments import (
     add_network_arguments,
@@ -19,6 +19,7 @@ from selcon_plugin.commands.network_arguments import (
     network_key,
 )
 from selcon_plugin.engine.checks import check_name
+from selcon_plugin.hosts import import_files
 from selcon_plugin.own_folder import cluster_folder
 
 _DEFAULT_LABELER = "DBSCAN"

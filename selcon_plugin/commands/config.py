@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from selcon_plugin.cli import add_import_argument, import_files
+from selcon_plugin.cli import add_import_argument
 from selcon_plugin.engine.checks import flatten_config
 from selcon_plugin.engine.config_help import ConfigHelp
+from selcon_plugin.hosts import import_files
 
 
 def main(argv: list[str]) -> int:

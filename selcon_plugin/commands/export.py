@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from selcon_plugin.cli import add_import_argument, import_files
+from selcon_plugin.cli import add_import_argument
 from selcon_plugin.commands.network_arguments import add_network_arguments, add_options
 from selcon_plugin.embedder import Embedder
 from selcon_plugin.engine.inference import InferenceNetwork
@@ -16,6 +16,7 @@ from selcon_plugin.exporting import (
     export_onnx,
     export_torchscript,
 )
+from selcon_plugin.hosts import import_files
 
 
 def main(argv: list[str]) -> int:

@@ -6,12 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from selcon_plugin.cli import (
-    add_folder_arguments,
-    add_import_argument,
-    import_files,
-    load_config,
-)
+from selcon_plugin.cli import add_folder_arguments, add_import_argument
 from selcon_plugin.commands.network_arguments import (
     add_network_arguments,
     add_options,
@@ -19,6 +14,7 @@ from selcon_plugin.commands.network_arguments import (
     load_embedder,
 )
 from selcon_plugin.engine.checks import make_output_folder
+from selcon_plugin.hosts import import_files, load_config
 
 
 def main(argv: list[str]) -> int:

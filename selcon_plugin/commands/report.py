@@ -7,7 +7,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from selcon_plugin.cli import add_import_argument, import_files
+from selcon_plugin.cli import add_import_argument
+from selcon_plugin.hosts import import_files
 from selcon_plugin.report import write_comparison, write_report
 
 

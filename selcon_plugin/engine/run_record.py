@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-import selcon_plugin
+from selcon_plugin._version import __version__
 from selcon_plugin.distributed import rank, world_size
 from selcon_plugin.engine.atomic import write_atomically
 
@@ -205,5 +205,5 @@ def _versions(host: str) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         host: version,
-        "selcon_plugin": selcon_plugin.__version__,
+        "selcon_plugin": __version__,
     }

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selcon_plugin.clustering import knn
+from selcon_plugin.clustering import knn, neighbors
 from selcon_plugin.clustering.compiled import shortlist as _shortlist
 from selcon_plugin.clustering.compiled.rows import RowThreads
 from selcon_plugin.clustering.compiled.shortlist import shortlist_neighbors
-from selcon_plugin.clustering.knn import Neighbors, nearest_neighbors
+from selcon_plugin.clustering.knn import nearest_neighbors
+from selcon_plugin.clustering.neighbors import Neighbors
 
 EXACT = ["torch", "shortlist", "faiss"]
 
@@ -73,9 +74,9 @@ def test_torch_backend_equals_a_loop_on_each_device(device: str) -> None:
 
 
 def test_torch_backend_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(knn, "ROWS", 16)
-    monkeypatch.setattr(knn, "PRODUCTS_ELSEWHERE", 16 * 70)  # 70 columns at a time
-    monkeypatch.setattr(knn, "GROUP", 2)
+    monkeypatch.setattr(neighbors, "ROWS", 16)
+    monkeypatch.setattr(neighbors, "PRODUCTS_ELSEWHERE", 16 * 70)  # 70 columns at a time
+    monkeypatch.setattr(neighbors, "GROUP", 2)
     features = clustered(301, 32)
     assert_nearest(nearest_neighbors(features, 9, backend="torch"), features, 9)
 

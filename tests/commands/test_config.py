@@ -5,8 +5,9 @@ import re
 
 import pytest
 
-from selcon_plugin.cli import load_config, main
+from selcon_plugin.cli import main
 from selcon_plugin.commands.config import config_help_of
+from selcon_plugin.hosts import load_config
 
 HOSTS = {"fastreid": "MODEL.SELCON.TEMPERATURE", "torchreid": "selcon.temperature"}
 

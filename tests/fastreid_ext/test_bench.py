@@ -14,7 +14,7 @@ import yaml
 
 from selcon_plugin import bench
 from selcon_plugin.bench_report import METRICS
-from selcon_plugin.cli import flatten_config
+from selcon_plugin.engine.checks import flatten_config
 
 EPOCHS = 3
 

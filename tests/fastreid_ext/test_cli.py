@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from selcon_plugin.cli import builtin_config, load_config, main
+from selcon_plugin.cli import main
+from selcon_plugin.hosts import builtin_config, load_config
 
 SELCON = [sys.executable, "-m", "selcon_plugin"]
 

@@ -5,9 +5,9 @@ from typing import Annotated
 import pytest
 from fastreid.config import get_cfg
 
-from selcon_plugin.cli import load_config
 from selcon_plugin.fastreid_ext import add_selcon_config, complete_config
 from selcon_plugin.fastreid_ext.config import selected_method_options
+from selcon_plugin.hosts import load_config
 from selcon_plugin.methods import base, build_method, method_names, method_options
 from selcon_plugin.methods.selective_contrastive import SelectiveContrastive
 from selcon_plugin.options import Interval

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from selcon_plugin.bench import _read_results
-from selcon_plugin.cli import load_config, main
+from selcon_plugin.cli import main
 from selcon_plugin.compat import import_torchreid
 from selcon_plugin.datasets import SyntheticPersonsSpec, generate_synthetic_persons
 from selcon_plugin.fastreid_ext import SelConTrainer
+from selcon_plugin.hosts import load_config
 from selcon_plugin.safe_loading import data_only, load_data, safe_extraction
 from selcon_plugin.torchreid_ext import ImageSelConEngine
 from selcon_plugin.torchreid_ext.backbones import create_torchreid_backbone

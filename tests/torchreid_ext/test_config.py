@@ -6,9 +6,10 @@ import pytest
 import torch
 import yaml
 
-from selcon_plugin.cli import builtin_config, flatten_config, host_of, load_config
 from selcon_plugin.clustering import labeler_names, labeler_options
+from selcon_plugin.engine.checks import flatten_config
 from selcon_plugin.engine.settings import clustering_options, own_method_options
+from selcon_plugin.hosts import builtin_config, host_of, load_config
 from selcon_plugin.methods import build_method, method_names
 from selcon_plugin.torchreid_ext.config import KEYS, complete_config, get_default_config
 

@@ -7,8 +7,9 @@ import torch
 import yaml
 from PIL import Image
 
-from selcon_plugin.cli import load_config, main
+from selcon_plugin.cli import main
 from selcon_plugin.datasets import SyntheticPersonsSpec
+from selcon_plugin.hosts import load_config
 from selcon_plugin.report import collect_run
 from selcon_plugin.report.page import changed_settings
 from selcon_plugin.torchreid_ext import ImageSelConEngine, register_synthetic_persons

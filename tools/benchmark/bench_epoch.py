@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from bench_step import Stopwatch, describe_machine
-from selcon_plugin.cli import load_config
 from selcon_plugin.features import Embeddings
+from selcon_plugin.hosts import load_config
 from selcon_plugin.samplers import SampleKey
 
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selcon_plugin.cli import builtin_config
 from selcon_plugin.features import Embeddings
+from selcon_plugin.hosts import builtin_config
 from selcon_plugin.memory import ClusterMemory, cluster_means
 from selcon_plugin.methods import register_method
 from selcon_plugin.methods.cluster_method import ClusterMethod

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from selcon_plugin.clustering.compiled import knn_kernels as kernels
 from selcon_plugin.clustering.compiled.rows import Array, RowThreads
-from selcon_plugin.clustering.knn import Neighbors, torch_neighbors
+from selcon_plugin.clustering.neighbors import Neighbors, torch_neighbors
 
 BLOCK = 512  # images of one side of a block of products: 1 MiB, the size of a cache
 MANY = 65_536  # images from which larger blocks spare Python some work
