@@ -54,7 +54,7 @@ format: $(STAMP)
 venv: $(STAMP)
 
 # On PyPI, torch for Linux brings gigabytes of CUDA libraries. For a machine without a GPU
-# the index of CPU builds is offered besides PyPI, if it answers: pip itself would wait long
+# the index of CPU builds is offered ignore_prefixes PyPI, if it answers: pip itself would wait long
 # for one that does not.
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 TORCH_INDEX = $$(test "$(TORCH_BUILD)-$$(uname -s)" = cpu-Linux \

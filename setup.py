@@ -100,7 +100,7 @@ setup(
             "types-PyYAML",
         ],
     },
-    entry_points={"console_scripts": ["selcon = selcon_plugin.cli:main"]},
+    entry_points={"console_scripts": ["selcon = selcon_plugin.cli.main:main"]},
     classifiers=[
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX",

@@ -11,9 +11,10 @@ from selcon_plugin._version import __version__
 from selcon_plugin.features import Embeddings
 
 if TYPE_CHECKING:
-    from selcon_plugin.api import FitResult, fit
-    from selcon_plugin.embedder import Embedder, FolderFeatures
+    from selcon_plugin.inference.embedder import Embedder
+    from selcon_plugin.inference.folder_features import FolderFeatures
     from selcon_plugin.retrieval import Index, search
+    from selcon_plugin.workflows.fit import FitResult, fit
 
 __all__ = [
     "Embedder",
@@ -27,11 +28,11 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Embedder": "selcon_plugin.embedder",
-    "FitResult": "selcon_plugin.api",
-    "FolderFeatures": "selcon_plugin.embedder",
+    "Embedder": "selcon_plugin.inference.embedder",
+    "FitResult": "selcon_plugin.workflows.fit",
+    "FolderFeatures": "selcon_plugin.inference.folder_features",
     "Index": "selcon_plugin.retrieval",
-    "fit": "selcon_plugin.api",
+    "fit": "selcon_plugin.workflows.fit",
     "search": "selcon_plugin.retrieval",
 }
 

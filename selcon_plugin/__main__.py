@@ -2,6 +2,6 @@
 
 import sys
 
-from selcon_plugin.cli import main
+from selcon_plugin.cli.main import main
 
 sys.exit(main())

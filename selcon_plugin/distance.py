@@ -52,7 +52,7 @@ def fused_distance(
     global_distance_weight: float = 0.5,
     same_camera_penalty: float = 0.05,
 ) -> Tensor:
-    r"""Distance that ranks neighbours: global, parts and a penalty for the same camera.
+    r"""Distance that ranks neighbors: global, parts and a penalty for the same camera.
 
     .. math::
         d(i, j) = w\,\lVert g_i - G_j \rVert^2

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 
 def world_size() -> int:
-    """Return the number of processes, 1 without an initialised process group."""
+    """Return the number of processes, 1 without an initialized process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Return the rank of this process, 0 without an initialised process group."""
+    """Return the rank of this process, 0 without an initialized process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 

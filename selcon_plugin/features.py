@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 
 class Embeddings(NamedTuple):
-    """What a head says about a batch of images; every vector is L2-normalised.
+    """What a head says about a batch of images; every vector is L2-normalized.
 
     Attributes:
         global_features: One vector per image, shape ``(B, C)``.
@@ -78,7 +78,7 @@ def split_stripes(feature_map: Tensor, num_parts: int) -> list[Tensor]:
     """Cut a feature map into horizontal stripes of (nearly) equal height.
 
     Stripe s holds the rows ``floor(s*h/S)`` to ``ceil((s+1)*h/S)``. If S divides h these
-    are the disjoint stripes of the paper; otherwise neighbouring stripes share a row, where
+    are the disjoint stripes of the paper; otherwise neighboring stripes share a row, where
     the released code would leave the last rows (the feet) out.
 
     Args:
@@ -122,7 +122,7 @@ class GeneralizedMeanPool(nn.Module):
 
 
 class GlobalPartEmbedding(nn.Module):
-    """Pool a feature map into L2-normalised global and part features.
+    """Pool a feature map into L2-normalized global and part features.
 
     Global: pool → linear F→C → norm → L2. Part s: pool stripe s → its own linear F→D → norm
     → L2, with D = C / S, so that the concatenated parts are as long as the global vector:
@@ -136,7 +136,7 @@ class GlobalPartEmbedding(nn.Module):
             equal F.
         pool: Makes a layer ``(B, F, h, w)`` → ``(B, F, 1, 1)``; called once, since the
             global vector and the stripes share it. Average pooling by default.
-        norm: Makes a normalisation layer for ``(B, channels, 1, 1)``. BatchNorm with
+        norm: Makes a normalization layer for ``(B, channels, 1, 1)``. BatchNorm with
             learnable scale and shift by default.
 
     Raises:

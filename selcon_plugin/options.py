@@ -213,7 +213,7 @@ def described_names(docstring: str | None, section: str = "Args") -> dict[str, s
 def _as_markdown(description: str) -> str:
     text = " ".join(description.split()).removesuffix(".")
     text = _LITERAL.sub(r"`\1`", _ROLE.sub(r"`\1`", text))
-    # "K, neighbours ..." begins with a symbol.
+    # "K, neighbors ..." begins with a symbol.
     begins_with_word = text[:1].isupper() and text[1:2].islower()
     return text[:1].lower() + text[1:] if begins_with_word else text
 

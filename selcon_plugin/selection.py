@@ -4,9 +4,9 @@ Shape shorthand in this module:
 
     B: images in the batch
     M: bank rows, one per training image
-    K: neighbours per image; an image has 1 + K positives, column 0 is its own row
+    K: neighbors per image; an image has 1 + K positives, column 0 is its own row
     N: negatives per image
-    L: listed neighbours per bank row
+    L: listed neighbors per bank row
     P: clusters present in a batch
 """
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 def _warn_clamped(asked: tuple[int, int], used: tuple[int, int], num_images: int) -> None:
     # The cache makes this once per process and combination, not once per batch.
     logger.warning(
-        "%d training images leave room for %d neighbours and %d negatives per image, "
+        "%d training images leave room for %d neighbors and %d negatives per image, "
         "not for the %d and %d asked for (NUM_NEIGHBORS, NUM_NEGATIVES)",
         num_images,
         *used,
@@ -43,7 +43,7 @@ def clamp_counts(
 
     Args:
         num_images: Bank rows M.
-        num_neighbors: Neighbours K asked for.
+        num_neighbors: Neighbors K asked for.
         num_negatives: Negatives N asked for.
 
     Returns:
@@ -80,14 +80,14 @@ def select_neighbors(
 ) -> tuple[Tensor, Tensor]:
     """Take the K nearest rows as positives and the next N as negatives.
 
-    The rows beyond rank K + N play no part: the hardest non-neighbours are the negatives.
+    The rows beyond rank K + N play no part: the hardest non-neighbors are the negatives.
     An image's own row is always positive column 0 and nowhere else, whatever its distance,
     so exact duplicates of the image compete for the ranks like any other row.
 
     Args:
         distance: Smaller is closer, shape ``(B, M)``. Not modified.
         index: Own bank row of each image, int64, shape ``(B,)``.
-        num_neighbors: Neighbours K, at least 0; clamped to M - 1.
+        num_neighbors: Neighbors K, at least 0; clamped to M - 1.
         num_negatives: Negatives N, at least 0; clamped to M - 1 - K.
 
     Returns:
@@ -127,7 +127,7 @@ def select_within_clusters(
         distance: Smaller is closer, shape ``(B, M)``. Not modified.
         index: Own bank row of each image, int64, shape ``(B,)``.
         labels: Cluster of each bank row, -1 for outliers, int64, shape ``(M,)``.
-        num_neighbors: Neighbours K, at least 0; clamped to M - 1.
+        num_neighbors: Neighbors K, at least 0; clamped to M - 1.
         num_negatives: Negatives N, at least 0; clamped to M - 1 - K.
         allowed_negatives: Rows that may be negatives, bool, shape ``(B, M)``; None for all.
 

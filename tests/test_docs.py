@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from selcon_plugin.commands.config import config_help_of
+from selcon_plugin.cli.config import config_help_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -45,7 +45,7 @@ def test_picture_is_whole_and_has_a_title():
     root = ElementTree.parse(DOCS / "assets" / "design.svg").getroot()
     assert root.get("role") == "img"
     title = root.find("{http://www.w3.org/2000/svg}title")
-    assert title.get("id") == root.get("aria-labelledby")
+    assert title.get("id") == root.get("aria-labeledby")
 
 
 def test_keys_named_in_the_pages_exist():

@@ -23,7 +23,9 @@ from selcon_plugin.losses import (
     selective_contrastive_loss,
 )
 from selcon_plugin.losses import selective_contrastive as loss_module
-from selcon_plugin.memory import ClusterMemory, TriBankMemory, write_rows
+from selcon_plugin.memory.cluster import ClusterMemory
+from selcon_plugin.memory.tri_bank import TriBankMemory
+from selcon_plugin.memory.writes import write_rows
 from selcon_plugin.methods import build_method
 from selcon_plugin.methods.selective_contrastive import SelectiveContrastive
 from selcon_plugin.selection import select_neighbors

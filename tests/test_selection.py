@@ -58,7 +58,7 @@ def test_own_row_is_column_0_and_nowhere_else_even_when_farthest() -> None:
     assert not (rest == index[:, None]).any()
 
 
-def test_duplicate_images_are_neighbours_of_each_other() -> None:
+def test_duplicate_images_are_neighbors_of_each_other() -> None:
     # Rows 0 and 1 are one image twice: equal distances to everything, zero to each other.
     distance = torch.tensor([[0.0, 0.0, 1.0, 2.0], [0.0, 0.0, 1.0, 2.0]])
     index = torch.tensor([0, 1])
@@ -88,7 +88,7 @@ def test_all_equal_distances_still_give_distinct_rows() -> None:
         (3, (0, 2), (0, 2)),
     ],
 )
-def test_small_bank_clamps_neighbours_then_negatives(
+def test_small_bank_clamps_neighbors_then_negatives(
     num_images: int, asked: tuple[int, int], used: tuple[int, int]
 ) -> None:
     assert clamp_counts(num_images, *asked) == used
@@ -161,7 +161,7 @@ def test_random_negatives_of_a_single_image_are_none() -> None:
     assert draw([0, 0], 1, 5).shape == (2, 0)
 
 
-# --- clusters and listed neighbours ---
+# --- clusters and listed neighbors ---
 
 
 def clusters_by_loops(

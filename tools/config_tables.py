@@ -13,8 +13,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from selcon_plugin.commands.config import config_help_of
-from selcon_plugin.engine.config_help import fill_tables, key_table
+from selcon_plugin.cli.config import config_help_of
+from selcon_plugin.config.help import fill_tables, key_table
 
 ROOT = Path(__file__).resolve().parents[1]
 _PAPER = re.compile(r"\[paper\]\(([^)]*)\)")

@@ -14,11 +14,6 @@ from selcon_plugin.clustering.base import (
     register_labeler,
 )
 from selcon_plugin.clustering.dbscan import DBSCANLabeler, dbscan_labels
-from selcon_plugin.clustering.engine import (
-    label_images,
-    nearest_by_distance,
-    share_pseudo_labels,
-)
 from selcon_plugin.clustering.ensemble import (
     EnsembleLabeler,
     cluster_agreement,
@@ -34,6 +29,11 @@ from selcon_plugin.clustering.infomap import InfomapLabeler
 from selcon_plugin.clustering.jaccard import jaccard_distance
 from selcon_plugin.clustering.kmeans import KMeansLabeler
 from selcon_plugin.clustering.knn import nearest_neighbors
+from selcon_plugin.clustering.labeling import (
+    label_images,
+    nearest_by_distance,
+    share_pseudo_labels,
+)
 from selcon_plugin.clustering.neighbors import Neighbors
 from selcon_plugin.clustering.pseudo_labels import OUTLIER, PseudoLabels
 from selcon_plugin.clustering.quality import label_free_quality, label_stability

@@ -66,11 +66,11 @@ def jaccard_rows(
     k2: int,
     max_distance: float,
 ) -> tuple[Array, Array, Array]:
-    """Take the sparse Jaccard distances from the neighbours.
+    """Take the sparse Jaccard distances from the neighbors.
 
     Args:
         features: Unit vectors, float32 ``(M, C)``.
-        index: Neighbours by rank, the image itself first, int64 ``(M, k1)``.
+        index: Neighbors by rank, the image itself first, int64 ``(M, k1)``.
         half: Ranks of the half lists, at most k1.
         k2: Ranks of the query expansion, at most k1.
         max_distance: Keep what is at most this, and below 1.
@@ -121,7 +121,7 @@ def _ranges(work: Tensor, limit: int, max_rows: int) -> Iterator[tuple[int, int]
 
 
 def _reciprocal(index: Tensor, width: int) -> Tensor:
-    """Keep the first ``width`` neighbours that are mutual; -1 in place of the others."""
+    """Keep the first ``width`` neighbors that are mutual; -1 in place of the others."""
     index = index[:, :width]
     limit = _size(PIECE, PIECE_ELSEWHERE, index.device)
     pieces = []
@@ -184,7 +184,7 @@ def _softmax(
 
 
 def _expand_queries(index: Tensor, rows: _Rows) -> _Rows:
-    """Average each row over the image's neighbours ``(M, k2)``."""
+    """Average each row over the image's neighbors ``(M, k2)``."""
     num_images, k2 = index.shape
     counts = rows.offsets.diff()
     limit = _size(PIECE, PIECE_ELSEWHERE, index.device)

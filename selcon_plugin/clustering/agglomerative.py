@@ -65,7 +65,7 @@ def _nearest_clusters(
         size: Images of each cluster.
 
     Returns:
-        Largest average similarity of each cluster, 0 for one without a neighbour, and the
+        Largest average similarity of each cluster, 0 for one without a neighbor, and the
         cluster it belongs to.
     """
     counts = np.diff(graph.indptr)
@@ -151,8 +151,8 @@ class AgglomerativeLabeler(Labeler):
     Args:
         threshold: Largest average Jaccard distance of clusters to merge.
         min_cluster_size: Images of the smallest cluster; smaller ones are outliers.
-        k1: Neighbours in the Jaccard distance.
-        k2: Neighbours averaged by its query expansion, 1 for none.
+        k1: Neighbors in the Jaccard distance.
+        k2: Neighbors averaged by its query expansion, 1 for none.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 # The published settings for Jaccard distances lie between 0.4 and 0.7.
 EPS_GRID = tuple(round(0.30 + 0.02 * step, 2) for step in range(26))  # 0.30 ... 0.80
 _FALLBACK_EPS = 0.6
-_LEAST_CORE_SHARE = 0.05
+_LEAST_CORE_RATIO = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class EpsTrial:
             clusters merge, when one is torn apart and when images are left out.
         coverage: Share of all closeness 1 - d that lies inside clusters. Without it the
             silhouette alone prefers too small an eps where identities have many images,
-            since two of them that share no neighbour are at distance 1.
+            since two of them that share no neighbor are at distance 1.
         stability: The smaller of the adjusted mutual information with the clustering at the
             grid's next smaller and at its next larger eps, each outlier a cluster of its
             own. It falls before clusters collapse into one.
@@ -63,7 +63,7 @@ def choose_eps(
 
     Each eps of a grid for which at least 5 % of the images are core images (the distances
     to the ``min_samples``-th nearest image tell) is tried, and gets the score of
-    :class:`EpsTrial`. Of equally good neighbouring eps the middle one is taken.
+    :class:`EpsTrial`. Of equally good neighboring eps the middle one is taken.
 
     On 29 synthetic data sets the adjusted mutual information with the identities was 0.014
     below that of the best eps of the grid on average, 0.007 in the median and 0.11 at worst
@@ -74,7 +74,7 @@ def choose_eps(
         distance: Symmetric, shape ``(M, M)``, reaching beyond the largest eps of
             ``EPS_GRID``; what is not stored is 1.
         labels_at: Labels, int64 ``(M,)``, of DBSCAN with a given eps.
-        min_samples: Neighbours, itself included, that make a core image.
+        min_samples: Neighbors, itself included, that make a core image.
 
     Returns:
         An eps of ``EPS_GRID``; 0.6, and a warning, where none gives two clusters.
@@ -107,7 +107,7 @@ def try_eps(
         A trial for each, by rising eps.
     """
     core_at = _core_distances(distance, min_samples)
-    least = _LEAST_CORE_SHARE * len(core_at)
+    least = _LEAST_CORE_RATIO * len(core_at)
     grid = [eps for eps in EPS_GRID if np.count_nonzero(core_at <= eps) >= least]
     labelings = [labels_at(eps) for eps in grid]
     stability = _stability([outliers_alone(labels) for labels in labelings])
@@ -118,7 +118,7 @@ def try_eps(
 
 
 def best_trial(trials: Sequence[EpsTrial]) -> EpsTrial | None:
-    """Return the trial of the highest score; of equal neighbours the middle one.
+    """Return the trial of the highest score; of equal neighbors the middle one.
 
     Args:
         trials: By rising eps.
@@ -169,6 +169,6 @@ def _coverage(distance: scipy.sparse.csr_array, labels: NDArray[np.int64]) -> fl
 
 
 def _stability(labelings: list[NDArray[np.int64]]) -> NDArray[np.float64]:
-    """Agreement of each labeling with its neighbours, the smaller one where it has two."""
+    """Agreement of each labeling with its neighbors, the smaller one where it has two."""
     agreement = [adjusted_mutual_info(a, b) for a, b in itertools.pairwise(labelings)]
     return np.minimum([*agreement[:1], *agreement], [*agreement, *agreement[-1:]])

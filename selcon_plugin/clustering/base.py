@@ -82,7 +82,7 @@ class Labeler(ABC):
         """
 
     def num_neighbors(self, num_images: int) -> int:
-        """Tell how many neighbours of each image are looked up, for estimates.
+        """Tell how many neighbors of each image are looked up, for estimates.
 
         Args:
             num_images: Images M.

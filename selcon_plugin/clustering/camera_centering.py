@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selcon_plugin.memory import cluster_means
+from selcon_plugin.memory.writes import cluster_means
 
 # The mean of few images is more about who is on them than about the camera. A camera of
 # fewer stays as it is: trained on 304 crops by six cameras, centering cost 5 and 9 mAP.
@@ -35,13 +35,13 @@ def center_cameras(features: Tensor, camids: Tensor) -> Tensor:
     """Move the images of each camera so that the cameras' means agree.
 
     Light, tint and background make images of one camera alike whoever is on them, and the
-    neighbours of an image are then mostly its camera's. To every image is added
+    neighbors of an image are then mostly its camera's. To every image is added
 
         n / (n + 50) · (mean of all images - mean of its camera's n images)
 
     and the result is scaled to unit length; with one camera nothing changes. Cameras of
     fewer than 100 images are left as they are, like unknown ones. As in the camera-based
-    batch normalisation of Zhuang et al., ECCV 2020 (https://arxiv.org/abs/2001.08680),
+    batch normalization of Zhuang et al., ECCV 2020 (https://arxiv.org/abs/2001.08680),
     cameras are made alike in their first moment; their variances hardly differ in unit
     features.
 

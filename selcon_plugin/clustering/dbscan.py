@@ -35,8 +35,8 @@ def dbscan_labels(
     Args:
         distance: Symmetric, shape ``(M, M)``; what is not stored is farther than ``eps``,
             but for the diagonal, which need not be stored.
-        eps: Largest distance of neighbours, at least 0.
-        min_samples: Neighbours, itself included, that make a core image; at least 1.
+        eps: Largest distance of neighbors, at least 0.
+        min_samples: Neighbors, itself included, that make a core image; at least 1.
 
     Returns:
         Labels 0, 1, ..., -1 for an outlier, ``(M,)``.
@@ -95,13 +95,13 @@ class DBSCANLabeler(Labeler):
     holds the eps that was used.
 
     Args:
-        eps: Largest Jaccard distance of neighbours, or "auto" to find it without labels,
+        eps: Largest Jaccard distance of neighbors, or "auto" to find it without labels,
             see :func:`~selcon_plugin.clustering.auto_eps.choose_eps`.
-        min_samples: Neighbours, itself included, that make a core image; "auto" for 3 below
+        min_samples: Neighbors, itself included, that make a core image; "auto" for 3 below
             1,000 images and 4 from there on.
-        k1: Neighbours in the Jaccard distance; "auto" for a tenth of the images, but 8 to
+        k1: Neighbors in the Jaccard distance; "auto" for a tenth of the images, but 8 to
             15, below 1,000 images and 30 from there on.
-        k2: Neighbours averaged by its query expansion, 1 for none; "auto" for a fifth of
+        k2: Neighbors averaged by its query expansion, 1 for none; "auto" for a fifth of
             what is "auto" for k1.
         graph_margin: The graph in ``PseudoLabels.distance`` keeps distances up to ``eps +
             graph_margin`` (with "auto" the largest eps tried); filters and silhouette see
@@ -144,7 +144,7 @@ class DBSCANLabeler(Labeler):
         return PseudoLabels.numbered(labels, distance=distance, measured={"eps": eps})
 
     def num_neighbors(self, num_images: int) -> int:
-        """Tell how many neighbours of each image are looked up, for estimates.
+        """Tell how many neighbors of each image are looked up, for estimates.
 
         Args:
             num_images: Images M.

@@ -158,11 +158,11 @@ class EnsembleLabeler(Labeler):
         eps: Middle eps; the others are ``eps - delta`` and ``eps + delta``. "auto" finds it
             without labels, see :func:`~selcon_plugin.clustering.auto_eps.choose_eps`.
         delta: Step between them.
-        min_samples: Neighbours, itself included, that make a core image.
+        min_samples: Neighbors, itself included, that make a core image.
         agreement: Images are joined if they share a cluster in more than this share of the
             clusterings, below 1.
-        k1: Neighbours in the Jaccard distance.
-        k2: Neighbours averaged by its query expansion, 1 for none.
+        k1: Neighbors in the Jaccard distance.
+        k2: Neighbors averaged by its query expansion, 1 for none.
 
     Raises:
         ValueError: If ``agreement`` is 1, or ``delta`` leads below 0 or to 1 and beyond.

@@ -14,7 +14,7 @@ from torch import Tensor
 from selcon_plugin.clustering.base import Labeler
 from selcon_plugin.clustering.pseudo_labels import OUTLIER, PseudoLabels, outliers_alone
 from selcon_plugin.clustering.quality import contingency
-from selcon_plugin.memory import cluster_means
+from selcon_plugin.memory.writes import cluster_means
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ class SingleCameraFilter(_StatelessFilter):
 class OutlierPolicy(_StatelessFilter):
     """Decide what becomes of outliers; the last of the filters.
 
-    ``measured["found_outlier_share"]`` keeps their share before.
+    ``measured["found_outlier_ratio"]`` keeps their share before.
 
     Args:
         policy: ``"drop"`` leaves them out of training (Cluster Contrast), ``"singleton"``
@@ -212,7 +212,7 @@ class OutlierPolicy(_StatelessFilter):
             labels = torch.from_numpy(outliers_alone(labels.numpy()))
         elif self.policy == "nearest" and pseudo_labels.num_clusters:
             labels[outliers] = _nearest_cluster(pseudo_labels, features, outliers)
-        share = {"found_outlier_share": pseudo_labels.outlier_share}
+        share = {"found_outlier_ratio": pseudo_labels.outlier_ratio}
         return replace(
             pseudo_labels, labels=labels, measured={**pseudo_labels.measured, **share}
         )

@@ -41,7 +41,7 @@ def mutual_reachability(
     Args:
         distance: Symmetric, with a stored diagonal, shape ``(M, M)``; what is not stored
             is 1.
-        min_samples: Neighbours, itself included, that set the core distance.
+        min_samples: Neighbors, itself included, that set the core distance.
 
     Returns:
         Mutual reachability below 1, each pair once (row below column), float64 ``(M, M)``.
@@ -80,7 +80,7 @@ def hdbscan_labels(
         distance: Symmetric, with a stored diagonal, shape ``(M, M)``; what is not stored
             is 1.
         min_cluster_size: Images of the smallest cluster, at least 2.
-        min_samples: Neighbours, itself included, that set the core distance.
+        min_samples: Neighbors, itself included, that set the core distance.
         cluster_selection: ``"eom"`` (excess of mass: the most lasting clusters) or
             ``"leaf"`` (the smallest ones).
 
@@ -120,11 +120,11 @@ class HDBSCANLabeler(Labeler):
 
     Args:
         min_cluster_size: Images of the smallest cluster.
-        min_samples: Neighbours, itself included, that make a dense place.
+        min_samples: Neighbors, itself included, that make a dense place.
         cluster_selection: ``"eom"`` keeps the clusters that last longest over eps,
             ``"leaf"`` the smallest ones.
-        k1: Neighbours in the Jaccard distance.
-        k2: Neighbours averaged by its query expansion, 1 for none.
+        k1: Neighbors in the Jaccard distance.
+        k2: Neighbors averaged by its query expansion, 1 for none.
     """
 
     def __init__(

@@ -1,13 +1,13 @@
-"""Infomap on the nearest-neighbour graph, the labeler of CALR.
+"""Infomap on the nearest-neighbor graph, the labeler of CALR.
 
-The settings (15 neighbours by inner product, edges from a similarity of 0.5 on, directed
+The settings (15 neighbors by inner product, edges from a similarity of 0.5 on, directed
 two-level search, clusters of four images or fewer dropped) are those of the Infomap variant
 of Cluster Contrast (Dai et al., ACCV 2022), which CALR (2024) uses too. Infomap groups the
 images among which a random walker on the graph stays longest (Rosvall and Bergstrom, PNAS
 2008).
 
 The search is done by the package ``infomap``, which is not installed with this one: its
-metadata gives the licence GPL-3.0-or-later (release 2.16; early releases were under the
+metadata gives the license GPL-3.0-or-later (release 2.16; early releases were under the
 AGPL-3.0), while this package is under Apache-2.0. It is run as a program, in a process of
 its own: infomap and faiss, which FastReID imports, are both wrapped by SWIG, whose iterator
 types get mixed up in one process, and Python crashes (swig/swig issue 2913).
@@ -39,7 +39,7 @@ _ARGUMENTS = ("--directed", "--two-level", "--clu", "--seed", "1", "--silent")
 def _check_installed() -> None:
     if importlib.util.find_spec("infomap") is None:
         raise ImportError(
-            "the Infomap labeler needs the package infomap (licence GPL-3.0-or-later): "
+            "the Infomap labeler needs the package infomap (license GPL-3.0-or-later): "
             "pip install 'infomap>=2', or choose another labeler"
         )
 
@@ -84,13 +84,13 @@ def _run_infomap(
 def infomap_labels(
     neighbors: Neighbors, *, min_similarity: float, min_cluster_size: int
 ) -> NDArray[np.int64]:
-    """Cluster the directed graph of nearest neighbours with two-level Infomap.
+    """Cluster the directed graph of nearest neighbors with two-level Infomap.
 
-    Each image links to those of its neighbours that are similar enough, with the similarity
+    Each image links to those of its neighbors that are similar enough, with the similarity
     as weight.
 
     Args:
-        neighbors: Nearest neighbours, the image itself in column 0.
+        neighbors: Nearest neighbors, the image itself in column 0.
         min_similarity: Smallest similarity of a link, above 0.
         min_cluster_size: Images of the smallest cluster; smaller ones are outliers.
 
@@ -112,10 +112,10 @@ def infomap_labels(
 
 @register_labeler("Infomap")
 class InfomapLabeler(Labeler):
-    """Infomap on the graph of nearest neighbours by inner product.
+    """Infomap on the graph of nearest neighbors by inner product.
 
     Args:
-        k: Neighbours of each image, itself included.
+        k: Neighbors of each image, itself included.
         min_similarity: Smallest inner product of linked images.
         min_cluster_size: Images of the smallest cluster; smaller ones are outliers.
 
@@ -136,7 +136,7 @@ class InfomapLabeler(Labeler):
         self.min_cluster_size = min_cluster_size
 
     def cluster(self, features: Tensor) -> PseudoLabels:
-        """Find the neighbours and cluster.
+        """Find the neighbors and cluster.
 
         Args:
             features: Unit vectors ``(M, C)``.

@@ -1,6 +1,6 @@
 """k-reciprocal Jaccard distance between images, sparse from end to end.
 
-Two images are close when their neighbourhoods overlap. The definition is that of Zhong et
+Two images are close when their neighborhoods overlap. The definition is that of Zhong et
 al., "Re-ranking Person Re-identification with k-reciprocal Encoding", CVPR 2017, in the
 form that methods with clusters use, without the mixture with the original distance:
 

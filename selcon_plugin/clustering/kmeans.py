@@ -6,7 +6,7 @@ needed, so that it stays cheap on large sets. 750 clusters is what 3C uses on Ma
 
 faiss does the iterations if it is installed, on the GPU if features and faiss are there
 (Johnson et al., "Billion-scale similarity search with GPUs", 2017), else scikit-learn. Both
-start from the same centres, drawn by greedy k-means++ (Arthur and Vassilvitskii, SODA
+start from the same centers, drawn by greedy k-means++ (Arthur and Vassilvitskii, SODA
 2007): on features of hundreds of people faiss' own random start ends in clearly worse
 clusters.
 """
@@ -77,7 +77,7 @@ def _sklearn_labels(features: NDArray[np.float32], centers: NDArray[np.float32])
 class KMeansLabeler(Labeler):
     """k-means: faiss' spherical one, else scikit-learn's.
 
-    faiss scales the centres to unit length after each iteration and scikit-learn does not,
+    faiss scales the centers to unit length after each iteration and scikit-learn does not,
     so that their clusters differ a little. Each is seeded: equal features on the same
     machine give equal labels. Clusters that end without an image are dropped; there are no
     outliers.

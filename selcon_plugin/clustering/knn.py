@@ -1,10 +1,10 @@
-"""Nearest neighbours of every image among all images, by inner product.
+"""Nearest neighbors of every image among all images, by inner product.
 
 Shape shorthand in this module:
 
     M: images
     C: feature dimension
-    k: neighbours per image, the image itself included
+    k: neighbors per image, the image itself included
     R: rows handled at a time
 """
 
@@ -41,7 +41,7 @@ def nearest_neighbors(
 
     Args:
         features: Unit vectors, shape ``(M, C)``, on any device.
-        k: Neighbours per image, itself included, at least 1; clamped to M.
+        k: Neighbors per image, itself included, at least 1; clamped to M.
         backend: ``"torch"``: products in pieces, on the device of the features.
             ``"shortlist"``: on the CPU, every product of two images taken once, in bfloat16
             where that is faster, and what a proven error bound leaves in doubt ranked again
@@ -73,7 +73,7 @@ def nearest_neighbors(
         if features.is_cuda and faiss.get_num_gpus() == 0:
             chosen, reason = "torch", "the installed faiss has no GPUs"
     logger.info(
-        "%d nearest neighbours of %d images: %s (%s)", k, len(features), chosen, reason
+        "%d nearest neighbors of %d images: %s (%s)", k, len(features), chosen, reason
     )
     if k == 0:
         empty = features.new_empty(0, 0)

@@ -1,4 +1,4 @@
-"""How many neighbours to look at, by the number of images."""
+"""How many neighbors to look at, by the number of images."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _FEW_K1, _LEAST_K1 = 15, 8
 
 @dataclass(frozen=True)
 class NeighborhoodSizes:
-    """How many neighbours the Jaccard distance and DBSCAN look at.
+    """How many neighbors the Jaccard distance and DBSCAN look at.
 
     Attributes:
-        k1: Neighbours in the Jaccard distance.
-        k2: Neighbours averaged by its query expansion.
-        min_samples: Neighbours, itself included, that make a core image.
+        k1: Neighbors in the Jaccard distance.
+        k2: Neighbors averaged by its query expansion.
+        min_samples: Neighbors, itself included, that make a core image.
     """
 
     k1: int = 30

@@ -1,10 +1,10 @@
-"""Exact nearest neighbours in chunks, and the type that every search returns.
+"""Exact nearest neighbors in chunks, and the type that every search returns.
 
 Shape shorthand in this module:
 
     M: images
     C: feature dimension
-    k: neighbours per image, the image itself included
+    k: neighbors per image, the image itself included
     R: rows handled at a time
 """
 
@@ -22,7 +22,7 @@ GROUP = 32  # products whose maximum stands for them in the first round of a top
 
 
 class Neighbors(NamedTuple):
-    """Nearest neighbours of each image, itself first.
+    """Nearest neighbors of each image, itself first.
 
     Attributes:
         similarity: Inner products, float32 ``(M, k)``, falling along a row from column 1.
@@ -80,15 +80,15 @@ def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def torch_neighbors(features: Tensor, k: int, rows: Tensor | None = None) -> Neighbors:
-    """Find neighbours by products in pieces, on the device of the features.
+    """Find neighbors by products in pieces, on the device of the features.
 
     Args:
         features: Unit vectors, float32 ``(M, C)``.
-        k: Neighbours per image, itself included, 1 to M.
-        rows: Images to find the neighbours of, int64 ``(R,)``; all if None.
+        k: Neighbors per image, itself included, 1 to M.
+        rows: Images to find the neighbors of, int64 ``(R,)``; all if None.
 
     Returns:
-        Their neighbours, ``(R, k)``.
+        Their neighbors, ``(R, k)``.
     """
     if rows is None:
         rows = torch.arange(len(features), device=features.device)

@@ -141,7 +141,7 @@ class PseudoLabels:
         return int((self.labels == OUTLIER).sum())
 
     @property
-    def outlier_share(self) -> float:
+    def outlier_ratio(self) -> float:
         """Share of images without a cluster, 0 where there are no images."""
         return self.num_outliers / max(1, self.num_images)
 

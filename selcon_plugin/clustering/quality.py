@@ -26,7 +26,7 @@ def label_free_quality(
         previous: The last epoch's labels of the same images, int64 ``(M,)``, or None.
 
     Returns:
-        ``num_clusters``, ``outlier_share``, ``mean_cluster_size``,
+        ``num_clusters``, ``outlier_ratio``, ``mean_cluster_size``,
         ``median_cluster_size``, ``max_cluster_size`` (0 without clusters); ``silhouette``
         where there are distances and at least 2 clusters; ``stability`` where there are
         previous labels, see :func:`label_stability`.
@@ -36,7 +36,7 @@ def label_free_quality(
         sizes = np.zeros(1)
     quality = {
         "num_clusters": float(pseudo_labels.num_clusters),
-        "outlier_share": pseudo_labels.outlier_share,
+        "outlier_ratio": pseudo_labels.outlier_ratio,
         "mean_cluster_size": float(sizes.mean()),
         "median_cluster_size": float(np.median(sizes)),
         "max_cluster_size": float(sizes.max()),

@@ -9,7 +9,7 @@ from selcon_plugin.datasets.market_folder import (
     read_market_folder,
     read_market_splits,
 )
-from selcon_plugin.datasets.synthetic_persons import (
+from selcon_plugin.datasets.synthetic.persons import (
     SyntheticPersonsSpec,
     generate_synthetic_persons,
 )

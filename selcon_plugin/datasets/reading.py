@@ -38,7 +38,7 @@ class ImageReadError(OSError):
 def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
     """Read any image file as 8-bit RGB.
 
-    Rotated as its EXIF data says. Grey, palette and CMYK are converted, 16 bits of grey
+    Rotated as its EXIF data says. Gray, palette and CMYK are converted, 16 bits of gray
     become the 8 upper ones, transparency lies on black, of an animation the first frame is
     taken. What cannot be used is refused: truncated or empty files, files of another kind
     whatever their name, folders and pipes, floating-point images, and more than

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from selcon_plugin.engine.settings import STREAM_SAMPLER
-from selcon_plugin.samplers import BatchStream, ClusterSampler, StreamSampler
+from selcon_plugin.samplers.cluster import STREAM_SAMPLER, ClusterSampler
+from selcon_plugin.samplers.stream import BatchStream, StreamSampler
 
 
 def build_sampler(
@@ -14,7 +14,7 @@ def build_sampler(
     *,
     batch_size: int,
     num_instances: int = 4,
-    outlier_share: float = 0.0,
+    outlier_ratio: float = 0.0,
     micro_batches: int = 1,
     seed: int = 0,
     rank: int = 0,
@@ -27,7 +27,7 @@ def build_sampler(
         num_images: Training images M.
         batch_size: Images in a batch, over all processes.
         num_instances: Images of each cluster in a batch.
-        outlier_share: Share of each batch drawn from outliers.
+        outlier_ratio: Share of each batch drawn from outliers.
         micro_batches: Parts into which a process cuts its share of a batch.
         seed: Seed of all draws.
         rank: This process.
@@ -61,7 +61,7 @@ def build_sampler(
     if name == STREAM_SAMPLER:
         return StreamSampler(num_images, **common)
     return ClusterSampler(
-        planner=name, num_instances=num_instances, outlier_share=outlier_share, **common
+        planner=name, num_instances=num_instances, outlier_ratio=outlier_ratio, **common
     )
 
 

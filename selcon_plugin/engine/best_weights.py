@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 NEVER = "none"
 # Figures of the clusters, and whether the largest is best, or the smallest.
-SIGNS = {"outlier_share": -1, "stability": 1, "silhouette": 1}
+SIGNS = {"outlier_ratio": -1, "stability": 1, "silhouette": 1}
 KEEP_BEST_BY = (NEVER, *SIGNS)
 
 BEST_FILE = "best_without_labels.pth"

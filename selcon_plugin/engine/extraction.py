@@ -1,4 +1,4 @@
-"""Features of all training images, and fresh normalisation layers made ready for them."""
+"""Features of all training images, and fresh normalization layers made ready for them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from selcon_plugin.engine.images import IndexedImages
 from selcon_plugin.engine.network import EmbeddingNetwork
 from selcon_plugin.engine.progress import with_progress
 from selcon_plugin.features import Embeddings
-from selcon_plugin.samplers import StreamSampler
+from selcon_plugin.samplers.stream import StreamSampler
 
 logger = logging.getLogger(__name__)
 
-# Batches shown to fresh normalisation layers before the first features are taken.
+# Batches shown to fresh normalization layers before the first features are taken.
 _CALIBRATION_BATCHES = 16
 
 
@@ -72,7 +72,7 @@ def calibrate_normalization(
 ) -> bool:
     """Give the head's fresh batch-norm layers the statistics of the training images.
 
-    A new BatchNorm normalises by mean 0 and variance 1 in evaluation mode; pooled features
+    A new BatchNorm normalizes by mean 0 and variance 1 in evaluation mode; pooled features
     then all point the same way and the first banks rank badly. Layers that have seen data
     (loaded weights) are left alone.
 

@@ -20,14 +20,16 @@ class BadImagesError(ValueError):
     """Too many images cannot be read; the message lists them and says what to do."""
 
 
-def readable_items(items: Sequence[Item], max_bad_share: float) -> tuple[list[Item], int]:
+def readable_items(
+    items: Sequence[Item], max_unreadable_ratio: float
+) -> tuple[list[Item], int]:
     """Leave out images that cannot be read; say in one warning which and why.
 
     Every file is decoded once, on the main process; the others follow it.
 
     Args:
         items: Path, identity and camera of each image.
-        max_bad_share: Share of them that may be left out.
+        max_unreadable_ratio: Share of them that may be left out.
 
     Returns:
         The readable ones, sorted by path, and how many were left out.
@@ -38,7 +40,7 @@ def readable_items(items: Sequence[Item], max_bad_share: float) -> tuple[list[It
     items = sorted(items, key=lambda item: item[0])
     faults = _faults([item[0] for item in items])
     if faults:
-        _check_share(list(faults.values()), len(faults), len(items), max_bad_share)
+        _check_share(list(faults.values()), len(faults), len(items), max_unreadable_ratio)
         logger.warning(
             "%d of %d images cannot be read and are left out:\n%s",
             len(faults),
@@ -74,7 +76,7 @@ def report_unreadable(
     *,
     unreported: torch.Tensor,
     unreadable: torch.Tensor,
-    max_bad_share: float,
+    max_unreadable_ratio: float,
     what_happened: str,
 ) -> None:
     """Warn once of images that became unreadable during the run; bound their share.
@@ -83,7 +85,7 @@ def report_unreadable(
         images: The training images.
         unreported: Which failed since the last report, bool ``(M,)``, alike on all ranks.
         unreadable: Which fail still, bool ``(M,)``, alike on all ranks.
-        max_bad_share: Share of all images of the run that may.
+        max_unreadable_ratio: Share of all images of the run that may.
         what_happened: What was done in their place, for the warning.
 
     Raises:
@@ -96,7 +98,9 @@ def report_unreadable(
     faults = [fault_of(path) or f"{path}: readable again" for path in paths[:_LISTED]]
     faults += paths[_LISTED:]
     left_out = images.num_left_out
-    _check_share(faults, len(paths) + left_out, len(images) + left_out, max_bad_share)
+    _check_share(
+        faults, len(paths) + left_out, len(images) + left_out, max_unreadable_ratio
+    )
     if unreported.any() and rank() == 0:
         logger.warning(
             "%d of %d training images can no longer be read; %s:\n%s",
@@ -125,13 +129,13 @@ def _faults(paths: Sequence[str]) -> dict[str, str]:
 
 
 def _check_share(
-    faults: list[str], num_bad: int, num_images: int, max_bad_share: float
+    faults: list[str], num_bad: int, num_images: int, max_unreadable_ratio: float
 ) -> None:
-    if num_bad <= max_bad_share * num_images and num_bad < num_images:
+    if num_bad <= max_unreadable_ratio * num_images and num_bad < num_images:
         return
     raise BadImagesError(
         f"{num_bad} of {num_images} images cannot be read, more than the share of "
-        f"{max_bad_share:g} that max_bad_share allows:\n"
+        f"{max_unreadable_ratio:g} that max_unreadable_ratio allows:\n"
         f"{describe_faults(faults, _LISTED)}\n"
-        "Mend, restore or remove them, or raise max_bad_share"
+        "Mend, restore or remove them, or raise max_unreadable_ratio"
     )

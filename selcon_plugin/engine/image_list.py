@@ -32,7 +32,7 @@ def write_image_list(folder: str | Path, images: IndexedImages) -> None:
     """
     if not folder or rank() > 0:
         return
-    columns = (images.paths, images.sizes, images.camids, images.true_pids)
+    columns = (images.paths, images.sizes, images.camids, images.evaluation_only_pids)
     content = {
         "columns": ["path", "bytes", "camera", "identity"],
         "images": list(zip(*columns, strict=True)),

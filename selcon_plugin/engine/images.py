@@ -19,14 +19,14 @@ from torch.utils.data import Dataset, get_worker_info
 
 from selcon_plugin.datasets import read_image_folder
 from selcon_plugin.datasets.reading import ImageReadError
-from selcon_plugin.samplers import SampleKey
+from selcon_plugin.samplers.stream import SampleKey
 
 UNKNOWN = -1
 
 # What is known of a file that was readable when the run began.
 _FAILED, _UNREPORTED = 1, 2
 # Images tried in the place of one that cannot be read.
-_STAND_INS = 100
+_REPLACEMENTS = 100
 
 # Path, identity, camera; names or numbers, UNKNOWN where not known.
 Item = tuple[str, Any, Any]
@@ -77,8 +77,8 @@ class IndexedImages(Dataset[dict[str, Any]]):
     Attributes:
         paths: Path of each image.
         camids: Camera of each image as 0, 1, ...; -1 where unknown.
-        true_pids: Identity of each image as 0, 1, ...; -1 where unknown. For diagnostics
-            only; no sample carries it.
+        evaluation_only_pids: Ground-truth identity of each image as 0, 1, ...; -1 where
+            unknown. Only diagnostics and reports may read it; no sample carries it.
         num_left_out: Files that could not be read when the run began, and are not here.
         labels: Cluster of each image, ``(M,)``, negative where it is drawn from none, for
             the choice of stand-ins; None where any image may stand in for any other.
@@ -93,7 +93,7 @@ class IndexedImages(Dataset[dict[str, Any]]):
     ) -> None:
         items = sorted(items, key=lambda item: item[0])
         self.paths = [item[0] for item in items]
-        self.true_pids = _enumerate_names([item[1] for item in items])
+        self.evaluation_only_pids = _enumerate_names([item[1] for item in items])
         self.camids = _enumerate_names([item[2] for item in items])
         self.read = read
         self.transform = transform
@@ -119,15 +119,17 @@ class IndexedImages(Dataset[dict[str, Any]]):
         return torch.tensor(self.camids, dtype=torch.int64)
 
     @property
-    def known_pids(self) -> Tensor | None:
+    def evaluation_only_identities(self) -> Tensor | None:
         """Identity of each image, int64 ``(M,)``, for diagnostics.
 
         None where identities say nothing: some are not known, all images have one, or each
         its own.
         """
-        if UNKNOWN in self.true_pids or not 1 < len(set(self.true_pids)) < len(self):
+        if UNKNOWN in self.evaluation_only_pids or not 1 < len(
+            set(self.evaluation_only_pids)
+        ) < len(self):
             return None
-        return torch.tensor(self.true_pids)
+        return torch.tensor(self.evaluation_only_pids)
 
     @property
     def fingerprint(self) -> str:
@@ -149,11 +151,11 @@ class IndexedImages(Dataset[dict[str, Any]]):
         """Whether the last try to read each image failed, bool ``(M,)``."""
         return self._flagged(_FAILED)
 
-    def forget_unreadable(self) -> None:
+    def reset_unreadable(self) -> None:
         """Take all images for readable, until they are read again."""
         self._flags &= _UNREPORTED
 
-    def take_unreported(self) -> Tensor:
+    def pop_unreported(self) -> Tensor:
         """Return which images have failed since the last call, bool ``(M,)``."""
         unreported = self._flagged(_UNREPORTED)
         self._flags &= _FAILED
@@ -234,7 +236,7 @@ class IndexedImages(Dataset[dict[str, Any]]):
         image = self._read(key.index)
         if image is not None:
             return key.index, image
-        for index in self._stand_ins(key):
+        for index in self._replacements(key):
             image = self._read(index)
             if image is not None:
                 return index, image
@@ -243,7 +245,7 @@ class IndexedImages(Dataset[dict[str, Any]]):
             "place: is the disk that holds them still there?"
         )
 
-    def _stand_ins(self, key: SampleKey) -> Iterator[int]:
+    def _replacements(self, key: SampleKey) -> Iterator[int]:
         rng = np.random.default_rng((self.seed, key.position, key.index))
         if self.labels is None:
             groups = [np.arange(len(self))]
@@ -252,7 +254,7 @@ class IndexedImages(Dataset[dict[str, Any]]):
             same = self.labels == self.labels[key.index]
             groups = [np.flatnonzero(same), np.flatnonzero(~same & (self.labels >= 0))]
         for group in groups:
-            yield from rng.permutation(group)[:_STAND_INS].tolist()
+            yield from rng.permutation(group)[:_REPLACEMENTS].tolist()
 
     def _read(self, index: int) -> Any:
         """Read an image; None, and a mark, where it cannot be read."""

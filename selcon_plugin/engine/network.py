@@ -9,12 +9,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from selcon_plugin.backbones import as_feature_map, infer_feature_shape
-from selcon_plugin.ema import EMATeacher
 from selcon_plugin.features import Embeddings, check_parts_fit, fused_feature
 from selcon_plugin.methods import Method, method_class
-from selcon_plugin.normalization import convert_ghost_batch_norm
-from selcon_plugin.wave_block import WaveBlockKind, insert_wave_blocks
+from selcon_plugin.models.ema import EMATeacher
+from selcon_plugin.models.feature_map import as_feature_map, infer_feature_shape
+from selcon_plugin.models.ghost_norm import convert_ghost_batch_norm
+from selcon_plugin.models.wave_block import WaveBlockKind, insert_wave_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +59,9 @@ class EmbeddingNetwork(nn.Module):
         pixel_mean: Mean of each channel on the scale 0..255.
         pixel_std: Standard deviation of each channel on that scale.
         images_normalized: Whether the host's loader has applied them; else it is done here.
-        ghost_batch_size: Images that batch normalisation sees together; 0 for all.
+        ghost_batch_size: Images that batch normalization sees together; 0 for all.
         wave_block: WaveBlock behind stages of the backbone: ``"none"``, ``"plain"`` or
-            ``"attentive"``; see :mod:`selcon_plugin.wave_block`.
+            ``"attentive"``; see :mod:`selcon_plugin.models.wave_block`.
         input_size: Height and width of the images.
 
     Attributes:
@@ -128,8 +128,8 @@ class EmbeddingNetwork(nn.Module):
 
         Args:
             images: RGB, as the host's loader gives them, shape ``(B, 3, h, w)``. Left
-                unchanged: FastReID's own models normalise in place, after which a flip test
-                normalises twice.
+                unchanged: FastReID's own models normalize in place, after which a flip test
+                normalizes twice.
             student: Whether to use the weights in training even where a teacher would
                 take their place.
 
@@ -243,7 +243,7 @@ class EmbeddingNetwork(nn.Module):
         if not self._pending or self.method is None:
             raise RuntimeError("update_banks() must follow a training step")
         index, embeddings = self.pending_batch()
-        self.forget_batch()
+        self.clear_pending()
         self.method.update(index, embeddings)
 
     def pending_batch(self) -> tuple[Tensor, Embeddings]:
@@ -251,7 +251,7 @@ class EmbeddingNetwork(nn.Module):
         index, embeddings = zip(*self._pending, strict=True)
         return torch.cat(index), Embeddings.cat(embeddings)
 
-    def forget_batch(self) -> None:
+    def clear_pending(self) -> None:
         """Forget what was seen since the banks were written: the step is not taken."""
         self._pending = []
 

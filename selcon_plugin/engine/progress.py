@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from selcon_plugin.distributed import rank
-from selcon_plugin.engine.run_record import peak_gpu_memory_mib, peak_memory_mib
+from selcon_plugin.runs.results import peak_gpu_memory_mib, peak_memory_mib
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ def _lines_above_bars() -> Iterator[None]:
             log.handlers = handlers
 
 
-class Watched:
+class ProgressLoader:
     """A loader that shows how far it is as it is iterated.
 
     Args:
@@ -234,7 +234,7 @@ class TrainingProgress:
 
     Args:
         epochs: Epochs in all.
-        steps_per_epoch: Optimiser steps of each.
+        steps_per_epoch: Optimizer steps of each.
         first_step: Steps done before, by an earlier part of the run.
     """
 

@@ -5,7 +5,7 @@
     run.before_training()
     for epoch in ...:
         run.start_epoch(epoch)             seeds
-        run.renew_batches(epoch, step)     clusters, if it is time; batches drawn from them
+        run.refresh_pseudo_labels(epoch, step)   clusters, if it is time; then batches
         for batch in ...:
             run.start_step(step)           seeds
             losses, backward, step         the host's, if run.guard lets it
@@ -32,26 +32,27 @@ from selcon_plugin.clustering import (
     label_images,
     share_pseudo_labels,
 )
-from selcon_plugin.collapse import find_collapse_signs, measure_clusters, measure_spread
-from selcon_plugin.diagnostics import cluster_diagnostics, neighbor_precision
 from selcon_plugin.distributed import on_any_rank, rank, share_buffers
-from selcon_plugin.engine.bad_numbers import (
-    SKIP,
-    StepGuard,
-    check_state,
-    leave_out_bad_features,
-)
 from selcon_plugin.engine.best_weights import BestWeights
-from selcon_plugin.engine.embedding_record import record_embedding
+from selcon_plugin.engine.estimates import check_memory, clustering_estimate, product_rate
+from selcon_plugin.engine.guard import SKIP, StepGuard, zero_nonfinite_features
 from selcon_plugin.engine.image_check import report_unreadable
 from selcon_plugin.engine.images import IndexedImages
 from selcon_plugin.engine.network import EmbeddingNetwork
-from selcon_plugin.engine.pictures import write_pictures
 from selcon_plugin.engine.progress import Stage, duration
-from selcon_plugin.estimates import check_memory, clustering_estimate, product_rate
 from selcon_plugin.features import Embeddings
 from selcon_plugin.methods import Method
-from selcon_plugin.samplers import BatchStream, ClusterSampler
+from selcon_plugin.metrics.collapse import (
+    find_collapse_signs,
+    measure_clusters,
+    measure_spread,
+)
+from selcon_plugin.metrics.identities import cluster_diagnostics, neighbor_precision
+from selcon_plugin.models.finite import check_state
+from selcon_plugin.runs.embedding import record_embedding
+from selcon_plugin.runs.tensorboard import write_pictures
+from selcon_plugin.samplers.cluster import ClusterSampler
+from selcon_plugin.samplers.stream import BatchStream
 
 logger = logging.getLogger(__name__)
 
@@ -81,14 +82,14 @@ class TrainingRun:
         sampler: Draws the batches.
         labeler: Features to pseudo-labels; None for a method without clusters.
         extract: Computes the embeddings of all training images.
-        calibrate: Makes fresh normalisation layers ready for them.
+        calibrate: Makes fresh normalization layers ready for them.
         seed: Seed of the run.
         cluster_period: Epochs from one clustering to the next.
         cluster_features: ``"global"`` or ``"fused"``: what is clustered.
         min_clusters: Clusters a batch needs.
-        max_bad_share: Share of the images that may become unreadable.
-        on_bad_numbers: What to do about NaN and infinity: ``"skip"`` or ``"stop"``.
-        max_bad_steps: Steps skipped in a row after which the run stops all the same.
+        max_unreadable_ratio: Share of the images that may become unreadable.
+        on_nonfinite: What to do about NaN and infinity: ``"skip"`` or ``"stop"``.
+        max_nonfinite_steps: Steps skipped in a row after which the run stops all the same.
         folder: Where what a report shows is kept; nothing is if it is empty.
         report: Takes what a clustering measured, by name; on the main process.
         best: Keeps the best weights by a label-free figure; None for none.
@@ -105,9 +106,9 @@ class TrainingRun:
     cluster_period: int = 1
     cluster_features: str = "global"
     min_clusters: int = 2
-    max_bad_share: float = 0.05
-    on_bad_numbers: str = SKIP
-    max_bad_steps: int = 10
+    max_unreadable_ratio: float = 0.05
+    on_nonfinite: str = SKIP
+    max_nonfinite_steps: int = 10
     folder: str = ""
     report: Callable[[Mapping[str, float]], None] = field(default=lambda _: None)
     best: BestWeights | None = None
@@ -120,13 +121,13 @@ class TrainingRun:
                 self.best.figure,
             )
             self.best = None
-        self._true_pids = self.dataset.known_pids
+        self._evaluation_only_pids = self.dataset.evaluation_only_identities
         self._clustering_seconds: float | None = None
         self.guard = StepGuard(
             self.network,
             self.dataset.paths,
-            on_bad_numbers=self.on_bad_numbers,
-            max_bad_steps=self.max_bad_steps,
+            on_nonfinite=self.on_nonfinite,
+            max_nonfinite_steps=self.max_nonfinite_steps,
         )
 
     @property
@@ -180,20 +181,20 @@ class TrainingRun:
         """Seed all random streams.
 
         Args:
-            step: Optimiser steps before this one.
+            step: Optimizer steps before this one.
         """
         # The 1 keeps this stream apart from the epochs'.
         _seed_from(self.seed, step, rank(), 1)
 
-    def renew_batches(self, epoch: int, step: int, steps_done: int = 0) -> None:
+    def refresh_pseudo_labels(self, epoch: int, step: int, steps_done: int = 0) -> None:
         """Cluster the images if it is time, and draw this epoch's batches from the labels.
 
-        Features of all training images (each rank extracts its share) are labelled on the
+        Features of all training images (each rank extracts its share) are labeled on the
         main process; the labels go to all ranks and the method rebuilds its banks.
 
         Args:
             epoch: Counted from 0.
-            step: Optimiser steps before this epoch.
+            step: Optimizer steps before this epoch.
             steps_done: Steps of it that an earlier part of the run did. Its labels are then
                 those of the checkpoint.
         """
@@ -216,7 +217,7 @@ class TrainingRun:
     def after_step(self) -> None:
         """Write the banks and move the teacher, unless the step is skipped."""
         if self.guard.skipped:
-            self.network.forget_batch()
+            self.network.clear_pending()
             return
         self.network.update_banks()
         self.network.update_teacher()
@@ -247,7 +248,7 @@ class TrainingRun:
         self._keep(features, None, epoch + 1)
         return self._watch(epoch, spread)
 
-    def judge_last(self, epochs: int) -> None:
+    def score_final_epoch(self, epochs: int) -> None:
         """Cluster once more after the last epoch, for the best weights alone.
 
         The clusters before an epoch judge the weights of the one before.
@@ -298,9 +299,9 @@ class TrainingRun:
         """Say which images could not be read, once; stop the run if they are too many."""
         report_unreadable(
             self.dataset,
-            unreported=on_any_rank(self.dataset.take_unreported()),
+            unreported=on_any_rank(self.dataset.pop_unreported()),
             unreadable=on_any_rank(self.dataset.unreadable),
-            max_bad_share=self.max_bad_share,
+            max_unreadable_ratio=self.max_unreadable_ratio,
             what_happened="others were drawn in their place, with their own labels",
         )
 
@@ -311,7 +312,7 @@ class TrainingRun:
 
         Args:
             folder: Folder of the run.
-            step: Optimiser steps done.
+            step: Optimizer steps done.
         """
         embeddings, usable = self._extract()
         if rank() > 0:
@@ -329,7 +330,7 @@ class TrainingRun:
     def diagnostics(self) -> dict[str, float]:
         """Report what a user watches, from the last batch and the banks.
 
-        The share of true matches among the chosen neighbours is reported if the data set
+        The share of true matches among the chosen neighbors is reported if the data set
         has identities. Nothing flows back.
 
         Returns:
@@ -339,28 +340,28 @@ class TrainingRun:
         if self.guard.num_skipped:
             report["skipped_steps"] = float(self.guard.num_skipped)
         selected = self.method.selected_positives()
-        if selected is not None and self._true_pids is not None:
+        if selected is not None and self._evaluation_only_pids is not None:
             anchors, neighbors = selected
             report["neighbor_precision"] = neighbor_precision(
-                anchors.cpu(), neighbors.cpu(), self._true_pids
+                anchors.cpu(), neighbors.cpu(), self._evaluation_only_pids
             )
         return report
 
     def _extract(self) -> tuple[Embeddings, Tensor]:
         # Features of unreadable images, and bad numbers, become zero. The second value says
         # which images have features: bool (M,) on the CPU.
-        self.dataset.forget_unreadable()
+        self.dataset.reset_unreadable()
         self._share_statistics()
-        embeddings, bad = leave_out_bad_features(
-            self.extract(), self.dataset.paths, self.on_bad_numbers
+        embeddings, bad = zero_nonfinite_features(
+            self.extract(), self.dataset.paths, self.on_nonfinite
         )
         unreadable = on_any_rank(self.dataset.unreadable)
         if unreadable.any():
             report_unreadable(
                 self.dataset,
-                unreported=on_any_rank(self.dataset.take_unreported()),
+                unreported=on_any_rank(self.dataset.pop_unreported()),
                 unreadable=unreadable,
-                max_bad_share=self.max_bad_share,
+                max_unreadable_ratio=self.max_unreadable_ratio,
                 what_happened="their features are zero, and they are in no cluster",
             )
             rows = unreadable.nonzero().flatten().to(self.network.device)
@@ -445,8 +446,8 @@ class TrainingRun:
         self, epoch: int, found: PseudoLabels, measured: Mapping[str, float]
     ) -> None:
         report = {**found.measured, **measured}
-        if self._true_pids is not None:
-            report |= cluster_diagnostics(found.labels, self._true_pids)
+        if self._evaluation_only_pids is not None:
+            report |= cluster_diagnostics(found.labels, self._evaluation_only_pids)
         # Undefined for these labels, and no number in JSON.
         report = {name: value for name, value in report.items() if not math.isnan(value)}
         self.report(report)

@@ -7,7 +7,7 @@
   what it adds for methods that cluster.
 """
 
-from selcon_plugin.compat import prepare_fastreid
+from selcon_plugin.compat.fastreid import prepare_fastreid
 
 prepare_fastreid()
 

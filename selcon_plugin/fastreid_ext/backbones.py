@@ -29,7 +29,8 @@ from typing import TypeVar
 from fastreid.config import CfgNode
 from fastreid.modeling.backbones import BACKBONE_REGISTRY
 
-from selcon_plugin.backbones import ModelBackbone, TimmBackbone, create_timm_backbone
+from selcon_plugin.models.backbone import ModelBackbone
+from selcon_plugin.models.timm import TimmBackbone, create_timm_backbone
 
 __all__ = ["build_timm_backbone", "build_torchreid_backbone"]
 
@@ -49,7 +50,7 @@ def build_timm_backbone(cfg: CfgNode) -> TimmBackbone:
         cfg: FastReID's config, after ``add_selcon_config``.
 
     Returns:
-        A module from images ``(B, 3, H, W)``, normalised by FastReID, to a feature map
+        A module from images ``(B, 3, H, W)``, normalized by FastReID, to a feature map
         ``(B, C, h, w)``, with attributes ``feature_dim`` and ``feature_stride``.
 
     Raises:
@@ -65,13 +66,13 @@ def build_torchreid_backbone(cfg: CfgNode) -> ModelBackbone:
     """Build the torchreid model that the config names, as a backbone.
 
     Reads ``TORCHREID_NAME`` and otherwise the same keys as ``build_timm_backbone``. See
-    ``selcon_plugin.torchreid_ext.backbones.create_torchreid_backbone``.
+    ``selcon_plugin.models.torchreid.create_torchreid_backbone``.
 
     Args:
         cfg: FastReID's config, after ``add_selcon_config``.
 
     Returns:
-        A module from images ``(B, 3, H, W)``, normalised by FastReID, to a feature map
+        A module from images ``(B, 3, H, W)``, normalized by FastReID, to a feature map
         ``(B, C, h, w)``, with attributes ``feature_dim`` and ``feature_stride``.
 
     Raises:
@@ -81,7 +82,7 @@ def build_torchreid_backbone(cfg: CfgNode) -> ModelBackbone:
             Other errors are those of ``create_torchreid_backbone``.
     """  # noqa: DOC502  (raised by what this calls)
     # Here, not above: FastReID's users need not have torchreid.
-    from selcon_plugin.torchreid_ext.backbones import create_torchreid_backbone
+    from selcon_plugin.models.torchreid import create_torchreid_backbone
 
     return _build(cfg, "TORCHREID_NAME", "osnet_ain_x1_0", create_torchreid_backbone)
 

@@ -8,15 +8,11 @@ from typing import Any
 
 from fastreid.utils.checkpoint import Checkpointer
 
-from selcon_plugin.engine.atomic import (
-    remove_partial_files,
-    save_atomically,
-    write_atomically,
-)
 from selcon_plugin.engine.best_weights import BEST_FILE
-from selcon_plugin.engine.checkpoints import first_readable, newest_first, read_checkpoint
 from selcon_plugin.fastreid_ext.meta_arch import SelCon
-from selcon_plugin.safe_loading import MIN_LOADED_SHARE
+from selcon_plugin.io.atomic import remove_partial_files, save_atomically, write_atomically
+from selcon_plugin.io.safe_loading import MIN_LOADED_RATIO
+from selcon_plugin.runs.checkpoints import first_readable, newest_first, read_checkpoint
 
 # Prefix of the method's buffers in a SelCon state dict.
 _METHOD_PREFIX = "method."
@@ -165,7 +161,7 @@ class SelConCheckpointer(Checkpointer):
         }
         found = own - set(incompatible.missing_keys)
         found -= {key for key, *_ in incompatible.incorrect_shapes}
-        if len(found) < MIN_LOADED_SHARE * len(own):
+        if len(found) < MIN_LOADED_RATIO * len(own):
             raise ValueError(
                 f"the weights from {self._file} do not fit: only {len(found)} of the "
                 f"network's {len(own)} tensors have an entry of the same name and shape. "

@@ -26,7 +26,9 @@ class ClusteringHook(HookBase):
     def before_epoch(self) -> None:
         """Cluster if it is time, then set up the sampler for this epoch."""
         first = self.trainer.epoch * self.trainer.iters_per_epoch
-        self._run.renew_batches(self.trainer.epoch, first, self.trainer.iter - first)
+        self._run.refresh_pseudo_labels(
+            self.trainer.epoch, first, self.trainer.iter - first
+        )
         # The iterator has prefetched batches of the labels before.
         self.trainer.restart_data()
 

@@ -21,8 +21,7 @@ from fastreid.modeling.backbones import BACKBONE_REGISTRY
 from fastreid.modeling.heads import REID_HEADS_REGISTRY, EmbeddingHead
 from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
 
-from selcon_plugin.datasets import SyntheticPersonsSpec
-from selcon_plugin.engine.checks import (
+from selcon_plugin.config.checks import (
     check_device,
     check_name,
     check_size,
@@ -30,7 +29,8 @@ from selcon_plugin.engine.checks import (
     flatten_config,
     value_of,
 )
-from selcon_plugin.engine.settings import ConfigKeys, sampler_of
+from selcon_plugin.config.keys import ConfigKeys, sampler_of
+from selcon_plugin.datasets import SyntheticPersonsSpec
 from selcon_plugin.methods import method_options
 from selcon_plugin.options import Choice, Interval, Option, described_names
 
@@ -166,7 +166,7 @@ HOST_OPTIONS = (
         Interval(1),
         meaning="epochs between checkpoints",
     ),
-    Option("SOLVER.OPT", "Adam", str, Choice(_optimizer_names()), meaning="optimiser"),
+    Option("SOLVER.OPT", "Adam", str, Choice(_optimizer_names()), meaning="optimizer"),
     Option(
         "SOLVER.SCHED",
         "MultiStepLR",

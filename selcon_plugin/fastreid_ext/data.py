@@ -22,7 +22,7 @@ from selcon_plugin.engine.images import IndexedImages, Item, extra_items
 from selcon_plugin.engine.stopping import ignore_stop_signals
 from selcon_plugin.fastreid_ext.config import sampler_name
 from selcon_plugin.fastreid_ext.datasets import build_dataset
-from selcon_plugin.samplers import BatchStream
+from selcon_plugin.samplers.stream import BatchStream
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def training_images(cfg: CfgNode) -> IndexedDataset:
         ValueError: If too many cannot be read.
     """  # noqa: DOC502  (raised by what this calls)
     node = cfg.MODEL.SELCON
-    items, num_left_out = readable_items(training_items(cfg), node.MAX_BAD_SHARE)
+    items, num_left_out = readable_items(training_items(cfg), node.MAX_UNREADABLE_RATIO)
     dataset = IndexedDataset(items, build_transforms(cfg, is_train=True), node.SEED)
     dataset.num_left_out = num_left_out
     return dataset
@@ -208,7 +208,7 @@ def _build_sampler(
             num_images,
             batch_size=cfg.SOLVER.IMS_PER_BATCH,
             num_instances=cfg.DATALOADER.NUM_INSTANCE,
-            outlier_share=node.OUTLIER_SHARE,
+            outlier_ratio=node.OUTLIER_RATIO,
             micro_batches=node.MICRO_BATCHES,
             seed=node.SEED,
             rank=rank,
@@ -217,7 +217,7 @@ def _build_sampler(
     except ValueError as error:
         raise ValueError(
             f"{error} (keys SOLVER.IMS_PER_BATCH, DATALOADER.NUM_INSTANCE, "
-            "MODEL.SELCON.MICRO_BATCHES, MODEL.SELCON.OUTLIER_SHARE)"
+            "MODEL.SELCON.MICRO_BATCHES, MODEL.SELCON.OUTLIER_RATIO)"
         ) from error
 
 

@@ -13,7 +13,7 @@ from fastreid.evaluation import ReidEvaluator, rank
 from fastreid.utils import comm
 from torch import Tensor
 
-from selcon_plugin.engine.rank_record import rank_queries, write_ranked
+from selcon_plugin.runs.ranked import rank_queries, write_ranked
 
 logger = logging.getLogger(__name__)
 

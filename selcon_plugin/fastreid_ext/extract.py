@@ -25,15 +25,15 @@ def extract_folder(cfg: CfgNode, output: str | Path) -> tuple[int, int]:
         Number of images and length of a feature.
     """
     model = load_trained_model(cfg)
-    items, _ = readable_items(training_items(cfg), cfg.MODEL.SELCON.MAX_BAD_SHARE)
+    items, _ = readable_items(training_items(cfg), cfg.MODEL.SELCON.MAX_UNREADABLE_RATIO)
     dataset = IndexedDataset(items, transform=None)
     features = model.test_feature(extract_training_set(cfg, model, dataset)).cpu()
     readable = (~dataset.unreadable).numpy()
     report_unreadable(
         dataset,
-        unreported=dataset.take_unreported(),
+        unreported=dataset.pop_unreported(),
         unreadable=dataset.unreadable,
-        max_bad_share=cfg.MODEL.SELCON.MAX_BAD_SHARE,
+        max_unreadable_ratio=cfg.MODEL.SELCON.MAX_UNREADABLE_RATIO,
         what_happened="they are left out",
     )
     Path(output).parent.mkdir(parents=True, exist_ok=True)

@@ -12,11 +12,11 @@ from selcon_plugin.features import GlobalPartEmbedding
 
 @REID_HEADS_REGISTRY.register()
 class GlobalPartHead(GlobalPartEmbedding):
-    """Global and part features on FastReID's pooling and normalisation layers.
+    """Global and part features on FastReID's pooling and normalization layers.
 
     Reads ``MODEL.BACKBONE.FEAT_DIM``, ``MODEL.HEADS.{EMBEDDING_DIM, POOL_LAYER, NORM,
     WITH_BNNECK}`` and ``MODEL.SELCON.{NUM_PARTS, PROJECT_GLOBAL}``. ``EMBEDDING_DIM`` 0
-    means as wide as the backbone; ``WITH_BNNECK`` freezes the shift of the normalisation at
+    means as wide as the backbone; ``WITH_BNNECK`` freezes the shift of the normalization at
     0, as FastReID's own head does.
 
     Raises:

@@ -44,7 +44,7 @@ class MethodHook(HookBase):
         if measured:
             self.trainer.storage.put_scalars(smoothing_hint=False, **measured)
         if self.trainer.epoch + 1 == self.trainer.max_epoch:
-            self._run.judge_last(self.trainer.max_epoch)
+            self._run.score_final_epoch(self.trainer.max_epoch)
 
 
 class DiagnosticsHook(HookBase):

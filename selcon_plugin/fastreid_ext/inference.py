@@ -11,18 +11,14 @@ from fastreid.config import CfgNode
 from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
-from selcon_plugin.engine.inference import (
-    InferenceNetwork,
-    Preprocessing,
-    load_all_tensors,
-)
 from selcon_plugin.fastreid_ext.meta_arch import SelCon
-from selcon_plugin.imagenet_weights import read_state_dict
-from selcon_plugin.safe_loading import data_only
+from selcon_plugin.io.safe_loading import data_only
+from selcon_plugin.models.inference import InferenceNetwork, Preprocessing, load_all_tensors
+from selcon_plugin.models.pretrained import read_state_dict
 
 # A head that was trained on identities has a classifier, which features do not need.
-_BESIDES = ("heads.weight", "heads.classifier.")
-_TAUGHT = "teacher.module."
+_IGNORED_PREFIXES = ("heads.weight", "heads.classifier.")
+_TEACHER_PREFIX = "teacher.module."
 
 
 class _Baseline(nn.Module):
@@ -77,7 +73,7 @@ def load_network(
     else:
         model = _Baseline(model)
     state = _without_student(read_state_dict(Path(weights).expanduser()))
-    load_all_tensors(model, state, source=str(weights), besides=_BESIDES)
+    load_all_tensors(model, state, source=str(weights), ignore_prefixes=_IGNORED_PREFIXES)
     preprocessing = Preprocessing(
         size=tuple(cfg.INPUT.SIZE_TEST),
         interpolation="bicubic",
@@ -91,8 +87,8 @@ def _without_student(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Put the teacher's weights, where there are any, in the place of the student's."""
     plain = {key.removeprefix("module."): tensor for key, tensor in state.items()}
     taught = {
-        key.removeprefix(_TAUGHT): tensor
+        key.removeprefix(_TEACHER_PREFIX): tensor
         for key, tensor in plain.items()
-        if key.startswith(_TAUGHT)
+        if key.startswith(_TEACHER_PREFIX)
     }
     return plain | taught

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from selcon_plugin.engine.network import EmbeddingNetwork, usable_parts
 from selcon_plugin.fastreid_ext.config import complete_config, selected_method_options
 from selcon_plugin.features import Embeddings
+from selcon_plugin.io.safe_loading import MIN_LOADED_RATIO, data_only, loading_noted
 from selcon_plugin.methods import build_method
-from selcon_plugin.safe_loading import MIN_LOADED_SHARE, data_only, loading_noted
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class SelCon(EmbeddingNetwork):
     def embed(
         self, batched_inputs: dict[str, Any] | Tensor, *, student: bool = False
     ) -> Embeddings:
-        """Images to embeddings: normalise, backbone, head.
+        """Images to embeddings: normalize, backbone, head.
 
         Args:
             batched_inputs: A batch with ``images``, or the images ``(B, 3, h, w)``
@@ -139,7 +139,7 @@ def _build_backbone(cfg: CfgNode) -> nn.Module:
     if (
         node.NAME not in _OWN_BACKBONES
         and node.PRETRAIN_PATH
-        and max(shares, default=1) < MIN_LOADED_SHARE
+        and max(shares, default=1) < MIN_LOADED_RATIO
     ):
         raise ValueError(
             f"MODEL.BACKBONE.PRETRAIN_PATH {node.PRETRAIN_PATH!r}: the weights do not fit "

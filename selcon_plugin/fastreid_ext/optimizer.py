@@ -1,4 +1,4 @@
-"""FastReID's optimiser with few parameter groups, in one kernel each."""
+"""FastReID's optimizer with few parameter groups, in one kernel each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Group = dict[str, Any]
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> tuple[Optimizer, list[Group]]:
-    """Build FastReID's optimiser on the model's own parameters.
+    """Build FastReID's optimizer on the model's own parameters.
 
     FastReID makes a group of every parameter, and PyTorch steps group by group: hundreds of
     small kernels. Here parameters of the same settings share a group, which changes no
@@ -28,7 +28,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> tuple[Optimizer, list[Gro
         model: Model whose parameters are trained.
 
     Returns:
-        The optimiser, and its parameter groups as FastReID's trainer wants them.
+        The optimizer, and its parameter groups as FastReID's trainer wants them.
     """
     optimizer, _ = build_host_optimizer(cfg, model, contiguous=False)
     groups = merge_groups(optimizer.param_groups)
@@ -64,7 +64,7 @@ def merge_groups(groups: list[Group]) -> list[Group]:
     """Join parameter groups whose settings are equal.
 
     Args:
-        groups: As an optimiser has them.
+        groups: As an optimizer has them.
 
     Returns:
         One group for each combination of settings, in the order of their first parameters.

@@ -12,12 +12,12 @@ from fastreid.utils.params import ContiguousParams
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from selcon_plugin.engine.bad_numbers import StepGuard
 from selcon_plugin.engine.batches import split_batch
+from selcon_plugin.engine.guard import StepGuard
 
 
 class AccumulatingTrainer(SimpleTrainer):
-    """FastReID's ``SimpleTrainer`` with each batch in parts, and one optimiser step.
+    """FastReID's ``SimpleTrainer`` with each batch in parts, and one optimizer step.
 
     The gradient is the mean of the micro-batches' gradients: that of the whole batch where
     the loss is a mean over images that do not see each other. Batch norm sees a micro-batch
@@ -140,7 +140,7 @@ class AccumulatingTrainer(SimpleTrainer):
 
 
 class AccumulatingAMPTrainer(AccumulatingTrainer, AMPTrainer):
-    """FastReID's ``AMPTrainer`` with each batch in parts, and one optimiser step.
+    """FastReID's ``AMPTrainer`` with each batch in parts, and one optimizer step.
 
     Mixed precision in float16, on CUDA: the loss scale is the same for all micro-batches of
     a batch and changes once per step. Otherwise as :class:`AccumulatingTrainer`, which does

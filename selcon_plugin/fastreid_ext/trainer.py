@@ -20,16 +20,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from selcon_plugin.clustering import Labeler
-from selcon_plugin.engine.bad_numbers import check_state
+from selcon_plugin.config.checks import make_output_folder
 from selcon_plugin.engine.best_weights import NEVER, BestWeights
-from selcon_plugin.engine.checks import make_output_folder
 from selcon_plugin.engine.extraction import calibrate_normalization
 from selcon_plugin.engine.image_list import images_to_resume_with, write_image_list
-from selcon_plugin.engine.progress import Watched
+from selcon_plugin.engine.progress import ProgressLoader
 from selcon_plugin.engine.run import TrainingRun, seed_all
-from selcon_plugin.engine.run_record import RunMeter
-from selcon_plugin.engine.run_state import RunState
-from selcon_plugin.engine.settings import STREAM_SAMPLER, clusters_per_batch
 from selcon_plugin.engine.stopping import RunStopped, StopSignals
 from selcon_plugin.fastreid_ext import data as selcon_data
 from selcon_plugin.fastreid_ext.checkpoint import STOPPED, SelConCheckpointer
@@ -60,6 +56,10 @@ from selcon_plugin.fastreid_ext.train_step import (
     AccumulatingTrainer,
 )
 from selcon_plugin.features import Embeddings
+from selcon_plugin.models.finite import check_state
+from selcon_plugin.runs.results import RunMeter
+from selcon_plugin.runs.state import RunState
+from selcon_plugin.samplers.cluster import STREAM_SAMPLER, clusters_per_batch
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def load_trained_model(cfg: CfgNode) -> SelCon:
 class SelConTrainer(DefaultTrainer):
     """Takes the place of ``DefaultTrainer`` in a FastReID script.
 
-    Optimiser, schedule, mixed precision, evaluation, writers and checkpoints are
+    Optimizer, schedule, mixed precision, evaluation, writers and checkpoints are
     FastReID's. Different are: the data (label-blind, indexed, resumable), the checkpointer
     (banks, atomic files), the hooks of the method, CPU and gloo beside CUDA and NCCL.
 
@@ -181,7 +181,7 @@ class SelConTrainer(DefaultTrainer):
     def _build_steps(
         self, cfg: CfgNode, model: nn.Module, loader: selcon_data.TrainLoader
     ) -> AccumulatingTrainer:
-        """Build what takes the training steps: optimiser, precision, parts of a batch."""
+        """Build what takes the training steps: optimizer, precision, parts of a batch."""
         mixed = cfg.SOLVER.AMP.ENABLED
         if cfg.MODEL.DEVICE == "cpu" or mixed:
             # Convolutions with channels innermost are up to a third faster on a CPU, and
@@ -315,9 +315,9 @@ class SelConTrainer(DefaultTrainer):
             min_clusters=clusters_per_batch(
                 sampler_name(cfg), cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE
             ),
-            max_bad_share=cfg.MODEL.SELCON.MAX_BAD_SHARE,
-            on_bad_numbers=cfg.MODEL.SELCON.ON_BAD_NUMBERS,
-            max_bad_steps=cfg.MODEL.SELCON.MAX_BAD_STEPS,
+            max_unreadable_ratio=cfg.MODEL.SELCON.MAX_UNREADABLE_RATIO,
+            on_nonfinite=cfg.MODEL.SELCON.ON_NONFINITE,
+            max_nonfinite_steps=cfg.MODEL.SELCON.MAX_NONFINITE_STEPS,
             best=self.best,
             folder=cfg.OUTPUT_DIR,
         )
@@ -447,14 +447,14 @@ class SelConTrainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> tuple[Any, Any]:
-        """Build FastReID's optimiser on the model's own parameters.
+        """Build FastReID's optimizer on the model's own parameters.
 
         Args:
             cfg: Complete config.
             model: Model whose parameters are trained.
 
         Returns:
-            The optimiser, and its parameter groups as FastReID's trainer wants them.
+            The optimizer, and its parameter groups as FastReID's trainer wants them.
         """
         return build_optimizer(cfg, model)
 
@@ -470,7 +470,7 @@ class SelConTrainer(DefaultTrainer):
         """Build FastReID's evaluator, with the camera term where it is asked for."""
         loader, num_query = cls.build_test_loader(cfg, dataset_name)
         record = {"items": loader.dataset.img_items, "name": dataset_name}
-        loader = Watched(loader, f"Evaluation on {dataset_name}")
+        loader = ProgressLoader(loader, f"Evaluation on {dataset_name}")
         if not cfg.MODEL.SELCON.TEST_CAMERA_TERM:
             return loader, RecordingEvaluator(cfg, num_query, output_dir, **record)
         num_cameras = max(loader.dataset.cams) + 1

@@ -132,8 +132,8 @@ def associate_proxies(
     Args:
         similarity: Of each image to each proxy, shape ``(B, P)``.
         cameras: Camera of each proxy, int64, shape ``(P,)``: numbers below P, as
-            :func:`~selcon_plugin.camera_proxies.number_camera_proxies` gives them; -1 where
-            unknown.
+            :func:`~selcon_plugin.memory.camera_proxy.number_camera_proxies` gives
+            them; -1 where unknown.
         num_positives: How many are chosen, at least 1; one for each camera where there are
             fewer cameras.
 
@@ -166,7 +166,7 @@ def online_association_loss(
     cameras: Tensor,
     *,
     temperature: float = 0.07,
-    image_share: float = 0.15,
+    image_weight: float = 0.15,
     num_positives: int = 3,
     num_negatives: int = 50,
     sample_weight: Tensor | None = None,
@@ -190,7 +190,7 @@ def online_association_loss(
         cameras: Camera of each proxy, int64, shape ``(P,)``, as in
             :func:`associate_proxies`.
         temperature: Softmax temperature τ; similarities are divided by it.
-        image_share: w, weight of the image's own similarity; the rest is its proxy's.
+        image_weight: w, weight of the image's own similarity; the rest is its proxy's.
         num_positives: How many proxies are positives, at least 1.
         num_negatives: How many negatives, at least 1; fewer where there are fewer.
         sample_weight: Factor on each image's loss, shape ``(B,)``; None for 1. The mean is
@@ -200,17 +200,17 @@ def online_association_loss(
         Scalar loss, mean over the images that have a proxy.
 
     Raises:
-        ValueError: If ``image_share`` is outside [0, 1]; else as above.
+        ValueError: If ``image_weight`` is outside [0, 1]; else as above.
 
     References:
         Wang et al., "Offline-Online Associated Camera-Aware Proxies for Unsupervised Person
         Re-Identification", IEEE TIP 2022. https://arxiv.org/abs/2201.05820
     """
-    if not 0.0 <= image_share <= 1.0:
-        raise ValueError(f"image_share must lie in [0, 1], got {image_share}")
+    if not 0.0 <= image_weight <= 1.0:
+        raise ValueError(f"image_weight must lie in [0, 1], got {image_weight}")
     own = _own_proxy(similarity, targets)
     with torch.no_grad():
-        mixed = torch.lerp(bank_product(bank[own], bank), similarity.float(), image_share)
+        mixed = torch.lerp(bank_product(bank[own], bank), similarity.float(), image_weight)
         positive = associate_proxies(mixed, cameras, num_positives=num_positives)
         hardest = _most_similar(mixed, positive, num_negatives)
     return _contrast(

@@ -59,7 +59,8 @@ def cluster_contrastive_loss(
             ignored. A batch of nothing but outliers has loss 0.
         temperature: Softmax temperature τ; similarities are divided by it.
         sample_weight: Factor :math:`w_i` on each image's loss, shape ``(B,)``, for instance
-            from :func:`~selcon_plugin.camera_entropy.camera_entropy_weights`; None for 1.
+            from :func:`~selcon_plugin.losses.camera_weights.camera_entropy_weights`;
+            None for 1.
         focal_gamma: Exponent of the focal factor, at least 0 (off): the larger, the less
             well-matched images count.
         detach_focal: Whether the focal factor is a constant, a weight: the gradient is then

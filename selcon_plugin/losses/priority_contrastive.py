@@ -74,10 +74,10 @@ def priority_contrastive_loss(
             f"{len(bank)} rows, got shape {tuple(priority.shape)}"
         )
     unit = F.normalize(features.float(), dim=1)
-    log_share = F.log_softmax(bank_product(unit, bank.detach()) / temperature, dim=1)
+    log_ratio = F.log_softmax(bank_product(unit, bank.detach()) / temperature, dim=1)
     total = priority.sum(dim=1)
     inside = total > 0
-    losses = -(priority * log_share).sum(dim=1) / total.masked_fill(~inside, 1.0)
+    losses = -(priority * log_ratio).sum(dim=1) / total.masked_fill(~inside, 1.0)
     if sample_weight is not None:
         losses = losses * sample_weight.to(losses)
     return losses.sum() / inside.sum().clamp(min=1)

@@ -38,12 +38,12 @@ def _rows_per_candidate(batch_size: int) -> float:
 def positive_weights(
     num_positives: int, *, self_weight: float = 0.5, neighbor_scale: float = 1.75
 ) -> Tensor:
-    """Weights of the positives: the own entry first, the rest shared by the neighbours.
+    """Weights of the positives: the own entry first, the rest shared by the neighbors.
 
     Args:
         num_positives: Columns P = 1 + K.
         self_weight: Weight of the own entry (the paper's λ_t), in (0, 1].
-        neighbor_scale: Factor α on what is left for the neighbours: each gets
+        neighbor_scale: Factor α on what is left for the neighbors: each gets
             ``α (1 - λ_t) / K``. Above 1 the weights sum to more than 1, as in the paper.
 
     Returns:
@@ -133,8 +133,8 @@ def selective_contrastive_loss(
     *,
     positive_weight: Tensor,
     negative_mask: Tensor | None = None,
-    exempt_positive: Tensor | None = None,
-    exempt_negative: Tensor | None = None,
+    ignored_positive: Tensor | None = None,
+    ignored_negative: Tensor | None = None,
     temperature: float = 0.1,
     focal_gamma: float = 0.0,
 ) -> Tensor:
@@ -156,8 +156,8 @@ def selective_contrastive_loss(
     entry is False. What is absent is not in :math:`A_i`; the index in its place may be any
     row. An anchor without positives has loss 0, and counts in the mean.
 
-    Pairs can be exempt: a negative of ``exempt_negative`` does not count against a positive
-    of ``exempt_positive``: it is not in :math:`A_i` under that positive.
+    Pairs can be ignored: a negative of ``ignored_negative`` does not count against a
+    positive of ``ignored_positive``: it is not in :math:`A_i` under that positive.
 
     With ``focal_gamma`` :math:`\gamma` each :math:`L_i` is multiplied by :math:`(1 -
     P_i)^\gamma`, where :math:`P_i` is the softmax's share of all positives: anchors that
@@ -172,9 +172,9 @@ def selective_contrastive_loss(
         positive_weight: Weight of each positive column, shape ``(P,)``; or of each anchor's
             positives, shape ``(B, P)``, 0 for those it does not have.
         negative_mask: Which negatives there are, bool, shape ``(B, N)``; None for all.
-        exempt_positive: Positives against which the exempt negatives do not count, bool,
+        ignored_positive: Positives against which the exempt negatives do not count, bool,
             shape ``(B, P)``; None for none.
-        exempt_negative: Those negatives, bool, shape ``(B, N)``; given with it.
+        ignored_negative: Those negatives, bool, shape ``(B, N)``; given with it.
         temperature: Softmax temperature τ; similarities are divided by it.
         focal_gamma: Exponent γ of the focal factor, at least 0 (off).
 
@@ -208,8 +208,8 @@ def selective_contrastive_loss(
         raise ValueError(f"temperature must be positive, got {temperature}")
     if not focal_gamma >= 0:
         raise ValueError(f"focal_gamma must be 0 or more, got {focal_gamma}")
-    if (exempt_positive is None) != (exempt_negative is None):
-        raise ValueError("exempt_positive and exempt_negative must be given together")
+    if (ignored_positive is None) != (ignored_negative is None):
+        raise ValueError("ignored_positive and ignored_negative must be given together")
     present = _present_candidates(
         positive_index, negative_index, positive_weight, negative_mask
     )
@@ -222,11 +222,11 @@ def selective_contrastive_loss(
     num_positives = positive_index.shape[1]
     all_log_prob = F.log_softmax(logits, dim=2)[:, :, :num_positives]  # (B, V, P)
     log_prob = all_log_prob
-    if exempt_positive is not None and exempt_negative is not None:
-        exempt = F.pad(exempt_negative, (num_positives, 0))[:, None]  # (B, 1, A)
+    if ignored_positive is not None and ignored_negative is not None:
+        exempt = F.pad(ignored_negative, (num_positives, 0))[:, None]  # (B, 1, A)
         fewer = logits.masked_fill(exempt, torch.finfo(logits.dtype).min)
         log_prob = torch.where(
-            exempt_positive[:, None],
+            ignored_positive[:, None],
             F.log_softmax(fewer, dim=2)[:, :, :num_positives],
             all_log_prob,
         )
@@ -257,12 +257,12 @@ class SelectiveContrastiveLoss(nn.Module):
 
     The weights follow the positives actually given: a warm-up batch whose only positive is
     the image itself has the single weight ``self_weight``, and a bank too small for K
-    neighbours shares the neighbours' weight among those it has.
+    neighbors shares the neighbors' weight among those it has.
 
     Args:
-        num_neighbors: Neighbours K a full batch has.
+        num_neighbors: Neighbors K a full batch has.
         self_weight: Weight λ_t of the own entry.
-        neighbor_scale: Factor α on the weight shared by the neighbours.
+        neighbor_scale: Factor α on the weight shared by the neighbors.
         temperature: Softmax temperature τ.
         focal_gamma: Exponent γ of the focal factor, at least 0 (off).
 
@@ -323,8 +323,8 @@ class SelectiveContrastiveLoss(nn.Module):
         *,
         positive_mask: Tensor | None = None,
         negative_mask: Tensor | None = None,
-        exempt_positive: Tensor | None = None,
-        exempt_negative: Tensor | None = None,
+        ignored_positive: Tensor | None = None,
+        ignored_negative: Tensor | None = None,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
         """Compute the loss; arguments and result as in the function.
@@ -335,11 +335,11 @@ class SelectiveContrastiveLoss(nn.Module):
             positive_index: Shape ``(B, P)``.
             negative_index: Shape ``(B, N)``.
             positive_mask: Which positives there are, bool ``(B, P)``; None for all. The
-                neighbours there are share the neighbours' weight.
+                neighbors there are share the neighbors' weight.
             negative_mask: Which negatives there are, bool ``(B, N)``; None for all.
-            exempt_positive: Positives against which exempt negatives do not count, bool
+            ignored_positive: Positives against which exempt negatives do not count, bool
                 ``(B, P)``; None for none.
-            exempt_negative: Those negatives, bool ``(B, N)``; given with it.
+            ignored_negative: Those negatives, bool ``(B, N)``; given with it.
             sample_weight: Factor on each anchor's loss, shape ``(B,)``; None for 1.
 
         Returns:
@@ -363,8 +363,8 @@ class SelectiveContrastiveLoss(nn.Module):
             negative_index,
             positive_weight=weights,
             negative_mask=negative_mask,
-            exempt_positive=exempt_positive,
-            exempt_negative=exempt_negative,
+            ignored_positive=ignored_positive,
+            ignored_negative=ignored_negative,
             temperature=self.temperature,
             focal_gamma=self.focal_gamma,
         )

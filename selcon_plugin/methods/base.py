@@ -45,7 +45,7 @@ class Method(nn.Module, ABC):
             :meth:`check_cameras`.
         uses_parts: Whether part features are used; without, the head builds none.
         default_sampler: How batches are drawn unless the user says otherwise: ``"stream"``
-            for shuffled images, else a planner of :mod:`selcon_plugin.samplers`.
+            for shuffled images, else a planner of :mod:`selcon_plugin.samplers.cluster`.
         collapse_remedy: What to do if all features become alike, for the warning.
         labels: Cluster of each image, int64 ``(M,)``, -1 for outliers and where the method
             has no clusters.
@@ -208,12 +208,12 @@ class Method(nn.Module, ABC):
                 method that makes none need not take them.
 
         Returns:
-            Scalars by name; training minimises their sum.
+            Scalars by name; training minimizes their sum.
         """
 
     @abstractmethod
     def update(self, index: Tensor, embeddings: Embeddings) -> None:
-        """Write a batch into the banks; once, after the optimiser step.
+        """Write a batch into the banks; once, after the optimizer step.
 
         In a distributed run the batches of all ranks are gathered first, so that the banks
         stay identical on every rank.
@@ -228,9 +228,9 @@ class Method(nn.Module, ABC):
         return {}
 
     def selected_positives(self) -> tuple[Tensor, Tensor] | None:
-        """Return the last batch's anchors ``(B,)`` and their neighbours ``(B, K)``.
+        """Return the last batch's anchors ``(B,)`` and their neighbors ``(B, K)``.
 
-        None where the method has no per-image neighbours, or none yet. Used by diagnostics
+        None where the method has no per-image neighbors, or none yet. Used by diagnostics
         that know the identities; training does not look at it.
         """
         return None

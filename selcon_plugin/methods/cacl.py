@@ -1,8 +1,8 @@
-"""CACL: a second view without colour regularises the first.
+"""CACL: a second view without color regularizes the first.
 
-Clusters of images are to a good part clusters of clothes' colours. CACL embeds every batch
-a second time in shades of grey, learns clusters in that view as well, and pulls the colour
-view towards it: shape and texture have to carry what colour carried alone.
+Clusters of images are to a good part clusters of clothes' colors. CACL embeds every batch
+a second time in shades of gray, learns clusters in that view as well, and pulls the color
+view towards it: shape and texture have to carry what color carried alone.
 
 Li et al., "Cluster-guided Asymmetric Contrastive Learning for Unsupervised Person
 Re-Identification", TIP 2022. https://arxiv.org/abs/2106.07846
@@ -18,20 +18,21 @@ from torch import Tensor
 
 from selcon_plugin.distributed import gather_batch
 from selcon_plugin.features import Embeddings
-from selcon_plugin.memory import InstanceMemory, cluster_means
+from selcon_plugin.memory.instance import InstanceMemory
+from selcon_plugin.memory.writes import cluster_means
 from selcon_plugin.methods.base import register_method
 from selcon_plugin.methods.cluster_method import ClusterMethod
 from selcon_plugin.options import Interval
 
 
-def grey_images(images: Tensor) -> Tensor:
-    """Take the colour out of images: their luma (ITU-R BT.601) in all three channels.
+def gray_images(images: Tensor) -> Tensor:
+    """Take the color out of images: their luma (ITU-R BT.601) in all three channels.
 
     Args:
         images: RGB, shape ``(B, 3, H, W)``, any scale.
 
     Returns:
-        Float32, the same shape; grey images come out as they went in.
+        Float32, the same shape; gray images come out as they went in.
     """
     red, green, blue = images.float().unbind(dim=1)
     luma = red + 0.587 * (green - red) + 0.114 * (blue - red)
@@ -40,26 +41,26 @@ def grey_images(images: Tensor) -> Tensor:
 
 @register_method("CACL")
 class CACL(ClusterMethod):
-    """Cluster-guided asymmetric contrast of a colour and a grey view, with one network.
+    """Cluster-guided asymmetric contrast of a color and a gray view, with one network.
 
     A reconstruction with one network. The paper trains two, one for each view, and puts a
-    projector between the colour features and what they are compared with; here one network
+    projector between the color features and what they are compared with; here one network
     embeds both views, and the features are compared as they are. The paper's filter of
     clusters is not part of this method.
 
-    Each view has a memory of one row per image, which is clustered (the colour one),
+    Each view has a memory of one row per image, which is clustered (the color one),
     written with the view's own features and kept from epoch to epoch. A cluster's logit is
     the mean of the similarities to its members. The loss is the sum of
 
     * the contrast of each view with the clusters in its own memory, with a focal factor;
-    * the mean negative cosine between the colour feature and the image's grey feature;
-    * the mean negative cosine between the colour feature and its cluster's grey mean.
+    * the mean negative cosine between the color feature and the image's gray feature;
+    * the mean negative cosine between the color feature and its cluster's gray mean.
 
-    The grey side of the last two is a constant: only the colour view follows. Both memories
-    start from the colour features of the first extraction, the only ones there are; the
-    grey rows then follow the grey view. In the paper outliers are clusters of one image:
+    The gray side of the last two is a constant: only the color view follows. Both memories
+    start from the color features of the first extraction, the only ones there are; the
+    gray rows then follow the gray view. In the paper outliers are clusters of one image:
     ``MODEL.SELCON.CLUSTERING.OUTLIERS: singleton``. Without it they are not contrasted, and
-    follow their grey feature alone.
+    follow their gray feature alone.
 
     Args:
         num_images: Training images M.
@@ -68,10 +69,10 @@ class CACL(ClusterMethod):
         part_dim: Not used.
         temperature: τ, divides the similarities.
         bank_momentum: Weight of the old row when a memory is written.
-        grey_feature_weight: Weight of the pull of the colour feature towards the image's
-            grey feature.
-        grey_cluster_weight: Weight of the pull of the colour feature towards the cluster's
-            grey mean.
+        gray_feature_weight: Weight of the pull of the color feature towards the image's
+            gray feature.
+        gray_cluster_weight: Weight of the pull of the color feature towards the cluster's
+            gray mean.
         focal_gamma: Exponent of the focal factor 1 - p on a sample's loss, which raises the
             share of hard samples; 0 for none.
         **options: The other options of :class:`ClusterMethod`.
@@ -86,8 +87,8 @@ class CACL(ClusterMethod):
         *,
         temperature: Annotated[float, Interval(0, above=True)] = 0.05,
         bank_momentum: Annotated[float, Interval(0, 1)] = 0.2,
-        grey_feature_weight: Annotated[float, Interval(0)] = 1.0,
-        grey_cluster_weight: Annotated[float, Interval(0)] = 1.0,
+        gray_feature_weight: Annotated[float, Interval(0)] = 1.0,
+        gray_cluster_weight: Annotated[float, Interval(0)] = 1.0,
         focal_gamma: Annotated[float, Interval(0)] = 4.0,
         **options: Any,
     ) -> None:
@@ -100,26 +101,26 @@ class CACL(ClusterMethod):
             **options,
         )
         self.temperature = temperature
-        self.grey_feature_weight = grey_feature_weight
-        self.grey_cluster_weight = grey_cluster_weight
+        self.gray_feature_weight = gray_feature_weight
+        self.gray_cluster_weight = gray_cluster_weight
         self.memory = InstanceMemory(num_images, global_dim, momentum=bank_momentum)
-        self.grey_memory = InstanceMemory(num_images, global_dim, momentum=bank_momentum)
-        # Grey features that loss() saw and update() of the same step writes: not state.
+        self.gray_memory = InstanceMemory(num_images, global_dim, momentum=bank_momentum)
+        # Gray features that loss() saw and update() of the same step writes: not state.
         # Several where gradients are accumulated.
         self._pending: list[Tensor] = []
 
     def make_views(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Make the grey view of a batch."""
-        return (grey_images(images),)
+        """Make the gray view of a batch."""
+        return (gray_images(images),)
 
     def clustering_features(self) -> Tensor | None:
-        """Return the colour memory, once it is filled."""
+        """Return the color memory, once it is filled."""
         return self.memory.bank if self.prepared else None
 
     def _rebuild(self, features: Tensor, labels: Tensor) -> None:
         if not self.prepared:
             self.memory.fill(features)
-            self.grey_memory.fill(features)
+            self.gray_memory.fill(features)
 
     def loss(
         self,
@@ -128,30 +129,30 @@ class CACL(ClusterMethod):
         camids: Tensor | None,
         *views: Embeddings,
     ) -> dict[str, Tensor]:
-        """Contrast both views, and pull the colour view towards the grey one."""
+        """Contrast both views, and pull the color view towards the gray one."""
         if len(views) != 1:
             raise ValueError(
-                "CACL compares the colour view of a batch with one grey view, got "
+                "CACL compares the color view of a batch with one gray view, got "
                 f"{len(views)} further views: hand loss() the embeddings of what "
                 "make_views() made of the images"
             )
-        color, grey = embeddings.global_features, views[0].global_features
-        self._pending.append(grey.detach())
+        color, gray = embeddings.global_features, views[0].global_features
+        self._pending.append(gray.detach())
         color_means = cluster_means(self.memory.bank, self.labels, normalize=False)
-        grey_means = cluster_means(self.grey_memory.bank, self.labels, normalize=False)
+        gray_means = cluster_means(self.gray_memory.bank, self.labels, normalize=False)
         tau = self.temperature
         loss_color = self._contrast(color, color_means, index, camids, temperature=tau)
-        loss_grey = self._contrast(grey, grey_means, index, camids, temperature=tau)
+        loss_gray = self._contrast(gray, gray_means, index, camids, temperature=tau)
         targets = self.labels[index]
         inside = targets >= 0
-        to_feature = F.cosine_similarity(color.float(), grey.detach().float())
-        to_cluster = F.cosine_similarity(color.float(), grey_means[targets])
+        to_feature = F.cosine_similarity(color.float(), gray.detach().float())
+        to_cluster = F.cosine_similarity(color.float(), gray_means[targets])
         to_cluster = (to_cluster * inside).sum() / inside.sum().clamp(min=1)
         return {
             "loss_color": loss_color,
-            "loss_grey": loss_grey,
-            "loss_grey_feature": -self.grey_feature_weight * to_feature.mean(),
-            "loss_grey_cluster": -self.grey_cluster_weight * to_cluster,
+            "loss_gray": loss_gray,
+            "loss_gray_feature": -self.gray_feature_weight * to_feature.mean(),
+            "loss_gray_cluster": -self.gray_cluster_weight * to_cluster,
         }
 
     @torch.no_grad()
@@ -169,4 +170,4 @@ class CACL(ClusterMethod):
 
     def _write(self, index: Tensor, features: Tensor, targets: Tensor) -> None:
         self.memory.update(index, features)
-        self.grey_memory.update(index, gather_batch(self._pending.pop().float()))
+        self.gray_memory.update(index, gather_batch(self._pending.pop().float()))

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selcon_plugin.camera_proxies import CameraProxyMemory, camera_sum_weights
 from selcon_plugin.clustering import PseudoLabels
 from selcon_plugin.distance import bank_product
 from selcon_plugin.distributed import gather_batch
 from selcon_plugin.features import Embeddings
+from selcon_plugin.memory.camera_proxy import CameraProxyMemory, camera_sum_weights
 from selcon_plugin.methods.base import Method
 from selcon_plugin.options import Interval
 
@@ -21,7 +21,7 @@ class CameraProxyMethod(Method):
     """Base of methods that cut each cluster by camera.
 
     Batches take K images of each of several proxies. Images of unknown camera are one proxy
-    of their cluster, see :mod:`selcon_plugin.camera_proxies`. A subclass takes
+    of their cluster, see :mod:`selcon_plugin.memory.camera_proxy`. A subclass takes
     ``**options`` and hands them on, and so has the options below.
 
     Args:

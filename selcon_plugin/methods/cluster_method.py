@@ -8,12 +8,12 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from selcon_plugin.camera_entropy import CAMERA_WEIGHTS, CameraWeighting
 from selcon_plugin.clustering import PseudoLabels
 from selcon_plugin.clustering.pseudo_labels import outliers_alone
 from selcon_plugin.distributed import gather_batch
 from selcon_plugin.features import Embeddings
 from selcon_plugin.losses import cluster_contrastive_loss
+from selcon_plugin.losses.camera_weights import CAMERA_WEIGHTS, CameraWeighting
 from selcon_plugin.methods.base import Method
 from selcon_plugin.options import Choice, Interval
 
@@ -32,13 +32,13 @@ class ClusterMethod(Method):
         part_dim: Not used.
         camera_weight: Weight of a sample by the cameras that see its cluster: ``"batch"``
             (3C), ``"cluster"`` (CALR), ``"multi_camera"`` (JCL) or ``"none"``; see
-            :mod:`selcon_plugin.camera_entropy`.
+            :mod:`selcon_plugin.losses.camera_weights`.
         focal_gamma: Exponent of the focal factor 1 - p on a sample's loss, which raises
             the share of hard samples; 0 for none.
 
     Attributes:
         outliers_are_classes: Whether each outlier is a class of its own, numbered after the
-            clusters. Outliers are drawn if a share of the batch (``OUTLIER_SHARE``) is
+            clusters. Outliers are drawn if a share of the batch (``OUTLIER_RATIO``) is
             theirs.
         classes: Class of each image, int64 ``(M,)``: its cluster; for an outlier -1 or, if
             outliers are classes, its own.

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from selcon_plugin.features import Embeddings
 from selcon_plugin.losses import cluster_contrastive_loss, priority_contrastive_loss
-from selcon_plugin.memory import ClusterMemory, InstanceMemory, cluster_means
+from selcon_plugin.memory.cluster import ClusterMemory
+from selcon_plugin.memory.instance import InstanceMemory
+from selcon_plugin.memory.writes import cluster_means
 from selcon_plugin.methods.base import register_method
 from selcon_plugin.methods.cluster_method import ClusterMethod
 from selcon_plugin.options import Interval

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from selcon_plugin.features import Embeddings
 from selcon_plugin.losses import cluster_contrastive_loss, sample_constraint_loss
-from selcon_plugin.memory import InstanceMemory
+from selcon_plugin.memory.instance import InstanceMemory
 from selcon_plugin.methods.base import register_method
 from selcon_plugin.methods.cluster_contrast import ClusterContrast
 from selcon_plugin.options import Interval

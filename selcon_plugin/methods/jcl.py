@@ -14,7 +14,9 @@ from torch import Tensor
 
 from selcon_plugin.features import Embeddings
 from selcon_plugin.losses import cluster_contrastive_loss, instance_contrastive_loss
-from selcon_plugin.memory import ClusterMemory, InstanceMemory, cluster_means
+from selcon_plugin.memory.cluster import ClusterMemory
+from selcon_plugin.memory.instance import InstanceMemory
+from selcon_plugin.memory.writes import cluster_means
 from selcon_plugin.methods.base import register_method
 from selcon_plugin.methods.cluster_method import ClusterMethod
 from selcon_plugin.options import Interval
@@ -35,7 +37,7 @@ class JCL(ClusterMethod):
     short runs on two draws of SyntheticPersons disagreed on 0.25 and 1. The other two parts
     of JCL are not in the method: the filter of single-camera clusters
     (``CLUSTERING.DROP_SINGLE_CAMERA``), and the attention with WaveBlock
-    (:func:`selcon_plugin.wave_block.insert_wave_blocks`).
+    (:func:`selcon_plugin.models.wave_block.insert_wave_blocks`).
 
     Args:
         num_images: Training images M.

@@ -42,7 +42,7 @@ class O2CAP(CameraProxyMethod):
         num_parts: Not used.
         part_dim: Not used.
         intra_weight: Weight of the intra-camera loss; 0 leaves it out.
-        image_share: Share of the image's own similarity when proxies are associated; the
+        image_weight: Share of the image's own similarity when proxies are associated; the
             rest is its proxy's.
         num_positives: Proxies of different cameras that the online association chooses.
         **options: Those of :class:`CameraProxyMethod`.
@@ -56,13 +56,13 @@ class O2CAP(CameraProxyMethod):
         part_dim: int = 0,
         *,
         intra_weight: Annotated[float, Interval(0)] = 0.0,
-        image_share: Annotated[float, Interval(0, 1)] = 0.15,
+        image_weight: Annotated[float, Interval(0, 1)] = 0.15,
         num_positives: Annotated[int, Interval(1)] = 3,
         **options: Any,
     ) -> None:
         super().__init__(num_images, global_dim, num_parts, part_dim, **options)
         self.intra_weight = intra_weight
-        self.image_share = image_share
+        self.image_weight = image_weight
         self.num_positives = num_positives
 
     def loss(
@@ -91,7 +91,7 @@ class O2CAP(CameraProxyMethod):
                 targets,
                 self.proxies.cameras,
                 temperature=self.temperature,
-                image_share=self.image_share,
+                image_weight=self.image_weight,
                 num_positives=self.num_positives,
                 num_negatives=self.num_negatives,
                 sample_weight=weights,

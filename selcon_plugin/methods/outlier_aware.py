@@ -22,7 +22,7 @@ class OutlierAware(ClusterContrast):
     own row, which it alone writes. Without outliers this is :class:`ClusterContrast`.
 
     A cluster's image meets the outliers as negatives in any case; that outliers are trained
-    as well takes a share of the batch (``MODEL.SELCON.OUTLIER_SHARE``), since one image
+    as well takes a share of the batch (``MODEL.SELCON.OUTLIER_RATIO``), since one image
     cannot fill its part of a P x K batch.
 
     The options are those of :class:`ClusterContrast`.

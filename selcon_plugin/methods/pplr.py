@@ -1,6 +1,6 @@
 """PPLR: parts refine the labels of the whole, and agreement smooths those of the parts.
 
-Where a part sees the same neighbours as the whole image, its label can be trusted; where it
+Where a part sees the same neighbors as the whole image, its label can be trusted; where it
 does not, the part shows something else: background, an occlusion. This cross agreement
 decides how much a part is taught its label, and how much its opinion counts in the labels
 that teach the global feature.
@@ -23,11 +23,12 @@ from selcon_plugin.distance import bank_product
 from selcon_plugin.distributed import gather_batch
 from selcon_plugin.features import Embeddings
 from selcon_plugin.losses import softmax_triplet_loss
-from selcon_plugin.memory import ClusterMemory, cluster_means
+from selcon_plugin.memory.cluster import ClusterMemory
+from selcon_plugin.memory.writes import cluster_means
 from selcon_plugin.methods.base import Method, register_method
 from selcon_plugin.options import Choice, Interval
 
-# Images whose lists of neighbours are compared at a time.
+# Images whose lists of neighbors are compared at a time.
 _ROWS = 4096
 
 
@@ -46,7 +47,7 @@ def _list_agreement(one: Tensor, other: Tensor) -> Tensor:
 def cross_agreement(
     global_features: Tensor, part_features: Tensor, *, num_neighbors: int = 20
 ) -> Tensor:
-    """Measure for each part how far it has the neighbours that the whole image has.
+    """Measure for each part how far it has the neighbors that the whole image has.
 
     The Jaccard index (common images over images in either) of the k nearest images in the
     space of the global features and in that of the part. Never holds M x M numbers.
@@ -57,7 +58,7 @@ def cross_agreement(
         num_neighbors: k, the image itself not counted.
 
     Returns:
-        Float32, shape ``(M, S)``, from 0 (no common neighbour) to 1 (all are common).
+        Float32, shape ``(M, S)``, from 0 (no common neighbor) to 1 (all are common).
     """
     count = num_neighbors + 1
     wholes = nearest_neighbors(global_features, count).index[:, 1:]
@@ -69,7 +70,7 @@ def cross_agreement(
 
 
 def refined_targets(
-    targets: Tensor, part_logits: Tensor, agreement: Tensor, *, part_share: float = 0.5
+    targets: Tensor, part_logits: Tensor, agreement: Tensor, *, part_weight: float = 0.5
 ) -> Tensor:
     r"""Mix the labels with what the parts say.
 
@@ -83,7 +84,7 @@ def refined_targets(
         targets: Cluster of each image, int64, shape ``(B,)``, 0 or more.
         part_logits: Shape ``(B, S, num_clusters)``.
         agreement: Cross agreement, shape ``(B, S)``.
-        part_share: b.
+        part_weight: b.
 
     Returns:
         Probabilities, shape ``(B, num_clusters)``.
@@ -92,7 +93,7 @@ def refined_targets(
     weights = agreement.softmax(dim=1)[:, :, None]
     opinion = (weights * predictions).sum(dim=1)
     label = F.one_hot(targets, part_logits.shape[2]).to(opinion)
-    return torch.lerp(label, opinion, part_share)
+    return torch.lerp(label, opinion, part_weight)
 
 
 def agreement_smoothed_loss(
@@ -129,7 +130,7 @@ class PPLR(Method):
     every clustering. A method has no trained weights here. Predictions are softmaxes over
     memories that hold the same means, one for the global feature and one for each part, and
     follow the batches with a momentum. Features have unit length here, where the release's
-    are as long as batch normalisation leaves them: similarities, and the distances of the
+    are as long as batch normalization leaves them: similarities, and the distances of the
     triplet loss, are divided by a temperature instead.
 
     Loss: cross-entropy of the global prediction against :func:`refined_targets`; for the
@@ -146,8 +147,8 @@ class PPLR(Method):
         bank_momentum: Weight of the old row when a memory is written.
         cluster_update: Which samples write their cluster's rows: ``"mean"``, all of the
             batch, one after the other; or ``"hard"``, the one least similar to the row.
-        num_agreement_neighbors: k, neighbours compared for the cross agreement.
-        part_share: Share of the parts' predictions in the global labels.
+        num_agreement_neighbors: k, neighbors compared for the cross agreement.
+        part_weight: Share of the parts' predictions in the global labels.
         label_smoothing: Share of the uniform distribution in the parts' labels at first.
         smoothing_epochs: Epochs at the start in which the agreement does not count for the
             parts' labels.
@@ -175,7 +176,7 @@ class PPLR(Method):
         bank_momentum: Annotated[float, Interval(0, 1)] = 0.1,
         cluster_update: Annotated[str, Choice(("mean", "hard"))] = "mean",
         num_agreement_neighbors: Annotated[int, Interval(1)] = 20,
-        part_share: Annotated[float, Interval(0, 1)] = 0.5,
+        part_weight: Annotated[float, Interval(0, 1)] = 0.5,
         label_smoothing: Annotated[float, Interval(0, 1)] = 0.1,
         smoothing_epochs: Annotated[int, Interval(0)] = 5,
         triplet_weight: Annotated[float, Interval(0)] = 1.0,
@@ -190,7 +191,7 @@ class PPLR(Method):
             )
         self.temperature = temperature
         self.num_agreement_neighbors = num_agreement_neighbors
-        self.part_share = part_share
+        self.part_weight = part_weight
         self.label_smoothing = label_smoothing
         self.smoothing_epochs = smoothing_epochs
         self.triplet_weight = triplet_weight
@@ -259,7 +260,7 @@ class PPLR(Method):
         logits, part_logits = self._logits(embeddings)
         count = inside.sum().clamp(min=1)
         own = targets.clamp(min=0)  # outliers take part in shapes, not in sums
-        refined = refined_targets(own, part_logits, agreement, part_share=self.part_share)
+        refined = refined_targets(own, part_logits, agreement, part_weight=self.part_weight)
         global_losses = F.cross_entropy(logits, refined, reduction="none")
         part_losses = self._part_losses(part_logits, own, agreement).mean(dim=1)
         losses = {

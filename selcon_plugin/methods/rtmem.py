@@ -13,7 +13,8 @@ from torch import Tensor
 
 from selcon_plugin.features import Embeddings
 from selcon_plugin.losses import sample_to_instance_loss
-from selcon_plugin.memory import ClusterMemory, InstanceMemory
+from selcon_plugin.memory.cluster import ClusterMemory
+from selcon_plugin.memory.instance import InstanceMemory
 from selcon_plugin.methods.base import register_method
 from selcon_plugin.methods.cluster_method import ClusterMethod
 from selcon_plugin.options import Interval

@@ -3,9 +3,9 @@
 Joins two lines of work. From cluster methods: images are clustered anew each epoch, batches
 hold several images of each cluster, and the memory starts each epoch from fresh features.
 From Selective Contrastive Learning: an image is compared with images and not with cluster
-centres, its positives are weighted, the nearest of its cluster, and its negatives are the
+centers, its positives are weighted, the nearest of its cluster, and its negatives are the
 hardest images outside of it. Outliers are negatives; with a share of the batch
-(``OUTLIER_SHARE``) they are also trained, each with itself as the positive.
+(``OUTLIER_RATIO``) they are also trained, each with itself as the positive.
 
 This package's own method; its parts come from Pang et al., 2020
 (https://arxiv.org/abs/2010.07608) and Dai et al., 2022 (https://arxiv.org/abs/2103.11568).
@@ -19,7 +19,7 @@ import torch
 
 from selcon_plugin.clustering import PseudoLabels
 from selcon_plugin.features import Embeddings
-from selcon_plugin.memory import cluster_means
+from selcon_plugin.memory.writes import cluster_means
 from selcon_plugin.methods.base import register_method
 from selcon_plugin.methods.selective_contrastive import (
     NEGATIVE_CAMERAS,
@@ -44,13 +44,13 @@ class SelConCluster(SelectiveContrastive):
         num_neighbors: K, images of the cluster that count as positives: all of most.
         num_negatives: N, the nearest images outside of the cluster.
         self_weight: λ_t, weight of the image's own row.
-        neighbor_scale: α, factor on the weight shared by the neighbours; 1 makes all
+        neighbor_scale: α, factor on the weight shared by the neighbors; 1 makes all
             weights sum to 1.
         negative_cameras: As there; by default no pair counts that the camera tells apart,
             where cameras are known.
         temperature: τ, divides the similarities.
         normalize_parts: Whether the concatenated parts are scaled to unit length.
-        warmup_epochs: Epochs without neighbours at the start.
+        warmup_epochs: Epochs without neighbors at the start.
         **options: The other options of :class:`SelectiveContrastive`.
     """
 

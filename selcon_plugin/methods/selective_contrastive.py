@@ -1,4 +1,4 @@
-"""Selective Contrastive Learning (SCL): every image its own class, plus its neighbours.
+"""Selective Contrastive Learning (SCL): every image its own class, plus its neighbors.
 
 START HERE to see one training step. No clusters and no identities: an image's positives are
 its own row and its K nearest rows, its negatives the next N rows, ranked on every batch
@@ -15,13 +15,13 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from selcon_plugin.camera_entropy import CAMERA_WEIGHTS, CameraWeighting
 from selcon_plugin.clustering import PseudoLabels, nearest_by_distance
 from selcon_plugin.distance import fused_distance
 from selcon_plugin.distributed import gather_batch
 from selcon_plugin.features import Embeddings
 from selcon_plugin.losses import SelectiveContrastiveLoss
-from selcon_plugin.memory import TriBankMemory
+from selcon_plugin.losses.camera_weights import CAMERA_WEIGHTS, CameraWeighting
+from selcon_plugin.memory.tri_bank import TriBankMemory
 from selcon_plugin.methods.base import Method, register_method
 from selcon_plugin.options import Choice, Interval
 from selcon_plugin.selection import (
@@ -37,7 +37,7 @@ from selcon_plugin.selection import (
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _UNKNOWN_CAMERA = -1
 NEGATIVE_CAMERAS = ("all", "own", "unbiased")
-# Listed Jaccard neighbours per positive asked for: the camera term reorders them.
+# Listed Jaccard neighbors per positive asked for: the camera term reorders them.
 _LISTED_PER_NEIGHBOR = 4
 
 
@@ -59,10 +59,10 @@ class SelectiveContrastive(Method):
             clustering, then the fused distance. ``"cluster"``: the fused distance, with
             positives from the own cluster alone and negatives from outside of it. The last
             two need clusters.
-        num_neighbors: K, neighbours that count as positives.
+        num_neighbors: K, neighbors that count as positives.
         num_negatives: N, the next nearest rows, which count as negatives.
         self_weight: λ_t, weight of the image's own row. Small values collapse.
-        neighbor_scale: α, factor on the weight shared by the neighbours.
+        neighbor_scale: α, factor on the weight shared by the neighbors.
         part_loss_weight: λ_p, weight of the parts' loss; the global loss gets 1 - λ_p.
         global_distance_weight: λ_g, weight of the global distance in the ranking.
         same_camera_penalty: λ_c, added to the distance of images from one camera.
@@ -90,7 +90,7 @@ class SelectiveContrastive(Method):
     """
 
     collapse_remedy = (
-        "raise self_weight (0.5 is the default; a small weight lets neighbours pull each "
+        "raise self_weight (0.5 is the default; a small weight lets neighbors pull each "
         "other together) or lower the learning rate"
     )
 
@@ -220,7 +220,7 @@ class SelectiveContrastive(Method):
             chosen.negative_index,
             positive_mask=chosen.positive_mask,
             negative_mask=chosen.negative_mask,
-            **self._exempt_pairs(chosen, camids),
+            **self._ignored_pairs(chosen, camids),
             sample_weight=self.camera_weighting(index, self.labels[index], camids),
         )
         if part_features is None:
@@ -269,7 +269,7 @@ class SelectiveContrastive(Method):
             "num_negatives": self.num_negatives,
         }
         allowed = self._allowed_negatives(camids)
-        # Where no clusters were found the images' own neighbours stand in for them.
+        # Where no clusters were found the images' own neighbors stand in for them.
         if self.selection == "cluster" and not self.instance_level:
             return select_within_clusters(
                 distance, index, self.labels, allowed_negatives=allowed, **counts
@@ -285,7 +285,7 @@ class SelectiveContrastive(Method):
     def _rank_by_jaccard(
         self, distance: Tensor, index: Tensor, camids: Tensor | None
     ) -> Tensor:
-        """Put the neighbours of the last clustering first, where they are asked for."""
+        """Put the neighbors of the last clustering first, where they are asked for."""
         if self.selection != "jaccard":
             return distance
         listed = self._listed_index[index]
@@ -302,16 +302,16 @@ class SelectiveContrastive(Method):
         own = camids[:, None]
         return (self._bank_camids == own) | (own < 0)
 
-    def _exempt_pairs(self, chosen: Selection, camids: Tensor | None) -> dict[str, Tensor]:
+    def _ignored_pairs(self, chosen: Selection, camids: Tensor | None) -> dict[str, Tensor]:
         """Return the pairs that the camera tells apart, as the loss takes them."""
         unbiased = self.negative_cameras == "unbiased" and self.epoch >= self.warmup_epochs
         if not unbiased or camids is None:
             return {}
         own = camids[:, None]
         return {
-            "exempt_positive": (self._bank_camids[chosen.positive_index] == own)
+            "ignored_positive": (self._bank_camids[chosen.positive_index] == own)
             & (own >= 0),
-            "exempt_negative": self._bank_camids[chosen.negative_index] != own,
+            "ignored_negative": self._bank_camids[chosen.negative_index] != own,
         }
 
     @torch.no_grad()
@@ -351,25 +351,25 @@ class SelectiveContrastive(Method):
         return self.memory.global_bank
 
     def selected_positives(self) -> tuple[Tensor, Tensor] | None:
-        """Return the last batch's anchors and neighbours; None during warm-up."""
+        """Return the last batch's anchors and neighbors; None during warm-up."""
         if self._last is None or self._last.positive_index.shape[1] < 2:
             return None
         anchors = self._last.positive_index[:, 0]
         neighbors = self._last.positive_index[:, 1:]
         if self._last.positive_mask is None:
             return anchors, neighbors
-        # Rows differ in length: each neighbour with its anchor.
+        # Rows differ in length: each neighbor with its anchor.
         present = self._last.positive_mask[:, 1:]
         return anchors[:, None].expand_as(neighbors)[present], neighbors[present][:, None]
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, float]:
-        """Report how close the last batch's rows are to their own and neighbours' rows.
+        """Report how close the last batch's rows are to their own and neighbors' rows.
 
         Returns:
             ``bank_agreement``: mean cosine between global and mixture row of the last
             batch's images. ``neighbor_similarity``: mean cosine between their global rows
-            and their neighbours'. ``same_camera_neighbors``: share of neighbours from the
+            and their neighbors'. ``same_camera_neighbors``: share of neighbors from the
             own camera, where cameras are known.
         """
         if self._last is None:

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 from torch import Tensor
 
 from selcon_plugin.features import Embeddings
-from selcon_plugin.memory import InstanceMemory, cluster_means
+from selcon_plugin.memory.instance import InstanceMemory
+from selcon_plugin.memory.writes import cluster_means
 from selcon_plugin.methods.base import register_method
 from selcon_plugin.methods.cluster_method import ClusterMethod
 from selcon_plugin.options import Interval
@@ -34,7 +35,7 @@ class SpCL(ClusterMethod):
 
     The self-paced part, which images stay in their clusters, is the labels' filter
     ``MODEL.SELCON.CLUSTERING.RELIABILITY``. Outliers are drawn if a share of the batch
-    (``MODEL.SELCON.OUTLIER_SHARE``) is theirs; the release draws them like clusters, one
+    (``MODEL.SELCON.OUTLIER_RATIO``) is theirs; the release draws them like clusters, one
     image each.
 
     Args:

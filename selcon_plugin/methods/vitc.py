@@ -14,7 +14,8 @@ from torch import Tensor
 from selcon_plugin.clustering import PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.losses import cluster_contrastive_loss, inter_camera_loss
-from selcon_plugin.memory import ClusterMemory, cluster_means
+from selcon_plugin.memory.cluster import ClusterMemory
+from selcon_plugin.memory.writes import cluster_means
 from selcon_plugin.methods.base import register_method
 from selcon_plugin.methods.camera_proxy_method import CameraProxyMethod
 from selcon_plugin.options import Interval
@@ -25,12 +26,12 @@ class ViTC(CameraProxyMethod):
     """Identity memory and camera-proxy memory, one contrastive loss each.
 
     Reconstructed from the abstract: neither body nor code of the paper could be read. From
-    there: clusters by DBSCAN, each cut by camera; a memory of the clusters' centres and one
-    of the cameras' centres inside them; a contrastive loss for each; outliers are kept; a
+    there: clusters by DBSCAN, each cut by camera; a memory of the clusters' centers and one
+    of the cameras' centers inside them; a contrastive loss for each; outliers are kept; a
     Vision Transformer. Filled in here, after camera-aware proxies: every sample is
     contrasted with all rows of the identity memory, and in the proxy memory with all
     proxies of its cluster as positives and the most similar others as negatives; momentum,
-    temperature and weights. Both losses are means over the batch. Modelling of single
+    temperature and weights. Both losses are means over the batch. Modeling of single
     tokens, which the paper may add, is left out.
 
     Nothing here depends on the backbone: choose a ViT in the config. Outliers are kept by

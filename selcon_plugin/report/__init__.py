@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from selcon_plugin.distributed import rank
-from selcon_plugin.engine.atomic import write_atomically
+from selcon_plugin.io.atomic import write_atomically
 from selcon_plugin.report.collect import RunData, collect_run
 from selcon_plugin.report.compare import comparison_page
 from selcon_plugin.report.page import run_page

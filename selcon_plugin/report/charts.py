@@ -1,6 +1,6 @@
 """Small charts as SVG, each with the same figures as a table.
 
-Lines differ by colour, dash and marker: none of them is needed alone.
+Lines differ by color, dash and marker: none of them is needed alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-# Colours are classes c0..c6 of the style sheet (Okabe and Ito's palette).
+# Colors are classes c0..c6 of the style sheet (Okabe and Ito's palette).
 NUM_COLORS = 7
 # Stands for a figure that is not known.
 UNKNOWN = "n/a"

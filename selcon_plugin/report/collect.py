@@ -13,13 +13,12 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from selcon_plugin.engine.checks import flatten_config
-from selcon_plugin.engine.embedding_record import EmbeddingRecord
+from selcon_plugin.config.checks import flatten_config
 from selcon_plugin.engine.image_list import IMAGE_LIST
-from selcon_plugin.engine.metrics_file import METRICS_FILE
-from selcon_plugin.engine.rank_record import RankedQuery, read_ranked
-from selcon_plugin.engine.run_record import RESULTS_FILE
-from selcon_plugin.visualize import read_metrics
+from selcon_plugin.runs.embedding import EmbeddingRecord
+from selcon_plugin.runs.metrics import METRICS_FILE, read_metrics
+from selcon_plugin.runs.ranked import RankedQuery, read_ranked
+from selcon_plugin.runs.results import RESULTS_FILE
 
 CONFIG_FILE = "config.yaml"
 

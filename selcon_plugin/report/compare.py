@@ -22,7 +22,7 @@ _CURVES: dict[str, tuple[str, str, float]] = {
     "total_loss": ("Loss", "", 1.0),
     "mAP": ("mAP on the test set", "%", 1.0),
     "num_clusters": ("Clusters", "", 1.0),
-    "outlier_share": ("Images in no cluster", "%", 100.0),
+    "outlier_ratio": ("Images in no cluster", "%", 100.0),
     "silhouette": ("Silhouette of the clusters", "", 1.0),
     "ami": ("Agreement of the clusters with the identities (AMI)", "", 1.0),
     "lr": ("Learning rate", "", 1.0),

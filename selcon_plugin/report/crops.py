@@ -77,7 +77,7 @@ class Crops:
         """Put crops side by side into one picture.
 
         Args:
-            paths: Image files; one that cannot be read leaves its place grey.
+            paths: Image files; one that cannot be read leaves its place gray.
 
         Returns:
             The picture, of lower quality where it would be too large; None without

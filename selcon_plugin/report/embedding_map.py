@@ -14,7 +14,7 @@ from selcon_plugin.report.collect import RunData
 from selcon_plugin.report.crops import Crops, short_paths
 
 _WIDTH, _HEIGHT, _MARGIN = 800, 560, 16
-# Five shapes and seven colours have no common factor: so many pairs are distinct.
+# Five shapes and seven colors have no common factor: so many pairs are distinct.
 _DISTINCT = 35
 _LISTED = 14
 _PERPLEXITY = 30.0
@@ -51,7 +51,7 @@ def lay_out(points: NDArray[np.floating], seed: int = 0) -> NDArray[np.float64]:
 
 
 def embedding_map(run: RunData, crops: Crops) -> str:
-    """Draw the map, coloured by cluster and by camera.
+    """Draw the map, colored by cluster and by camera.
 
     Args:
         run: The run.
@@ -88,7 +88,7 @@ def embedding_map(run: RunData, crops: Crops) -> str:
     radios = "".join(
         f'<input type="radio" name="view" id="by-{name}" value="{name}"'
         f"{' checked' * (name == views[0][0])}>"
-        f'<label for="by-{name}">Colour by {name}</label>'
+        f'<label for="by-{name}">Color by {name}</label>'
         for name, _, _ in views
     )
     drawn = "".join(
@@ -97,7 +97,7 @@ def embedding_map(run: RunData, crops: Crops) -> str:
     )
     style = f' style="background-image:url({sprite.uri})"' if sprite else ""
     return (
-        '<fieldset class="toggle"><legend class="hidden">Colours of the map</legend>'
+        '<fieldset class="toggle"><legend class="hidden">Colors of the map</legend>'
         f'{radios}</fieldset><div class="map" id="map-box" tabindex="0" role="group" '
         f'aria-label="Map of {len(places)} images. Arrow keys go from image to image." '
         f'aria-describedby="map-now">{drawn}'
@@ -137,7 +137,7 @@ def _view(
         if number < _LISTED:
             text = f"{name} {group} ({int(chosen.sum())})"
             entries.insert(number, _entry(color, number, text, f"{name}-{group}"))
-    title = f"Map of {len(places)} images coloured by {name}"
+    title = f"Map of {len(places)} images colored by {name}"
     hidden = "" if shown else " hidden"
     return (
         f'<div class="view" id="view-{name}"{hidden}><h3 class="print">By {name}</h3>'

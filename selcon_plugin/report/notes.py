@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from selcon_plugin.collapse import find_collapse_signs
+from selcon_plugin.metrics.collapse import find_collapse_signs
 from selcon_plugin.report.collect import RunData, cameras_of_clusters
 
 _MANY_OUTLIERS = 0.5
@@ -48,7 +48,7 @@ def find_notes(run: RunData) -> list[Note]:
 
 def _of_clusters(run: RunData) -> Iterator[Note]:
     clusters = run.curve("num_clusters").last
-    outliers = run.curve("outlier_share").last
+    outliers = run.curve("outlier_ratio").last
     if clusters is not None and clusters <= 1:
         what = "All images are in one cluster" if clusters else "No cluster was found"
         change = "Lower" if clusters else "Raise"
@@ -64,11 +64,11 @@ def _of_clusters(run: RunData) -> Iterator[Note]:
         )
     measured = {
         name: value
-        for name in ("embedding_variance", "effective_rank", "largest_cluster_share")
+        for name in ("embedding_variance", "effective_rank", "largest_cluster_ratio")
         if (value := run.curve(name).last) is not None
     }
-    if measured.get("largest_cluster_share") == 1 and clusters == 1:
-        del measured["largest_cluster_share"]  # said above
+    if measured.get("largest_cluster_ratio") == 1 and clusters == 1:
+        del measured["largest_cluster_ratio"]  # said above
     signs = find_collapse_signs(measured, _num_images(run))
     if signs:
         text = str(signs)
@@ -161,7 +161,7 @@ def _of_what_is_missing(run: RunData) -> Iterator[Note]:
         yield Note(
             "info",
             "The run has no test set: whether the features rank well is not known.",
-            "Look at the clusters and the neighbours below.",
+            "Look at the clusters and the neighbors below.",
         )
     if run.embedding is None:
         yield Note(

@@ -1,5 +1,5 @@
 "use strict";
-// The map: colours, what a point shows, keys. Everything else works without a script.
+// The map: colors, what a point shows, keys. Everything else works without a script.
 (() => {
   const box = document.getElementById("map-box");
   if (!box) return;

@@ -12,18 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from selcon_plugin.engine.embedding_record import (
-    OTHER_CAMERA,
-    SAME_CAMERA,
-    SAME_CLUSTER,
-    UNKNOWN_CAMERA,
-)
-from selcon_plugin.engine.rank_record import RankedImage, RankedQuery
 from selcon_plugin.report.charts import UNKNOWN, Series, line_chart, number, table
 from selcon_plugin.report.collect import RunData, cameras_of_clusters
 from selcon_plugin.report.crops import Crops, short_paths
 from selcon_plugin.report.embedding_map import embedding_map
 from selcon_plugin.report.notes import Note, find_notes
+from selcon_plugin.runs.embedding import (
+    OTHER_CAMERA,
+    SAME_CAMERA,
+    SAME_CLUSTER,
+    UNKNOWN_CAMERA,
+)
+from selcon_plugin.runs.ranked import RankedImage, RankedQuery
 
 _SHEETS = 6  # clusters of each kind
 _SHEET_CROPS = 8
@@ -87,7 +87,7 @@ def document(title: str, heading: str, subtitle: str, sections: Sequence[Section
     shown = [section for section in sections if section.body]
     links = "".join(f'<li><a href="#{s.anchor}">{escape(s.title)}</a></li>' for s in shown)
     parts = "".join(
-        f'<section id="{s.anchor}" aria-labelledby="{s.anchor}-title">'
+        f'<section id="{s.anchor}" aria-labeledby="{s.anchor}-title">'
         f'<h2 id="{s.anchor}-title">{escape(s.title)}</h2>{s.body}</section>'
         for s in shown
     )
@@ -134,7 +134,7 @@ def headline(run: RunData) -> list[tuple[str, str]]:
                 label = f"{metric}, {name}" if several else metric
                 found.append((label, f"{metrics[metric]:.1f} %"))
     clusters = run.curve("num_clusters").last
-    outliers = run.curve("outlier_share").last
+    outliers = run.curve("outlier_ratio").last
     if clusters is not None:
         found.append(("Clusters", number(clusters)))
     if outliers is not None:
@@ -199,7 +199,7 @@ def _notes(notes: Sequence[Note]) -> str:
 _CHARTS: tuple[tuple[str, str, bool, float, dict[str, str]], ...] = (
     ("Learning rate", "", True, 1.0, {"lr": "learning rate"}),
     ("Clusters", "", True, 1.0, {"num_clusters": "clusters"}),
-    ("Images in no cluster", "%", True, 100.0, {"outlier_share": "in no cluster"}),
+    ("Images in no cluster", "%", True, 100.0, {"outlier_ratio": "in no cluster"}),
     (
         "Quality of the clusters, told without labels",
         "",
@@ -215,7 +215,7 @@ _CHARTS: tuple[tuple[str, str, bool, float, dict[str, str]], ...] = (
         {"ami": "adjusted mutual information", "purity": "purity"},
     ),
     (
-        "Chosen neighbours that are the same person",
+        "Chosen neighbors that are the same person",
         "%",
         True,
         100.0,
@@ -289,7 +289,7 @@ def _map(run: RunData, crops: Crops) -> str:
     count, total = len(run.embedding.sample), len(run.embedding.labels)
     which = f"{number(count)} of {number(total)} images" if count < total else "All images"
     return (
-        f"<p>{which}, laid out by t-SNE: neighbours on the map have similar features; "
+        f"<p>{which}, laid out by t-SNE: neighbors on the map have similar features; "
         "distances between far groups mean little. Features as of "
         f"{_when(run.embedding.epoch)}.</p>{drawn}"
     )
@@ -462,13 +462,13 @@ def _distances(run: RunData) -> str:
     told = ""
     if record.distance == "Jaccard":
         told = (
-            " Pairs at distance 1, without a common neighbour, are not counted, nor those "
+            " Pairs at distance 1, without a common neighbor, are not counted, nor those "
             f"farther than {number(round(record.reach, 2))}, which were not computed."
         )
     return (
         "<p>Clusters are clean where pairs of one cluster lie left of the bulk, and do not "
         "follow cameras where pairs from one camera and from two are spread alike. DBSCAN "
-        f"takes images within eps for neighbours.{told}</p>"
+        f"takes images within eps for neighbors.{told}</p>"
         f'<div class="charts wide">{chart}</div>'
     )
 
@@ -477,7 +477,7 @@ def _distances(run: RunData) -> str:
 
 
 def _ranked(run: RunData, crops: Crops) -> tuple[str, str]:
-    """Return title and body: hits and misses of a test set, else neighbours."""
+    """Return title and body: hits and misses of a test set, else neighbors."""
     if run.ranked:
         legend = (
             "<p>Queries evenly spaced over the test set, each with the gallery images "
@@ -492,7 +492,7 @@ def _ranked(run: RunData, crops: Crops) -> tuple[str, str]:
             for name, queries in run.ranked.items()
         )
         return "Ranked results", legend + body
-    return "Nearest neighbours", _neighbours(run, crops)
+    return "Nearest neighbors", _neighbors(run, crops)
 
 
 def _query_row(query: RankedQuery, crops: Crops) -> str:
@@ -524,7 +524,7 @@ def _result(place: int, result: RankedImage, crops: Crops) -> str:
     )
 
 
-def _neighbours(run: RunData, crops: Crops) -> str:
+def _neighbors(run: RunData, crops: Crops) -> str:
     record, images = run.embedding, run.images
     if record is None or images is None or not len(record.anchors):
         return ""

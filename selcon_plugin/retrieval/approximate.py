@@ -25,7 +25,7 @@ _TRAINED_PER_LIST = 64
 _MIN_TRAINED_PER_LIST = 39  # below, faiss warns
 # Lists that are looked at: so many at least, or such a share of them; more where a part of
 # the rows may not be found, so that as many may.
-_MIN_PROBES, _PROBED_SHARE = 64, 0.125
+_MIN_PROBES, _PROBED_RATIO = 64, 0.125
 _ROWS_AT_ONCE = 65_536
 
 logger = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ class Approximate:
             options = faiss.SearchParametersHNSW(efSearch=breadth, sel=selector)
         else:
             lists = self._index.nlist
-            wanted = max(_MIN_PROBES, _PROBED_SHARE * lists) / max(allowed.mean(), 1e-6)
+            wanted = max(_MIN_PROBES, _PROBED_RATIO * lists) / max(allowed.mean(), 1e-6)
             probes = min(lists, math.ceil(wanted))
             options = faiss.SearchParametersIVF(nprobe=probes, sel=selector)
         rows: NDArray[np.int64] = self._index.search(queries, count, params=options)[1]

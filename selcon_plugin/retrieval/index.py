@@ -35,7 +35,7 @@ from selcon_plugin.datasets.image_folder import (
 from selcon_plugin.datasets.reading import ImageReadError, describe_faults, read_rgb
 from selcon_plugin.engine.image_check import BadImagesError
 from selcon_plugin.retrieval.approximate import Approximate, SearchKind, choose_kind
-from selcon_plugin.retrieval.network import (
+from selcon_plugin.retrieval.source import (
     ImageEmbedder,
     NetworkSource,
     probe_answers,
@@ -223,7 +223,7 @@ class Index:
     def check_network(self, embedder: ImageEmbedder) -> None:
         """Refuse a network that the index was not made with.
 
-        It is recognised by its answers to four fixed patterns: an export of the network
+        It is recognized by its answers to four fixed patterns: an export of the network
         passes, the same weights at another input size do not.
 
         Args:
@@ -250,7 +250,7 @@ class Index:
         *,
         camera_pattern: str = "",
         batch_size: int = 64,
-        max_bad_share: float = 0.05,
+        max_unreadable_ratio: float = 0.05,
         show_progress: bool = False,
     ) -> Added:
         """Add the images below a folder.
@@ -265,7 +265,8 @@ class Index:
                 ``selcon_plugin.datasets.read_image_folder``. Unlike in a training, one
                 camera alone is kept as well.
             batch_size: Images computed together.
-            max_bad_share: Share of the images that may be unreadable, and are left out.
+            max_unreadable_ratio: Fraction of the images that may be unreadable; they are
+                left out.
             show_progress: Whether to draw a progress bar.
 
         Returns:
@@ -304,7 +305,7 @@ class Index:
                     if len(images) >= _IMAGES_PER_COMMIT:
                         self._commit(images, features, replaced)
                     bar.update(len(batch))
-                    _check_share(faults, len(found), max_bad_share)
+                    _check_share(faults, len(found), max_unreadable_ratio)
             self._commit(images, features, replaced)
             self._keep_up()
         unreadable = {fault.partition(": ")[0] for fault in faults}
@@ -447,7 +448,7 @@ class Index:
 
         Returns:
             See :func:`selcon_plugin.retrieval.suggest_threshold`; of 256 images, evenly
-            spaced over the index, and their up to 1024 nearest neighbours.
+            spaced over the index, and their up to 1024 nearest neighbors.
 
         Raises:
             ValueError: If there are fewer than 3 images.
@@ -656,10 +657,12 @@ def _read(image: IndexedImage) -> _Read:
         return image, str(error)
 
 
-def _check_share(faults: Sequence[str], num_images: int, max_bad_share: float) -> None:
-    if len(faults) > max_bad_share * num_images or len(faults) == num_images:
+def _check_share(
+    faults: Sequence[str], num_images: int, max_unreadable_ratio: float
+) -> None:
+    if len(faults) > max_unreadable_ratio * num_images or len(faults) == num_images:
         raise BadImagesError(
-            f"{len(faults)} of {num_images} images, or more, cannot be read: more than the "
-            f"share of {max_bad_share:g} that is allowed:\n{describe_faults(faults)}\n"
-            "Mend, restore or remove them, or allow more with --max-bad-share"
+            f"{len(faults)} of {num_images} images, or more, cannot be read; allowed is a "
+            f"fraction of {max_unreadable_ratio:g}:\n{describe_faults(faults)}\n"
+            "Repair or remove them, or allow more with --max-unreadable-ratio"
         )

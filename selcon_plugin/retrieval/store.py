@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from selcon_plugin.datasets.atomic_folder import exclusive
-from selcon_plugin.engine.atomic import remove_partial_files, write_atomically
+from selcon_plugin.io.atomic import remove_partial_files, write_atomically
+from selcon_plugin.io.atomic_folder import exclusive
 
 MANIFEST = "index.json"
 _LOCK = ".lock"

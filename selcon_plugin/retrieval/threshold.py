@@ -12,7 +12,7 @@ CLEAR_SEPARATION = 2.0
 
 _SHORTEST_LIST = 8
 LONGEST_LIST = 1024
-_MIN_SHARE = 0.02  # of the cosines, in the smaller group
+_MIN_RATIO = 0.02  # of the cosines, in the smaller group
 _ITERATIONS = 100
 _BINS = 512
 _MIN_SPREAD = 1e-3
@@ -26,7 +26,7 @@ class ThresholdSuggestion:
         threshold: The cosine.
         separation: Ashman's D of the two groups of cosines: distance of their means in
             units of their spread.
-        num_neighbors: Length of the lists of neighbours that it was found in.
+        num_neighbors: Length of the lists of neighbors that it was found in.
     """
 
     threshold: float
@@ -42,14 +42,14 @@ class ThresholdSuggestion:
         said = "clear" if self.is_clear else "unclear: check it by eye"
         return (
             f"{self.threshold:.3f} (two groups among the {self.num_neighbors} nearest "
-            f"neighbours, separation {self.separation:.1f}, {said})"
+            f"neighbors, separation {self.separation:.1f}, {said})"
         )
 
 
 def suggest_threshold(neighbor_cosines: ArrayLike) -> ThresholdSuggestion:
-    """Find the valley between matches and others in the cosines of nearest neighbours.
+    """Find the valley between matches and others in the cosines of nearest neighbors.
 
-    The k nearest neighbours of an image are first the other images of the person, then the
+    The k nearest neighbors of an image are first the other images of the person, then the
     most similar other people: what a search has to tell apart. To the histogram of the
     cosines of all lists two Gaussians are fitted (EM, begun at Otsu's cut); the suggestion
     is where both are equally likely. k is the first of 8, 16, 32, ... at which the groups
@@ -57,7 +57,7 @@ def suggest_threshold(neighbor_cosines: ArrayLike) -> ThresholdSuggestion:
     no others; if none is, the k at which they are farthest apart.
 
     Args:
-        neighbor_cosines: Cosines of sampled images with their nearest neighbours, without
+        neighbor_cosines: Cosines of sampled images with their nearest neighbors, without
             themselves, falling along each row, shape ``(N, K)``. K limits the images of one
             person that this can see.
 
@@ -76,7 +76,7 @@ def suggest_threshold(neighbor_cosines: ArrayLike) -> ThresholdSuggestion:
     cosines = np.asarray(neighbor_cosines, dtype=np.float64)
     if cosines.ndim != 2 or min(cosines.shape) < 2:
         raise ValueError(
-            "a threshold needs the cosines of 2 images or more with 2 neighbours or more, "
+            "a threshold needs the cosines of 2 images or more with 2 neighbors or more, "
             f"(N, K), got shape {cosines.shape}"
         )
     if not np.isfinite(cosines).all():
@@ -111,7 +111,7 @@ def _valley(cosines: NDArray[np.float64]) -> tuple[float, float]:
         higher = 1.0 / (1.0 + np.exp(np.clip(-lead, -500.0, 500.0)))
         weight = np.stack([1.0 - higher, higher], axis=1) * counts[:, None] / counts.sum()
     separation = (mean[1] - mean[0]) / np.sqrt((spread**2).mean())
-    if share.min() < _MIN_SHARE:
+    if share.min() < _MIN_RATIO:
         separation = 0.0  # the second group is a few outliers
     between = np.linspace(mean[0], mean[1], 1001)
     behind = np.flatnonzero(_lead_of_higher(between, mean, spread, share) < 0.0)

@@ -7,11 +7,11 @@
 Works with the PyPI release (``torchreid.reid``) and the GitHub layout (``torchreid``).
 """
 
-from selcon_plugin.compat import prepare_torchreid
+from selcon_plugin.compat.torchreid import prepare_torchreid
 
 prepare_torchreid()
 
-from selcon_plugin.torchreid_ext.backbones import (  # noqa: E402
+from selcon_plugin.models.torchreid import (  # noqa: E402
     TorchreidBackbone,
     create_torchreid_backbone,
     torchreid_model_names,

@@ -15,9 +15,9 @@ import torch
 import yaml
 from yacs.config import CfgNode
 
+from selcon_plugin.config.checks import check_name, check_values, flatten_config
+from selcon_plugin.config.keys import ConfigKeys
 from selcon_plugin.datasets import SyntheticPersonsSpec
-from selcon_plugin.engine.checks import check_name, check_values, flatten_config
-from selcon_plugin.engine.settings import ConfigKeys
 from selcon_plugin.options import Choice, Interval, Option, described_names
 from selcon_plugin.torchreid_ext.models import Pool
 
@@ -45,7 +45,7 @@ KEYS = ConfigKeys(
             False,
             bool,
             None,
-            meaning="leaves the shift of the last normalisation out",
+            meaning="leaves the shift of the last normalization out",
         ),
         Option(
             "weights",
@@ -184,7 +184,7 @@ HOST_OPTIONS = (
     Option("train.max_epoch", 60, int, Interval(1), meaning="epochs in all"),
     Option("train.lr", 0.0003, float, Interval(0), meaning="learning rate at the start"),
     Option("train.weight_decay", 0.0, float, Interval(0), meaning="weight decay"),
-    Option("train.optim", "adam", str, Choice(_OPTIMIZERS), meaning="optimiser"),
+    Option("train.optim", "adam", str, Choice(_OPTIMIZERS), meaning="optimizer"),
     Option(
         "train.lr_scheduler",
         "single_step",

@@ -15,7 +15,7 @@ from selcon_plugin.datasets.reading import read_rgb
 from selcon_plugin.engine.image_check import check_test_images, readable_items
 from selcon_plugin.engine.images import UNKNOWN, IndexedImages, Item, extra_items
 from selcon_plugin.engine.stopping import ignore_stop_signals
-from selcon_plugin.samplers import BatchStream
+from selcon_plugin.samplers.stream import BatchStream
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class IndexedReIDImages(IndexedImages):
 
 
 def training_images(
-    datamanager: Any, seed: int, extra_images: str = "", max_bad_share: float = 0.05
+    datamanager: Any, seed: int, extra_images: str = "", max_unreadable_ratio: float = 0.05
 ) -> IndexedReIDImages:
     """Take the training images of a data manager, whatever its sources.
 
@@ -51,7 +51,7 @@ def training_images(
         datamanager: torchreid's ``ImageDataManager``.
         extra_images: Folder of images that join them.
         seed: Seed of the augmentation.
-        max_bad_share: Share of the images that may be left out as unreadable.
+        max_unreadable_ratio: Share of the images that may be left out as unreadable.
 
     Returns:
         The readable images with the manager's training transform.
@@ -71,7 +71,7 @@ def training_images(
         (path, _known(pid), _known(camid)) for path, pid, camid, *_ in trainset.train
     ]
     items += extra_items(extra_images)
-    items, num_left_out = readable_items(items, max_bad_share)
+    items, num_left_out = readable_items(items, max_unreadable_ratio)
     images = IndexedReIDImages(items, read_rgb, trainset.transform, seed)
     images.num_left_out = num_left_out
     return images

@@ -17,7 +17,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from selcon_plugin.compat import import_torchreid
+from selcon_plugin.compat.torchreid import import_torchreid
 from selcon_plugin.datasets import (
     SyntheticPersonsSpec,
     generate_synthetic_persons,
@@ -97,7 +97,7 @@ class ImageFolderReID(_ImageDataset):
                 "%s has no test set: name one in targets, or pass targets=[]", folder
             )
         super().__init__(
-            _unlabelled_images(folder, camera_pattern) if reads else _NoImages(),
+            _unlabeled_images(folder, camera_pattern) if reads else _NoImages(),
             _NoImages(),
             _NoImages(),
             mode=mode,
@@ -190,7 +190,7 @@ def _register(name: str, dataset: type, **options: Any) -> None:
         )
 
 
-def _unlabelled_images(folder: str, camera_pattern: str) -> list[tuple[str, int, int]]:
+def _unlabeled_images(folder: str, camera_pattern: str) -> list[tuple[str, int, int]]:
     """List a folder as ``(path, pid, camid)``."""
     items = read_image_folder(folder, camera_pattern=camera_pattern)
     names = sorted({item.camera for item in items if item.camera is not None})

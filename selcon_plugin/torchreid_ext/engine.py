@@ -6,11 +6,9 @@ import contextlib
 import inspect
 import logging
 import os
-import re
 import sys
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +16,38 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from selcon_plugin.clustering import Labeler, labeler_options
-from selcon_plugin.compat import import_torchreid
-from selcon_plugin.engine.atomic import remove_partial_files, save_atomically
-from selcon_plugin.engine.batches import build_sampler, split_batch
-from selcon_plugin.engine.best_weights import BEST_FILE, NEVER, BestWeights
-from selcon_plugin.engine.checkpoints import (
-    BadCheckpointError,
-    first_readable,
-    newest_first,
-    read_checkpoint,
-)
-from selcon_plugin.engine.extraction import calibrate_normalization, extract_embeddings
-from selcon_plugin.engine.image_list import images_to_resume_with, write_image_list
-from selcon_plugin.engine.metrics_file import LossAverage, append_metrics, forget_metrics
-from selcon_plugin.engine.progress import TrainingProgress, Watched, on_terminal
-from selcon_plugin.engine.rank_record import rank_queries, write_ranked
-from selcon_plugin.engine.run import TrainingRun, seed_all
-from selcon_plugin.engine.run_record import RunMeter
-from selcon_plugin.engine.run_state import RunState
-from selcon_plugin.engine.settings import (
-    AUTO,
-    STREAM_SAMPLER,
-    clustering_options,
-    clusters_per_batch,
-    configured_labeler,
-    run_options,
+from selcon_plugin.clustering import Labeler
+from selcon_plugin.compat.torchreid import import_torchreid
+from selcon_plugin.config.keys import (
     sampler_of,
 )
+from selcon_plugin.engine.batches import build_sampler, split_batch
+from selcon_plugin.engine.best_weights import BEST_FILE, NEVER, BestWeights
+from selcon_plugin.engine.extraction import calibrate_normalization, extract_embeddings
+from selcon_plugin.engine.image_list import images_to_resume_with, write_image_list
+from selcon_plugin.engine.progress import ProgressLoader, TrainingProgress, on_terminal
+from selcon_plugin.engine.run import TrainingRun, seed_all
 from selcon_plugin.engine.stopping import (
     RunStopped,
     StopSignals,
     ignore_stop_signals,
 )
 from selcon_plugin.features import Embeddings
-from selcon_plugin.methods import build_method, method_class, method_options
-from selcon_plugin.options import check_options
+from selcon_plugin.io.atomic import remove_partial_files, save_atomically
+from selcon_plugin.methods import build_method, method_class
+from selcon_plugin.runs.metrics import LossAverage, append_metrics, delete_metrics
+from selcon_plugin.runs.ranked import rank_queries, write_ranked
+from selcon_plugin.runs.results import RunMeter
+from selcon_plugin.runs.state import RunState
+from selcon_plugin.samplers.cluster import AUTO, STREAM_SAMPLER, clusters_per_batch
+from selcon_plugin.torchreid_ext.checkpoints import (
+    _ENTRY,
+    _STOPPED,
+    _checkpoints,
+    _epoch_of,
+    _model_folder,
+    _read_run,
+)
 from selcon_plugin.torchreid_ext.data import (
     EpochLoader,
     ExtractionLoader,
@@ -61,23 +55,17 @@ from selcon_plugin.torchreid_ext.data import (
     check_test_sets,
     training_images,
 )
+from selcon_plugin.torchreid_ext.evaluation import _ranks_up_to, _smallest_gallery
 from selcon_plugin.torchreid_ext.models import SelConModel, adopt_model, load_whole
+from selcon_plugin.torchreid_ext.options import _read_clustering, _sort_options
 
 logger = logging.getLogger(__name__)
 
 _Engine: Any = import_torchreid().engine.Engine
 
-_CHECKPOINT = re.compile(r"model\.pth\.tar-(\d+)")
-# Options of a run that are the model's, in torchreid a thing of its own.
-MODEL_OPTIONS = ("num_parts", "project_global", "ghost_batch_size", "wave_block")
-# Entry of a checkpoint beside torchreid's own.
-_ENTRY = "selcon"
-# Written inside an epoch, when a run is stopped by a signal.
-_STOPPED = "model-stopped.pth.tar"
-
 
 class ImageSelConEngine(_Engine):
-    """Train without identities on torchreid's data manager, model, optimiser and schedule.
+    """Train without identities on torchreid's data manager, model, optimizer and schedule.
 
     Constructor and :meth:`run` are used as those of ``ImageSoftmaxEngine``; evaluation,
     ``visrank`` and TensorBoard are torchreid's. Identities of the training set are not
@@ -94,7 +82,7 @@ class ImageSelConEngine(_Engine):
     Args:
         datamanager: torchreid's ``ImageDataManager``: images, transforms, batch size.
         model: :class:`SelConModel`, or any torchreid model: its classifier then gives way
-            to our head, whose weights are added to the optimiser. May be wrapped in
+            to our head, whose weights are added to the optimizer. May be wrapped in
             ``nn.DataParallel``.
         optimizer: Of the model's parameters.
         scheduler: Learning rates by epoch, or None.
@@ -107,10 +95,11 @@ class ImageSelConEngine(_Engine):
         head: Arguments of :class:`SelConModel` for a model without our head.
         checkpoint_period: Epochs between checkpoints; 0 for the last epoch alone.
         **options: Options of the method, such as ``temperature``, and of the run:
-            ``sampler``, ``outlier_share``, ``iters_per_epoch``, ``micro_batches``,
-            ``extra_images``, ``max_bad_share``, ``ema_decay``, ``diagnostics_period``,
-            ``keep_checkpoints``, ``keep_best_by``, ``on_bad_numbers``, ``max_bad_steps``,
-            ``report_images``, ``tensorboard_pictures``, ``seed``.
+            ``sampler``, ``outlier_ratio``, ``iters_per_epoch``, ``micro_batches``,
+            ``extra_images``, ``max_unreadable_ratio``, ``ema_decay``,
+            ``diagnostics_period``, ``keep_checkpoints``, ``keep_best_by``,
+            ``on_nonfinite``, ``max_nonfinite_steps``, ``report_images``,
+            ``tensorboard_pictures``, ``seed``.
 
     Attributes:
         start_epoch: Epoch to begin with; set by :meth:`resume`.
@@ -170,7 +159,7 @@ class ImageSelConEngine(_Engine):
             datamanager,
             self._options["seed"],
             self._options["extra_images"],
-            self._options["max_bad_share"],
+            self._options["max_unreadable_ratio"],
         )
         self._num_instances = num_instances
         figure = self._options["keep_best_by"]
@@ -203,14 +192,14 @@ class ImageSelConEngine(_Engine):
             len(images),
             batch_size=batch_size,
             num_instances=num_instances,
-            outlier_share=options["outlier_share"],
+            outlier_ratio=options["outlier_ratio"],
             micro_batches=options["micro_batches"],
             seed=options["seed"],
         )
         iters = options["iters_per_epoch"] or len(images) // batch_size
         self.train_loader = EpochLoader(images, sampler, iters, **readers)
         # Now: files may vanish before the first checkpoint.
-        self._facts = RunState(
+        self._metadata = RunState(
             num_images=len(images),
             image_list=images.fingerprint,
             seed=options["seed"],
@@ -251,9 +240,9 @@ class ImageSelConEngine(_Engine):
             cluster_period=clustering["period"],
             cluster_features=clustering["features"],
             min_clusters=clusters_per_batch(sampler_name, batch_size, num_instances),
-            max_bad_share=options["max_bad_share"],
-            on_bad_numbers=options["on_bad_numbers"],
-            max_bad_steps=options["max_bad_steps"],
+            max_unreadable_ratio=options["max_unreadable_ratio"],
+            on_nonfinite=options["on_nonfinite"],
+            max_nonfinite_steps=options["max_nonfinite_steps"],
             best=self._best,
             report=self._report_clusters,
         )
@@ -318,7 +307,7 @@ class ImageSelConEngine(_Engine):
             for folder in (Path(save_dir), Path(save_dir) / "model"):
                 remove_partial_files(folder)
             if not call.arguments["start_epoch"] and not self._steps_done:
-                forget_metrics(save_dir)
+                delete_metrics(save_dir)
             with self._signals:
                 super().run(*call.args, **call.kwargs)
 
@@ -343,7 +332,7 @@ class ImageSelConEngine(_Engine):
                     self.max_epoch, len(self.train_loader), self._step
                 )
             self._training.start_epoch(self.epoch)
-            self._training.renew_batches(self.epoch, first, done)
+            self._training.refresh_pseudo_labels(self.epoch, first, done)
             self.train_loader.steps_done = done
             rate = self.get_current_lr()
             # A bar says what torchreid's own lines say, and they would break it.
@@ -361,7 +350,7 @@ class ImageSelConEngine(_Engine):
             self.save_model(self.epoch, 0.0, self._save_dir)
 
     def _end_of_training(self) -> None:
-        self._training.judge_last(self.max_epoch)
+        self._training.score_final_epoch(self.max_epoch)
         if self._options["tensorboard_pictures"]:
             self._training.write_pictures(self._save_dir, self._step)
 
@@ -486,7 +475,7 @@ class ImageSelConEngine(_Engine):
         ranks = [rank for rank in ranks if rank <= smallest]
         for side in ("query", "gallery"):
             name = f"Evaluation on {dataset_name}, {side}"
-            kwargs[f"{side}_loader"] = Watched(kwargs[f"{side}_loader"], name)
+            kwargs[f"{side}_loader"] = ProgressLoader(kwargs[f"{side}_loader"], name)
 
         def record(distance: Any) -> None:
             if not self._step:  # a test of weights alone
@@ -558,7 +547,7 @@ class ImageSelConEngine(_Engine):
             "rank1": float(rank1),
             "optimizer": self.optimizer.state_dict(),
             _ENTRY: {
-                "run": self._facts.state_dict(),
+                "run": self._metadata.state_dict(),
                 "meter": self.meter.state_dict(),
                 "labeler": {} if labeler is None else labeler.state_dict(),
                 "num_clusters": self.num_clusters,
@@ -571,7 +560,7 @@ class ImageSelConEngine(_Engine):
         return checkpoint
 
     def resume(self, path: str | os.PathLike[str]) -> int:
-        """Go on from a checkpoint: weights, optimiser, schedule, banks, labels.
+        """Go on from a checkpoint: weights, optimizer, schedule, banks, labels.
 
         Args:
             path: A checkpoint, or a run's ``save_dir``: the one written last that can be
@@ -591,7 +580,7 @@ class ImageSelConEngine(_Engine):
         images = images_to_resume_with(file.parent.parent, present)
         if images is not present:
             self._training = self._build_run(images)
-        self._facts.load_state_dict(entry["run"])
+        self._metadata.load_state_dict(entry["run"])
         load_whole(self.model, checkpoint["state_dict"], file)
         self._add_teacher()
         self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -607,118 +596,6 @@ class ImageSelConEngine(_Engine):
         self._steps_done = entry.get("steps_done", 0)
         logger.info("Resumed from %s, at epoch %d", file, self.start_epoch + 1)
         return self.start_epoch
-
-
-def _smallest_gallery(test_set: Mapping[str, Any]) -> int:
-    """Return the gallery images of a query, at least: all but its own on its camera."""
-    seen = Counter((pid, camid) for _, pid, camid, *_ in test_set["gallery"])
-    own = max(seen[pid, camid] for _, pid, camid, *_ in test_set["query"])
-    return len(test_set["gallery"]) - own
-
-
-@contextlib.contextmanager
-def _ranks_up_to(last: int, record: Callable[[Any], None]) -> Iterator[None]:
-    """Let torchreid count matches at those ranks alone that every query has.
-
-    Args:
-        last: The last such rank.
-        record: Is handed the distances; the evaluation goes on where it fails.
-    """
-    metrics = import_torchreid().metrics
-    evaluate = metrics.evaluate_rank
-
-    def bounded(*args: Any, max_rank: int = 50, **kwargs: Any) -> Any:
-        try:
-            record(args[0])
-        except Exception as error:
-            logger.warning("Ranked results could not be kept: %s", error)
-        return evaluate(*args, max_rank=max(1, min(max_rank, last)), **kwargs)
-
-    metrics.evaluate_rank = bounded
-    try:
-        yield
-    finally:
-        metrics.evaluate_rank = evaluate
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """List a folder's checkpoints by epoch."""
-    files = [file for file in folder.glob("*") if _CHECKPOINT.fullmatch(file.name)]
-    return sorted(files, key=_epoch_of)
-
-
-def _epoch_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _model_folder(save_dir: str) -> Path:
-    folder = Path(save_dir) / "model"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _read_run(path: Path) -> tuple[Path, dict[str, Any]]:
-    """Read a checkpoint, or the last one in a run's folder that can be read."""
-    required = ("state_dict", "optimizer", "epoch", _ENTRY)
-    if path.is_dir():
-        folder = path / "model"
-        files = _checkpoints(folder)
-        files += [file for file in [folder / _STOPPED] if file.is_file()]
-        if not files:
-            raise FileNotFoundError(f"there is no checkpoint in {folder}")
-        return first_readable(newest_first(files), required)
-    try:
-        return path, read_checkpoint(path, required)
-    except BadCheckpointError as error:
-        raise BadCheckpointError(
-            f"{error}. To begin from its weights, load them with torchreid's "
-            "load_pretrained_weights"
-        ) from error
-
-
-def _sort_options(
-    method: str, options: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Divide options into those of the run, complete, and those of the method."""
-    own = method_options(method)
-    run = run_options()
-    for name in ("method", *MODEL_OPTIONS):
-        del run[name]
-    chosen = {name: value for name, value in options.items() if name in run}
-    rest = {name: value for name, value in options.items() if name not in run}
-    unknown = [name for name in rest if name not in own]
-    if unknown:
-        raise ValueError(
-            f"ImageSelConEngine has no option {unknown[0]} with the method {method}: it "
-            f"has {', '.join(run)}, and of the method {', '.join(own)}"
-        )
-    values = {name: option.default for name, option in run.items()}
-    values |= check_options(run, chosen, owner="ImageSelConEngine")
-    if "seed" in own:
-        rest["seed"] = values["seed"]
-    return values, check_options(own, rest, owner=method)
-
-
-def _read_clustering(
-    clustering: Labeler | Mapping[str, Any] | None,
-) -> tuple[dict[str, Any], Labeler]:
-    """Read the argument ``clustering`` into its own values and a labeler."""
-    known = clustering_options()
-    values = {name: option.default for name, option in known.items()}
-    if isinstance(clustering, Labeler):
-        return values, clustering
-    given = dict(clustering or {})
-    own = {name: given.pop(name) for name in list(given) if name in known}
-    values |= check_options(known, own, owner="clustering")
-    options = labeler_options(values["labeler"])
-    for name in given:
-        if name not in options:
-            raise ValueError(
-                f"clustering has no option {name} with the labeler {values['labeler']}: it "
-                f"has {', '.join(known)}, and of the labeler {', '.join(options)}"
-            )
-    checked = check_options(options, given, owner=values["labeler"])
-    return values, configured_labeler(values, checked)
 
 
 def _with_head(
@@ -751,7 +628,7 @@ def _with_head(
 
 
 def _normalization(datamanager: Any) -> tuple[list[float], list[float]]:
-    """Return mean and deviation on the scale 0..255 by which the manager normalises."""
+    """Return mean and deviation on the scale 0..255 by which the manager normalizes."""
     for transform in datamanager.transform_te.transforms:
         if hasattr(transform, "mean") and hasattr(transform, "std"):
             return (

@@ -9,15 +9,11 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from selcon_plugin.backbones import create_timm_backbone
-from selcon_plugin.engine.checks import check_name
-from selcon_plugin.engine.inference import (
-    InferenceNetwork,
-    Preprocessing,
-    load_all_tensors,
-)
-from selcon_plugin.imagenet_weights import read_state_dict
-from selcon_plugin.torchreid_ext.backbones import build_plain_model, torchreid_model_names
+from selcon_plugin.config.checks import check_name
+from selcon_plugin.models.inference import InferenceNetwork, Preprocessing, load_all_tensors
+from selcon_plugin.models.pretrained import read_state_dict
+from selcon_plugin.models.timm import create_timm_backbone
+from selcon_plugin.models.torchreid import build_plain_model, torchreid_model_names
 from selcon_plugin.torchreid_ext.train import build_model
 
 _TIMM_PREFIX = "timm:"
@@ -99,5 +95,5 @@ def _plain_model(cfg: CfgNode, state: dict[str, Tensor], file: Path) -> nn.Modul
         )
     check_name("the backbone", name, torchreid_model_names())
     model = build_plain_model(name)
-    load_all_tensors(model, state, source=str(file), besides=_CLASSIFIER)
+    load_all_tensors(model, state, source=str(file), ignore_prefixes=_CLASSIFIER)
     return model

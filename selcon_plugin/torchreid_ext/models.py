@@ -19,13 +19,6 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from selcon_plugin.backbones import (
-    IMAGENET_PIXEL_MEAN,
-    IMAGENET_PIXEL_STD,
-    create_timm_backbone,
-    infer_feature_shape,
-)
-from selcon_plugin.engine.bad_numbers import check_state
 from selcon_plugin.engine.network import EmbeddingNetwork
 from selcon_plugin.features import (
     Embeddings,
@@ -33,8 +26,12 @@ from selcon_plugin.features import (
     GlobalPartEmbedding,
     check_parts_fit,
 )
-from selcon_plugin.imagenet_weights import load_weights, read_state_dict
-from selcon_plugin.torchreid_ext.backbones import (
+from selcon_plugin.models.backbone import IMAGENET_PIXEL_MEAN, IMAGENET_PIXEL_STD
+from selcon_plugin.models.feature_map import infer_feature_shape
+from selcon_plugin.models.finite import check_state
+from selcon_plugin.models.pretrained import load_weights, read_state_dict
+from selcon_plugin.models.timm import create_timm_backbone
+from selcon_plugin.models.torchreid import (
     MODEL_PREFIX,
     TorchreidBackbone,
     add_to_model_factory,
@@ -75,10 +72,10 @@ class SelConModel(EmbeddingNetwork):
         embedding_dim: Global feature dimension C; 0 for the backbone's.
         project_global: Whether the global branch has a linear layer.
         pool: ``"avg"``, ``"max"`` or ``"gem"``.
-        bn_neck: Whether the normalisation has no shift, as in the usual BN neck.
-        ghost_batch_size: Images that batch normalisation sees together; 0 for all.
+        bn_neck: Whether the normalization has no shift, as in the usual BN neck.
+        ghost_batch_size: Images that batch normalization sees together; 0 for all.
         wave_block: ``"none"``, ``"plain"`` or ``"attentive"``; see
-            :mod:`selcon_plugin.wave_block`.
+            :mod:`selcon_plugin.models.wave_block`.
         pixel_mean: The loader's mean per channel, on the scale 0..255.
         pixel_std: The loader's standard deviation per channel, on that scale.
 
@@ -134,7 +131,7 @@ class SelConModel(EmbeddingNetwork):
         """Compute embeddings (training) or test features (evaluation).
 
         Args:
-            images: Normalised as torchreid's loaders do, shape ``(B, 3, h, w)``.
+            images: Normalized as torchreid's loaders do, shape ``(B, 3, h, w)``.
 
         Returns:
             Embeddings, or unit vectors ``(B, C + S*D)``.
@@ -281,7 +278,7 @@ def feature_layer_width(state: Mapping[str, Tensor]) -> int:
 
 
 def _begin_as_feature_layer(head: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take over a linear layer and its normalisation, if they are the head's in shape.
+    """Take over a linear layer and its normalization, if they are the head's in shape.
 
     Args:
         head: Head to load into.
@@ -356,10 +353,10 @@ def adopt_model(
     scheduler: Any,
     **options: Any,
 ) -> SelConModel:
-    """Put our head on a plain torchreid model, and its weights into the optimiser.
+    """Put our head on a plain torchreid model, and its weights into the optimizer.
 
     So that a script changes its engine alone. The head learns at the rate of the
-    optimiser's last group, which is that of torchreid's new layers.
+    optimizer's last group, which is that of torchreid's new layers.
 
     Args:
         model: A torchreid model; its layers behind the feature map are taken out.
@@ -378,7 +375,7 @@ def adopt_model(
     ):
         raise ValueError(
             f"the schedule {type(scheduler).__name__} cannot take in the head's weights: "
-            "build the model by build_selcon_model, then optimiser and schedule on it"
+            "build the model by build_selcon_model, then optimizer and schedule on it"
         )
     device = next(model.parameters()).device
     backbone = TorchreidBackbone(model, input_size=options["input_size"])

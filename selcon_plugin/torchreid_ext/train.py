@@ -11,28 +11,29 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from selcon_plugin.compat import import_torchreid
+from selcon_plugin.compat.torchreid import import_torchreid
+from selcon_plugin.config.checks import check_name, make_output_folder
+from selcon_plugin.config.keys import clustering_options, run_options
 from selcon_plugin.datasets import SyntheticPersonsSpec
-from selcon_plugin.engine.atomic import write_atomically
-from selcon_plugin.engine.checks import check_name, make_output_folder
 from selcon_plugin.engine.run import seed_all
-from selcon_plugin.engine.run_record import forget_results, write_results
-from selcon_plugin.engine.settings import clustering_options, run_options
+from selcon_plugin.io.atomic import write_atomically
+from selcon_plugin.io.safe_loading import safe_extraction
 from selcon_plugin.methods import method_class
 from selcon_plugin.report import finish_run
-from selcon_plugin.safe_loading import safe_extraction
+from selcon_plugin.runs.results import delete_results, write_results
 from selcon_plugin.torchreid_ext.config import KEYS, default_values
 from selcon_plugin.torchreid_ext.datasets import (
     image_dataset_names,
     register_image_folder,
     register_synthetic_persons,
 )
-from selcon_plugin.torchreid_ext.engine import MODEL_OPTIONS, ImageSelConEngine
+from selcon_plugin.torchreid_ext.engine import ImageSelConEngine
 from selcon_plugin.torchreid_ext.models import (
     SelConModel,
     build_selcon_model,
     load_network,
 )
+from selcon_plugin.torchreid_ext.options import MODEL_OPTIONS
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ def build_model(cfg: CfgNode) -> SelConModel:
 
 
 def build_engine(cfg: CfgNode) -> ImageSelConEngine:
-    """Build data, model, optimiser, schedule and engine.
+    """Build data, model, optimizer, schedule and engine.
 
     Args:
         cfg: Complete config.
@@ -245,7 +246,7 @@ def run_config(cfg: CfgNode, *, resume: bool = False) -> ImageSelConEngine:
         except FileNotFoundError:
             logger.info("There is no checkpoint in %s: training from the start", folder)
     if not test.evaluate:
-        forget_results(folder)
+        delete_results(folder)
         # FastReID's runs leave it under the same name.
         write_atomically(cfg.dump(), Path(folder, "config.yaml"))
     engine.run(

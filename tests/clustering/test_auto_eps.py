@@ -17,7 +17,7 @@ from selcon_plugin.clustering import (
 )
 from selcon_plugin.clustering import auto_eps as module
 from selcon_plugin.clustering.auto_eps import EPS_GRID
-from selcon_plugin.diagnostics import cluster_diagnostics
+from selcon_plugin.metrics.identities import cluster_diagnostics
 
 DIM = 128
 Data = Callable[[np.random.Generator], tuple[NDArray[np.float64], NDArray[np.int64]]]
@@ -56,7 +56,7 @@ def overlapping_with_distractors(
 def large_identities(
     rng: np.random.Generator,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """15 noisy identities of 100 images: most of its images share no neighbour."""
+    """15 noisy identities of 100 images: most of its images share no neighbor."""
     pids = np.repeat(np.arange(15), 100)
     noise = 2.0 * rng.normal(size=(len(pids), DIM))
     return rng.normal(size=(15, DIM))[pids] + noise, pids

@@ -97,7 +97,7 @@ def test_filters_run_in_order_and_quality_is_that_of_the_result() -> None:
     assert seen_camids.tolist() == camids.tolist()
     assert seen_labeler is labeler
     assert found.measured["found"] == 1.0
-    assert found.measured["outlier_share"] == 0.75
+    assert found.measured["outlier_ratio"] == 0.75
 
 
 def test_state_of_the_filters_goes_round() -> None:

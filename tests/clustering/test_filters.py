@@ -232,7 +232,7 @@ def test_outlier_policies_by_hand(policy: Any, expected: list[int], device: str)
     features = torch.stack([angles.cos(), angles.sin()], dim=1).to(device)
     found = apply(OutlierPolicy(policy), [0, -1, 1, 0, -1, 1], features)
     assert found.labels.tolist() == expected
-    assert found.measured["found_outlier_share"] == pytest.approx(2 / 6)
+    assert found.measured["found_outlier_ratio"] == pytest.approx(2 / 6)
 
 
 def test_nearest_equals_a_loop_in_any_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +274,7 @@ def test_filters_compose(features: Tensor) -> None:
     assert before.num_outliers > 0
     assert found.num_outliers == 0
     assert found.num_clusters == before.num_clusters + before.num_outliers
-    assert found.measured["found_outlier_share"] == before.outlier_share
+    assert found.measured["found_outlier_ratio"] == before.outlier_ratio
     kept = before.labels >= 0
     assert torch.equal(found.labels[kept], before.labels[kept])
     for c in range(before.num_clusters):

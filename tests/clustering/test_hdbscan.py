@@ -87,7 +87,7 @@ def test_every_image_close_to_enough_others_is_clustered() -> None:
     dense = np.ones((9, 9))
     for members in ([0, 3, 5, 8], [1, 2, 4, 7]):
         dense[np.ix_(members, members)] = 0.3
-    dense[6, 0] = dense[0, 6] = 0.5  # one neighbour is too few for min_samples = 4
+    dense[6, 0] = dense[0, 6] = 0.5  # one neighbor is too few for min_samples = 4
     np.fill_diagonal(dense, 0)
     labels = hdbscan_labels(sparse(dense), min_cluster_size=4, min_samples=4)
     assert labels.tolist() in (

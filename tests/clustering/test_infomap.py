@@ -39,7 +39,7 @@ def people(num: int, images: int, noise: float) -> tuple[Tensor, Tensor]:
 
 
 def cliques(sizes: list[int]) -> Neighbors:
-    """Groups in which all images are neighbours with similarity 0.9."""
+    """Groups in which all images are neighbors with similarity 0.9."""
     num_images, width = sum(sizes), max(sizes)
     similarity = torch.zeros(num_images, width)
     index = torch.arange(num_images)[:, None].repeat(1, width)

@@ -28,12 +28,12 @@ def units(*shape: int, seed: int = 0) -> Tensor:
 
 
 def people(num_images: int = 120, dim: int = 24, seed: int = 0) -> Tensor:
-    """Features around one centre per twelve images, in random order."""
-    centres = units(max(1, num_images // 12), dim, seed=seed)
+    """Features around one center per twelve images, in random order."""
+    centers = units(max(1, num_images // 12), dim, seed=seed)
     drawn = torch.randint(
-        0, len(centres), (num_images,), generator=torch.Generator().manual_seed(seed)
+        0, len(centers), (num_images,), generator=torch.Generator().manual_seed(seed)
     )
-    return F.normalize(centres[drawn] + 0.8 * units(num_images, dim, seed=seed + 1), dim=1)
+    return F.normalize(centers[drawn] + 0.8 * units(num_images, dim, seed=seed + 1), dim=1)
 
 
 def jaccard_by_loops(features: Tensor, k1: int, k2: int) -> Array:
@@ -189,7 +189,7 @@ def test_identical_images(num_images: int, backend: Any) -> None:
     features = units(1, 8).repeat(num_images, 1)
     found = jaccard_distance(features, k1=30, backend=backend)
     assert (found.diagonal() == np.float32(ZERO)).all()
-    if num_images <= 30:  # all have the same neighbourhood: everybody
+    if num_images <= 30:  # all have the same neighborhood: everybody
         assert found.nnz == num_images**2
         assert found.data.max() < 1e-6
 

@@ -25,9 +25,9 @@ def units(*shape: int, seed: int = 0) -> Tensor:
 
 
 def clustered(num_images: int, dim: int, seed: int = 0) -> Tensor:
-    """Features that share a mean and gather around centres, as a network's do."""
-    centres = 2 + units(max(1, num_images // 12), dim, seed=seed)
-    near = centres[torch.arange(num_images) % len(centres)]
+    """Features that share a mean and gather around centers, as a network's do."""
+    centers = 2 + units(max(1, num_images // 12), dim, seed=seed)
+    near = centers[torch.arange(num_images) % len(centers)]
     return F.normalize(near + 0.7 * units(num_images, dim, seed=seed + 1), dim=1)
 
 
@@ -114,8 +114,8 @@ def test_shortlist_tells_apart_what_bfloat16_cannot(
     monkeypatch.setattr(_shortlist, "BLOCK", 64)  # many blocks, the last one ragged
     # 20 images of a group differ by less than bfloat16 can tell, and the k-th rank falls
     # into the group.
-    centres = units(30, 64)
-    features = F.normalize(centres.repeat_interleave(20, 0) + 2e-3 * units(600, 64), dim=1)
+    centers = units(30, 64)
+    features = F.normalize(centers.repeat_interleave(20, 0) + 2e-3 * units(600, 64), dim=1)
     narrow = features.bfloat16().float() @ features.bfloat16().float().T
     wrong = narrow.bfloat16().float().topk(12, dim=1).indices.sort(dim=1).values
     found = shortlist_neighbors(features, 12, dtype=dtype)
@@ -237,7 +237,7 @@ def test_auto_chooses_by_size_and_what_is_installed(
 def test_the_choice_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="selcon_plugin"):
         nearest_neighbors(units(10, 4), 3)
-    assert "3 nearest neighbours of 10 images: torch (at most 2000 images)" in caplog.text
+    assert "3 nearest neighbors of 10 images: torch (at most 2000 images)" in caplog.text
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -1,4 +1,4 @@
-"""Neighbourhoods by the number of images, alone and in DBSCAN."""
+"""Neighborhoods by the number of images, alone and in DBSCAN."""
 
 from dataclasses import asdict
 
@@ -13,7 +13,7 @@ from selcon_plugin.clustering.neighborhood import NeighborhoodSizes
     ("num_images", "sizes"),
     [(0, (8, 1, 3)), (100, (10, 2, 3)), (999, (15, 3, 3)), (1000, (30, 6, 4))],
 )
-def test_few_images_have_fewer_neighbours(num_images: int, sizes: tuple[int, ...]) -> None:
+def test_few_images_have_fewer_neighbors(num_images: int, sizes: tuple[int, ...]) -> None:
     assert NeighborhoodSizes.for_images(num_images) == NeighborhoodSizes(*sizes)
 
 
@@ -42,7 +42,7 @@ def test_auto_is_that_of_the_number_of_images(num_images):
     assert torch.equal(mixed.labels, by_hand.labels)
 
 
-def test_estimates_know_the_number_of_neighbours():
+def test_estimates_know_the_number_of_neighbors():
     assert DBSCANLabeler(k1="auto").num_neighbors(100) == 10
     assert DBSCANLabeler(k1="auto").num_neighbors(5000) == 30
     assert DBSCANLabeler(k1=20).num_neighbors(100) == 20

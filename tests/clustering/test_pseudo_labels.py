@@ -24,7 +24,7 @@ def test_numbered_carries_on_what_comes_with_the_labels() -> None:
 def test_counts_by_hand() -> None:
     found = PseudoLabels(torch.tensor([0, -1, 1, 0, -1, 0, 2, -1]))
     assert (found.num_images, found.num_clusters, found.num_outliers) == (8, 3, 3)
-    assert found.outlier_share == 3 / 8
+    assert found.outlier_ratio == 3 / 8
     assert found.sizes.tolist() == [3, 1, 1]
     assert not found.instance_level
 
@@ -32,7 +32,7 @@ def test_counts_by_hand() -> None:
 @pytest.mark.parametrize(("labels", "share"), [([], 0.0), ([-1, -1], 1.0)])
 def test_no_cluster(labels: list[int], share: float) -> None:
     found = PseudoLabels.numbered(labels)
-    assert (found.num_clusters, found.outlier_share) == (0, share)
+    assert (found.num_clusters, found.outlier_ratio) == (0, share)
     assert found.sizes.tolist() == []
 
 

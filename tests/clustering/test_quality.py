@@ -135,7 +135,7 @@ def test_counts_and_sizes_by_hand() -> None:
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, -1, -1])
     assert label_free_quality(PseudoLabels(labels), labels) == {
         "num_clusters": 3,
-        "outlier_share": 0.2,
+        "outlier_ratio": 0.2,
         "mean_cluster_size": pytest.approx(8 / 3),
         "median_cluster_size": 2,
         "max_cluster_size": 4,

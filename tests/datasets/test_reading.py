@@ -13,7 +13,7 @@ from PIL import Image
 from selcon_plugin.datasets import reading
 from selcon_plugin.datasets.reading import ImageReadError, find_unreadable, read_rgb
 
-COLOUR = (200, 30, 40)
+COLOR = (200, 30, 40)
 
 
 def write(path, image, **options):
@@ -21,8 +21,8 @@ def write(path, image, **options):
     return path
 
 
-def plain(size=(6, 12), colour=COLOUR):
-    return Image.new("RGB", size, colour)
+def plain(size=(6, 12), color=COLOR):
+    return Image.new("RGB", size, color)
 
 
 def pixels(path):
@@ -35,7 +35,7 @@ def pixels(path):
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.webp", "a.jpg", "a.tif", "a.JPEG"])
-def test_colours_are_those_of_the_file(tmp_path, name):
+def test_colors_are_those_of_the_file(tmp_path, name):
     noise = np.random.default_rng(0).integers(0, 255, (12, 6, 3), dtype=np.uint8)
     file = write(tmp_path / name, Image.fromarray(noise))
     with Image.open(file) as image:
@@ -43,20 +43,20 @@ def test_colours_are_those_of_the_file(tmp_path, name):
     assert np.array_equal(pixels(file), expected)
 
 
-def test_palette_and_grey_and_one_bit(tmp_path):
+def test_palette_and_gray_and_one_bit(tmp_path):
     palette = write(
         tmp_path / "p.png", plain().convert("P", palette=Image.Palette.ADAPTIVE)
     )
     assert np.array_equal(pixels(palette), np.asarray(plain()))
-    grey = write(tmp_path / "l.png", Image.new("L", (6, 12), 77))
-    assert (pixels(grey) == 77).all()
+    gray = write(tmp_path / "l.png", Image.new("L", (6, 12), 77))
+    assert (pixels(gray) == 77).all()
     one_bit = write(tmp_path / "1.png", Image.new("1", (6, 12), 1))
     assert (pixels(one_bit) == 255).all()
 
 
 def test_cmyk(tmp_path):
     file = write(tmp_path / "a.jpg", plain().convert("CMYK"), quality=100)
-    assert np.abs(pixels(file).astype(int) - COLOUR).max() <= 3
+    assert np.abs(pixels(file).astype(int) - COLOR).max() <= 3
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
@@ -66,7 +66,7 @@ def test_of_16_bits_the_upper_8_are_taken(tmp_path, name):
     assert pixels(file)[0].tolist() == [[v] * 3 for v in (0, 0, 1, 0x12, 255)]
 
 
-def test_16_bit_colour(tmp_path):
+def test_16_bit_color(tmp_path):
     def chunk(kind, data):
         check = struct.pack(">I", zlib.crc32(kind + data))
         return struct.pack(">I", len(data)) + kind + data + check
@@ -83,17 +83,17 @@ def test_16_bit_colour(tmp_path):
 
 
 def test_what_is_transparent_is_black(tmp_path):
-    half = Image.new("RGBA", (2, 1), (*COLOUR, 255))
-    half.putpixel((1, 0), (*COLOUR, 0))
-    assert pixels(write(tmp_path / "rgba.png", half)).tolist() == [[[*COLOUR], [0, 0, 0]]]
-    grey = Image.new("LA", (2, 1), (90, 255))
-    grey.putpixel((1, 0), (90, 0))
-    assert pixels(write(tmp_path / "la.png", grey)).tolist() == [[[90] * 3, [0] * 3]]
+    half = Image.new("RGBA", (2, 1), (*COLOR, 255))
+    half.putpixel((1, 0), (*COLOR, 0))
+    assert pixels(write(tmp_path / "rgba.png", half)).tolist() == [[[*COLOR], [0, 0, 0]]]
+    gray = Image.new("LA", (2, 1), (90, 255))
+    gray.putpixel((1, 0), (90, 0))
+    assert pixels(write(tmp_path / "la.png", gray)).tolist() == [[[90] * 3, [0] * 3]]
     keyed = Image.new("P", (2, 1), 0)
-    keyed.putpalette([*COLOUR, 9, 9, 9])
+    keyed.putpalette([*COLOR, 9, 9, 9])
     keyed.putpixel((1, 0), 1)
     file = write(tmp_path / "p.png", keyed, transparency=b"\xff\x00")
-    assert pixels(file).tolist() == [[[*COLOUR], [0, 0, 0]]]
+    assert pixels(file).tolist() == [[[*COLOR], [0, 0, 0]]]
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
@@ -115,7 +115,7 @@ def test_damaged_exif_data_does_not_matter(tmp_path):
 
 
 def test_first_frame_of_an_animation(tmp_path):
-    frames = [plain(colour=(0, 0, 255))]
+    frames = [plain(color=(0, 0, 255))]
     write(tmp_path / "a.webp", plain(), save_all=True, append_images=frames, lossless=True)
     write(tmp_path / "a.gif", plain(), save_all=True, append_images=frames)
     for name in ("a.webp", "a.gif"):

@@ -19,7 +19,7 @@ from selcon_plugin.datasets import (
     generate_synthetic_persons,
     read_market_folder,
 )
-from selcon_plugin.datasets.synthetic_sheet import SHEET_SIZE, Sheet
+from selcon_plugin.datasets.synthetic.sheet import SHEET_SIZE, Sheet
 
 SPLITS = (TRAIN_FOLDER, QUERY_FOLDER, GALLERY_FOLDER)
 SMALL = SyntheticPersonsSpec(
@@ -208,7 +208,7 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
 
 
 def _die_half_way(root: str) -> None:
-    from selcon_plugin.datasets import synthetic_persons
+    from selcon_plugin.datasets.synthetic import persons as synthetic_persons
 
     original = synthetic_persons._draw_group
     calls = []
@@ -229,7 +229,7 @@ def test_failure_leaves_nothing_behind(
     def fail(*args: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("selcon_plugin.datasets.synthetic_persons._draw_group", fail)
+    monkeypatch.setattr("selcon_plugin.datasets.synthetic.persons._draw_group", fail)
     with pytest.raises(OSError, match="disk full"):
         generate_synthetic_persons(tmp_path, TINY)
     assert list(tmp_path.iterdir()) == []

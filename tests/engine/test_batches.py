@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from selcon_plugin.engine.batches import build_sampler, split_batch
-from selcon_plugin.engine.settings import STREAM_SAMPLER
-from selcon_plugin.samplers import ClusterSampler, StreamSampler, planner_names
+from selcon_plugin.samplers.cluster import STREAM_SAMPLER, ClusterSampler
+from selcon_plugin.samplers.planners import planner_names
+from selcon_plugin.samplers.stream import StreamSampler
 
 # --- cutting a batch ---------------------------------------------------------------------
 
@@ -73,7 +74,7 @@ def test_stream_is_that_of_the_seed() -> None:
 
 @pytest.mark.parametrize("name", planner_names())
 def test_cluster_sampler_of_every_planner(name: str) -> None:
-    settings = {"batch_size": 8, "num_instances": 2, "outlier_share": 0.25, "seed": 3}
+    settings = {"batch_size": 8, "num_instances": 2, "outlier_ratio": 0.25, "seed": 3}
     sampler = build_sampler(name, 24, **settings)
     assert isinstance(sampler, ClusterSampler)
     expected = ClusterSampler(planner=name, **settings)

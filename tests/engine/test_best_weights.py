@@ -8,7 +8,7 @@ from selcon_plugin.engine.best_weights import BestWeights
 
 
 @pytest.mark.parametrize(
-    ("figure", "sign"), [("silhouette", 1), ("stability", 1), ("outlier_share", -1)]
+    ("figure", "sign"), [("silhouette", 1), ("stability", 1), ("outlier_ratio", -1)]
 )
 def test_weights_are_saved_when_the_figure_gets_better(figure, sign):
     saved = []
@@ -23,12 +23,12 @@ def test_weights_are_saved_when_the_figure_gets_better(figure, sign):
 
 def test_resumed_run_goes_on_from_its_best():
     saved = []
-    first = BestWeights("outlier_share", saved.append)
-    second = BestWeights("outlier_share", saved.append)
+    first = BestWeights("outlier_ratio", saved.append)
+    second = BestWeights("outlier_ratio", saved.append)
     second.load_state_dict(first.state_dict())  # of a run that has none yet
-    first.offer({"outlier_share": 0.5}, 1)
+    first.offer({"outlier_ratio": 0.5}, 1)
     second.load_state_dict(first.state_dict())
-    second.offer({"outlier_share": 0.6}, 2)
+    second.offer({"outlier_ratio": 0.6}, 2)
     assert saved == [1]
     other = BestWeights("stability", saved.append)
     other.load_state_dict(first.state_dict())  # of another figure: not comparable

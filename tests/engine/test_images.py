@@ -9,7 +9,7 @@ import torch
 
 from selcon_plugin.engine.images import UNKNOWN, IndexedImages
 from selcon_plugin.engine.run import seed_all
-from selcon_plugin.samplers import SampleKey
+from selcon_plugin.samplers.stream import SampleKey
 
 
 class Images(IndexedImages):
@@ -49,7 +49,10 @@ def test_sample_holds_its_index_and_no_identity():
         {"image": "A", "index": 0},
         {"image": "B", "index": 1},
     ]
-    assert dataset.true_pids == [0, 1]  # by their order, and for diagnostics alone
+    assert dataset.evaluation_only_pids == [
+        0,
+        1,
+    ]  # by their order, and for diagnostics alone
     assert len(dataset) == 2
 
 
@@ -66,7 +69,7 @@ def test_order_is_that_of_the_paths():
     shuffled = items.copy()
     random.Random(0).shuffle(shuffled)
     first, second = images(items), images(shuffled)
-    for name in ("paths", "true_pids", "camids"):
+    for name in ("paths", "evaluation_only_pids", "camids"):
         assert getattr(first, name) == getattr(second, name)
     assert first.paths == sorted(first.paths)
 
@@ -75,7 +78,7 @@ def test_unknown_cameras_are_minus_one_and_known_ones_count_from_zero():
     dataset = images([("b", -1, "lobby"), ("a", -1, -1), ("c", -1, "door")])
     assert dataset.camids == [-1, 1, 0]
     assert dataset.num_cameras == 2
-    assert dataset.true_pids == [-1, -1, -1]
+    assert dataset.evaluation_only_pids == [-1, -1, -1]
     assert torch.equal(dataset.camera_ids, torch.tensor([-1, 1, 0]))
     assert dataset.camera_ids.dtype == torch.int64
 
@@ -93,7 +96,7 @@ def test_unknown_cameras_are_minus_one_and_known_ones_count_from_zero():
 def test_names_are_numbered_in_order(names, numbers):
     items = [(f"{place:02}", name, name) for place, name in enumerate(names)]
     dataset = images(items)
-    assert dataset.camids == dataset.true_pids == numbers
+    assert dataset.camids == dataset.evaluation_only_pids == numbers
 
 
 @pytest.mark.parametrize(
@@ -108,7 +111,7 @@ def test_names_are_numbered_in_order(names, numbers):
 )
 def test_identities_that_say_nothing_are_not_known(pids, known):
     dataset = images([(str(place), pid, 0) for place, pid in enumerate(pids)])
-    found = dataset.known_pids
+    found = dataset.evaluation_only_identities
     assert (found if found is None else found.tolist()) == known
 
 
@@ -118,7 +121,7 @@ def test_another_transform_keeps_images_order_and_cameras():
     other = dataset.with_transform(len)
     assert (other.transform, dataset.transform) == (len, None)
     assert isinstance(other, Images)
-    for name in ("paths", "camids", "true_pids", "seed"):
+    for name in ("paths", "camids", "evaluation_only_pids", "seed"):
         assert getattr(other, name) == getattr(dataset, name)
 
 

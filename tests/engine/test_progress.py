@@ -8,9 +8,9 @@ import pytest
 
 from selcon_plugin.engine import progress
 from selcon_plugin.engine.progress import (
+    ProgressLoader,
     Stage,
     TrainingProgress,
-    Watched,
     duration,
     with_progress,
 )
@@ -160,7 +160,7 @@ def test_watched_loader_is_the_loader(clock, lines):
     class Loader(list):
         dataset = "persons"
 
-    watched = Watched(Loader([4, 5]), "Evaluation")
+    watched = ProgressLoader(Loader([4, 5]), "Evaluation")
     assert watched.dataset == "persons"
     assert len(watched) == 2
     assert [*watched, *watched] == [4, 5, 4, 5]

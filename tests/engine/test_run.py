@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from selcon_plugin.clustering import Labeler, PseudoLabels
-from selcon_plugin.diagnostics import cluster_diagnostics
 from selcon_plugin.engine.batches import build_sampler
 from selcon_plugin.engine.best_weights import BestWeights
 from selcon_plugin.engine.images import IndexedImages
 from selcon_plugin.engine.network import EmbeddingNetwork
 from selcon_plugin.engine.run import TrainingRun, seed_all
-from selcon_plugin.engine.run_state import RunState
 from selcon_plugin.features import Embeddings, GlobalPartEmbedding
 from selcon_plugin.methods import Method
+from selcon_plugin.metrics.identities import cluster_diagnostics
+from selcon_plugin.runs.state import RunState
 
 IMAGES, BATCH = 12, 4
 
@@ -116,7 +116,7 @@ def test_what_a_clustering_takes_is_said_before_training(make_run, caplog, monke
     with caplog.at_level(logging.INFO):
         make_run(Recorded()).before_training()
     assert "Each clustering" not in caplog.text
-    monkeypatch.setattr("selcon_plugin.estimates.available_memory", lambda: 1000)
+    monkeypatch.setattr("selcon_plugin.engine.estimates.available_memory", lambda: 1000)
     with pytest.raises(ValueError, match="clustering 12 images needs about"):
         make_run(Recorded(clusters=True), Scripted(LABELS)).before_training()
 
@@ -204,7 +204,7 @@ def test_processes_have_random_streams_of_their_own(make_run, monkeypatch):
 
 def test_batches_begin_where_the_epoch_does(make_run):
     run = make_run(Recorded())
-    run.renew_batches(2, 6)
+    run.refresh_pseudo_labels(2, 6)
     assert run.sampler.start == 6
     assert next(iter(run.sampler)).position == 6 * BATCH
 
@@ -218,7 +218,7 @@ def test_clusters_are_renewed_every_few_epochs(make_run, period, epochs):
     clustered = []
     for epoch in range(4):
         before = len(labeler.given)
-        run.renew_batches(epoch, 3 * epoch)
+        run.refresh_pseudo_labels(epoch, 3 * epoch)
         clustered += [epoch] * (len(labeler.given) - before)
     assert clustered == epochs
 
@@ -226,7 +226,7 @@ def test_clusters_are_renewed_every_few_epochs(make_run, period, epochs):
 def test_run_that_was_never_prepared_clusters_at_once(make_run):
     labeler = Scripted(LABELS)
     run = make_run(Recorded(clusters=True), labeler, planner="pk", cluster_period=3)
-    run.renew_batches(1, 3)
+    run.refresh_pseudo_labels(1, 3)
     assert len(labeler.given) == 1
     assert run.method.labels.tolist() == LABELS
 
@@ -236,7 +236,7 @@ def test_batches_are_drawn_from_the_new_labels(make_run):
     run = make_run(Recorded(clusters=True), labeler, planner="pk")
     for epoch, labels in enumerate((LABELS, LABELS[::-1])):
         labeler.labels = labels
-        run.renew_batches(epoch, 3 * epoch)
+        run.refresh_pseudo_labels(epoch, 3 * epoch)
         batch = next(run.sampler.batches(3 * epoch))
         found = run.method.labels[torch.as_tensor(batch)].reshape(2, 2)
         assert (found >= 0).all()
@@ -245,7 +245,7 @@ def test_batches_are_drawn_from_the_new_labels(make_run):
 
 def test_without_clusters_every_image_is_drawn(make_run, caplog):
     run = make_run(Recorded(clusters=True), Scripted([-1] * IMAGES), planner="pk")
-    run.renew_batches(0, 0)
+    run.refresh_pseudo_labels(0, 0)
     assert run.method.instance_level
     batches = run.sampler.batches(0)
     seen = np.concatenate([next(batches) for _ in range(IMAGES // BATCH)])
@@ -255,7 +255,7 @@ def test_without_clusters_every_image_is_drawn(make_run, caplog):
 
 def test_batch_that_needs_more_clusters_falls_back(make_run):
     run = make_run(Recorded(clusters=True), Scripted(LABELS), planner="pk", min_clusters=3)
-    run.renew_batches(0, 0)
+    run.refresh_pseudo_labels(0, 0)
     assert run.method.instance_level
 
 
@@ -263,7 +263,7 @@ def test_batch_that_needs_more_clusters_falls_back(make_run):
 def test_what_is_clustered(make_run, kind):
     labeler = Scripted(LABELS)
     run = make_run(Recorded(clusters=True), labeler, planner="pk", cluster_features=kind)
-    run.renew_batches(0, 0)
+    run.refresh_pseudo_labels(0, 0)
     (embeddings,) = run.extracted
     expected = {
         "global": embeddings.global_features,
@@ -277,9 +277,9 @@ def test_method_may_cluster_its_own_bank(make_run):
     bank = features(7).global_features
     labeler = Scripted(LABELS)
     run = make_run(Recorded(clusters=True, bank=bank), labeler, planner="pk")
-    run.renew_batches(0, 0)  # its bank is empty as yet: features are extracted
+    run.refresh_pseudo_labels(0, 0)  # its bank is empty as yet: features are extracted
     assert len(run.extracted) == 1
-    run.renew_batches(1, 3)
+    run.refresh_pseudo_labels(1, 3)
     assert len(run.extracted) == 1
     assert torch.allclose(labeler.given[1], bank, atol=1e-6)
 
@@ -292,16 +292,18 @@ def test_clustering_is_reported(make_run, caplog):
     run = make_run(
         Recorded(clusters=True), labeler, planner="pk", pids=pids, report=reports.append
     )
-    run.renew_batches(0, 0)
-    run.renew_batches(1, 3)
+    run.refresh_pseudo_labels(0, 0)
+    run.refresh_pseudo_labels(1, 3)
     first, second = reports
     assert first["num_clusters"] == 2
     assert first["eps"] == 0.5
-    assert first["outlier_share"] == pytest.approx(1 / 3)
+    assert first["outlier_ratio"] == pytest.approx(1 / 3)
     assert first["clustering_seconds"] >= 0
     assert "stability" not in first
     assert second["stability"] == 1  # the same labels again
-    expected = cluster_diagnostics(run.method.labels, run.dataset.known_pids)
+    expected = cluster_diagnostics(
+        run.method.labels, run.dataset.evaluation_only_identities
+    )
     for name, value in expected.items():
         assert first[name] == pytest.approx(value)
     assert "Epoch 2: " in caplog.text
@@ -311,7 +313,7 @@ def test_what_is_undefined_is_left_out_of_the_report(make_run):
     reports = []
     labeler = Scripted([-1] * IMAGES)
     run = make_run(Recorded(clusters=True), labeler, planner="pk", report=reports.append)
-    run.renew_batches(0, 0)
+    run.refresh_pseudo_labels(0, 0)
     assert all(value == value for value in reports[0].values())  # not NaN
 
 
@@ -324,7 +326,7 @@ def test_identities_that_are_not_known_are_not_reported(make_run):
         pids=[-1],
         report=reports.append,
     )
-    run.renew_batches(0, 0)
+    run.refresh_pseudo_labels(0, 0)
     assert "num_clusters" in reports[0]
     assert "purity" not in reports[0]
     assert "neighbor_precision" not in run.diagnostics()
@@ -402,34 +404,34 @@ def test_clusters_judge_the_weights_of_the_epoch_before(make_run):
     # Before each epoch, and after the last; equal to the ones before at epochs 1 and 3.
     for epoch, labels in enumerate([LABELS, LABELS, halves, halves]):
         labeler.labels = torch.tensor(labels)
-        run.renew_batches(epoch, 0)
+        run.refresh_pseudo_labels(epoch, 0)
         one_step(run, [0, 1, 2, 3])
         run.end_epoch(epoch)
     assert saved == [1]
     run.best.value = 0.5
-    run.judge_last(4)
+    run.score_final_epoch(4)
     assert saved == [1, 4]
     assert len(labeler.given) == 5
 
 
 def test_untrained_weights_are_never_the_best(make_run):
     saved = []
-    run, _ = clustered_run(make_run, saved, "outlier_share")
-    run.renew_batches(0, 0)
+    run, _ = clustered_run(make_run, saved, "outlier_ratio")
+    run.refresh_pseudo_labels(0, 0)
     assert saved == []
 
 
 def test_one_cluster_of_all_images_is_never_the_best(make_run, monkeypatch):
-    monkeypatch.setattr("selcon_plugin.collapse._MIN_IMAGES", len(LABELS))
+    monkeypatch.setattr("selcon_plugin.metrics.collapse._MIN_IMAGES", len(LABELS))
     saved = []
-    run, labeler = clustered_run(make_run, saved, "outlier_share")
+    run, labeler = clustered_run(make_run, saved, "outlier_ratio")
     collapsed = [0] * (len(LABELS) - 1) + [1]
     for epoch, labels in enumerate([LABELS, LABELS, collapsed]):
         labeler.labels = torch.tensor(labels)
-        run.renew_batches(epoch, 0)
+        run.refresh_pseudo_labels(epoch, 0)
         one_step(run, [0, 1, 2, 3])
         run.end_epoch(epoch)
-    run.judge_last(3)
+    run.score_final_epoch(3)
     assert saved == [1]
 
 
@@ -440,5 +442,5 @@ def test_best_weights_need_clusters(make_run, caplog):
     run.before_training()
     one_step(run, [0, 1, 2, 3])
     run.end_epoch(0)
-    run.judge_last(1)
+    run.score_final_epoch(1)
     assert saved == []

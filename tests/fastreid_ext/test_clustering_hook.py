@@ -33,7 +33,7 @@ CLUSTERED = {
 METHODS = {
     "ClusterContrast": {},
     "ClusterContrast hard": {"CLUSTER_UPDATE": "hard", "CAMERA_WEIGHT": "batch"},
-    "SelConCluster": {"METHOD": "SelConCluster", "OUTLIER_SHARE": 0.5, "NUM_NEIGHBORS": 3},
+    "SelConCluster": {"METHOD": "SelConCluster", "OUTLIER_RATIO": 0.5, "NUM_NEIGHBORS": 3},
     "SCL jaccard": {"METHOD": "SelectiveContrastive", "SELECTION": "jaccard"},
     "SCL cluster": {"METHOD": "SelectiveContrastive", "SELECTION": "cluster"},
 }
@@ -42,7 +42,7 @@ METHODS = {
 def configured(cfg, values):
     cfg = cfg.clone()
     for key, value in values.items():
-        with KEYS.of_any_type(cfg.MODEL.SELCON):
+        with KEYS.allow_type_change(cfg.MODEL.SELCON):
             cfg.merge_from_list([key, value])
     return cfg
 
@@ -116,7 +116,7 @@ def test_training_is_blind_to_identities(tiny_cfg, tmp_path, name):
     swapped = train(
         cfg, DATASETS__NAMES=("SwappedIdentities",), OUTPUT_DIR=str(tmp_path / "swapped")
     )
-    pids = [trainer.data_loader.dataset.true_pids for trainer in (true, swapped)]
+    pids = [trainer.data_loader.dataset.evaluation_only_pids for trainer in (true, swapped)]
     assert pids[0] != pids[1]
     assert unwrap(true.model).method.labels.max() > 0  # it did cluster
     assert_equal_states(true, swapped)
@@ -189,7 +189,7 @@ def test_quality_reaches_the_writers(tiny_cfg):
     trainer = train(with_method(tiny_cfg, "ClusterContrast"), SOLVER__MAX_EPOCH=3)
     lines = (Path(tiny_cfg.OUTPUT_DIR) / "metrics.json").read_text().splitlines()
     last = {key: value for line in lines for key, value in json.loads(line).items()}
-    label_free = {"num_clusters", "outlier_share", "silhouette", "stability", "eps"}
+    label_free = {"num_clusters", "outlier_ratio", "silhouette", "stability", "eps"}
     identity_known = {"purity", "ami", "pair_precision", "pair_recall"}
     times = {"extraction_seconds", "clustering_seconds"}
     assert label_free | identity_known | times <= last.keys()

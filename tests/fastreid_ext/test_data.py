@@ -12,7 +12,7 @@ from selcon_plugin.fastreid_ext.data import (
     build_train_loader,
     training_items,
 )
-from selcon_plugin.samplers import SampleKey, StreamSampler
+from selcon_plugin.samplers.stream import SampleKey, StreamSampler
 
 
 @pytest.fixture
@@ -37,7 +37,9 @@ def test_order_does_not_depend_on_the_file_system(dataset, tiny_cfg):
 
 
 def test_fingerprint_notices_a_missing_image_and_another_camera(dataset):
-    items = list(zip(dataset.paths, dataset.true_pids, dataset.camids, strict=True))
+    items = list(
+        zip(dataset.paths, dataset.evaluation_only_pids, dataset.camids, strict=True)
+    )
     assert IndexedDataset(items[1:], None).fingerprint != dataset.fingerprint
     items[0] = (*items[0][:2], items[0][2] + 1)
     assert IndexedDataset(items, None).fingerprint != dataset.fingerprint
@@ -72,7 +74,7 @@ def test_batches_do_not_depend_on_workers_and_resume_anywhere(tiny_cfg, num_work
 
 
 @pytest.mark.parametrize("mode", ["P", "RGBA", "L"])
-def test_palette_grey_and_transparent_images_keep_their_colours(tmp_path, mode):
+def test_palette_gray_and_transparent_images_keep_their_colors(tmp_path, mode):
     picture = Image.new("RGB", (4, 8), (200, 30, 30)).convert(mode)
     picture.save(tmp_path / "a.png")
     dataset = IndexedDataset([(str(tmp_path / "a.png"), -1, -1)], transform=np.asarray)

@@ -7,12 +7,13 @@ from fastreid.config import get_cfg
 from fastreid.data.transforms import build_transforms
 from fastreid.modeling.meta_arch import build_model
 
-from selcon_plugin.cli import main
+from selcon_plugin.cli.main import main
 from selcon_plugin.datasets.reading import read_rgb
-from selcon_plugin.embedder import Embedder, FolderFeatures
-from selcon_plugin.exporting import check_crops, export_onnx, export_torchscript
 from selcon_plugin.fastreid_ext import SelCon, SelConTrainer, add_selcon_config
 from selcon_plugin.fastreid_ext.config import complete_config
+from selcon_plugin.inference.embedder import Embedder
+from selcon_plugin.inference.export import check_crops, export_onnx, export_torchscript
+from selcon_plugin.inference.folder_features import FolderFeatures
 
 RESNET = {
     "MODEL.BACKBONE.NAME": "build_resnet_backbone",
@@ -41,7 +42,7 @@ def save(model, cfg, folder):
 
 
 def with_statistics(model, size=(64, 32)):
-    """Let batch normalisation see images, so that features differ."""
+    """Let batch normalization see images, so that features differ."""
     model.train()
     with torch.no_grad():
         model.heads(model.backbone(torch.randn(16, 3, *size)))

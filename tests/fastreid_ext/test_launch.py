@@ -57,7 +57,7 @@ METHODS = {
     "SelectiveContrastive": {},
     "SelectiveContrastive by jaccard": CLUSTERED | {"MODEL.SELCON.SELECTION": "jaccard"},
     "ClusterContrast": CLUSTERED | {"MODEL.SELCON.CLUSTER_UPDATE": "hard"},
-    "SelConCluster": CLUSTERED | {"MODEL.SELCON.OUTLIER_SHARE": 0.5},
+    "SelConCluster": CLUSTERED | {"MODEL.SELCON.OUTLIER_RATIO": 0.5},
 }
 
 
@@ -67,7 +67,7 @@ def test_two_processes_equal_one(tiny_cfg, tmp_path, name):
     tiny_cfg.MODEL.BACKBONE.NORM = "BN"
     tiny_cfg.MODEL.SELCON.METHOD = name.partition(" ")[0]
     for key, value in METHODS[name].items():
-        with KEYS.of_any_type(tiny_cfg.MODEL.SELCON):
+        with KEYS.allow_type_change(tiny_cfg.MODEL.SELCON):
             tiny_cfg.merge_from_list([key, value])
     if name == "ClusterContrast":
         # Set by the tiny config for another method, refused here.

@@ -20,7 +20,7 @@ from market_study.protocols import (
 )
 from market_study.runs import Budget, BudgetSpentError, Variant, run_variants
 from market_study.split import DATASET_FOLDER
-from selcon_plugin.engine.checks import flatten_config
+from selcon_plugin.config.checks import flatten_config
 from selcon_plugin.hosts import load_config
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "benchmark" / "market1501.py"

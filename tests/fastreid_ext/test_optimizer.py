@@ -15,7 +15,7 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        # No bias before the normalisation: its gradient is rounding, which Adam blows up.
+        # No bias before the normalization: its gradient is rounding, which Adam blows up.
         first = nn.Linear(4, 6, bias=False)
         self.backbone = nn.Sequential(first, nn.BatchNorm1d(6), nn.Linear(6, 6))
         self.heads = nn.Linear(6, 2)

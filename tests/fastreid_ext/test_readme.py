@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from selcon_plugin.cli import main
+from selcon_plugin.cli.main import main
 from selcon_plugin.hosts import load_config
 from selcon_plugin.methods import method_class, method_names
 

@@ -1,11 +1,11 @@
 """What a run in FastReID leaves for its report."""
 
-from selcon_plugin.engine.embedding_record import EmbeddingRecord
 from selcon_plugin.fastreid_ext import SelConTrainer
 from selcon_plugin.fastreid_ext.config import default_values
-from selcon_plugin.fastreid_ext.run_record import write_results
+from selcon_plugin.fastreid_ext.results import write_results
 from selcon_plugin.report import collect_run
 from selcon_plugin.report.page import changed_settings
+from selcon_plugin.runs.embedding import EmbeddingRecord
 
 
 def trained(cfg, **changes):
@@ -37,7 +37,7 @@ def test_a_run_leaves_a_report(tiny_cfg):
     assert all(q.results[0].distance <= q.results[-1].distance for q in queries)
 
 
-def test_a_run_without_a_test_set_has_clusters_and_neighbours(tiny_cfg):
+def test_a_run_without_a_test_set_has_clusters_and_neighbors(tiny_cfg):
     run = trained(
         tiny_cfg,
         DATASETS__TESTS=(),
@@ -55,7 +55,7 @@ def test_a_run_without_a_test_set_has_clusters_and_neighbours(tiny_cfg):
     assert changed["MODEL.SELCON.METHOD"] == ("ClusterContrast", "SelectiveContrastive")
     assert "MODEL.SELCON.BANK_MOMENTUM" not in changed  # the method's own default
     page = (run.folder / "report.html").read_text(encoding="utf-8")
-    assert "Nearest neighbours" in page
+    assert "Nearest neighbors" in page
     assert "data:image" not in page
     record = EmbeddingRecord.load(run.folder)
     assert record.distance == "Jaccard"

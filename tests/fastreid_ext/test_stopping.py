@@ -10,12 +10,12 @@ import torch
 from fastreid.engine.train_loop import HookBase
 from fastreid.utils import comm
 
-from selcon_plugin.engine.checkpoints import BadCheckpointError
 from selcon_plugin.engine.stopping import RunStopped
 from selcon_plugin.fastreid_ext import SelConTrainer
 from selcon_plugin.fastreid_ext.config import KEYS
 from selcon_plugin.fastreid_ext.embedding import unwrap
 from selcon_plugin.fastreid_ext.launch import launch
+from selcon_plugin.runs.checkpoints import BadCheckpointError
 
 STEPS = 3  # of an epoch
 CLUSTERED = {
@@ -23,7 +23,7 @@ CLUSTERED = {
     "NUM_NEIGHBORS": None,
     "NUM_NEGATIVES": None,
     "WARMUP_EPOCHS": None,
-    "OUTLIER_SHARE": 0.5,
+    "OUTLIER_RATIO": 0.5,
     "EMA_DECAY": 0.9,
     "CLUSTERING.EPS": 0.7,
     "CLUSTERING.MIN_SAMPLES": 2,
@@ -58,7 +58,7 @@ def _signals_as_from_a_terminal():
 @pytest.fixture
 def cfg(tiny_cfg):
     node = tiny_cfg.MODEL.SELCON
-    with KEYS.of_any_type(node):
+    with KEYS.allow_type_change(node):
         for key, value in CLUSTERED.items():
             tiny_cfg.merge_from_list([f"MODEL.SELCON.{key}", value])
     node.ITERS_PER_EPOCH = STEPS

@@ -21,7 +21,7 @@ from selcon_plugin.fastreid_ext.train_step import (
     AccumulatingAMPTrainer,
     AccumulatingTrainer,
 )
-from selcon_plugin.normalization import convert_ghost_batch_norm
+from selcon_plugin.models.ghost_norm import convert_ghost_batch_norm
 
 BATCH = 8
 

@@ -11,7 +11,7 @@ from selcon_plugin.engine.extraction import calibrate_normalization
 from selcon_plugin.fastreid_ext import SelConTrainer, SyntheticPersons
 from selcon_plugin.fastreid_ext.embedding import extract_training_set, unwrap
 from selcon_plugin.fastreid_ext.trainer import load_trained_model
-from selcon_plugin.visualize import read_metrics
+from selcon_plugin.runs.metrics import read_metrics
 
 
 @DATASET_REGISTRY.register()
@@ -56,7 +56,9 @@ def test_training_is_blind_to_identities(tiny_cfg, tmp_path):
         DATASETS__NAMES=("ShuffledIdentities",),
         OUTPUT_DIR=str(tmp_path / "shuffled"),
     )
-    pids = [trainer.data_loader.dataset.true_pids for trainer in (true, shuffled)]
+    pids = [
+        trainer.data_loader.dataset.evaluation_only_pids for trainer in (true, shuffled)
+    ]
     assert pids[0] != pids[1]
     assert_equal_states(state_of(true), state_of(shuffled))
 
@@ -178,7 +180,7 @@ def test_only_the_newest_checkpoints_stay_if_asked(tiny_cfg):
 
 def test_best_weights_without_labels_are_kept(tiny_cfg, monkeypatch):
     # Untrained, a network this small puts most images into one cluster.
-    monkeypatch.setattr("selcon_plugin.collapse.MAX_CLUSTER_SHARE", 1.0)
+    monkeypatch.setattr("selcon_plugin.metrics.collapse.MAX_CLUSTER_RATIO", 1.0)
     trainer = train(
         tiny_cfg,
         SOLVER__MAX_EPOCH=2,
@@ -187,15 +189,15 @@ def test_best_weights_without_labels_are_kept(tiny_cfg, monkeypatch):
         MODEL__SELCON__CLUSTERING__K1=8,
         MODEL__SELCON__CLUSTERING__K2=3,
         MODEL__SELCON__CLUSTERING__MIN_SAMPLES=2,
-        MODEL__SELCON__KEEP_BEST_BY="outlier_share",
+        MODEL__SELCON__KEEP_BEST_BY="outlier_ratio",
     )
     folder = Path(tiny_cfg.OUTPUT_DIR)
     kept = torch.load(folder / "best_without_labels.pth", weights_only=True)
     assert not any(key.startswith("method.") for key in kept["model"])
     measured = [
-        line["outlier_share"]
+        line["outlier_ratio"]
         for line in read_metrics(folder / "metrics.json")
-        if "outlier_share" in line
+        if "outlier_ratio" in line
     ]
     # Of the untrained network, after one epoch; after both, only the keeper knows.
     assert trainer.best.value <= measured[1]
@@ -238,7 +240,7 @@ def test_half_written_checkpoint_never_takes_the_place_of_a_whole_one(
 def test_checkpoint_is_read_without_running_code_from_it(tiny_cfg):
     train(tiny_cfg)
     file = Path(tiny_cfg.OUTPUT_DIR) / "model_final.pth"
-    from selcon_plugin.compat import prepare_fastreid
+    from selcon_plugin.compat.fastreid import prepare_fastreid
 
     prepare_fastreid()  # allows the NumPy scalars that FastReID saves, nothing more
     checkpoint = torch.load(file, weights_only=True)
@@ -308,7 +310,9 @@ def test_fresh_normalization_gets_the_statistics_of_the_images(tiny_cfg):
     model.eval()
     model.embed(torch.stack([dataset[i]["images"] for i in range(len(dataset))]))
     hook.remove()
-    assert seen[0].mean(dim=0).abs().mean() < 0.3  # centred, where it was 1 and more before
+    assert (
+        seen[0].mean(dim=0).abs().mean() < 0.3
+    )  # centered, where it was 1 and more before
     assert not calibrate_normalization(model, dataset, 16)
 
 

@@ -87,9 +87,9 @@ def test_broken_files_of_a_data_set_are_left_out(tiny_cfg, own_root, caplog, num
 def test_too_many_broken_files_stop_the_run_before_it_begins(tiny_cfg, own_root):
     for file in files(own_root, "bounding_box_train")[:3]:
         file.write_bytes(b"")
-    with pytest.raises(BadImagesError, match=r"3 of 40 .*0\.05 that max_bad_share"):
+    with pytest.raises(BadImagesError, match=r"3 of 40 .*0\.05 that max_unreadable_ratio"):
         SelConTrainer(tiny_cfg)
-    tiny_cfg.MODEL.SELCON.MAX_BAD_SHARE = 0.1
+    tiny_cfg.MODEL.SELCON.MAX_UNREADABLE_RATIO = 0.1
     assert len(SelConTrainer(tiny_cfg).data_loader.dataset) == 37
 
 
@@ -157,7 +157,7 @@ def test_resumed_run_equals_the_unbroken_one_where_files_were_deleted(
 
 def test_run_stops_where_too_many_files_are_deleted(tiny_cfg, deleted_in_second_epoch):
     with pytest.raises(BadImagesError, match=r"2 of 40 images"):
-        run(set_up(tiny_cfg, MODEL__SELCON__MAX_BAD_SHARE=0.03, SOLVER__MAX_EPOCH=3))
+        run(set_up(tiny_cfg, MODEL__SELCON__MAX_UNREADABLE_RATIO=0.03, SOLVER__MAX_EPOCH=3))
 
 
 def test_run_writes_the_list_of_its_images(tiny_cfg, own_root):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from selcon_plugin.cli import main
+from selcon_plugin.cli.main import main
 from selcon_plugin.datasets import SyntheticPersonsSpec, generate_synthetic_persons
 from selcon_plugin.fastreid_ext import SelConTrainer
 from selcon_plugin.torchreid_ext import ImageSelConEngine
@@ -82,7 +82,7 @@ FASTREID_CASES = [
     ("ghost-1", {S + "GHOST_BATCH_SIZE": 1}, "GHOST_BATCH_SIZE; 0; at least 2"),
     ("micro-batches", {S + "MICRO_BATCHES": 0}, "MICRO_BATCHES; >= 1; 0"),
     ("seed", {S + "SEED": -1}, "SEED; >= 0; -1"),
-    ("outlier-share", {S + "OUTLIER_SHARE": 1.0}, "OUTLIER_SHARE; < 1; 1.0"),
+    ("outlier-share", {S + "OUTLIER_RATIO": 1.0}, "OUTLIER_RATIO; < 1; 1.0"),
     ("eps", CLUSTERS | {C + "EPS": 1.5}, "CLUSTERING.EPS; <= 1; auto; 1.5"),
     ("period", CLUSTERS | {C + "PERIOD": 0}, "CLUSTERING.PERIOD; >= 1; 0"),
     ("batch-0", {"SOLVER.IMS_PER_BATCH": 0}, "SOLVER.IMS_PER_BATCH; >= 1; 0"),

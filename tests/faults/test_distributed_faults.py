@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 pytest.importorskip("fastreid")
 
-from selcon_plugin.cli import _train_parser
+from selcon_plugin.cli.train import _train_parser
 from selcon_plugin.fastreid_ext.launch import (
     TIMEOUT_MINUTES,
     ProcessFailure,

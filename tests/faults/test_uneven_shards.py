@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from selcon_plugin.camera_entropy import CameraWeighting, camera_entropy_weights
 from selcon_plugin.distributed import rank
 from selcon_plugin.engine.extraction import extract_embeddings
 from selcon_plugin.engine.network import EmbeddingNetwork
 from selcon_plugin.features import GlobalPartEmbedding
+from selcon_plugin.losses.camera_weights import CameraWeighting, camera_entropy_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_PROCESSES = 3

@@ -102,16 +102,18 @@ def associated(mixed: list[float], num_positives: int) -> list[int]:
     return sorted(best, key=lambda k: -mixed[k])[:num_positives]
 
 
-@pytest.mark.parametrize("image_share", [0.0, 0.15, 1.0])
+@pytest.mark.parametrize("image_weight", [0.0, 0.15, 1.0])
 @pytest.mark.parametrize(("num_positives", "num_negatives"), [(1, 2), (3, 4), (9, 50)])
 def test_online_association_loss_is_the_definition(
-    image_share: float, num_positives: int, num_negatives: int, device: str
+    image_weight: float, num_positives: int, num_negatives: int, device: str
 ) -> None:
     bank = BANK.double()
 
     def one(row: list[float], own: int) -> float:
         proxy_row = (bank[own] @ bank.T).tolist()
-        mixed = [image_share * row[k] + (1 - image_share) * proxy_row[k] for k in range(P)]
+        mixed = [
+            image_weight * row[k] + (1 - image_weight) * proxy_row[k] for k in range(P)
+        ]
         positives = associated(mixed, num_positives)
         others = [k for k in range(P) if k not in positives]
         hardest = sorted(others, key=lambda k: -mixed[k])[:num_negatives]
@@ -123,7 +125,7 @@ def test_online_association_loss_is_the_definition(
         TARGETS.to(device),
         CAMERAS.to(device),
         temperature=TAU,
-        image_share=image_share,
+        image_weight=image_weight,
         num_positives=num_positives,
         num_negatives=num_negatives,
     )
@@ -187,7 +189,7 @@ def test_image_share_decides_who_associates() -> None:
     def positives(similarity: Tensor, share: float) -> Tensor:
         similarity = similarity.clone().requires_grad_()
         loss = online_association_loss(
-            similarity, BANK, TARGETS, CAMERAS, temperature=10.0, image_share=share
+            similarity, BANK, TARGETS, CAMERAS, temperature=10.0, image_weight=share
         )
         loss.backward()
         assert similarity.grad is not None
@@ -260,7 +262,7 @@ def test_illegal_numbers_are_named() -> None:
         intra_camera_loss(SIMILARITY, TARGETS, CAMERAS, temperature=0.0)
     with pytest.raises(ValueError, match=r"num_negatives must be 1 or more, got 0"):
         inter_camera_loss(SIMILARITY, TARGETS, CLUSTERS, num_negatives=0)
-    with pytest.raises(ValueError, match=r"image_share must lie in \[0, 1\], got 1.5"):
-        online_association_loss(SIMILARITY, BANK, TARGETS, CAMERAS, image_share=1.5)
+    with pytest.raises(ValueError, match=r"image_weight must lie in \[0, 1\], got 1.5"):
+        online_association_loss(SIMILARITY, BANK, TARGETS, CAMERAS, image_weight=1.5)
     with pytest.raises(ValueError, match=r"num_positives must be 1 or more, got 0"):
         associate_proxies(SIMILARITY, CAMERAS, num_positives=0)

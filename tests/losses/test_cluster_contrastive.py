@@ -207,7 +207,7 @@ def test_detached_focal_factor_is_a_weight(case: dict[str, Tensor]) -> None:
     assert not torch.allclose(found, attached, rtol=1e-2)
 
 
-def test_relabelling_the_clusters_changes_nothing(case: dict[str, Tensor]) -> None:
+def test_relabeling_the_clusters_changes_nothing(case: dict[str, Tensor]) -> None:
     expected = cluster_contrastive_loss(**case)
     order = torch.randperm(CLUSTERS, generator=torch.Generator().manual_seed(0))
     case["bank"] = case["bank"][order]

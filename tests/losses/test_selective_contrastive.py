@@ -223,7 +223,7 @@ def test_equal_candidates_give_the_log_of_their_number() -> None:
         assert loss.item() == pytest.approx(1.375 * math.log(5), rel=1e-6)
 
 
-def test_no_negatives_and_no_neighbours_leave_nothing_to_learn() -> None:
+def test_no_negatives_and_no_neighbors_leave_nothing_to_learn() -> None:
     loss = selective_contrastive_loss(
         units(1, 4, seed=0),
         units(1, 4, seed=1),
@@ -392,8 +392,8 @@ def exempt_case(case: dict[str, Tensor]) -> dict[str, Tensor]:
     """The masked case, with some pairs that do not count."""
     generator = torch.Generator().manual_seed(6)
     return masked_case(case) | {
-        "exempt_positive": torch.rand(B, P, generator=generator) < 0.5,
-        "exempt_negative": torch.rand(B, N, generator=generator) < 0.5,
+        "ignored_positive": torch.rand(B, P, generator=generator) < 0.5,
+        "ignored_negative": torch.rand(B, N, generator=generator) < 0.5,
     }
 
 
@@ -401,7 +401,7 @@ def exempt_loss_by_loops(case: dict[str, Tensor], temperature: float) -> float:
     """The masked case of each positive with the negatives that count against it."""
     total = 0.0
     for p in range(P):
-        fewer = case["exempt_positive"][:, p, None] & case["exempt_negative"]
+        fewer = case["ignored_positive"][:, p, None] & case["ignored_negative"]
         counted = case["negative_mask"] & ~fewer
         for i in range(B):
             feature = case["features"][i].double()
@@ -442,11 +442,11 @@ def test_no_pair_and_all_pairs_exempt(case: dict[str, Tensor], path: str) -> Non
     nothing, everything = torch.zeros(B, P).bool(), torch.ones(B, N).bool()
     for positives, negatives in ((nothing, everything), (~nothing, ~everything)):
         found = selective_contrastive_loss(
-            **case, exempt_positive=positives, exempt_negative=negatives
+            **case, ignored_positive=positives, ignored_negative=negatives
         )
         torch.testing.assert_close(found, plain)
     found = selective_contrastive_loss(
-        **case, exempt_positive=~nothing, exempt_negative=everything
+        **case, ignored_positive=~nothing, ignored_negative=everything
     )
     case["negative_mask"] = ~everything
     torch.testing.assert_close(found, selective_contrastive_loss(**case))
@@ -500,5 +500,5 @@ def test_wrong_arguments_are_named(case: dict[str, Tensor]) -> None:
         SelectiveContrastiveLoss(-1)
     with pytest.raises(ValueError, match=r"temperature must be positive, got -0\.1"):
         SelectiveContrastiveLoss(7, temperature=-0.1)
-    with pytest.raises(ValueError, match="exempt_negative must be given together"):
-        selective_contrastive_loss(**case, exempt_positive=torch.ones(B, P).bool())
+    with pytest.raises(ValueError, match="ignored_negative must be given together"):
+        selective_contrastive_loss(**case, ignored_positive=torch.ones(B, P).bool())

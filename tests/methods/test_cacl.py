@@ -11,9 +11,9 @@ from torch import Tensor
 from selcon_plugin.clustering import PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.losses import instance_contrastive_loss
-from selcon_plugin.memory import InstanceMemory
+from selcon_plugin.memory.instance import InstanceMemory
 from selcon_plugin.methods import Method, build_method
-from selcon_plugin.methods.cacl import grey_images
+from selcon_plugin.methods.cacl import gray_images
 
 M, C = 24, 16
 LABELS = [i // 5 if i < 20 else -1 for i in range(M)]  # 4 clusters of 5, 4 outliers
@@ -30,7 +30,7 @@ def units(count: int, *, seed: int) -> Tensor:
 def make_method(**options: Any) -> Method:
     method = build_method("CACL", M, C, **options)
     method.prepare(Embeddings(units(M, seed=0)), CAMIDS, PseudoLabels.numbered(LABELS))
-    method.grey_memory.fill(units(M, seed=1))  # as after some steps
+    method.gray_memory.fill(units(M, seed=1))  # as after some steps
     return method
 
 
@@ -49,38 +49,38 @@ def focal_in_loops(bank: Tensor, features: Tensor, gamma: float) -> float:
     return sum(losses) / len(losses)
 
 
-def test_grey_images_are_their_luma(device: str) -> None:
+def test_gray_images_are_their_luma(device: str) -> None:
     images = torch.zeros(3, 3, 2, 2, device=device)
     for channel in range(3):
         images[channel, channel] = 200.0
-    grey = grey_images(images)
-    assert grey.shape == images.shape
-    for image, share in zip(grey, (0.299, 0.587, 0.114), strict=True):
+    gray = gray_images(images)
+    assert gray.shape == images.shape
+    for image, share in zip(gray, (0.299, 0.587, 0.114), strict=True):
         assert torch.allclose(image, torch.full_like(image, 200.0 * share))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
-def test_grey_images_stay_as_they_are(dtype: torch.dtype) -> None:
+def test_gray_images_stay_as_they_are(dtype: torch.dtype) -> None:
     shades = torch.arange(256, dtype=dtype).view(1, 1, 16, 16).expand(2, 3, -1, -1)
     (view,) = make_method().make_views(shades)
     assert torch.equal(view, shades.float())
 
 
 def test_loss_is_the_definition() -> None:
-    method = make_method(grey_feature_weight=0.5, grey_cluster_weight=2.0)
-    color, grey = units(len(BATCH), seed=3), units(len(BATCH), seed=4)
-    losses = method.loss(Embeddings(color), BATCH, CAMIDS[BATCH], Embeddings(grey))
-    to_feature = [float(a @ b) for a, b in zip(color, grey, strict=True)]
+    method = make_method(gray_feature_weight=0.5, gray_cluster_weight=2.0)
+    color, gray = units(len(BATCH), seed=3), units(len(BATCH), seed=4)
+    losses = method.loss(Embeddings(color), BATCH, CAMIDS[BATCH], Embeddings(gray))
+    to_feature = [float(a @ b) for a, b in zip(color, gray, strict=True)]
     to_cluster = []
     for feature, target in zip(color, TARGETS, strict=True):
         if target >= 0:
-            mean = method.grey_memory.bank[5 * target : 5 * target + 5].mean(dim=0)
+            mean = method.gray_memory.bank[5 * target : 5 * target + 5].mean(dim=0)
             to_cluster.append(float(feature @ mean / mean.norm()))
     wanted = {
         "loss_color": focal_in_loops(method.memory.bank, color, 4.0),
-        "loss_grey": focal_in_loops(method.grey_memory.bank, grey, 4.0),
-        "loss_grey_feature": -0.5 * sum(to_feature) / len(to_feature),
-        "loss_grey_cluster": -2.0 * sum(to_cluster) / len(to_cluster),
+        "loss_gray": focal_in_loops(method.gray_memory.bank, gray, 4.0),
+        "loss_gray_feature": -0.5 * sum(to_feature) / len(to_feature),
+        "loss_gray_cluster": -2.0 * sum(to_cluster) / len(to_cluster),
     }
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(
         wanted, rel=1e-4
@@ -90,11 +90,11 @@ def test_loss_is_the_definition() -> None:
 def test_without_focal_factor_each_view_learns_as_in_spcl() -> None:
     """Contrast with the mean over the members in an instance memory."""
     method = make_method(focal_gamma=0.0)
-    color, grey = units(len(BATCH), seed=3), units(len(BATCH), seed=4)
-    losses = method.loss(Embeddings(color), BATCH, CAMIDS[BATCH], Embeddings(grey))
+    color, gray = units(len(BATCH), seed=3), units(len(BATCH), seed=4)
+    losses = method.loss(Embeddings(color), BATCH, CAMIDS[BATCH], Embeddings(gray))
     views = {
         "loss_color": (color, method.memory.bank),
-        "loss_grey": (grey, method.grey_memory.bank),
+        "loss_gray": (gray, method.gray_memory.bank),
     }
     for name, (features, bank) in views.items():
         wanted = instance_contrastive_loss(
@@ -103,46 +103,46 @@ def test_without_focal_factor_each_view_learns_as_in_spcl() -> None:
         assert losses[name].item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
-def test_the_colour_view_follows_and_the_grey_view_does_not() -> None:
+def test_the_color_view_follows_and_the_gray_view_does_not() -> None:
     method = make_method()
     color = units(len(BATCH), seed=3).requires_grad_()
-    grey = units(len(BATCH), seed=4).requires_grad_()
-    losses = method.loss(Embeddings(color), BATCH, CAMIDS[BATCH], Embeddings(grey))
-    (losses["loss_grey_feature"] + losses["loss_grey_cluster"]).backward()
-    assert grey.grad is None
+    gray = units(len(BATCH), seed=4).requires_grad_()
+    losses = method.loss(Embeddings(color), BATCH, CAMIDS[BATCH], Embeddings(gray))
+    (losses["loss_gray_feature"] + losses["loss_gray_cluster"]).backward()
+    assert gray.grad is None
     assert color.grad is not None
     assert color.grad.any()
     color.grad = None
-    losses["loss_grey"].backward()
+    losses["loss_gray"].backward()
     assert color.grad is None
-    assert grey.grad is not None
+    assert gray.grad is not None
 
 
-def test_a_view_like_the_grey_one_is_pulled_no_further() -> None:
+def test_a_view_like_the_gray_one_is_pulled_no_further() -> None:
     method = make_method()
-    grey = units(len(BATCH), seed=4)
-    losses = method.loss(Embeddings(grey), BATCH, CAMIDS[BATCH], Embeddings(grey))
-    assert losses["loss_grey_feature"].item() == pytest.approx(-1.0)
+    gray = units(len(BATCH), seed=4)
+    losses = method.loss(Embeddings(gray), BATCH, CAMIDS[BATCH], Embeddings(gray))
+    assert losses["loss_gray_feature"].item() == pytest.approx(-1.0)
 
 
 @pytest.mark.parametrize("parts", [[6], [4, 2]])
 def test_each_view_writes_its_own_memory(parts: list[int]) -> None:
     method = make_method()
-    color, grey = units(len(BATCH), seed=3), units(len(BATCH), seed=4)
+    color, gray = units(len(BATCH), seed=3), units(len(BATCH), seed=4)
     wanted = []
-    for bank, features in ((0, color), (1, grey)):
+    for bank, features in ((0, color), (1, gray)):
         memory = InstanceMemory(M, C, momentum=0.2)
         memory.fill(units(M, seed=bank))
         memory.update(BATCH, features)
         wanted.append(memory.bank)
     stale = Embeddings(units(3, seed=9))  # of a step that was not taken
     method.loss(stale, BATCH[:3], CAMIDS[:3], stale)
-    pieces = zip(*(t.split(parts) for t in (color, grey, BATCH)), strict=True)
+    pieces = zip(*(t.split(parts) for t in (color, gray, BATCH)), strict=True)
     for one, other, index in pieces:
         method.loss(Embeddings(one), index, CAMIDS[index], Embeddings(other))
     method.update(BATCH, Embeddings(color))
     assert torch.equal(method.memory.bank, wanted[0])
-    assert torch.equal(method.grey_memory.bank, wanted[1])
+    assert torch.equal(method.gray_memory.bank, wanted[1])
     with pytest.raises(RuntimeError, match="must follow loss"):
         method.update(BATCH, Embeddings(color))
 
@@ -153,7 +153,7 @@ def test_memories_start_from_the_first_features_and_are_kept() -> None:
     first = units(M, seed=0)
     method.prepare(Embeddings(first), CAMIDS, PseudoLabels.numbered(LABELS))
     assert torch.allclose(method.memory.bank, first)
-    assert torch.equal(method.grey_memory.bank, method.memory.bank)
+    assert torch.equal(method.gray_memory.bank, method.memory.bank)
     clustered = method.clustering_features()
     assert clustered is method.memory.bank
     labels = PseudoLabels.numbered([i // 4 for i in range(M)])

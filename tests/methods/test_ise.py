@@ -11,7 +11,7 @@ from torch import Tensor
 from selcon_plugin.clustering import PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.losses import cluster_contrastive_loss
-from selcon_plugin.memory import ClusterMemory
+from selcon_plugin.memory.cluster import ClusterMemory
 from selcon_plugin.methods import Method, build_method
 from selcon_plugin.methods.ise import (
     interpolation_degree,

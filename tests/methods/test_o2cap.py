@@ -51,10 +51,10 @@ def test_intra_camera_loss_is_off_as_in_the_release() -> None:
     assert set(losses_of(make_method())) == {"loss_offline", "loss_online"}
 
 
-@pytest.mark.parametrize(("image_share", "num_positives"), [(0.15, 3), (0.0, 1), (1.0, 2)])
-def test_online_loss_sums_over_cameras(image_share: float, num_positives: int) -> None:
+@pytest.mark.parametrize(("image_weight", "num_positives"), [(0.15, 3), (0.0, 1), (1.0, 2)])
+def test_online_loss_sums_over_cameras(image_weight: float, num_positives: int) -> None:
     options: dict[str, Any] = {
-        "image_share": image_share,
+        "image_weight": image_weight,
         "num_positives": num_positives,
         "num_negatives": 4,
         "temperature": 0.1,
@@ -78,5 +78,5 @@ def test_online_loss_sums_over_cameras(image_share: float, num_positives: int) -
 def test_own_proxy_chooses_itself_where_images_have_no_say() -> None:
     """One positive chosen by the proxy alone, under one camera: the cluster's own row."""
     camids = torch.zeros(M, dtype=torch.int64)
-    found = losses_of(make_method(camids, image_share=0.0, num_positives=1))
+    found = losses_of(make_method(camids, image_weight=0.0, num_positives=1))
     assert found["loss_online"] == pytest.approx(found["loss_offline"], rel=1e-6)

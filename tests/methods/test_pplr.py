@@ -11,7 +11,7 @@ from torch import Tensor
 from selcon_plugin.clustering import PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.losses import softmax_triplet_loss
-from selcon_plugin.memory import ClusterMemory
+from selcon_plugin.memory.cluster import ClusterMemory
 from selcon_plugin.methods import Method, build_method, method_options, pplr
 from selcon_plugin.methods.pplr import (
     agreement_smoothed_loss,
@@ -71,11 +71,11 @@ def test_cross_agreement_is_the_definition(
 def test_a_part_like_the_whole_agrees_entirely() -> None:
     whole = units(M, C, seed=1)
     parts = torch.stack([whole, -whole], dim=1)
-    # The opposite vectors have the same inner products, and so the same neighbours.
+    # The opposite vectors have the same inner products, and so the same neighbors.
     assert torch.equal(cross_agreement(whole, parts), torch.ones(M, 2))
 
 
-def test_few_images_are_neighbours_of_each_other() -> None:
+def test_few_images_are_neighbors_of_each_other() -> None:
     features = units(3, C, seed=1)
     assert torch.equal(cross_agreement(features, features[:, None]), torch.ones(3, 1))
     alone = cross_agreement(features[:1], features[:1, None])
@@ -86,7 +86,7 @@ def test_refined_targets_are_the_definition() -> None:
     logits = 3.0 * torch.randn(6, S, K, generator=torch.Generator().manual_seed(0))
     agreement = torch.rand(6, S, generator=torch.Generator().manual_seed(1))
     targets = torch.tensor([0, 3, 1, 1, 2, 0])
-    found = refined_targets(targets, logits, agreement, part_share=0.3)
+    found = refined_targets(targets, logits, agreement, part_weight=0.3)
     for i in range(6):
         shares = [math.exp(a) for a in agreement[i].tolist()]
         for k in range(K):
@@ -188,7 +188,7 @@ def test_parts_teach_the_whole_but_not_the_other_way_round() -> None:
 
 
 def test_without_parts_in_its_labels_the_whole_learns_cluster_contrast() -> None:
-    method = make_method(part_share=0.0, triplet_weight=0.0)
+    method = make_method(part_weight=0.0, triplet_weight=0.0)
     plain = build_method("ClusterContrast", M, C)
     plain.prepare(embeddings_of(M, seed=0), CAMIDS, PseudoLabels.numbered(LABELS))
     embeddings = embeddings_of(len(BATCH), seed=3)

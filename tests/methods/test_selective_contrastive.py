@@ -244,7 +244,7 @@ def test_every_variant_trains_and_keeps_unit_rows(options: dict[str, Any]) -> No
         assert ((lengths - 1).abs() < tolerance).all(), name
 
 
-def test_no_neighbours_is_instance_discrimination_against_the_hardest() -> None:
+def test_no_neighbors_is_instance_discrimination_against_the_hardest() -> None:
     method = make_method(num_neighbors=0, self_weight=1.0, parts=False)
     features, index = embeddings_of(2, seed=1, parts=False), torch.tensor([3, 8])
     positives, negatives = method.select(features, index, None)[:2]
@@ -255,7 +255,7 @@ def test_no_neighbours_is_instance_discrimination_against_the_hardest() -> None:
     torch.testing.assert_close(method.loss(features, index, None)["loss_global"], expected)
 
 
-def test_own_row_only_update_leaves_the_neighbours_mixture_rows() -> None:
+def test_own_row_only_update_leaves_the_neighbors_mixture_rows() -> None:
     method = make_method(mixture_update="self")
     before = method.memory.mixture_bank.clone()
     step(method, torch.tensor([4, 9]))
@@ -285,7 +285,7 @@ def test_global_only() -> None:
     assert method.step == 1
 
 
-def test_duplicate_images_are_each_others_neighbours() -> None:
+def test_duplicate_images_are_each_others_neighbors() -> None:
     features = embeddings_of(M, seed=0)
     assert features.part_features is not None
     for bank in features:
@@ -392,7 +392,7 @@ def test_resumed_run_equals_the_unbroken_one_bit_for_bit(saved_after: int) -> No
     assert resumed.method.step == 6
 
 
-# --- behaviour ---
+# --- behavior ---
 
 
 class ToyPersons:
@@ -411,7 +411,7 @@ class ToyPersons:
         self.images = centers[self.identities] + cameras[self.camids] + noise
 
 
-def test_twenty_steps_lower_the_loss_and_find_true_neighbours() -> None:
+def test_twenty_steps_lower_the_loss_and_find_true_neighbors() -> None:
     data = ToyPersons()
     count = len(data.images)
     torch.manual_seed(0)
@@ -434,7 +434,7 @@ def test_twenty_steps_lower_the_loss_and_find_true_neighbours() -> None:
             F.normalize(whole, dim=1), F.normalize(parts.reshape(-1, S, D), dim=2)
         )
 
-    def neighbour_precision() -> float:
+    def neighbor_precision() -> float:
         with torch.no_grad():
             features = embed(data.images)
             distance = fused_distance(*features, None, *features, None)  # type: ignore[arg-type]
@@ -444,7 +444,7 @@ def test_twenty_steps_lower_the_loss_and_find_true_neighbours() -> None:
 
     with torch.no_grad():
         method.prepare(embed(data.images), data.camids)
-    before = neighbour_precision()
+    before = neighbor_precision()
     history = []
     for number in range(25):  # five steps of warm-up, then twenty
         method.start_epoch(number // 5)
@@ -461,7 +461,7 @@ def test_twenty_steps_lower_the_loss_and_find_true_neighbours() -> None:
     trained = history[5:]
     assert sum(trained[-3:]) < 0.8 * sum(trained[:3])
     chance = (data.per_identity - 1) / (count - 1)
-    after = neighbour_precision()
+    after = neighbor_precision()
     assert after > before + 0.1
     assert after > 2 * chance
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from selcon_plugin.clustering import DBSCANLabeler, OutlierPolicy, PseudoLabels
 from selcon_plugin.features import Embeddings
-from selcon_plugin.memory import ClusterMemory, cluster_means
+from selcon_plugin.memory.cluster import ClusterMemory
+from selcon_plugin.memory.writes import cluster_means
 from selcon_plugin.methods import build_method
 from selcon_plugin.methods.cap import CAP
 from selcon_plugin.methods.cluster_contrast import ClusterContrast

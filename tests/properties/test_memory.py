@@ -10,13 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from selcon_plugin.memory import (
-    ClusterMemory,
-    InstanceMemory,
-    TriBankMemory,
-    cluster_means,
-    write_rows,
-)
+from selcon_plugin.memory.cluster import ClusterMemory
+from selcon_plugin.memory.instance import InstanceMemory
+from selcon_plugin.memory.tri_bank import TriBankMemory
+from selcon_plugin.memory.writes import cluster_means, write_rows
 
 seeds = st.integers(0, 2**31)
 momenta = st.sampled_from([0.0, 0.2, 0.5, 0.9, 1.0])

@@ -10,12 +10,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from selcon_plugin.samplers import (
-    BatchStream,
-    ClusterSampler,
-    StreamSampler,
-    planner_names,
-)
+from selcon_plugin.samplers.cluster import ClusterSampler
+from selcon_plugin.samplers.planners import planner_names
+from selcon_plugin.samplers.stream import BatchStream, StreamSampler
 
 seeds = st.integers(0, 2**31)
 
@@ -83,7 +80,7 @@ def cluster_settings(draw: Any) -> dict[str, Any]:
             "planner": draw(st.sampled_from(planner_names())),
             "num_instances": num_instances,
             "group_size": draw(st.integers(1, 6)),
-            "outlier_share": outliers,
+            "outlier_ratio": outliers,
             "seed": draw(seeds),
         },
     }
@@ -142,7 +139,7 @@ def test_batches_hold_what_the_planner_says(case: dict[str, Any]) -> None:
 @given(cluster_settings())
 def test_a_pass_shows_every_cluster(case: dict[str, Any]) -> None:
     assume((case["labels"] >= 0).any())
-    settings = case["settings"] | {"outlier_share": 0.0}
+    settings = case["settings"] | {"outlier_ratio": 0.0}
     sampler = sampler_of(case | {"settings": settings})
     # No planner makes more images of a pass than K for each image, and what fills up.
     count = -(-len(case["labels"]) * settings["num_instances"] // settings["batch_size"])

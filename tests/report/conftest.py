@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from selcon_plugin.clustering import DBSCANLabeler
-from selcon_plugin.engine.embedding_record import record_embedding
-from selcon_plugin.engine.rank_record import rank_queries, write_ranked
+from selcon_plugin.runs.embedding import record_embedding
+from selcon_plugin.runs.ranked import rank_queries, write_ranked
 
 NUM_PEOPLE, IMAGES_EACH = 6, 8
 # A name that would be markup if it were not escaped.
@@ -43,9 +43,9 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
             path = folder / (NASTY if i == 0 else f"c{cameras[i]}_{i:02d}.png")
             Image.new("RGB", (32, 64), tuple(colors[person].tolist())).save(path)
             paths.append(str(path))
-        centres = torch.from_numpy(rng.normal(size=(NUM_PEOPLE, 16)))
+        centers = torch.from_numpy(rng.normal(size=(NUM_PEOPLE, 16)))
         noise = torch.from_numpy(rng.normal(size=(len(people), 16)))
-        features = (centres[people] + 0.25 * noise).float()
+        features = (centers[people] + 0.25 * noise).float()
         camids = torch.from_numpy(cameras).long()
         labeler = DBSCANLabeler(eps=0.6, min_samples=3, k1=6, k2=2)
         found = labeler(features, camids) if clustered else None
@@ -60,7 +60,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
             {
                 "iteration": 10 * e,
                 "num_clusters": 6.0,
-                "outlier_share": 0.1,
+                "outlier_ratio": 0.1,
                 "silhouette": 0.5,
             }
             for e in range(3)

@@ -1,4 +1,4 @@
-"""The page in headless Chromium: colours, keys, no request, nothing wider than a phone."""
+"""The page in headless Chromium: colors, keys, no request, nothing wider than a phone."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def open_page(browser):
     assert [text for text in seen if not text.startswith("data:")] == []
 
 
-def test_colours_keys_and_legend(make_run, open_page):
+def test_colors_keys_and_legend(make_run, open_page):
     page = open_page(write_report(make_run()), viewport={"width": 1280, "height": 900})
     assert page.is_visible("#view-cluster")
     assert page.is_hidden("#view-camera")
@@ -81,7 +81,8 @@ def test_colours_keys_and_legend(make_run, open_page):
 
 
 def test_pointer_shows_the_image_below_it(make_run, open_page):
-    page = open_page(write_report(make_run()))
+    # The map is 798 pixels high: the pointer must not leave the window.
+    page = open_page(write_report(make_run()), viewport={"width": 1280, "height": 900})
     page.locator("#map").scroll_into_view_if_needed()
     points = page.evaluate(
         "JSON.parse(document.getElementById('map-data').textContent).points"

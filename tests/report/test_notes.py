@@ -26,9 +26,9 @@ def test_a_healthy_run_has_no_warning(make_run):
     [
         ({"num_clusters": curve(5.0, 1.0)}, "in one cluster"),
         ({"num_clusters": curve(0.0)}, "No cluster"),
-        ({"outlier_share": curve(0.2, 0.75)}, "75 % of the images are in no cluster"),
+        ({"outlier_ratio": curve(0.2, 0.75)}, "75 % of the images are in no cluster"),
         ({"embedding_variance": curve(0.001)}, "nearly the same feature"),
-        ({"largest_cluster_share": curve(0.8)}, "one cluster holds 80 %"),
+        ({"largest_cluster_ratio": curve(0.8)}, "one cluster holds 80 %"),
         ({"total_loss": curve(2.0, 2.0, 2.1, 2.2)}, "did not fall: 2 at first, 2.2"),
         ({"skipped_steps": curve(3.0)}, "3 steps were left out"),
     ],

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from selcon_plugin.engine.embedding_record import EmbeddingRecord
 from selcon_plugin.report import (
     collect_run,
     crops,
@@ -22,6 +21,7 @@ from selcon_plugin.report import (
 from selcon_plugin.report.charts import Series, line_chart, ticks
 from selcon_plugin.report.crops import Crops
 from selcon_plugin.report.embedding_map import lay_out
+from selcon_plugin.runs.embedding import EmbeddingRecord
 
 _VOID = {"meta", "img", "input", "br", "link", "path", "circle"}
 
@@ -178,11 +178,11 @@ def test_the_largest_report_is_below_ten_megabytes():
     assert crops.MAX_CROP_BYTES + crops.MAX_SPRITE_BYTES + text < 10_000_000
 
 
-def test_neighbours_take_the_place_of_ranks(make_run):
+def test_neighbors_take_the_place_of_ranks(make_run):
     folder = make_run(ranked=False, identities=False)
     (folder / "ranked.json").unlink(missing_ok=True)
     text = " ".join(Outline(report(folder)).text)
-    assert "Nearest neighbours" in text
+    assert "Nearest neighbors" in text
     assert "no test set" in text
     assert "true identit" not in text
     assert "true identit" in " ".join(Outline(report(make_run("known"))).text)

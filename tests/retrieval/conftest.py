@@ -8,7 +8,7 @@ from PIL import Image
 
 
 class ColorGrid:
-    """Mean colours of 4 x 2 cells, centred, as a unit vector of 24 values."""
+    """Mean colors of 4 x 2 cells, centered, as a unit vector of 24 values."""
 
     dim = 24
 
@@ -36,7 +36,7 @@ def embedder():
 
 @pytest.fixture
 def draw_images(tmp_path):
-    """Draw people: each has colours of its own, each image of one a little noise."""
+    """Draw people: each has colors of its own, each image of one a little noise."""
 
     def draw(folder, *, people=6, images=4, seed=0, cameras=2):
         rng = np.random.default_rng(seed)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from selcon_plugin.clustering import labeler_names, labeler_options
-from selcon_plugin.engine.settings import clustering_options, own_method_options
+from selcon_plugin.config.keys import clustering_options, own_method_options
 from selcon_plugin.methods import method_class, method_names
 
 # Not imported here: the hosts want their shims before.

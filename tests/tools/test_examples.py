@@ -68,7 +68,7 @@ def test_own_model_finds_the_query_itself(tmp_path, drawn):
     copied = tmp_path / "copy.jpg"
     original = sorted(images.iterdir())[4]
     copied.write_bytes(original.read_bytes())
-    from selcon_plugin.compat import import_torchreid
+    from selcon_plugin.compat.torchreid import import_torchreid
 
     model = import_torchreid().models.build_model("osnet_x0_25", 7, pretrained=False)
     # As torchreid's published files: a data-parallel model with a classifier of its own.

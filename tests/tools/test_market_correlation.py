@@ -69,7 +69,7 @@ def test_across_and_within_runs():
 
 def test_gain_of_keeping_the_best():
     def run(*pairs):
-        return [Evaluation(mean, {"outlier_share": share}) for share, mean in pairs]
+        return [Evaluation(mean, {"outlier_ratio": share}) for share, mean in pairs]
 
     runs = [
         run((0.5, 10.0), (0.2, 30.0), (0.3, 26.0)),  # fewest outliers: 4 above the last

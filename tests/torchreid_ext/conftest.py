@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from selcon_plugin.compat import import_torchreid
+from selcon_plugin.compat.torchreid import import_torchreid
 from selcon_plugin.datasets import SyntheticPersonsSpec, generate_synthetic_persons
 from selcon_plugin.torchreid_ext import (
     ImageSelConEngine,

@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from selcon_plugin import adapt as adapt_module
-from selcon_plugin.adapt import AdaptSettings, Candidate, adapt
-from selcon_plugin.adapt_hosts import AdaptHost, find_host
-from selcon_plugin.cli import main
-from selcon_plugin.embedder import Embedder
-from selcon_plugin.label_free import LabelFreeQuality
-from selcon_plugin.safe_loading import load_data
-from selcon_plugin.torchreid_ext.backbones import build_plain_model
+from selcon_plugin.cli.main import main
+from selcon_plugin.inference.embedder import Embedder
+from selcon_plugin.io.safe_loading import load_data
+from selcon_plugin.metrics.label_free import LabelFreeQuality
+from selcon_plugin.models.torchreid import build_plain_model
+from selcon_plugin.workflows import adapt as adapt_module
+from selcon_plugin.workflows.adapt import AdaptSettings, Candidate, adapt
+from selcon_plugin.workflows.adapt_hosts import AdaptHost, find_host
 
 SMALL = ("data.height", "64", "data.width", "32", "selcon.iters_per_epoch", "2")
 
@@ -30,7 +30,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight people of five images each: a colour above, another below, and noise."""
+    """Eight people of five images each: a color above, another below, and noise."""
     rng = np.random.default_rng(0)
     place = tmp_path_factory.mktemp("crops")
     for person in range(8):

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from selcon_plugin import bench
-from selcon_plugin.bench import progress
-from selcon_plugin.bench_hosts import HOSTS
+from selcon_plugin.workflows import bench
+from selcon_plugin.workflows.bench import progress
+from selcon_plugin.workflows.bench_hosts import HOSTS
 
 pytest.importorskip("fastreid")
 

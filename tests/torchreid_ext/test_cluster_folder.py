@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from selcon_plugin.cli import main
-from selcon_plugin.embedder import Embedder, FolderFeatures
-from selcon_plugin.own_folder import cluster_folder
-from selcon_plugin.torchreid_ext.backbones import build_plain_model
+from selcon_plugin.cli.main import main
+from selcon_plugin.inference.embedder import Embedder
+from selcon_plugin.inference.folder_features import FolderFeatures
+from selcon_plugin.models.torchreid import build_plain_model
+from selcon_plugin.workflows.cluster_folder import cluster_folder
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three people of eight images each, of one colour and its noise, by two cameras."""
+    """Three people of eight images each, of one color and its noise, by two cameras."""
     rng = np.random.default_rng(0)
     colors = [(200, 30, 30), (30, 180, 40), (40, 40, 210)]
     for person, color in enumerate(colors):
@@ -83,7 +84,7 @@ def test_folder_to_table_links_and_sheet(
 
 
 class _Counted:
-    """An embedder whose features are the mean colour, that counts its uses."""
+    """An embedder whose features are the mean color, that counts its uses."""
 
     dim = 3
 
@@ -153,7 +154,7 @@ def test_large_cameras_are_made_alike_and_it_says_so(
 def test_too_little_memory_is_refused_before_anything_is_computed(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("selcon_plugin.estimates.available_memory", lambda: 100)
+    monkeypatch.setattr("selcon_plugin.engine.estimates.available_memory", lambda: 100)
     embedder = _Counted()
     with pytest.raises(ValueError, match="features of 24 images needs about"):
         cluster_folder(lambda: embedder, folder, tmp_path / "out", network_key="a")

@@ -7,9 +7,10 @@ import torch
 import yaml
 
 from selcon_plugin.clustering import labeler_names, labeler_options
-from selcon_plugin.engine.checks import flatten_config
-from selcon_plugin.engine.settings import clustering_options, own_method_options
-from selcon_plugin.hosts import builtin_config, host_of, load_config
+from selcon_plugin.config.checks import flatten_config
+from selcon_plugin.config.keys import clustering_options, own_method_options
+from selcon_plugin.config.loading import builtin_config
+from selcon_plugin.hosts import host_of, load_config
 from selcon_plugin.methods import build_method, method_names
 from selcon_plugin.torchreid_ext.config import KEYS, complete_config, get_default_config
 
@@ -138,8 +139,8 @@ def test_torchreids_seed_is_the_seed(opts, seed):
 
 
 def test_unknown_key_suggests_the_right_one(tmp_path):
-    file = written(tmp_path, selcon={"num_neighbours": 3})
-    match = r"num_neighbours in .*config\.yml; did you mean selcon\.num_neighbors"
+    file = written(tmp_path, selcon={"num_neighbors": 3})
+    match = r"num_neighbors in .*config\.yml; did you mean selcon\.num_neighbors"
     with pytest.raises(ValueError, match=match):
         load(file=file)
     with pytest.raises(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from selcon_plugin.compat import import_torchreid
+from selcon_plugin.compat.torchreid import import_torchreid
 from selcon_plugin.datasets import SyntheticPersonsSpec, generate_synthetic_persons
 from selcon_plugin.torchreid_ext import datasets
 from selcon_plugin.torchreid_ext.datasets import (

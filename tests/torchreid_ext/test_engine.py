@@ -15,13 +15,13 @@ from PIL import Image
 from torch import nn
 
 from selcon_plugin.clustering import DBSCANLabeler
-from selcon_plugin.compat import import_torchreid
+from selcon_plugin.compat.torchreid import import_torchreid
 from selcon_plugin.datasets import SyntheticPersonsSpec
 from selcon_plugin.engine.batches import split_batch
 from selcon_plugin.methods import base, register_method
 from selcon_plugin.methods.cluster_contrast import ClusterContrast
 from selcon_plugin.options import Interval
-from selcon_plugin.samplers import StreamSampler
+from selcon_plugin.samplers.stream import StreamSampler
 from selcon_plugin.torchreid_ext import (
     ImageSelConEngine,
     SelConModel,
@@ -169,7 +169,7 @@ def test_training_is_blind_to_identities(make_engine, manager, tmp_path, method)
     true = run(make_engine(**options), tmp_path / "true")
     blind = run(make_engine(datamanager=shuffled, **options), tmp_path / "shuffled")
     assert_equal_states(true, blind)
-    known = [engine.train_loader.dataset.true_pids for engine in (true, blind)]
+    known = [engine.train_loader.dataset.evaluation_only_pids for engine in (true, blind)]
     assert known[0] != known[1]
 
 
@@ -269,7 +269,7 @@ def test_loss_of_a_step_is_the_mean_over_micro_batches(make_engine):
     engine = make_engine(method="ClusterContrast", micro_batches=2, scheduler="cosine")
     engine.max_epoch = 1
     engine._get_ready()
-    engine._training.renew_batches(0, 0)
+    engine._training.refresh_pseudo_labels(0, 0)
     batch = next(iter(engine.train_loader))
     network = network_of(engine).train()
     twin = copy.deepcopy(network)
@@ -287,7 +287,7 @@ def test_loss_of_a_step_is_the_mean_over_micro_batches(make_engine):
 
 CASES = {
     "stream": {},
-    "clusters": {"method": "SelConCluster", "outlier_share": 0.5},
+    "clusters": {"method": "SelConCluster", "outlier_ratio": 0.5},
     # Period 2: a checkpoint after the first epoch is in the middle of one.
     "period": {"method": "ClusterContrast", "clustering": {**CLUSTERING, "period": 2}},
     "teacher": {"method": "ClusterContrast", "ema_decay": 0.9},
@@ -514,8 +514,8 @@ def test_which_checkpoints_there_are(make_engine, tmp_path, options, epochs):
 
 def test_best_weights_without_labels_are_kept(make_engine, tmp_path, monkeypatch):
     # Untrained, a network this small puts most images into one cluster.
-    monkeypatch.setattr("selcon_plugin.collapse.MAX_CLUSTER_SHARE", 1.0)
-    options = {"method": "SelConCluster", "keep_best_by": "outlier_share"}
+    monkeypatch.setattr("selcon_plugin.metrics.collapse.MAX_CLUSTER_RATIO", 1.0)
+    options = {"method": "SelConCluster", "keep_best_by": "outlier_ratio"}
     engine = run(make_engine(iters_per_epoch=2, **options), tmp_path, 2)
     kept = torch.load(tmp_path / "model" / "best_without_labels.pth", weights_only=True)
     assert kept["epoch"] in (1, 2)
@@ -850,7 +850,11 @@ def test_image_folder_without_test_set_trains(
     assert engine.results == {}
     assert checkpoints_in(tmp_path) == ["model.pth.tar-1"]
     images = engine.train_loader.dataset
-    assert (len(images), images.num_cameras, images.known_pids) == (IMAGES, 0, None)
+    assert (len(images), images.num_cameras, images.evaluation_only_identities) == (
+        IMAGES,
+        0,
+        None,
+    )
 
 
 def test_combined_sources(make_engine, manager, folder_source, tmp_path):
@@ -858,7 +862,7 @@ def test_combined_sources(make_engine, manager, folder_source, tmp_path):
     engine = run(make_engine(datamanager=data, iters_per_epoch=1), tmp_path, 1)
     images = engine.train_loader.dataset
     assert (len(images), images.num_cameras) == (2 * IMAGES, 3)
-    assert images.camids.count(-1) == images.true_pids.count(-1) == IMAGES
+    assert images.camids.count(-1) == images.evaluation_only_identities.count(-1) == IMAGES
     assert network_of(engine).method.num_images == 2 * IMAGES
     assert engine.results.keys() == {"few"}
 

@@ -26,7 +26,7 @@ PARTS = ("data", "engine", "losses", "metrics", "models", "optim", "utils")
 
 
 def check_import():
-    from selcon_plugin.compat import import_torchreid
+    from selcon_plugin.compat.torchreid import import_torchreid
 
     torchreid = import_torchreid()
     assert torchreid.__name__ == "torchreid"

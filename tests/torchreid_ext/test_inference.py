@@ -6,11 +6,12 @@ import torch
 import yaml
 from torchvision import transforms
 
-from selcon_plugin.cli import main
-from selcon_plugin.compat import import_torchreid
+from selcon_plugin.cli.main import main
+from selcon_plugin.compat.torchreid import import_torchreid
 from selcon_plugin.datasets.reading import read_rgb
-from selcon_plugin.embedder import Embedder, FolderFeatures
-from selcon_plugin.exporting import check_crops, export_onnx, export_torchscript
+from selcon_plugin.inference.embedder import Embedder
+from selcon_plugin.inference.export import check_crops, export_onnx, export_torchscript
+from selcon_plugin.inference.folder_features import FolderFeatures
 
 SMALL = ("data.height", "64", "data.width", "32")
 CONFIG = {
@@ -98,7 +99,7 @@ def test_plain_weights_of_timm_give_the_average_of_the_map(images, tmp_path):
     torch.save(model.state_dict(), file)
     options = ("selcon.last_stride", "1", *SMALL)
     embedder = Embedder.from_checkpoint(file, backbone="timm:test_resnet", options=options)
-    # timm's test models are normalised by one half, and not by ImageNet's mean.
+    # timm's test models are normalized by one half, and not by ImageNet's mean.
     pixels = np.stack([embedder.backend.preprocessing.resize(read_rgb(i)) for i in images])
     mean, std = np.array(model.pretrained_cfg["mean"]), model.pretrained_cfg["std"]
     batch = torch.from_numpy(((pixels / 255 - mean) / std).transpose(0, 3, 1, 2)).float()

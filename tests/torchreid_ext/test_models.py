@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from selcon_plugin.compat import import_torchreid
+from selcon_plugin.compat.torchreid import import_torchreid
 from selcon_plugin.distance import fused_distance
 from selcon_plugin.features import Embeddings, split_stripes
 from selcon_plugin.methods import build_method

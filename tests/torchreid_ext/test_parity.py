@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from selcon_plugin.compat import import_torchreid
+from selcon_plugin.compat.torchreid import import_torchreid
 from selcon_plugin.datasets import SyntheticPersonsSpec
 
 pytest.importorskip("fastreid")
@@ -30,7 +30,7 @@ SPEC = SyntheticPersonsSpec(
 
 
 class Steps:
-    """Losses and images of every step, and whether the optimiser's were fused."""
+    """Losses and images of every step, and whether the optimizer's were fused."""
 
     fused = False
 
@@ -92,7 +92,7 @@ def train_in_fastreid(root: Path, name: str, output: Path) -> tuple[Any, Steps, 
     values |= {f"MODEL.SELCON.{k.upper()}": v for k, v in CASES[name].items()}
     values |= {f"MODEL.SELCON.CLUSTERING.{k.upper()}": v for k, v in CLUSTERING.items()}
     for key, value in values.items():
-        with KEYS.of_any_type(cfg.MODEL.SELCON):
+        with KEYS.allow_type_change(cfg.MODEL.SELCON):
             cfg.merge_from_list([key, value])
     trainer = SelConTrainer(cfg)
     network = unwrap(trainer.model)

@@ -7,8 +7,8 @@ import signal
 import pytest
 import torch
 
-from selcon_plugin.engine.checkpoints import BadCheckpointError
 from selcon_plugin.engine.stopping import RunStopped
+from selcon_plugin.runs.checkpoints import BadCheckpointError
 
 EPOCHS, STEPS = 3, 3
 OPTIONS = {"method": "SelConCluster", "num_instances": 2, "ema_decay": 0.9}
@@ -35,12 +35,12 @@ def run(engine, folder, signal_at=None, number=signal.SIGTERM):
         folder.mkdir(exist_ok=True)
     step = engine.forward_backward
 
-    def signalled(batch):
+    def signaled(batch):
         if engine._step == signal_at:
             os.kill(os.getpid(), number)
         return step(batch)
 
-    engine.forward_backward = signalled
+    engine.forward_backward = signaled
     engine.run(str(folder), EPOCHS)
     return engine
 

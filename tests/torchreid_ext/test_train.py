@@ -7,7 +7,7 @@ import torch
 import yaml
 from PIL import Image
 
-from selcon_plugin.cli import main
+from selcon_plugin.cli.main import main
 from selcon_plugin.datasets import SyntheticPersonsSpec
 from selcon_plugin.hosts import load_config
 from selcon_plugin.report import collect_run

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from selcon_plugin.compat import import_torchreid
+from selcon_plugin.compat.torchreid import import_torchreid
 from selcon_plugin.engine.image_check import BadImagesError
 from selcon_plugin.engine.run import TrainingRun
 
@@ -65,9 +65,9 @@ def test_broken_files_of_a_data_set_are_left_out(engine, own_root, caplog, worke
 def test_too_many_broken_files_stop_the_run_before_it_begins(engine, own_root):
     for file in files(own_root, "bounding_box_train")[:3]:
         file.write_bytes(b"")
-    with pytest.raises(BadImagesError, match=r"3 of 40 .*0\.05 that max_bad_share"):
+    with pytest.raises(BadImagesError, match=r"3 of 40 .*0\.05 that max_unreadable_ratio"):
         engine()
-    assert len(engine(max_bad_share=0.1).train_loader.dataset) == 37
+    assert len(engine(max_unreadable_ratio=0.1).train_loader.dataset) == 37
 
 
 @pytest.mark.parametrize("split", ["query", "bounding_box_test"])

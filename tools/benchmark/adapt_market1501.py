@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from selcon_plugin.adapt import AdaptSettings, adapt
-from selcon_plugin.compat import import_torchreid
-from selcon_plugin.embedder import Embedder
-from selcon_plugin.engine.atomic import write_atomically
-from selcon_plugin.engine.run_record import describe_device
+from selcon_plugin.compat.torchreid import import_torchreid
+from selcon_plugin.inference.embedder import Embedder
+from selcon_plugin.io.atomic import write_atomically
+from selcon_plugin.runs.results import describe_device
+from selcon_plugin.workflows.adapt import AdaptSettings, adapt
 
 # Market-1501's names: identity and camera. Identity -1 is junk, which does not count.
 _NAME = re.compile(r"(-?\d+)_c(\d)")

@@ -1,6 +1,6 @@
-"""What clustering costs: neighbours, Jaccard distance and DBSCAN, next to dense code.
+"""What clustering costs: neighbors, Jaccard distance and DBSCAN, next to dense code.
 
-Times the clustering of one epoch (nearest neighbours, k-reciprocal Jaccard distance,
+Times the clustering of one epoch (nearest neighbors, k-reciprocal Jaccard distance,
 DBSCAN) against
 
 * the dense definition (``plain_jaccard.py``) and scikit-learn's DBSCAN on its matrix,
@@ -145,7 +145,7 @@ def run_plain(features: Tensor, settings: Settings) -> Outcome:
 
 def run_fastreid(features: Tensor, settings: Settings) -> Outcome:
     """Cluster by FastReID's distance: faiss on the CPU, or products on a GPU."""
-    importlib.import_module("selcon_plugin.compat").prepare_fastreid()
+    importlib.import_module("selcon_plugin.compat.shared").prepare_fastreid()
     module: Any = importlib.import_module("fastreid.utils.compute_dist")
     search = 0 if features.is_cuda else 3
     watch = Stopwatch(features.device)
@@ -251,7 +251,7 @@ def describe_labels(labels: Labels, pids: Tensor) -> dict[str, float]:
         "ami": float(adjusted_mutual_info_score(pids.numpy()[sample], labels[sample])),
         "identities": len(pids.unique()),
         "clusters": int(labels.max()) + 1,
-        "outlier_share": float((labels < 0).mean()),
+        "outlier_ratio": float((labels < 0).mean()),
     }
 
 
@@ -333,7 +333,7 @@ def print_row(row: dict[str, Any]) -> None:
     """Print the figures of one size."""
     print(
         f"  {row['clusters']} clusters of {row['identities']} identities, "
-        f"{row['outlier_share']:.1%} outliers, AMI {row['ami']:.3f}"
+        f"{row['outlier_ratio']:.1%} outliers, AMI {row['ami']:.3f}"
     )
     for name, seconds in row["seconds"].items():
         line = f"  {name:<9} {seconds:9.2f} s"

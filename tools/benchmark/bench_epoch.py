@@ -4,9 +4,9 @@ Trains a config for three epochs, the first to warm up:
 
 * one as training runs it: images per second, with and without clustering;
 * one with the device waited for around each phase: data, forward, loss, backward, check,
-  optimiser, banks, extraction, clustering. The waiting costs time: compare shares.
+  optimizer, banks, extraction, clustering. The waiting costs time: compare shares.
 
-Both stand against the network alone: forward, backward and optimiser step on a batch of
+Both stand against the network alone: forward, backward and optimizer step on a batch of
 random images that lies on the device. Besides: how many images one process reads and
 augments, to tell how many of them (``DATALOADER.NUM_WORKERS``) keep the device busy.
 
@@ -33,7 +33,7 @@ from torch import Tensor
 from bench_step import Stopwatch, describe_machine
 from selcon_plugin.features import Embeddings
 from selcon_plugin.hosts import load_config
-from selcon_plugin.samplers import SampleKey
+from selcon_plugin.samplers.stream import SampleKey
 
 
 class Phases:
@@ -158,7 +158,7 @@ def train_epoch(
     watch = Stopwatch(torch.device(trainer.cfg.MODEL.DEVICE))
     trainer.iter = epoch * trainer.iters_per_epoch
     run.start_epoch(epoch)
-    run.renew_batches(epoch, trainer.iter)
+    run.refresh_pseudo_labels(epoch, trainer.iter)
     trainer.restart_data()
     before_steps = watch.lap()
     batches = trainer._trainer._data_loader_iter
@@ -183,7 +183,7 @@ def _time_phases(trainer: Any, run: Any, method: Any, phases: Phases) -> None:
         (steps, "_forward", "forward"),
         (steps, "_backward", "backward"),
         (steps, "_may_step", "check"),
-        (steps, "_update_weights", "optimiser"),
+        (steps, "_update_weights", "optimizer"),
         (method, "loss", "loss"),
         (run, "after_step", "banks"),
     ):

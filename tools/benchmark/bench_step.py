@@ -210,7 +210,7 @@ def _parts(embeddings: Embeddings) -> Tensor:
 def make_backbone(device: torch.device) -> nn.Module:
     """Build timm's ResNet-50 with last stride 1, random weights."""
     # timm imports torchvision, which this mends where its compiled part does not load.
-    importlib.import_module("selcon_plugin.compat").prepare_fastreid()
+    importlib.import_module("selcon_plugin.compat.shared").prepare_fastreid()
     timm: Any = importlib.import_module("timm")
     backbone = timm.create_model(
         "resnet50", pretrained=False, num_classes=0, global_pool="", output_stride=16

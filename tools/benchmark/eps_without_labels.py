@@ -92,7 +92,7 @@ def compare(features: torch.Tensor, identities: Numbers) -> dict[str, float]:
         it loses to that.
 
     Raises:
-        ValueError: If hardly any image has neighbours at any eps.
+        ValueError: If hardly any image has neighbors at any eps.
     """
     distance = jaccard_distance(features, k1=K1, k2=K2, max_distance=EPS_GRID[-1])
     trials = try_eps(

@@ -1,7 +1,7 @@
 """The k-reciprocal Jaccard distance as its definition reads: for bench_clustering.py.
 
 Dense matrices of all images by all images, one image after the other, as the scripts of
-clustering-based methods have it. Nothing here is optimised and nothing is meant to be used
+clustering-based methods have it. Nothing here is optimized and nothing is meant to be used
 for training. Three matrices of M x M numbers are alive at once.
 
 Shape shorthand: M images, C features.

@@ -1,12 +1,12 @@
 """Selective Contrastive Learning as its equations read: the slow side of bench_step.py.
 
-Nothing here is optimised and nothing is meant to be used for training. Distances are taken
+Nothing here is optimized and nothing is meant to be used for training. Distances are taken
 part by part, every image sorts the whole bank, the softmax is taken anew for each positive,
 the banks lie in main memory and are written image by image. Only the gradient is the true
 one: the banks are written after the backward pass, as in the package, so that both sides of
 the benchmark compute the same thing (bench_step.py compares them first).
 
-Shape shorthand: B batch, M bank rows, C and D feature sizes, S parts, K neighbours.
+Shape shorthand: B batch, M bank rows, C and D feature sizes, S parts, K neighbors.
 """
 
 from __future__ import annotations

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from selcon_plugin.config.loading import builtin_config
 from selcon_plugin.features import Embeddings
-from selcon_plugin.hosts import builtin_config
-from selcon_plugin.memory import ClusterMemory, cluster_means
+from selcon_plugin.memory.cluster import ClusterMemory
+from selcon_plugin.memory.writes import cluster_means
 from selcon_plugin.methods import register_method
 from selcon_plugin.methods.cluster_method import ClusterMethod
 from selcon_plugin.options import Interval

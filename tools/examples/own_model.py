@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 import selcon_plugin
-from selcon_plugin.compat import import_torchreid
-from selcon_plugin.safe_loading import load_data
+from selcon_plugin.compat.torchreid import import_torchreid
+from selcon_plugin.io.safe_loading import load_data
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 

@@ -5,14 +5,14 @@ torchreid, is ended
 
 * by SIGKILL at a random time;
 * by SIGKILL inside a function: extraction, clustering, rebuilding and updating of banks,
-  teacher, optimiser step, writing of a checkpoint, of the note which one is last, reading
+  teacher, optimizer step, writing of a checkpoint, of the note which one is last, reading
   one back, evaluation. It dies after a random number of lines of Python in there;
 * by SIGKILL when a random share of a checkpoint's bytes is written;
 * by SIGTERM and SIGINT at a random time, which must end it with status 143 or 130;
 
 and now and then the newest checkpoint is cut off at a random place before the run is
 resumed. Each process is resumed with the same command until its run is complete. Then the
-last checkpoint (weights, banks, labels, optimiser, schedule) must equal that of an unbroken
+last checkpoint (weights, banks, labels, optimizer, schedule) must equal that of an unbroken
 run bit for bit, and so must the evaluation.
 
     python tools/faults/kill_and_resume.py                      all cases
@@ -109,7 +109,7 @@ _SCL = {"num_neighbors": 3, "num_negatives": 16, "warmup_epochs": 1}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "SelectiveContrastive": ("fastreid", "SelectiveContrastive", _SCL),
     "ClusterContrast": ("fastreid", "ClusterContrast", {"cluster_update": "hard"}),
-    "SelConCluster": ("fastreid", "SelConCluster", {"outlier_share": 0.5}),
+    "SelConCluster": ("fastreid", "SelConCluster", {"outlier_ratio": 0.5}),
     "SpCL": ("fastreid", "SpCL", {}),
     "O2CAP with teacher": ("fastreid", "O2CAP", {"ema_decay": 0.9}),
     "torchreid/SelectiveContrastive": ("torchreid", "SelectiveContrastive", _SCL),
@@ -152,7 +152,7 @@ _AIMS = {
     "bank rebuild": 1,
     "bank update": 6,
     "teacher": 6,
-    "optimiser step": 6,
+    "optimizer step": 6,
     "checkpoint": 2,
     CHECKPOINT_BYTES: 2,
     "note of the last": 2,
@@ -284,7 +284,7 @@ def write_board(board: mmap.mmap, place: str) -> None:
 
 def train(command: Sequence[str], method: str, fault: Fault, board: mmap.mmap) -> int:
     """Run ``selcon`` with its functions announced; in the forked process."""
-    from selcon_plugin.cli import main
+    from selcon_plugin.cli.main import main
     from selcon_plugin.methods import method_class
 
     announcer = Announcer(board, fault)
@@ -296,7 +296,7 @@ def train(command: Sequence[str], method: str, fault: Fault, board: mmap.mmap) -
                 owner = getattr(owner, part)
             announcer.watch(owner, name, place)
     announcer.watch(method_class(method), "prepare", "bank rebuild")
-    announcer.watch(torch.optim.Adam, "step", "optimiser step")
+    announcer.watch(torch.optim.Adam, "step", "optimizer step")
     if fault.place == CHECKPOINT_BYTES:
         announcer.watch_bytes()
     return main(command)
@@ -589,7 +589,7 @@ def import_hosts(data_root: Path) -> None:
     generate_synthetic_persons(data_root, SyntheticPersonsSpec(**_SPEC))
     # Both hosts: what is announced lies in both.
     for module in (
-        *("selcon_plugin.cli", "selcon_plugin.torchreid_ext.train"),
+        *("selcon_plugin.cli.main", "selcon_plugin.torchreid_ext.train"),
         *("selcon_plugin.fastreid_ext.trainer", "timm", "torch.utils.tensorboard"),
         *("sklearn.cluster", "sklearn.metrics"),
     ):

@@ -50,8 +50,11 @@ class Fault:
     tests: tuple[str, ...]
 
 
-MEMORY, CLUSTER_MEMORY = ("tests/test_memory.py",), ("tests/test_cluster_memory.py",)
-SELECTION, SAMPLERS = ("tests/test_selection.py",), ("tests/test_samplers.py",)
+MEMORY, CLUSTER_MEMORY = (
+    ("tests/memory/test_tri_bank.py",),
+    ("tests/memory/test_cluster.py",),
+)
+SELECTION, SAMPLERS = ("tests/test_selection.py",), ("tests/samplers/test_samplers.py",)
 SELECTIVE_LOSS = ("tests/losses/test_selective_contrastive.py",)
 CENTERING = ("tests/clustering/test_camera_centering.py",)
 DATA = ("tests/fastreid_ext/test_data.py",)
@@ -75,7 +78,7 @@ FAULTS = (
     ),
     Fault(
         "mixture_write_order",
-        "the mixture bank is written from column 0 on, so that neighbours write last",
+        "the mixture bank is written from column 0 on, so that neighbors write last",
         "memory.py",
         "columns.flip(1).T.flatten()",
         "columns.T.flatten()",
@@ -125,13 +128,13 @@ FAULTS = (
         "other_pairs_exempt",
         "pairs that the camera does not tell apart are left out, and those it does are not",
         "losses/selective_contrastive.py",
-        "exempt_positive[:, None],\n",
-        "~exempt_positive[:, None],\n",
+        "ignored_positive[:, None],\n",
+        "~ignored_positive[:, None],\n",
         SELECTIVE_LOSS,
     ),
     Fault(
         "negatives_overlap_positives",
-        "the furthest neighbour is a negative as well",
+        "the furthest neighbor is a negative as well",
         "selection.py",
         "return positive_index, nearest[:, neighbors:]",
         "return positive_index, nearest[:, max(neighbors - 1, 0) :]",
@@ -139,7 +142,7 @@ FAULTS = (
     ),
     Fault(
         "own_row_competes",
-        "an image's own row is chosen as its nearest neighbour",
+        "an image's own row is chosen as its nearest neighbor",
         "selection.py",
         '    others = distance.scatter(1, index[:, None], float("inf"))\n    # topk',
         "    others = distance\n    # topk",
@@ -179,7 +182,7 @@ FAULTS = (
     ),
     Fault(
         "neighbor_weight_not_shared",
-        "every neighbour gets the weight meant for all of them",
+        "every neighbor gets the weight meant for all of them",
         "losses/selective_contrastive.py",
         "neighbor_scale * (1.0 - self_weight) / (num_positives - 1)",
         "neighbor_scale * (1.0 - self_weight)",
@@ -203,7 +206,7 @@ FAULTS = (
         ("tests/test_distributed.py",),
     ),
     Fault(
-        "uneven_share",
+        "uneven_ratio",
         "a process of an uneven batch takes the camera weights of others' images",
         "camera_entropy.py",
         "weights = whole[shared[:, 2] == rank()]",
@@ -244,7 +247,7 @@ FAULTS = (
     ),
     Fault(
         "eps_exclusive",
-        "DBSCAN leaves out neighbours at exactly eps",
+        "DBSCAN leaves out neighbors at exactly eps",
         "clustering/dbscan.py",
         "np.flatnonzero(distance.data <= float(eps))",
         "np.flatnonzero(distance.data < float(eps))",
@@ -252,7 +255,7 @@ FAULTS = (
     ),
     Fault(
         "core_image_off_by_one",
-        "DBSCAN does not count the image itself among its neighbours",
+        "DBSCAN does not count the image itself among its neighbors",
         "clustering/dbscan.py",
         "np.bincount(row, minlength=num_images) + 1 >= min_samples",
         "np.bincount(row, minlength=num_images) >= min_samples",
@@ -264,11 +267,11 @@ FAULTS = (
         "ema.py",
         "share = max(1.0 - self.decay, 1.0 / (self.step + 1))",
         "share = max(self.decay, 1.0 / (self.step + 1))",
-        ("tests/test_ema.py",),
+        ("tests/models/test_ema.py",),
     ),
     Fault(
         "extraction_in_training_mode",
-        "features for the banks are normalised by the statistics of their batch",
+        "features for the banks are normalized by the statistics of their batch",
         "engine/extraction.py",
         "    network.eval()\n    # Sized",
         "    # Sized",

@@ -186,7 +186,7 @@ def as_markdown(args: argparse.Namespace, growths: list[Growth], seconds: float)
     """Write the report."""
     import torch
 
-    from selcon_plugin.engine.run_record import describe_device
+    from selcon_plugin.runs.results import describe_device
 
     device = describe_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     epochs = args.steps // args.steps_per_epoch

@@ -18,10 +18,10 @@ from selcon_plugin.clustering.compiled.rows import Array, dot, kernel
 def reciprocal_lists(
     index: Array, width: int, lists: Array, sizes: Array, start: int, stop: int
 ) -> None:
-    """Keep the first ``width`` neighbours of a row that have the row among theirs.
+    """Keep the first ``width`` neighbors of a row that have the row among theirs.
 
     Args:
-        index: Neighbours by rank, column 0 the row itself, int32 ``(M, >= width)``.
+        index: Neighbors by rank, column 0 the row itself, int32 ``(M, >= width)``.
         width: Ranks that count.
         lists: Written: what is kept, in order of rank, int32 ``(M, width)``.
         sizes: Written: how many are kept, int32 ``(M,)``.
@@ -130,8 +130,8 @@ def membership_weights(
 
     Args:
         features: Unit vectors, float32 ``(M, C)``.
-        similarity: Inner products with the neighbours, float32 ``(M, k)``.
-        index: The neighbours, int32 ``(M, k)``.
+        similarity: Inner products with the neighbors, float32 ``(M, k)``.
+        index: The neighbors, int32 ``(M, k)``.
         lists: Reciprocal lists, int32 ``(M, k1)``.
         sizes: Their sizes, int32 ``(M,)``.
         half_lists: Reciprocal lists of half the ranks, int32 ``(M, h)``.
@@ -181,10 +181,10 @@ def count_averaged(
     start: int,
     stop: int,
 ) -> None:
-    """Count the entries of each row's average over its first ``k2`` neighbours.
+    """Count the entries of each row's average over its first ``k2`` neighbors.
 
     Args:
-        index: Neighbours by rank, int32 ``(M, >= k2)``.
+        index: Neighbors by rank, int32 ``(M, >= k2)``.
         k2: Ranks averaged.
         offsets: Where each row's entries start, int64 ``(M + 1,)``.
         columns: Entries, int32.
@@ -211,10 +211,10 @@ def average_neighbors(
     start: int,
     stop: int,
 ) -> None:
-    """Replace each row by the mean of the rows of its first ``k2`` neighbours.
+    """Replace each row by the mean of the rows of its first ``k2`` neighbors.
 
     Args:
-        index: Neighbours by rank, int32 ``(M, >= k2)``.
+        index: Neighbors by rank, int32 ``(M, >= k2)``.
         k2: Ranks averaged.
         offsets: Where each row's entries start, int64 ``(M + 1,)``.
         columns: Entries, int32.

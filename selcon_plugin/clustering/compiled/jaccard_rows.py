@@ -49,12 +49,12 @@ def jaccard_rows(
     k2: int,
     max_distance: float,
 ) -> tuple[Array, Array, Array]:
-    """Take the sparse Jaccard distances from the neighbours.
+    """Take the sparse Jaccard distances from the neighbors.
 
     Args:
         features: Unit vectors, float32 ``(M, C)``.
-        similarity: Inner products with the neighbours, float32 ``(M, k1)``.
-        index: Neighbours by rank, the image itself first, int32 ``(M, k1)``.
+        similarity: Inner products with the neighbors, float32 ``(M, k1)``.
+        index: Neighbors by rank, the image itself first, int32 ``(M, k1)``.
         half: Ranks of the half lists, at most k1.
         k2: Ranks of the query expansion, at most k1.
         max_distance: Keep what is at most this, and below 1.
@@ -92,7 +92,7 @@ def _membership(
 
 
 def _reciprocal(threads: RowThreads, index: Array, width: int) -> tuple[Array, Array]:
-    """Keep each image's mutual neighbours of the first ranks; return lists and sizes."""
+    """Keep each image's mutual neighbors of the first ranks; return lists and sizes."""
     lists = np.empty((len(index), width), np.int32)
     sizes = np.empty(len(index), np.int32)
     threads.run(partial(kernels.reciprocal_lists, index, width, lists, sizes), len(index))
@@ -100,7 +100,7 @@ def _reciprocal(threads: RowThreads, index: Array, width: int) -> tuple[Array, A
 
 
 def _expand_queries(threads: RowThreads, index: Array, k2: int, rows: _Rows) -> _Rows:
-    """Average each row over the image's first k2 neighbours."""
+    """Average each row over the image's first k2 neighbors."""
     counts = np.empty(len(index), np.int64)
     work = partial(kernels.count_averaged, index, k2, rows.offsets, rows.columns, counts)
     threads.run(work, len(index))

@@ -1,4 +1,4 @@
-"""Compiled loops of the neighbour search.
+"""Compiled loops of the neighbor search.
 
 A candidate j of image i has a product p known up to ``rounding * |p|``; its inner product
 with i lies within ``shift[i] + shift[j] + p`` give or take ``slack[i] + slack[j] +
@@ -24,7 +24,7 @@ class Search(NamedTuple):
     """State of a search for the nearest ``wanted`` others of M images.
 
     Attributes:
-        wanted: Neighbours to find, at least 1, the image itself not among them.
+        wanted: Neighbors to find, at least 1, the image itself not among them.
         rounding: Relative error of a product.
         shift: What an image adds to its products, float32 ``(M,)``.
         slack: What an image adds to their error, float32 ``(M,)``.
@@ -108,7 +108,7 @@ def _make_room(i: int, search: Search) -> None:
 def _mark(
     products: Array, limits: Array, least: float, rounding: np.float32, marks: Array
 ) -> None:
-    """Mark the products that may reach ``least``; the compiler vectorises this loop."""
+    """Mark the products that may reach ``least``; the compiler vectorizes this loop."""
     for a in range(len(products)):
         p = products[a]
         marks[a] = p + rounding * abs(p) + limits[a] >= least

@@ -1,4 +1,4 @@
-"""Exact nearest neighbours on a CPU from fast, inexact products.
+"""Exact nearest neighbors on a CPU from fast, inexact products.
 
 The product of all images with all images is symmetric: each block of it is multiplied once
 and serves the images of its rows and of its columns. Where the processor multiplies
@@ -26,7 +26,7 @@ Shape shorthand in this module:
 
     M: images
     C: feature dimension
-    k: neighbours per image, the image itself included
+    k: neighbors per image, the image itself included
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SLACK = 4e-6  # for the few float32 operations that add and compare the bounds
 
 
 class _Rounded(NamedTuple):
-    """The centred, rounded features and what their products can be trusted to.
+    """The centered, rounded features and what their products can be trusted to.
 
     Attributes:
         features: Shape ``(M, C)``, float32 or bfloat16.
@@ -75,7 +75,7 @@ def shortlist_neighbors(
 
     Args:
         features: Vectors of unit length, float32 ``(M, C)`` on the CPU.
-        k: Neighbours per image, itself included, 1 to M.
+        k: Neighbors per image, itself included, 1 to M.
         dtype: float32 or bfloat16: what blocks are multiplied in; by default what is faster
             on this processor. The result is the same.
 
@@ -101,11 +101,11 @@ def _search(
     Args:
         threads: To share the blocks among.
         features: Float32 ``(M, C)``, contiguous.
-        k: Neighbours per image, 2 to M.
+        k: Neighbors per image, 2 to M.
         dtype: What blocks are multiplied in.
 
     Returns:
-        The neighbours, and the images whose are not found: those with more candidates than
+        The neighbors, and the images whose are not found: those with more candidates than
         room, being almost or exactly like many others.
     """
     num_images = len(features)
@@ -154,10 +154,10 @@ def _round(threads: RowThreads, features: Tensor, dtype: torch.dtype) -> _Rounde
 
     def work(start: int, stop: int) -> None:
         rows = slice(start, stop)
-        centred = features[rows] - mean
-        rounded[rows] = centred
-        lost = centred - rounded[rows]
-        for length, vectors in zip(lengths, (features[rows], centred, lost), strict=True):
+        centered = features[rows] - mean
+        rounded[rows] = centered
+        lost = centered - rounded[rows]
+        for length, vectors in zip(lengths, (features[rows], centered, lost), strict=True):
             length[rows] = torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64)
         shift[rows] = features[rows].double() @ mean.double()
 

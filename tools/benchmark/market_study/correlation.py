@@ -13,12 +13,12 @@ import numpy as np
 from scipy.stats import rankdata
 
 from selcon_plugin.engine.best_weights import SIGNS
-from selcon_plugin.visualize import read_metrics
+from selcon_plugin.runs.metrics import read_metrics
 
 LABEL_FREE = (
-    *("silhouette", "stability", "num_clusters", "outlier_share", "eps"),
+    *("silhouette", "stability", "num_clusters", "outlier_ratio", "eps"),
     *("mean_cluster_size", "median_cluster_size", "max_cluster_size"),
-    *("largest_cluster_share", "embedding_variance", "effective_rank"),
+    *("largest_cluster_ratio", "embedding_variance", "effective_rank"),
     *("nearest_similarity", "total_loss"),
 )
 # For comparison: no run without labels has them.

@@ -224,7 +224,7 @@ _CLUSTER_CONTRAST: dict[str, Mapping[str, Options]] = {
 _ON_CPU: dict[str, Mapping[str, Options]] = {
     "ghost_bn": _levels("GHOST_BATCH_SIZE", 16),
     "eps": _levels("CLUSTERING.EPS", 0.5, 0.6, 0.7),
-    "colour_jitter": {"off": {"INPUT.CJ.ENABLED": False}},
+    "color_jitter": {"off": {"INPUT.CJ.ENABLED": False}},
 }
 _CPU_CONFIGS = _configs("SyntheticPersons", without=("base", "vitc_tiny_vit"))
 # The embedded data's configs: EfficientNet-Lite0 at 128x64, SGD, eps found without labels;

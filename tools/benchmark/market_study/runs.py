@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from market_study.protocols import CONFIGS, Options
-from selcon_plugin.bench_report import write_file
+from selcon_plugin.workflows.bench_table import write_file
 
 _CHECKOUT = CONFIGS.parent
 _RESULTS = "results.json"

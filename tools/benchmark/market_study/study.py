@@ -12,7 +12,7 @@ from market_study.choose import Changes, climb
 from market_study.protocols import Protocol, options_of, variant_name
 from market_study.runs import Budget, Variant, run_variants, variants_in
 from market_study.split import DATASET_FOLDER, has_official_test, make_official
-from selcon_plugin.bench_report import write_file
+from selcon_plugin.workflows.bench_table import write_file
 
 PHASES = ("choose", "report", "correlate", "tables")
 _TRAINED = PHASES[:2]

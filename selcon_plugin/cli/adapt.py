@@ -1,0 +1,93 @@
+"""``selcon adapt``: a trained network, trained further on a folder of images."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+
+from selcon_plugin.cli.arguments import (
+    add_folder_arguments,
+    add_import_argument,
+    add_network_arguments,
+    add_reading_arguments,
+    check_network_arguments,
+)
+from selcon_plugin.config.loading import import_files
+
+
+def main(argv: list[str]) -> int:
+    """Adapt a network to a folder of images.
+
+    Args:
+        argv: Arguments after ``selcon adapt``.
+
+    Returns:
+        Exit status 0, whether or not there is a better network.
+
+    Raises:
+        ValueError: If an argument is wrong.
+            ``FileNotFoundError`` if there is no such file or folder.
+    """
+    args = _parser().parse_args(argv)
+    if not args.images:
+        raise ValueError("adapt needs --images FOLDER")
+    check_network_arguments(args)
+    import_files(args.imports)
+    from selcon_plugin.workflows.adapt import AdaptSettings, adapt
+
+    settings = AdaptSettings(
+        args.weights,
+        args.images,
+        config_file=args.config_file,
+        backbone=args.backbone,
+        method=args.method,
+        epochs=args.epochs,
+        learning_rate=args.learning_rate,
+        camera_pattern=args.camera_pattern,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        device=args.device,
+        options=tuple(args.opts),
+    )
+    adapt(settings, args.output, say=partial(print, flush=True))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="selcon adapt",
+        description="Train a network further on your images, without labels, and keep the "
+        "best of before and after by the label-free quality. The same command goes on with "
+        "what was stopped.",
+    )
+    add_network_arguments(parser, onnx=False)
+    add_reading_arguments(parser)
+    add_folder_arguments(parser)
+    add_import_argument(parser)
+    parser.add_argument(
+        "--output",
+        default="adapted",
+        metavar="DIR",
+        help="folder for adapted.pth, config.yaml and adapt.json; default: adapted",
+    )
+    parser.add_argument(
+        "--method",
+        default="",
+        help="method that trains; default: that of the config, else SelConCluster",
+    )
+    parser.add_argument("--epochs", type=int, default=10, help="default: 10")
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        default=3.5e-4,
+        metavar="X",
+        help="of Adam; default: 0.00035",
+    )
+    parser.add_argument(
+        "opts",
+        metavar="KEY VALUE",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="options of the host's config; they come last",
+    )
+    return parser

@@ -1,0 +1,128 @@
+"""``selcon cluster``: who may be the same person in a folder of images."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import yaml
+
+from selcon_plugin.cli.arguments import (
+    add_folder_arguments,
+    add_import_argument,
+    add_network_arguments,
+    add_reading_arguments,
+    check_network_arguments,
+    load_embedder,
+    network_key,
+)
+from selcon_plugin.clustering import labeler_names, labeler_options
+from selcon_plugin.config.checks import check_name
+from selcon_plugin.config.loading import import_files
+from selcon_plugin.workflows.cluster_folder import cluster_folder
+
+_DEFAULT_LABELER = "DBSCAN"
+
+
+def main(argv: list[str]) -> int:
+    """Cluster a folder of images.
+
+    Args:
+        argv: Arguments after ``selcon cluster``.
+
+    Returns:
+        Exit status 0.
+
+    Raises:
+        ValueError: If an argument is wrong, or there is too little memory.
+            ``FileNotFoundError`` if there is no such file or folder.
+    """
+    args = _parser().parse_args(argv)
+    if not args.images:
+        raise ValueError("cluster needs --images FOLDER")
+    check_network_arguments(args)
+    import_files(args.imports)
+    cluster_folder(
+        partial(load_embedder, args),
+        args.images,
+        args.output,
+        network_key=network_key(args),
+        labeler=args.labeler,
+        options=_labeler_options(args.labeler, args.eps, args.opts),
+        camera_pattern=args.camera_pattern,
+        links=args.links,
+        contact_sheet_rows=args.contact_sheet,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        device=args.device,
+        say=partial(print, flush=True),
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="selcon cluster",
+        description="Write clusters.csv: image, cluster, confidence, camera. Features are "
+        "kept beside it: the same command with another --eps or --labeler is quick.",
+    )
+    add_network_arguments(parser)
+    add_reading_arguments(parser)
+    add_folder_arguments(parser)
+    add_import_argument(parser)
+    parser.add_argument(
+        "--output",
+        default="clusters",
+        metavar="DIR",
+        help="folder for clusters.csv and features.npz; default: clusters",
+    )
+    parser.add_argument(
+        "--eps",
+        default="",
+        metavar="X",
+        help="largest Jaccard distance of neighbors, or auto to find it without labels; "
+        "default: auto",
+    )
+    parser.add_argument(
+        "--labeler",
+        default=_DEFAULT_LABELER,
+        help=f"{', '.join(labeler_names())}; default: {_DEFAULT_LABELER}",
+    )
+    parser.add_argument(
+        "--links", action="store_true", help="make a folder of links for each cluster"
+    )
+    parser.add_argument(
+        "--contact-sheet",
+        type=int,
+        nargs="?",
+        const=20,
+        default=0,
+        metavar="N",
+        help="draw the N largest clusters in contact_sheet.jpg; without a number 20",
+    )
+    parser.add_argument(
+        "opts",
+        metavar="NAME VALUE",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="options of the labeler, for instance min_samples 3 k1 20",
+    )
+    return parser
+
+
+def _labeler_options(labeler: str, eps: str, opts: Sequence[str]) -> dict[str, Any]:
+    """Read what the command line says of the labeler; the rest is chosen by the images."""
+    check_name("--labeler", labeler, labeler_names())
+    known = labeler_options(labeler)
+    if len(opts) % 2:
+        raise ValueError(f"the option {opts[-1]} has no value: NAME VALUE")
+    pairs = list(zip(opts[::2], opts[1::2], strict=True))
+    if eps:
+        pairs.append(("eps", eps))
+    options = {}
+    for name, text in pairs:
+        check_name(f"option of the labeler {labeler}", name, known)
+        options[name] = known[name].check(yaml.safe_load(text), label=name)
+    return options

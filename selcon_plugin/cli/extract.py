@@ -1,0 +1,92 @@
+"""``selcon extract``: the features of a folder of images, in a file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from selcon_plugin.cli.arguments import (
+    add_folder_arguments,
+    add_import_argument,
+    add_network_arguments,
+    add_options,
+    add_reading_arguments,
+    load_embedder,
+)
+from selcon_plugin.config.checks import make_output_folder
+from selcon_plugin.config.loading import import_files
+from selcon_plugin.hosts import load_config
+
+
+def main(argv: list[str]) -> int:
+    """Write features as the arguments say.
+
+    Args:
+        argv: Arguments after the command.
+
+    Returns:
+        Exit status 0.
+
+    Raises:
+        ValueError: If there is nothing to extract from, or no single network is named.
+    """
+    args = _parser().parse_args(argv)
+    if not args.images:
+        raise ValueError("extract needs --images FOLDER")
+    if args.onnx and (args.weights or args.config_file or args.backbone or args.opts):
+        raise ValueError("--onnx holds network and config: leave the other out")
+    if args.backbone and not args.weights:
+        raise ValueError(f"--backbone {args.backbone} needs --weights FILE")
+    import_files(args.imports)
+    make_output_folder("the folder of --output", str(Path(args.output).parent))
+    count, dim = (_embed if args.onnx or args.weights else _extract_by_config)(args)
+    sys.stdout.write(f"{count} features of {dim} values written to {args.output}\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="selcon extract",
+        description="Write one unit feature per image to a NumPy file: arrays paths, "
+        "camids, features. Cosine similarity compares images.",
+    )
+    add_folder_arguments(parser)
+    add_import_argument(parser)
+    parser.add_argument("--output", required=True, metavar="FILE.npz", help="file to write")
+    parser.add_argument(
+        "--max-unreadable-ratio",
+        "--max-bad-share",  # the name before 0.2
+        type=float,
+        default=0.05,
+        metavar="RATIO",
+        help="fraction of the images that may be unreadable; default: 0.05",
+    )
+    add_network_arguments(parser)
+    add_reading_arguments(parser)
+    add_options(parser)
+    return parser
+
+
+def _embed(args: argparse.Namespace) -> tuple[int, int]:
+    embedder = load_embedder(args, args.opts)
+    found = embedder.embed_folder(
+        args.images,
+        camera_pattern=args.camera_pattern,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        max_unreadable_ratio=args.max_unreadable_ratio,
+        show_progress=sys.stderr.isatty(),
+    )
+    found.save(args.output)
+    return len(found.paths), embedder.dim
+
+
+def _extract_by_config(args: argparse.Namespace) -> tuple[int, int]:
+    """Let ``MODEL.WEIGHTS`` of a FastReID config name the network."""
+    cfg = load_config(
+        args.config_file, args.opts, images=args.images, camera_pattern=args.camera_pattern
+    )
+    from selcon_plugin.fastreid_ext.extract import extract_folder
+
+    return extract_folder(cfg, args.output)

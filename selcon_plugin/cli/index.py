@@ -1,0 +1,130 @@
+"""``selcon index``: features of many images on the disk, for ``selcon search``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from selcon_plugin.cli.arguments import (
+    add_device_argument,
+    add_network_arguments,
+    add_options,
+    network_source,
+)
+from selcon_plugin.datasets.reading import describe_faults
+from selcon_plugin.retrieval import ImageEmbedder, Index, NetworkSource
+from selcon_plugin.retrieval.store import MANIFEST
+
+
+def main(argv: list[str]) -> int:
+    """Make an index, add images to it or take images out.
+
+    Args:
+        argv: Arguments after ``selcon index``.
+
+    Returns:
+        Exit status: 0.
+    """
+    args = _parser().parse_args(argv)
+    if args.remove:
+        index = Index.open(args.index)
+        removed = index.remove(args.remove)
+        sys.stdout.write(f"{removed} images taken out\n")
+    else:
+        index, embedder = _index_and_network(args)
+        added = index.add(
+            args.images or args.add,
+            embedder,
+            camera_pattern=args.camera_pattern,
+            batch_size=args.batch_size,
+            max_unreadable_ratio=args.max_unreadable_ratio,
+            show_progress=sys.stderr.isatty(),
+        )
+        if added.unreadable:
+            sys.stderr.write(
+                f"{len(added.unreadable)} images cannot be read and are left out:\n"
+                f"{describe_faults(added.unreadable)}\n"
+            )
+        sys.stdout.write(
+            f"{added.new} images added, {added.changed} replaced, {added.known} known\n"
+        )
+    sys.stdout.write(f"{args.index}: {index}\n")
+    return 0
+
+
+def _index_and_network(args: argparse.Namespace) -> tuple[Index, ImageEmbedder]:
+    """Open the index, or make it if --images is given and there is none."""
+    source = network_source(args)
+    if args.add or Path(args.index, MANIFEST).is_file():
+        index = Index.open(args.index)
+        embedder = _source_of(index, source).load(args.device)
+        return index, embedder
+    if source is None:
+        raise ValueError("a new index needs its network: --weights FILE or --onnx FILE")
+    embedder = source.load(args.device)
+    index = Index.create(
+        args.index, embedder, source=source, fp16=args.fp16, kind=args.search
+    )
+    return index, embedder
+
+
+def _source_of(index: Index, given: NetworkSource | None) -> NetworkSource:
+    source = given or index.source
+    if source is None:
+        raise ValueError("the index does not say where its network is: give --weights")
+    return source
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="selcon index",
+        description="Keep the features of many images on the disk, for selcon search. "
+        "Images that are in the index already are not read again; a command that was "
+        "killed is repeated to go on.",
+    )
+    parser.add_argument(
+        "--output", "--index", dest="index", required=True, metavar="FOLDER",
+        help="the index",
+    )  # fmt: skip
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--images", metavar="FOLDER", default="", help="make the index of these images"
+    )
+    what.add_argument(
+        "--add", metavar="FOLDER", default="", help="add these images to the index"
+    )
+    what.add_argument(
+        "--remove",
+        metavar="PATTERN",
+        default="",
+        help="take out the images whose path ends like this, for instance 'cam3/*'",
+    )
+    add_network_arguments(parser)
+    add_device_argument(parser)
+    parser.add_argument("--batch-size", type=int, default=64, help="default: 64")
+    parser.add_argument(
+        "--camera-pattern",
+        metavar="REGEX",
+        default="",
+        help="finds the camera in a file's path: first group or whole match; default: the "
+        "first sub-folder; none: no cameras",
+    )
+    parser.add_argument(
+        "--search",
+        choices=("auto", "flat", "hnsw", "ivf"),
+        default="auto",
+        help="flat is exact, the others need faiss; default: flat up to 100,000 images, "
+        "hnsw up to 1,000,000, ivf above",
+    )
+    parser.add_argument("--fp16", action="store_true", help="half the size on the disk")
+    parser.add_argument(
+        "--max-unreadable-ratio",
+        "--max-bad-share",  # the name before 0.2
+        type=float,
+        default=0.05,
+        metavar="RATIO",
+        help="share of unreadable images that are left out; default: 0.05",
+    )
+    add_options(parser)
+    return parser

@@ -1,0 +1,126 @@
+"""``selcon search``: find the persons of some images in an index."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from selcon_plugin.cli.arguments import (
+    add_device_argument,
+    add_network_arguments,
+    network_source,
+)
+from selcon_plugin.datasets.reading import ImageReadError
+from selcon_plugin.retrieval import Index, QueryResult, search
+from selcon_plugin.retrieval.page import write_page
+
+
+def main(argv: list[str]) -> int:
+    """Search, and write a table, JSON or a page.
+
+    Args:
+        argv: Arguments after ``selcon search``.
+
+    Returns:
+        Exit status: 0, also if nothing is similar enough.
+
+    Raises:
+        ValueError: If a query cannot be read.
+    """
+    args = _parser().parse_args(argv)
+    index = Index.open(args.index)
+    threshold, said = _threshold(index, args.threshold)
+    source = network_source(args) or index.source
+    try:
+        results = search(
+            index,
+            args.queries,
+            embedder=source.load(args.device) if source else None,
+            top=args.top,
+            camera=args.camera,
+            not_camera=args.not_camera,
+            threshold=threshold,
+        )
+    except ImageReadError as error:
+        raise ValueError(f"a query cannot be read: {error}") from error
+    if args.json:
+        content = {
+            "index": args.index,
+            "threshold": None if threshold == -1.0 else threshold,
+            "queries": [asdict(result) for result in results],
+        }
+        sys.stdout.write(json.dumps(content, indent=2) + "\n")
+    else:
+        sys.stdout.write(_table(results) + (f"threshold {said}\n" if said else ""))
+    if args.html:
+        summary = f"{args.index}: {index}." + (f" Threshold {said}." if said else "")
+        write_page(args.html, results, summary=summary, show_images=args.images)
+        sys.stderr.write(f"{args.html} written\n")
+    return 0
+
+
+def _threshold(index: Index, given: str) -> tuple[float, str]:
+    """Return the threshold and what to say of it."""
+    if not given:
+        return -1.0, ""
+    if given == "auto":
+        found = index.suggest_threshold()
+        return found.threshold, str(found)
+    try:
+        value = float(given)
+    except ValueError:
+        value = float("nan")
+    if not -1.0 <= value <= 1.0:
+        raise ValueError(f"--threshold must be auto or a cosine, -1 to 1, got {given!r}")
+    return value, f"{value:g}"
+
+
+def _table(results: Sequence[QueryResult]) -> str:
+    lines = []
+    for result in results:
+        lines.append(f"{result.query}")
+        lines.append("  rank  cosine  camera      image")
+        lines.extend(
+            f"  {rank:4d}  {match.similarity:6.3f}  {match.camera or '-':10s}  {match.path}"
+            for rank, match in enumerate(result.matches, start=1)
+        )
+        if not result.matches:
+            lines.append("  nothing is similar enough")
+    text = "\n".join(lines) + "\n"
+    # A name of a file that is no text cannot be written to every terminal.
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="selcon search",
+        description="Find the persons of some images in an index of selcon index.",
+    )
+    parser.add_argument("queries", nargs="+", metavar="IMAGE", help="image of a person")
+    parser.add_argument("--index", required=True, metavar="FOLDER", help="the index")
+    parser.add_argument("--top", type=int, default=10, help="results; default: 10")
+    parser.add_argument(
+        "--camera", action="append", default=[], metavar="NAME",
+        help="search in this camera only; may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--not-camera", action="append", default=[], metavar="NAME",
+        help="do not search in this camera; may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--threshold",
+        default="",
+        metavar="auto|COSINE",
+        help="leave out what is less similar; auto: found from the index, without labels",
+    )
+    parser.add_argument("--json", action="store_true", help="write JSON to stdout")
+    parser.add_argument("--html", default="", metavar="FILE", help="write a page as well")
+    parser.add_argument(
+        "--no-images", action="store_false", dest="images", help="a page without pictures"
+    )
+    add_network_arguments(parser)
+    add_device_argument(parser)
+    return parser

@@ -1,0 +1,161 @@
+"""One round of clustering as training uses it: labels that a method can be trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import numpy as np
+import torch
+from scipy.sparse import csr_array
+from torch import Tensor
+
+from selcon_plugin.clustering.base import Labeler
+from selcon_plugin.clustering.pseudo_labels import PseudoLabels
+from selcon_plugin.clustering.quality import label_stability
+from selcon_plugin.distributed import broadcast_tensor, world_size
+
+logger = logging.getLogger(__name__)
+
+
+def label_images(
+    labeler: Labeler,
+    features: Tensor,
+    camids: Tensor | None,
+    *,
+    min_clusters: int = 2,
+    previous: Tensor | None = None,
+) -> PseudoLabels:
+    """Cluster the training images, or make every image its own class where that fails.
+
+    Few clusters are usual in the first epochs of a run, and none or one may come of a badly
+    chosen eps. A cluster method cannot be trained on them: for this epoch every image is
+    its own class, which needs no clusters and moves the features for the next try.
+
+    Args:
+        labeler: Features to clusters.
+        features: Features of images 0..M-1, shape ``(M, C)``.
+        camids: Camera of each image, int64 ``(M,)``, -1 where unknown, or None.
+        min_clusters: Clusters a batch needs.
+        previous: Labels of the round before, int64 ``(M,)``, to compare with.
+
+    Returns:
+        Labels with at least ``min_clusters`` clusters, or ``instance_level`` ones.
+    """
+    found = labeler(features, camids)
+    measured = dict(found.measured)
+    if previous is not None:
+        measured["stability"] = label_stability(found.labels, previous.cpu())
+    if found.num_clusters >= max(2, min_clusters):
+        return dataclasses.replace(found, measured=measured)
+    logger.warning(
+        "%s, and a batch needs %d: in this epoch every image is its own class. %s",
+        _summary(found),
+        max(2, min_clusters),
+        _remedy(found),
+    )
+    return PseudoLabels.each_its_own(
+        found.num_images, distance=found.distance, measured=measured
+    )
+
+
+def _summary(found: PseudoLabels) -> str:
+    clusters = {0: "No cluster was", 1: "One cluster was"}.get(
+        found.num_clusters, f"{found.num_clusters} clusters were"
+    )
+    share = 100.0 * found.outlier_ratio
+    return f"{clusters} found ({share:.0f} % of {found.num_images} images are outliers)"
+
+
+def _remedy(found: PseudoLabels) -> str:
+    if found.outlier_ratio > 0.5:
+        return "If this goes on, raise eps, lower min_samples, or set eps to auto"
+    if found.num_clusters == 1:
+        return "If this goes on, lower eps, or set it to auto"
+    return "If this goes on, lower the batch size or raise the images per cluster in it"
+
+
+def share_pseudo_labels(
+    pseudo_labels: PseudoLabels | None, device: torch.device
+) -> PseudoLabels:
+    """Give the labels of rank 0 to all ranks.
+
+    Args:
+        pseudo_labels: The labels on rank 0, None elsewhere.
+        device: Where the process group's tensors live.
+
+    Returns:
+        The same labels, distances and ``labelings`` on every rank; what was measured stays
+        on rank 0.
+    """
+    if world_size() == 1:
+        assert pseudo_labels is not None
+        return pseudo_labels
+    arrays: list[Tensor | None] = [None] * 6
+    if pseudo_labels is not None:
+        graph, labelings = pseudo_labels.distance, pseudo_labels.labelings
+        num_labelings = 0 if labelings is None else len(labelings)
+        flags = [pseudo_labels.instance_level, graph is not None, num_labelings]
+        arrays[:2] = [torch.tensor(flags, dtype=torch.int64), pseudo_labels.labels]
+        if labelings is not None:
+            arrays[2] = labelings.flatten()
+        if graph is not None:
+            indptr, indices = (a.astype(np.int64) for a in (graph.indptr, graph.indices))
+            arrays[3:] = [torch.from_numpy(a) for a in (indptr, indices, graph.data)]
+    flags_, labels, flat = (broadcast_tensor(a, torch.int64, device) for a in arrays[:3])
+    graph = None
+    if flags_[1]:
+        indptr_, indices_ = (broadcast_tensor(a, torch.int64, device) for a in arrays[3:5])
+        data = broadcast_tensor(arrays[5], torch.float32, device)
+        parts = (data.numpy(), indices_.numpy(), indptr_.numpy())
+        graph = csr_array(parts, shape=(len(labels), len(labels)))
+    if pseudo_labels is not None:
+        return pseudo_labels
+    return PseudoLabels(
+        labels,
+        distance=graph,
+        instance_level=bool(flags_[0]),
+        labelings=flat.view(int(flags_[2]), -1) if flags_[2] else None,
+    )
+
+
+def nearest_by_distance(pseudo_labels: PseudoLabels, count: int) -> tuple[Tensor, Tensor]:
+    """List every image's nearest others by the sparse distance of its labels.
+
+    Args:
+        pseudo_labels: Labels with a ``distance``.
+        count: Neighbors L to list, at least 1.
+
+    Returns:
+        ``index`` int64 and ``distance`` float32, both ``(M, L)``, nearest first, on the
+        CPU. Where an image has fewer stored distances the row ends with its own index at
+        distance 1.
+
+    Raises:
+        ValueError: If the labels carry no distance.
+    """
+    graph = pseudo_labels.distance
+    if graph is None:
+        raise ValueError(
+            "the labels carry no distances between images: choose a labeler that works on "
+            "the Jaccard distance, such as DBSCAN"
+        )
+    rows = pseudo_labels.num_images
+    own = torch.arange(rows)
+    columns = torch.from_numpy(graph.indices).long()
+    row = torch.repeat_interleave(own, torch.from_numpy(graph.indptr).long().diff())
+    distance = torch.from_numpy(graph.data).float()
+    others = row != columns
+    row, columns, distance = row[others], columns[others], distance[others]
+    # By row, then distance, then column: the stored columns ascend, both sorts are stable.
+    order = torch.argsort(distance, stable=True)
+    order = order[torch.argsort(row[order], stable=True)]
+    row, columns, distance = row[order], columns[order], distance[order]
+    counts = torch.bincount(row, minlength=rows)
+    place = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+    kept = place < count
+    index = own[:, None].repeat(1, count)
+    nearest = torch.ones(rows, count)
+    index[row[kept], place[kept]] = columns[kept]
+    nearest[row[kept], place[kept]] = distance[kept]
+    return index, nearest

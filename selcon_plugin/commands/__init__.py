@@ -1,1 +1,0 @@
-"""Commands of ``selcon``: modules with a ``main(argv)``; hosts are imported inside."""

@@ -1,0 +1,331 @@
+"""Shims that let FastReID 1.4.0 run on current Python, PyTorch and NumPy.
+
+Each says what fails without it and when it can go.
+"""
+
+from __future__ import annotations
+
+import collections
+import collections.abc
+import functools
+import importlib
+import importlib.machinery
+import importlib.util
+import inspect
+import io
+import logging
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from selcon_plugin.compat.shared import (
+    _PATCHED,
+    HostMissingError,
+    _allow_numpy_in_checkpoints,
+    _restore_numpy_bool,
+    prepare_torchvision,
+)
+from selcon_plugin.io.safe_loading import load_data
+
+logger = logging.getLogger(__name__)
+
+FASTREID_INSTALL = "pip install --no-deps fastreid==1.4.0"
+
+
+def prepare_fastreid() -> None:
+    """Make ``import fastreid`` and everything below it work.
+
+    Imports FastReID's data, evaluation and utility packages in order to mend them.
+    FastReID reads its data set root from the environment variable ``FASTREID_DATASETS``
+    at that moment: set it before the first call.
+
+    Raises:
+        HostMissingError: If FastReID is not installed.
+    """
+    if importlib.util.find_spec("fastreid") is None:
+        raise HostMissingError("fastreid", FASTREID_INSTALL)
+    prepare_torchvision()
+    _restore_torch_six()
+    _restore_collections_mapping()
+    _restore_numpy_bool()
+    _allow_numpy_in_checkpoints()
+    _translate_random_affine()
+    _let_data_loader_run_without_cuda()
+    _let_background_reader_fail()
+    _let_optimizers_keep_their_gradients()
+    _keep_running_without_compiler()
+    _let_reranking_run_without_gpu_faiss()
+    _load_fastreid_checkpoints_as_data()
+    _exchange_data_without_code()
+
+
+def _restore_torch_six() -> None:
+    """Provide ``torch._six.string_classes``.
+
+    Without it: ``fastreid.data.build`` of the PyPI release raises
+    ``ModuleNotFoundError: No module named 'torch._six'``; torch 2.0 removed the module.
+    Can go when: FastReID on PyPI no longer imports it (its GitHub master does not).
+    """
+    if importlib.util.find_spec("torch._six") is not None:
+        return
+    module = types.ModuleType("torch._six", "Stand-in for the module torch 2.0 removed.")
+    module.__spec__ = importlib.machinery.ModuleSpec("torch._six", loader=None)
+    module.__dict__["string_classes"] = (str, bytes)
+    sys.modules["torch._six"] = module
+    torch.__dict__["_six"] = module
+
+
+def _restore_collections_mapping() -> None:
+    """Provide ``collections.Mapping``.
+
+    Without it: ``fastreid.data.build`` and ``fastreid.evaluation.testing`` raise
+    ``ImportError: cannot import name 'Mapping' from 'collections'``; Python 3.10 removed
+    the alias. Both FastReID's PyPI release and its GitHub master are affected.
+    Can go when: FastReID imports it from ``collections.abc``.
+    """
+    if not hasattr(collections, "Mapping"):
+        collections.__dict__["Mapping"] = collections.abc.Mapping
+
+
+def _translate_random_affine() -> None:
+    """Let FastReID's affine augmentation call torchvision by its old argument names.
+
+    Without it: ``INPUT.AFFINE.ENABLED`` raises ``TypeError: RandomAffine.__init__() got an
+    unexpected keyword argument 'resample'``; torchvision 0.15 removed ``resample`` and
+    ``fillcolor``. Only FastReID's own view of torchvision changes.
+    Can go when: FastReID passes ``interpolation`` and ``fill``.
+    """
+    build: Any = importlib.import_module("fastreid.data.transforms.build")
+    original: Callable[..., Any] = build.T.RandomAffine
+    if "resample" in inspect.signature(original).parameters:
+        return  # an old torchvision, or mended already
+
+    def random_affine(*, resample: int = 0, fillcolor: int = 0, **kwargs: Any) -> Any:
+        modes = build.T.InterpolationMode
+        mode = modes.BILINEAR if resample == 2 else modes.NEAREST  # numbers as in Pillow
+        return original(**kwargs, interpolation=mode, fill=fillcolor)
+
+    view = types.ModuleType(build.T.__name__)
+    view.__dict__.update(vars(build.T), RandomAffine=random_affine)
+    build.T = view
+
+
+def _let_data_loader_run_without_cuda() -> None:
+    """Make FastReID's ``DataLoaderX`` a plain ``DataLoader`` where there is no CUDA.
+
+    Without it: building any loader raises ``RuntimeError`` or ``AssertionError`` on a
+    machine without CUDA, because ``DataLoaderX`` opens a CUDA stream and a thread that
+    copies batches to the GPU. With CUDA the class is left alone.
+    Can go when: FastReID's loader checks ``torch.cuda.is_available()``.
+    """
+    loader: Any = importlib.import_module("fastreid.data.data_utils").DataLoaderX
+    if torch.cuda.is_available() or "__next__" not in vars(loader):
+        return
+
+    def __init__(self: Any, local_rank: int, **kwargs: Any) -> None:  # noqa: N807
+        kwargs["pin_memory"] = False  # pinned memory exists for copies to a GPU only
+        DataLoader.__init__(self, **kwargs)
+        self.local_rank = local_rank
+
+    def shutdown(self: Any) -> None:
+        """Do nothing: there is no background thread to stop."""
+
+    loader.__init__ = __init__
+    loader.shutdown = shutdown
+    for name in ("__iter__", "__next__", "preload", "_shutdown_background_thread"):
+        delattr(loader, name)  # what DataLoader itself does is right
+
+
+def _let_background_reader_fail() -> None:
+    """Let FastReID's loader raise what went wrong in the thread that fetches batches.
+
+    Without it: with CUDA a run whose images cannot be read (or whose transform fails)
+    neither goes on nor ends. The thread dies, and the training waits for its next batch.
+    Can go when: FastReID's ``BackgroundGenerator`` hands errors on.
+    """
+    generator: Any = importlib.import_module("fastreid.data.data_utils").BackgroundGenerator
+    original = generator.run
+    if hasattr(original, _PATCHED):
+        return
+
+    @functools.wraps(original)
+    def run(self: Any) -> None:
+        try:
+            original(self)
+        except Exception as error:
+            self.queue.put(None if self.exit_event.is_set() else error)
+
+    def next_batch(self: Any) -> Any:
+        batch = self.queue.get()
+        if isinstance(batch, Exception):
+            raise batch
+        if batch is None:
+            raise StopIteration
+        return batch
+
+    setattr(run, _PATCHED, True)
+    generator.run, generator.next = run, next_batch
+
+
+def _let_optimizers_keep_their_gradients() -> None:
+    """Make FastReID's optimizers zero gradients in place rather than drop them.
+
+    Without it: **nothing is learned, and nothing says so**. FastReID packs all weights into
+    a few buffers (``ContiguousParams``) and gives the optimizer those, with gradients that
+    share memory with the weights' own. Since torch 2.0 ``optimizer.zero_grad()`` sets the
+    buffers' gradients to None by default: the optimizer then skips every step, while the
+    gradients of the weights pile up unseen.
+    Can go when: FastReID calls ``zero_grad(set_to_none=False)``.
+    """
+    build: Any = importlib.import_module("fastreid.solver.build")
+    original: Callable[..., Any] = build.maybe_add_freeze_layer
+    if hasattr(original, _PATCHED) or not _zero_grad_drops_gradients():
+        return
+
+    # The last thing FastReID does to an optimizer's class, whichever that is.
+    @functools.wraps(original)
+    def maybe_add_freeze_layer(*args: Any, **kwargs: Any) -> Any:
+        optimizer = original(*args, **kwargs)
+        if not inspect.isclass(optimizer):
+            return optimizer  # a caller's own, whose parameters are the caller's affair
+        base: Any = optimizer
+
+        def zero_grad(self: Any, set_to_none: bool = False) -> None:
+            base.zero_grad(self, set_to_none=set_to_none)
+
+        return type(base.__name__, (base,), {"zero_grad": zero_grad})
+
+    setattr(maybe_add_freeze_layer, _PATCHED, True)
+    build.maybe_add_freeze_layer = maybe_add_freeze_layer
+
+
+def _zero_grad_drops_gradients() -> bool:
+    weight = torch.zeros(1, requires_grad=True)
+    weight.grad = torch.zeros(1)
+    torch.optim.SGD([weight], lr=0.1).zero_grad()
+    return weight.grad is None
+
+
+def _keep_running_without_compiler() -> None:
+    """Fall back to FastReID's Python ranking where its Cython one cannot be compiled.
+
+    Without it: ``ReidEvaluator`` runs ``make`` inside the installed package when it is
+    built and calls ``sys.exit(1)`` if that fails: no Cython or compiler, a read-only
+    installation, or a ``python3`` on the path that is not the one running. Also without
+    ``make`` itself: ``FileNotFoundError``.
+    Can go when: FastReID catches the failure itself.
+    """
+    rank_cylib = importlib.import_module("fastreid.evaluation.rank_cylib")
+    evaluation = importlib.import_module("fastreid.evaluation.reid_evaluation")
+    rank = importlib.import_module("fastreid.evaluation.rank")
+    original = rank_cylib.compile_helper
+    if rank.IS_CYTHON_AVAI or hasattr(original, _PATCHED):
+        return
+    guarded = _compile_or_fall_back(original)
+    rank_cylib.__dict__["compile_helper"] = guarded
+    evaluation.__dict__["compile_helper"] = guarded
+
+
+def _compile_or_fall_back(compile_helper: Callable[[], None]) -> Callable[[], None]:
+    attempted = False
+
+    @functools.wraps(compile_helper)
+    def guarded() -> None:
+        nonlocal attempted
+        if attempted:  # a second try in the same process fails, or is done, like the first
+            return
+        attempted = True
+        path = os.environ.get("PATH", "")
+        own_directory = os.path.dirname(sys.executable)
+        os.environ["PATH"] = os.pathsep.join((own_directory, path))  # its Makefile: python3
+        try:
+            compile_helper()
+        except (SystemExit, OSError, subprocess.SubprocessError):
+            logger.warning(
+                "FastReID's compiled ranking cannot be built here; ranking runs in Python, "
+                "with equal results but slower. `selcon doctor` says what is missing."
+            )
+        finally:
+            os.environ["PATH"] = path
+
+    setattr(guarded, _PATCHED, True)
+    return guarded
+
+
+def _let_reranking_run_without_gpu_faiss() -> None:
+    """Let FastReID's re-ranking search on the CPU where faiss cannot use a GPU.
+
+    Without it: ``TEST.RERANK.ENABLED`` fails on ``features.cuda()`` without CUDA, and on
+    ``faiss.StandardGpuResources`` with CUDA next to ``faiss-cpu``. FastReID has the CPU
+    search (``search_option=3``) but its evaluator never asks for it.
+    Can go when: FastReID's ``build_dist`` chooses the search by what is available.
+    """
+    module: Any = importlib.import_module("fastreid.utils.compute_dist")
+    original = module.compute_jaccard_distance
+    if hasattr(original, _PATCHED) or _faiss_searches_on_gpu(module.faiss):
+        return
+
+    @functools.wraps(original)
+    def compute_jaccard_distance(
+        features: torch.Tensor,
+        k1: int = 20,
+        k2: int = 6,
+        search_option: int = 0,
+        fp16: bool = False,
+    ) -> Any:
+        return original(features, k1=k1, k2=k2, search_option=3, fp16=fp16)
+
+    setattr(compute_jaccard_distance, _PATCHED, True)
+    module.compute_jaccard_distance = compute_jaccard_distance
+
+
+def _load_fastreid_checkpoints_as_data() -> None:
+    """Let FastReID's checkpointer read files of tensors without running code from them.
+
+    Without it: a checkpoint from a stranger runs code under torch < 2.6, where
+    ``torch.load`` does so by default; under later versions the error advises to let it.
+    Can go when: FastReID passes ``weights_only=True``.
+    """
+    module: Any = importlib.import_module("fastreid.utils.checkpoint")
+
+    def _load_file(self: Any, f: str) -> Any:
+        return load_data(f)
+
+    module.Checkpointer._load_file = _load_file
+
+
+class _DataExchange:
+    """Stands for the module ``pickle`` where processes send each other values."""
+
+    @staticmethod
+    def dumps(value: Any) -> bytes:
+        stream = io.BytesIO()
+        torch.save(value, stream)
+        return stream.getvalue()
+
+    @staticmethod
+    def loads(received: bytes) -> Any:
+        return load_data(io.BytesIO(received))
+
+
+def _exchange_data_without_code() -> None:
+    """Let FastReID's processes read what others send as data alone.
+
+    Without it: ``comm.gather`` and ``comm.all_gather``, with which FastReID collects losses
+    and features, unpickle whatever comes from the network: who reaches the port runs code.
+    Can go when: FastReID gathers tensors.
+    """
+    comm: Any = importlib.import_module("fastreid.utils.comm")
+    comm.pickle = _DataExchange
+
+
+def _faiss_searches_on_gpu(faiss: Any) -> bool:
+    # The names FastReID's search_option=0 calls; later faiss releases dropped the second.
+    needed = ("StandardGpuResources", "cast_integer_to_long_ptr", "bruteForceKnn")
+    return torch.cuda.is_available() and all(hasattr(faiss, name) for name in needed)

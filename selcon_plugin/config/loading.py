@@ -1,0 +1,119 @@
+"""Load config files and options: merge them, and explain what does not fit."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from selcon_plugin.config.checks import flatten_config
+from selcon_plugin.options import KINDS
+
+if TYPE_CHECKING:
+    from selcon_plugin.config.keys import ConfigKeys
+
+# yacs: Type mismatch (<old type> vs. <new type>) with values (<old> vs. <new>) for ...
+_MISMATCH = re.compile(r"with values \(.* vs\. (.*)\) for config key: (.*)", re.DOTALL)
+
+
+def builtin_config(name: str) -> str:
+    """Find one of the configs that come with the package.
+
+    Args:
+        name: File name below ``configs/``.
+
+    Returns:
+        Its path, in an installed package or in a checkout.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    package = Path(__file__).parents[1]
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / name).is_file():
+            return str(folder / name)
+    raise FileNotFoundError(f"the package has no config {name!r}")
+
+
+def import_files(files: Sequence[str]) -> None:
+    """Import Python files, each once in a process.
+
+    Args:
+        files: Paths of files; a file's name is its module's.
+
+    Raises:
+        FileNotFoundError: If one does not exist.
+        ValueError: If one is no Python file.
+    """
+    for file in files:
+        path = Path(file).resolve()
+        if not path.is_file():
+            raise FileNotFoundError(f"--import {file!r} does not exist")
+        if path.suffix != ".py":
+            raise ValueError(f"--import {file!r} is no Python file: its name ends in .py")
+        loaded = sys.modules.get(path.stem)
+        if loaded is not None and getattr(loaded, "__file__", None) == str(path):
+            continue
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module
+        spec.loader.exec_module(module)
+
+
+def _merge_file(cfg: Any, keys: ConfigKeys, file: str) -> None:
+    with _explained(cfg, keys, file):
+        cfg.merge_from_file(file)
+
+
+def _merge_options(cfg: Any, keys: ConfigKeys, opts: Sequence[str]) -> None:
+    source = "the command line"
+    if len(opts) % 2:
+        raise ValueError(f"{source}: the key {opts[-1]} has no value: KEY VALUE")
+    for key in opts[::2]:
+        _check_key(cfg, key, source)
+    with _explained(cfg, keys, source):
+        cfg.merge_from_list(list(opts))
+
+
+def _check_key(cfg: Any, key: str, source: str) -> None:
+    flat = flatten_config(cfg)
+    if key in flat:
+        return
+    if any(known.startswith(f"{key}.") for known in flat):
+        example = next(known for known in flat if known.startswith(f"{key}."))
+        raise ValueError(f"{source}: {key} is a group of keys: set one, such as {example}")
+    close = difflib.get_close_matches(key, flat, n=3, cutoff=0.6)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    raise ValueError(f"unknown config key {key} in {source}{hint}")
+
+
+@contextlib.contextmanager
+def _explained(cfg: Any, keys: ConfigKeys, source: str) -> Iterator[None]:
+    """Turn yacs's errors, of a merge inside, into ones that help."""
+    node = cfg
+    for name in keys.path.split("."):
+        node = node[name]
+    try:
+        with keys.allow_type_change(node):
+            yield
+    except KeyError as error:
+        _check_key(cfg, str(error.args[0]).rpartition(": ")[2], source)
+        raise
+    except (AssertionError, ValueError) as error:
+        mismatch = _MISMATCH.search(str(error))
+        if mismatch is None:
+            raise ValueError(f"{source}: {error}") from error
+        value, key = mismatch.groups()
+        legal = keys.describe(key) or KINDS.get(type(flatten_config(cfg).get(key)), "")
+        # To yacs a whole number is no float: 1 has to be written 1.0.
+        remedy = f"; it must be {legal}, written with its type (1.0, not 1)"
+        raise ValueError(
+            f"{source}: {value} does not fit {key}{remedy if legal else ''}"
+        ) from error

@@ -1,0 +1,204 @@
+"""What a synthetic person looks like: body, hair, clothes, shoes and bag.
+
+An identity is a combination of parts, and people come in pairs that share some of them
+(the same shirt over other trousers, the same colors in another pattern). Telling such a
+pair apart takes more than one color, as it does between real passers-by.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+Color = tuple[int, int, int]
+
+FAMILY_SIZE = 2
+
+_LOOK_STREAM = 1  # keeps these draws apart from those of the other modules
+
+_CLOTH_COLORS: tuple[Color, ...] = (
+    (28, 28, 32),  # black
+    (92, 94, 98),  # gray
+    (226, 226, 222),  # white
+    (34, 44, 92),  # navy
+    (52, 96, 184),  # blue
+    (142, 188, 222),  # light blue
+    (186, 34, 40),  # red
+    (110, 28, 44),  # maroon
+    (226, 122, 40),  # orange
+    (228, 200, 62),  # yellow
+    (52, 128, 66),  # green
+    (94, 98, 52),  # olive
+    (208, 184, 144),  # beige
+    (112, 74, 46),  # brown
+    (112, 62, 142),  # purple
+    (226, 136, 164),  # pink
+    (40, 140, 144),  # teal
+)
+_SHOE_COLORS: tuple[Color, ...] = (
+    (26, 26, 28),
+    (232, 232, 228),
+    (112, 72, 44),
+    (176, 40, 42),
+    (60, 80, 130),
+)
+_HAIR_COLORS: tuple[Color, ...] = (
+    (24, 20, 20),
+    (62, 42, 30),
+    (118, 78, 44),
+    (196, 160, 98),
+    (140, 56, 34),
+    (150, 150, 150),
+)
+_SKIN_COLORS: tuple[Color, ...] = (
+    (236, 200, 176),
+    (220, 176, 146),
+    (190, 140, 108),
+    (142, 98, 72),
+    (96, 64, 48),
+)
+_UPPER_CUTS = ("t-shirt", "long-sleeve", "jacket", "coat", "vest")
+_UPPER_PATTERNS = (
+    "plain",
+    "plain",
+    "horizontal-stripes",
+    "vertical-stripes",
+    "checks",
+    "dots",
+    "block",
+    "chest-band",
+    "logo",
+    "back-print",
+)
+_LOWER_CUTS = ("trousers", "trousers", "shorts", "skirt")
+_LOWER_PATTERNS = ("plain", "plain", "plain", "horizontal-stripes", "checks")
+_HAIR_STYLES = ("short", "short", "long", "bun", "bald", "cap")
+_BAGS = ("none", "backpack", "backpack", "shoulder", "handbag")
+
+
+@dataclass(frozen=True)
+class Garment:
+    """One piece of clothing: its cut, its two colors and its pattern."""
+
+    cut: str
+    color: Color
+    second_color: Color
+    pattern: str
+    period: int
+
+
+@dataclass(frozen=True)
+class Look:
+    """Everything that stays the same on all pictures of one person."""
+
+    height: float
+    build: float
+    skin: Color
+    hair: str
+    hair_color: Color
+    upper: Garment
+    lower: Garment
+    shoes: Color
+    bag: str
+    bag_color: Color
+    bag_side: int
+
+
+def make_look(seed: int, family: int, member: int) -> Look:
+    """Draw the look of one member of a family; equal arguments give equal looks.
+
+    Member 0 is the family's model. The others share with it, depending on the sum of both
+    numbers: the upper garment's colors; the upper garment and the shoes; the lower
+    garment and the bag; or the colors of all clothes, but not their cuts and patterns.
+
+    Args:
+        seed: Seed of the whole data set, at least 0.
+        family: Number of the family, at least 0.
+        member: Number of the person in the family, at least 0.
+
+    Returns:
+        The look.
+    """
+    model = _draw_look(np.random.default_rng([seed, _LOOK_STREAM, family, 0]))
+    if member == 0:
+        return model
+    own = _draw_look(np.random.default_rng([seed, _LOOK_STREAM, family, member]), model)
+    way = (family + member) % 4
+    if way == 1:
+        return replace(own, upper=model.upper, shoes=model.shoes)
+    if way == 2:
+        return replace(own, lower=model.lower, bag=model.bag, bag_color=model.bag_color)
+    if way == 3:
+        upper = replace(
+            own.upper, color=model.upper.color, second_color=model.upper.second_color
+        )
+        lower = replace(own.lower, color=model.lower.color)
+        return replace(own, upper=upper, lower=lower)
+    return replace(own, upper=replace(model.upper, pattern=own.upper.pattern))
+
+
+def _draw_look(rng: np.random.Generator, other_than: Look | None = None) -> Look:
+    """Draw a look; its clothes, hair and bag differ from those of `other_than`."""
+    upper = _draw_garment(
+        rng, _UPPER_CUTS, _UPPER_PATTERNS, other_than.upper if other_than else None
+    )
+    lower = _draw_garment(
+        rng, _LOWER_CUTS, _LOWER_PATTERNS, other_than.lower if other_than else None
+    )
+    return Look(
+        height=rng.uniform(0.93, 1.05),
+        build=rng.uniform(0.86, 1.18),
+        skin=_jitter(rng, _pick_color(rng, _SKIN_COLORS)),
+        hair=_pick(rng, _HAIR_STYLES, other_than.hair if other_than else None),
+        hair_color=_jitter(rng, _pick_color(rng, _HAIR_COLORS)),
+        upper=upper,
+        lower=lower,
+        shoes=_jitter(rng, _pick_color(rng, _SHOE_COLORS)),
+        bag=_pick(rng, _BAGS, other_than.bag if other_than else None),
+        bag_color=_jitter(rng, _pick_color(rng, _CLOTH_COLORS)),
+        bag_side=int(rng.choice((-1, 1))),
+    )
+
+
+def _draw_garment(
+    rng: np.random.Generator,
+    cuts: tuple[str, ...],
+    patterns: tuple[str, ...],
+    other_than: Garment | None,
+) -> Garment:
+    """Draw a garment whose color and pattern are not those of `other_than`."""
+    taken = (other_than.color,) if other_than else ()
+    color = _pick_color(rng, _CLOTH_COLORS, taken)
+    second_color = _pick_color(rng, _CLOTH_COLORS, (*taken, color))
+    return Garment(
+        cut=_pick(rng, cuts),
+        color=_jitter(rng, color),
+        second_color=_jitter(rng, second_color),
+        pattern=_pick(rng, patterns, other_than.pattern if other_than else None),
+        period=int(rng.integers(20, 40)),
+    )
+
+
+def _pick(
+    rng: np.random.Generator, choices: tuple[str, ...], taken: str | None = None
+) -> str:
+    """Choose one entry other than `taken`."""
+    free = [choice for choice in choices if choice != taken]
+    return free[int(rng.integers(len(free)))]
+
+
+def _pick_color(
+    rng: np.random.Generator, colors: tuple[Color, ...], taken: tuple[Color, ...] = ()
+) -> Color:
+    """Choose one color that is clearly apart from every color in `taken`."""
+    free = [
+        color
+        for color in colors
+        if all(sum(abs(a - b) for a, b in zip(color, t, strict=True)) > 90 for t in taken)
+    ]
+    return free[int(rng.integers(len(free)))]
+
+
+def _jitter(rng: np.random.Generator, color: Color) -> Color:
+    """Shift a color a little: no two blue shirts are the same blue."""
+    red, green, blue = (int(min(max(c + rng.normal(0.0, 7.0), 0), 255)) for c in color)
+    return (red, green, blue)

@@ -1,0 +1,339 @@
+"""``Embedder``: a trained model, images in, unit feature vectors out.
+
+The cosine of two vectors says how alike two people look::
+
+    embedder = Embedder.from_checkpoint("logs/mine/model_final.pth")
+    features = embedder(["a.jpg", "b.jpg"])
+    print(features[0] @ features[1])
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from selcon_plugin.config.checks import check_device
+from selcon_plugin.datasets import read_image_folder
+from selcon_plugin.datasets.reading import ImageReadError, describe_faults, read_rgb
+from selcon_plugin.engine.image_check import BadImagesError
+from selcon_plugin.inference.folder_features import FolderFeatures
+from selcon_plugin.models.inference import InferenceNetwork, Preprocessing
+
+__all__ = ["Embedder", "FolderFeatures"]
+
+logger = logging.getLogger(__name__)
+
+UNKNOWN_CAMERA = -1
+
+# What a run in either host writes beside its checkpoints.
+_CONFIG = "config.yaml"
+_LISTED = 100  # lines of an error
+_Image = str | Path | Image.Image | NDArray[np.uint8]
+
+
+class Backend(Protocol):
+    """What computes the features, in PyTorch or from an exported file."""
+
+    preprocessing: Preprocessing
+    dim: int
+
+    def embed_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Turn resized images ``(B, height, width, 3)`` into unit vectors ``(B, D)``."""
+        ...
+
+
+class Embedder:
+    """Features of images by a trained model.
+
+    Made by :meth:`from_checkpoint` or :meth:`from_onnx`.
+
+    Args:
+        backend: What computes.
+
+    Attributes:
+        dim: Length D of a feature.
+        input_size: Height and width that images are resized to.
+    """
+
+    dim: int
+    input_size: tuple[int, int]
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.dim = backend.dim
+        self.input_size = backend.preprocessing.size
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        weights: str | Path,
+        *,
+        config_file: str | Path = "",
+        backbone: str = "",
+        device: str = "auto",
+        options: Sequence[str] = (),
+    ) -> Embedder:
+        """Load a trained network.
+
+        Args:
+            weights: A checkpoint of this plugin in either host, of a training on identities
+                in FastReID or torchreid, or a plain state dict.
+            config_file: Config that it was trained with; empty for the ``config.yaml`` in
+                the folder of its run.
+            backbone: For weights without a config: torchreid's name of the model, such as
+                ``"osnet_x0_25"``, or timm's after ``timm:``. Its own feature is taken,
+                which for models of timm is the average of the last feature map.
+            device: ``"auto"`` for a GPU if there is one, or as in PyTorch.
+            options: ``KEY VALUE`` pairs that change the config; with ``backbone`` they are
+                torchreid's keys, such as ``("data.height", "128", "data.width", "64")``.
+
+        Returns:
+            The embedder.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If there is no config, or the weights are of another network.
+        """
+        file = Path(weights).expanduser()
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no checkpoint {str(weights)!r}")
+        if backbone and config_file:
+            raise ValueError("the config names the backbone: leave out one of the two")
+        return cls(
+            _load_network(file, str(config_file), backbone, _device(device), list(options))
+        )
+
+    @classmethod
+    def from_onnx(cls, file: str | Path) -> Embedder:
+        """Load a network that ``selcon export`` wrote.
+
+        It runs on a GPU where ``onnxruntime-gpu`` is installed and finds one.
+
+        Args:
+            file: The ``.onnx`` file.
+
+        Returns:
+            The embedder.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ImportError: If onnxruntime is not installed.
+            ValueError: If it is another kind of file, or was not written by the plugin.
+        """  # noqa: DOC502  (raised by what this calls)
+        from selcon_plugin.inference.onnx import OnnxNetwork
+
+        return cls(OnnxNetwork(file))
+
+    def __call__(
+        self, images: Sequence[_Image], *, batch_size: int = 64
+    ) -> NDArray[np.float32]:
+        """Compute the features of images.
+
+        Args:
+            images: Paths, Pillow images, or arrays ``(h, w, 3)`` of RGB values 0..255; of
+                any size. OpenCV's arrays are BGR: hand over ``array[..., ::-1]``.
+            batch_size: Images computed together.
+
+        Returns:
+            Unit vectors, shape ``(N, D)``.
+
+        Raises:
+            ImageReadError: If a file cannot be read.
+            ValueError: If an array is of another form.
+        """  # noqa: DOC502  (raised by what this calls)
+        _check_batch_size(batch_size)
+        if isinstance(images, (str, Path, Image.Image)):
+            raise ValueError("images must be a list, for one image [image]")
+        resize = self.backend.preprocessing.resize
+        batches = (
+            np.stack([resize(_as_rgb(image)) for image in images[start:][:batch_size]])
+            for start in range(0, len(images), batch_size)
+        )
+        return self._embed(batches)
+
+    def embed_folder(
+        self,
+        folder: str | Path,
+        *,
+        camera_pattern: str = "",
+        batch_size: int = 64,
+        num_workers: int = 0,
+        max_unreadable_ratio: float = 0.05,
+        show_progress: bool = False,
+    ) -> FolderFeatures:
+        """Compute the features of all images below a folder.
+
+        Args:
+            folder: Searched to any depth for jpg, jpeg, png, webp and bmp files.
+            camera_pattern: How to find the camera in a file's path, as for ``selcon
+                train``; see ``selcon_plugin.datasets.read_image_folder``.
+            batch_size: Images computed together.
+            num_workers: Processes that read images; 0 to read in this one.
+            max_unreadable_ratio: Fraction of the images that may be unreadable; they are
+                left out with a warning.
+            show_progress: Whether to draw a progress bar.
+
+        Returns:
+            Features of the images that can be read, sorted by path.
+
+        Raises:
+            BadImagesError: If more images cannot be read, or none can.
+            FileNotFoundError: If there is no such folder.
+            ValueError: If it holds no images.
+        """  # noqa: DOC502  (raised by what this calls)
+        _check_batch_size(batch_size)
+        items = read_image_folder(folder, camera_pattern=camera_pattern)
+        reader = _FolderReader([item.path for item in items], self.backend.preprocessing)
+        loader: Iterable[list[NDArray[np.uint8] | str]] = DataLoader(
+            reader, batch_size, num_workers=num_workers, collate_fn=list
+        )
+        bar = tqdm(loader, desc="features", unit="batch", disable=not show_progress)
+        faults: list[str] = []
+        readable: list[bool] = []
+
+        def batches() -> Iterator[NDArray[np.uint8]]:
+            for batch in bar:
+                pixels = [image for image in batch if not isinstance(image, str)]
+                readable.extend(not isinstance(image, str) for image in batch)
+                faults.extend(fault for fault in batch if isinstance(fault, str))
+                _check_share(faults, len(items), max_unreadable_ratio)
+                if pixels:
+                    yield np.stack(pixels)
+
+        features = self._embed(batches())
+        if faults:
+            logger.warning(
+                "%d of %d images cannot be read and are left out:\n%s",
+                len(faults),
+                len(items),
+                describe_faults(faults),
+            )
+        kept = [item for item, good in zip(items, readable, strict=True) if good]
+        return FolderFeatures(
+            tuple(item.path for item in kept),
+            _camera_numbers([item.camera for item in kept]),
+            features,
+        )
+
+    def _embed(self, batches: Iterable[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        features = [self.backend.embed_pixels(batch) for batch in batches]
+        if not features:
+            return np.zeros((0, self.dim), dtype=np.float32)
+        return np.concatenate(features)
+
+
+class _FolderReader(Dataset[NDArray[np.uint8] | str]):
+    """Resized images; in the place of one that cannot be read, path and reason."""
+
+    def __init__(self, paths: Sequence[str], preprocessing: Preprocessing) -> None:
+        self.paths = paths
+        self.preprocessing = preprocessing
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> NDArray[np.uint8] | str:
+        try:
+            return self.preprocessing.resize(read_rgb(self.paths[index]))
+        except ImageReadError as error:
+            return str(error)
+
+
+def find_config(weights: str | Path) -> str:
+    """Find the config that a run left in its folder.
+
+    Args:
+        weights: A checkpoint of the run. torchreid's lie in a sub-folder.
+
+    Returns:
+        Path of ``config.yaml``; empty where there is none.
+    """
+    folder = Path(weights).expanduser().absolute().parent
+    folders = [folder, folder.parent] if folder.name == "model" else [folder]
+    found = [str(place / _CONFIG) for place in folders if (place / _CONFIG).is_file()]
+    return found[0] if found else ""
+
+
+def _load_network(
+    file: Path, config_file: str, backbone: str, device: torch.device, options: list[str]
+) -> InferenceNetwork:
+    # The hosts are imported here: an exported model must run where there is none.
+    from selcon_plugin.hosts import host_of, load_config
+
+    use_gpu = ["use_gpu", "False"]  # of a run: where to compute is said by the device
+    if backbone:
+        from selcon_plugin.torchreid_ext.inference import load_network
+
+        options = ["model.name", backbone, *options, *use_gpu]
+        cfg = load_config("", options, host="torchreid")
+        return load_network(cfg, file, device)
+    config_file = config_file or find_config(file)
+    if not config_file:
+        raise ValueError(
+            f"there is no {_CONFIG} beside {file}: name the config that it was trained "
+            "with (--config-file), or for plain weights the model (--backbone osnet_x0_25)"
+        )
+    if host_of(config_file) == "torchreid":
+        from selcon_plugin.torchreid_ext.inference import load_network
+
+        return load_network(load_config(config_file, [*options, *use_gpu]), file, device)
+    from selcon_plugin.fastreid_ext.inference import load_network as load_fastreid_network
+
+    return load_fastreid_network(load_config(config_file, options), file, device)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_device("device", name)
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}, but CUDA is not available: use auto or cpu")
+    return torch.device(name)
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size}")
+
+
+def _check_share(
+    faults: Sequence[str], num_images: int, max_unreadable_ratio: float
+) -> None:
+    if len(faults) <= max_unreadable_ratio * num_images and len(faults) < num_images:
+        return
+    raise BadImagesError(
+        f"{len(faults)} of {num_images} images, or more, cannot be read: more than the "
+        f"share of {max_unreadable_ratio:g} that max_unreadable_ratio allows:\n"
+        f"{describe_faults(faults, _LISTED)}\n"
+        "Mend, restore or remove them, or raise max_unreadable_ratio"
+    )
+
+
+def _as_rgb(image: Any) -> Image.Image:
+    if isinstance(image, (str, Path)):
+        return read_rgb(image)
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    array = np.asarray(image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
+        raise ValueError(
+            "an image must be a path, a Pillow image, or an array of uint8 of shape "
+            f"(h, w, 3), RGB; got {array.dtype} of shape {array.shape}"
+        )
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _camera_numbers(names: Sequence[str | None]) -> NDArray[np.int64]:
+    """Number the cameras 0, 1, ... in the order of their names; -1 for an unknown one."""
+    known = {name: i for i, name in enumerate(sorted({n for n in names if n is not None}))}
+    numbers = [UNKNOWN_CAMERA if name is None else known[name] for name in names]
+    return np.array(numbers, dtype=np.int64)

@@ -1,0 +1,4 @@
+"""Files: atomic writes and safe loading.
+
+Nothing here knows what a file means.
+"""

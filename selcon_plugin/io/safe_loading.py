@@ -1,0 +1,137 @@
+"""Files of tensors, read as data: a pickle that would run code is refused.
+
+``torch.load(weights_only=True)`` builds tensors, numbers, text and containers and nothing
+else. It is the default only from torch 2.6 on, and the hosts call ``torch.load`` without it
+in many places: :func:`data_only` holds for whatever is called inside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import tarfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["data_only", "load_data", "loading_noted", "safe_extraction"]
+
+# Below this share of the model's tensors a file is taken to belong to another model.
+MIN_LOADED_RATIO = 0.5
+
+_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
+_torch_load = torch.load
+
+
+def load_data(file: Any, map_location: Any = "cpu") -> Any:
+    """Read what ``torch.save`` wrote, without running code from it.
+
+    Args:
+        file: Path, or an open binary file.
+        map_location: As of ``torch.load``.
+
+    Returns:
+        Tensors, numbers, text and containers of them.
+
+    Raises:
+        ValueError: If the file holds anything else, or is damaged; names the file.
+        OSError: If it cannot be opened.
+    """
+    try:
+        with _allow_command_lines():
+            return _torch_load(file, map_location=map_location, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        # A damaged stream leads the reader to an error of any kind.
+        raise ValueError(
+            f"{_name(file)} cannot be read safely as weights or a checkpoint: "
+            f"{_reason(error)}"
+        ) from error
+
+
+@contextmanager
+def data_only() -> Iterator[None]:
+    """Make each ``torch.load`` inside read data alone, whoever calls it and how.
+
+    Yields:
+        Nothing.
+    """
+
+    def load(f: Any, map_location: Any = None, *_: Any, **__: Any) -> Any:
+        return load_data(f, map_location)
+
+    before = torch.load
+    torch.load = load
+    try:
+        yield
+    finally:
+        torch.load = before
+
+
+@contextmanager
+def loading_noted() -> Iterator[list[float]]:
+    """Note how well weights fit that are loaded inside, by a host that does not care.
+
+    Yields:
+        For each ``load_state_dict`` inside, the share of the module's tensors that were
+        found by name.
+    """
+    shares: list[float] = []
+    original = nn.Module.load_state_dict
+
+    def load_state_dict(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = original(module, *args, **kwargs)
+        shares.append(1 - len(result.missing_keys) / max(1, len(module.state_dict())))
+        return result
+
+    nn.Module.load_state_dict = load_state_dict  # type: ignore[assignment, method-assign]
+    try:
+        yield shares
+    finally:
+        nn.Module.load_state_dict = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def safe_extraction() -> Iterator[None]:
+    """Keep tar archives that are unpacked inside below the folder they are unpacked into.
+
+    Python has the means since 3.10.12 and 3.11.4.
+
+    Yields:
+        Nothing.
+    """
+    before = vars(tarfile.TarFile).get("extraction_filter")
+    guard = getattr(tarfile, "data_filter", None)
+    tarfile.TarFile.extraction_filter = guard and staticmethod(guard)
+    try:
+        yield
+    finally:
+        tarfile.TarFile.extraction_filter = before
+
+
+def _allow_command_lines() -> AbstractContextManager[Any]:
+    """Let a checkpoint carry its command line along, as those of MAE and DINO do."""
+    if not hasattr(torch.serialization, "safe_globals"):  # torch < 2.5
+        return contextlib.nullcontext()
+    return torch.serialization.safe_globals([argparse.Namespace])
+
+
+def _name(file: Any) -> str:
+    return str(file if isinstance(file, (str, Path)) else getattr(file, "name", "the file"))
+
+
+def _reason(error: Exception) -> str:
+    """Say why in a few words; torch's own advice is to switch the check off."""
+    named = _GLOBAL.search(str(error))
+    if named:
+        return (
+            f"it names {named[1]}, which is no data: such a file can run code when it is "
+            "loaded. Use a file of tensors alone"
+        )
+    return "it is damaged, incomplete or another kind of file"

@@ -1,0 +1,190 @@
+"""Backbones of any kind, seen as one: images in, feature map out.
+
+``as_feature_map`` brings what a backbone returns (a map, tokens, a vector) into one form,
+``infer_feature_shape`` finds its size by trying, ``ModelBackbone`` is the base of backbones
+made of another library's models, and ``create_timm_backbone`` makes one of any model in
+timm. Nothing here knows a host.
+
+Shape shorthand in this module:
+
+    B: images in the batch
+    H, W: height and width of the input images
+    C: channels of the feature map; h, w: its height and width
+    N: tokens, the h*w patches after any prefix tokens (class token, registers)
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from selcon_plugin.models.feature_map import _zero_image
+
+__all__ = [
+    "ModelBackbone",
+    "suggest_names",
+    "warn_of_fixed_stride",
+]
+
+logger = logging.getLogger(__name__)
+
+# In units of pixels 0..255, as both hosts normalize.
+IMAGENET_PIXEL_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_PIXEL_STD = (58.395, 57.12, 57.375)
+
+# The stride of a network whose last stage does not reduce: 256x128 gives 16x8.
+_REID_STRIDE = 16
+
+
+class ModelBackbone(nn.Module, ABC):
+    """A library's model as a backbone: host-normalized images in, feature map out.
+
+    The images arrive normalized with the host's ``pixel_mean`` and ``pixel_std``. If the
+    model expects another normalization, both steps together are one scale and one shift per
+    channel, applied here (exactly nothing is done if the two agree).
+
+    The layers that the map does not depend on (pooling's successors: classifier, and for
+    some models a projection or a norm) are taken out, since parameters without a gradient
+    stop distributed training.
+
+    A subclass says in ``compute_map`` how its library reaches the map.
+
+    Attributes:
+        model: The model, without the layers behind the map.
+        feature_dim: Channels C of the map.
+        feature_stride: Input pixels per cell of the map, H / h.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        input_size: Sequence[int] = (256, 128),
+        pixel_mean: Sequence[float] = IMAGENET_PIXEL_MEAN,
+        pixel_std: Sequence[float] = IMAGENET_PIXEL_STD,
+        model_pixel_mean: Sequence[float] = IMAGENET_PIXEL_MEAN,
+        model_pixel_std: Sequence[float] = IMAGENET_PIXEL_STD,
+    ) -> None:
+        """Wrap ``model`` and try it on one image of zeros.
+
+        Args:
+            model: The model. It is changed: see above.
+            input_size: Height and width of the images.
+            pixel_mean: The host's mean per channel, on the scale 0..255.
+            pixel_std: The host's standard deviation per channel, on the scale 0..255.
+            model_pixel_mean: The mean that the model expects, on the same scale.
+            model_pixel_std: The standard deviation that the model expects.
+        """
+        super().__init__()
+        self.model = model
+        scale, shift = _normalization_change(
+            pixel_mean, pixel_std, model_pixel_mean, model_pixel_std
+        )
+        # Facts of the configuration, not learnt: they stay out of checkpoints.
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
+        self._same_normalization = bool(
+            torch.allclose(scale, torch.ones(3))
+            and torch.allclose(shift, torch.zeros(3), atol=1e-6)
+        )
+        feature_map = self._try_out(input_size)
+        self.feature_dim: int = feature_map.shape[1]
+        self.feature_stride: int = round(input_size[0] / feature_map.shape[2])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute the feature map.
+
+        Args:
+            images: Images as the host normalizes them, shape ``(B, 3, H, W)``.
+
+        Returns:
+            The feature map, shape ``(B, C, h, w)``.
+        """
+        if not self._same_normalization:
+            images = images * self.scale[:, None, None] + self.shift[:, None, None]
+        return self.compute_map(images)
+
+    @abstractmethod
+    def compute_map(self, images: Tensor) -> Tensor:
+        """Compute the feature map of images that are normalized for the model.
+
+        Args:
+            images: Shape ``(B, 3, H, W)``.
+
+        Returns:
+            The feature map, shape ``(B, C, h, w)``.
+        """
+
+    def _try_out(self, input_size: Sequence[int]) -> Tensor:
+        """Compute the map of a black image and take out what it does not depend on."""
+        training = self.model.training
+        self.eval()
+        with torch.enable_grad():
+            feature_map: Tensor = self(_zero_image(self, input_size))
+            parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+            gradients = torch.autograd.grad(
+                feature_map.sum(), list(parameters.values()), allow_unused=True
+            )
+        self.train(training)
+        unused = {n for n, g in zip(parameters, gradients, strict=True) if g is None}
+        for name, child in self.model.named_children():
+            own = {f"{name}.{parameter}" for parameter, _ in child.named_parameters()}
+            if own and own <= unused:
+                setattr(self.model, name, nn.Identity())
+        for name in unused:  # what is left of them sits beside parameters in use
+            parameters[name].requires_grad_(False)
+        return feature_map.detach()
+
+
+def warn_of_fixed_stride(backbone: ModelBackbone, label: str) -> None:
+    """Say in the log if a backbone built for last stride 1 reduces more than it should.
+
+    Args:
+        backbone: The backbone.
+        label: What to call its model.
+    """
+    # Between 16 and 32 lies a stride of 16 whose convolutions lose rows at the edges.
+    if backbone.feature_stride > 1.5 * _REID_STRIDE:
+        logger.warning(
+            "%s has no choice of stride: LAST_STRIDE 1 has no effect, the feature map "
+            "stays at stride %d",
+            label,
+            backbone.feature_stride,
+        )
+
+
+def suggest_names(name: str, names: Iterable[str]) -> str:
+    """List the names closest to one that does not exist.
+
+    Args:
+        name: What was asked for.
+        names: What there is.
+
+    Returns:
+        Up to five names, closest first, joined by commas; ``""`` if none is close.
+    """
+    return ", ".join(difflib.get_close_matches(name, list(names), n=5, cutoff=0.4))
+
+
+def _normalization_change(
+    pixel_mean: Sequence[float],
+    pixel_std: Sequence[float],
+    model_pixel_mean: Sequence[float],
+    model_pixel_std: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """Scale and shift, each ``(3,)``, from the host's normalization to the model's."""
+    host_mean, host_std, own_mean, own_std = (
+        torch.tensor(values, dtype=torch.float64)
+        for values in (pixel_mean, pixel_std, model_pixel_mean, model_pixel_std)
+    )
+    scale = (host_std / own_std).expand(3)
+    shift = ((host_mean - own_mean) / own_std).expand(3)
+    return scale.float(), shift.float()

@@ -1,0 +1,91 @@
+"""Find non-finite values in weights, banks and features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+# Names in a message; the rest is counted.
+_SHOWN = 5
+
+
+def name_some(names: Sequence[str]) -> str:
+    """List names, only the first few of many.
+
+    Args:
+        names: What to list.
+
+    Returns:
+        For instance "a, b and 3 more".
+
+    Example:
+        >>> name_some(["a", "b"])
+        'a, b'
+        >>> name_some(list("abcdefg"))
+        'a, b, c, d, e and 2 more'
+    """
+    shown, rest = ", ".join(names[:_SHOWN]), len(names) - _SHOWN
+    return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def find_nonfinite_state(network: nn.Module, paths: Sequence[str]) -> list[str]:
+    """Look for NaN and infinity in weights, running statistics and banks.
+
+    Args:
+        network: Any network; waits for its device once if all is well.
+        paths: Path of each training image, to name the rows of banks; may be empty.
+
+    Returns:
+        What was found, in words; nothing if all is finite.
+    """
+    tensors = {
+        name.removeprefix("module."): tensor
+        for name, tensor in (*network.named_parameters(), *network.named_buffers())
+        if tensor.is_floating_point() and tensor.numel()
+    }
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()])
+    bad = [name for name, good in zip(tensors, finite.tolist(), strict=True) if not good]
+    banks = [name for name in bad if name.startswith("method.")]
+    weights = [name for name in bad if name not in banks]
+    found = [f"{name} is not finite in {_rows(tensors[name], paths)}" for name in banks]
+    if weights:
+        found.insert(0, f"weights are not finite: {name_some(weights)}")
+    return found
+
+
+def check_state(network: nn.Module, paths: Sequence[str] = (), *, when: str) -> None:
+    """Stop a run whose weights or banks are not finite.
+
+    Args:
+        network: The network.
+        paths: Path of each training image.
+        when: Begins the message, for instance "after epoch 3".
+
+    Raises:
+        FloatingPointError: If a number is NaN or infinite; names tensors and bank rows.
+    """
+    found = find_nonfinite_state(network, paths)
+    if found:
+        raise FloatingPointError(
+            f"{when}: {'; '.join(found)}. Use an earlier checkpoint, or other weights"
+        )
+
+
+def _over(rows: Tensor, tensor: Tensor) -> Tensor:
+    return rows.view(-1, *[1] * (tensor.dim() - 1))
+
+
+def _finite_rows(tensor: Tensor) -> Tensor:
+    return tensor.isfinite().flatten(1).all(dim=1)
+
+
+def _rows(tensor: Tensor, paths: Sequence[str]) -> str:
+    """Name the bad rows of a bank, and their images where it has a row for each."""
+    if tensor.dim() < 2:
+        return f"{int((~tensor.isfinite()).sum())} places"
+    rows: list[int] = (~_finite_rows(tensor)).nonzero().squeeze(1).tolist()
+    if len(tensor) != len(paths):
+        return f"rows {name_some([str(row) for row in rows])}"
+    return f"rows {name_some([f'{row} ({paths[row]})' for row in rows])}"

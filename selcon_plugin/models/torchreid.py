@@ -1,0 +1,336 @@
+"""torchreid's models as backbones, and names for torchreid's own model factory.
+
+torchreid's models end in a pooling, for some a fully connected layer, and a classifier. As
+a backbone a model gives what goes into its pooling: the feature map, from which global and
+part features are made. ``create_torchreid_backbone`` makes one by name; every model of
+torchreid 0.2.5 has a map that can be reached.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from selcon_plugin.compat.torchreid import import_torchreid
+from selcon_plugin.io.safe_loading import data_only
+from selcon_plugin.models.backbone import (
+    IMAGENET_PIXEL_MEAN,
+    IMAGENET_PIXEL_STD,
+    ModelBackbone,
+    suggest_names,
+    warn_of_fixed_stride,
+)
+from selcon_plugin.models.feature_map import as_feature_map
+from selcon_plugin.models.pretrained import load_weights, read_state_dict
+
+__all__ = [
+    "MODEL_PREFIX",
+    "TorchreidBackbone",
+    "add_to_model_factory",
+    "build_plain_model",
+    "create_torchreid_backbone",
+    "torchreid_model_names",
+]
+
+logger = logging.getLogger(__name__)
+
+# Names in torchreid's factory that begin so are this plugin's, not torchreid's.
+MODEL_PREFIX = "selcon_"
+
+
+class TorchreidBackbone(ModelBackbone):
+    """A torchreid model as a backbone: host-normalized images in, feature map out.
+
+    torchreid normalizes images with ImageNet's mean and deviation, and so its models expect
+    them. The map is the input of the model's pooling. The state dict has the model's own
+    names after ``model.``. See ``ModelBackbone`` for what is done to images and model.
+
+    From a model without ``featuremaps`` that is none of torchreid's the map cannot be had.
+    Its feature vector, what it returns in eval mode or beside the logits, then stands for
+    the map, in the form ``(B, C, 1, 1)``: global features only, no parts. The log says so.
+
+    Attributes:
+        model: The torchreid model, without the layers behind the map.
+        feature_dim: Channels C of the map.
+        feature_stride: Input pixels per cell of the map, H / h.
+        has_feature_map: Whether the map could be reached.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        input_size: Sequence[int] = (256, 128),
+        pixel_mean: Sequence[float] = IMAGENET_PIXEL_MEAN,
+        pixel_std: Sequence[float] = IMAGENET_PIXEL_STD,
+    ) -> None:
+        """Wrap ``model`` and try it on one image of zeros.
+
+        Args:
+            model: A model of ``torchreid.models.build_model``, with ``loss="triplet"`` if
+                its map cannot be reached. It is changed: see ``ModelBackbone``.
+            input_size: Height and width of the images.
+            pixel_mean: The host's mean per channel, on the scale 0..255.
+            pixel_std: The host's standard deviation per channel, on the scale 0..255.
+        """
+        super().__init__(
+            model, input_size=input_size, pixel_mean=pixel_mean, pixel_std=pixel_std
+        )
+        self.has_feature_map: bool = _map_of(model) is not _vector
+        if not self.has_feature_map:
+            logger.warning(
+                "the feature map of %s cannot be reached: it gives global features only, "
+                "so leave parts out (NUM_PARTS 0), or give its class a method featuremaps",
+                type(model).__name__,
+            )
+
+    def compute_map(self, images: Tensor) -> Tensor:
+        """Compute the feature map of images that are normalized for the model.
+
+        Args:
+            images: Shape ``(B, 3, H, W)``.
+
+        Returns:
+            The feature map, shape ``(B, C, h, w)``.
+        """
+        return as_feature_map(_map_of(self.model)(self.model, images), images.shape[2:])
+
+
+def create_torchreid_backbone(
+    name: str,
+    *,
+    input_size: Sequence[int] = (256, 128),
+    pretrained: bool = False,
+    weights: str = "",
+    last_stride: int = 1,
+    pixel_mean: Sequence[float] = IMAGENET_PIXEL_MEAN,
+    pixel_std: Sequence[float] = IMAGENET_PIXEL_STD,
+) -> TorchreidBackbone:
+    """Make a backbone of a torchreid model.
+
+    Args:
+        name: Name of the model in torchreid, for example ``"osnet_ain_x1_0"``.
+        input_size: Height and width of the images.
+        pretrained: Whether to load weights.
+        weights: Which weights: ``""`` for the ImageNet weights that torchreid downloads,
+            otherwise the path of a file, such as one of torchreid's model zoo. What it
+            holds besides (the classifier) is left out, and the log says what. Not read if
+            ``pretrained`` is False.
+        last_stride: 1 keeps the resolution in the last stage of the models that have one
+            to choose, the ResNets and their kin, so that 256x128 gives a map of 16x8. With
+            2 the model is as torchreid defines it.
+        pixel_mean: The host's mean per channel, on the scale 0..255.
+        pixel_std: The host's standard deviation per channel, on the scale 0..255.
+
+    Returns:
+        The backbone, in train mode.
+
+    Raises:
+        ValueError: If torchreid has no such model, if the weights do not fit it, or if it
+            does not run on images of ``input_size``. Besides: ``HostMissingError`` if
+            torchreid is not installed, ``FileNotFoundError`` if there is no such file of
+            weights, ``RuntimeError`` if the download fails.
+    """
+    _check_name(name)
+    model = _download(name) if pretrained and not weights else build_plain_model(name)
+    if last_stride == 1:
+        _keep_last_resolution(model)
+    try:
+        backbone = TorchreidBackbone(
+            model, input_size=input_size, pixel_mean=pixel_mean, pixel_std=pixel_std
+        )
+    except (RuntimeError, IndexError, AssertionError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"torchreid's {name} gives no feature map of images of "
+            f"{input_size[0]}x{input_size[1]}: {error}. Use larger images or another model"
+        ) from error
+    if last_stride == 1:
+        warn_of_fixed_stride(backbone, f"torchreid's {name}")
+    if pretrained and weights:
+        load_weights(backbone.model, read_state_dict(Path(weights).expanduser()), weights)
+    return backbone
+
+
+def torchreid_model_names() -> list[str]:
+    """List the models in torchreid's factory that are torchreid's or the user's own.
+
+    Returns:
+        Names for ``create_torchreid_backbone``, in the factory's order; without those that
+        begin with ``MODEL_PREFIX``. ``HostMissingError`` is raised if torchreid is not
+        installed.
+    """
+    return [name for name in _model_factory() if not name.startswith(MODEL_PREFIX)]
+
+
+def add_to_model_factory(name: str, constructor: Callable[..., nn.Module]) -> None:
+    """Let ``torchreid.models.build_model(name, ...)`` call ``constructor``.
+
+    A name that the factory has already keeps its constructor: a second call changes
+    nothing.
+
+    Args:
+        name: The new name; it must begin with ``MODEL_PREFIX``.
+        constructor: Called with the keywords ``num_classes``, ``loss``, ``pretrained`` and
+            ``use_gpu``.
+
+    Raises:
+        ValueError: If ``name`` begins otherwise.
+    """
+    if not name.startswith(MODEL_PREFIX):
+        raise ValueError(f"name must begin with {MODEL_PREFIX!r}, got {name!r}")
+    _model_factory().setdefault(name, constructor)
+
+
+def _model_factory() -> dict[str, Callable[..., nn.Module]]:
+    # The only register of names there is: torchreid has no function to add one.
+    return cast(
+        dict[str, Callable[..., nn.Module]],
+        vars(import_torchreid().models)["__model_factory"],
+    )
+
+
+def _check_name(name: str) -> None:
+    names = torchreid_model_names()
+    if name not in names:
+        close = suggest_names(name, names)
+        hint = f"closest: {close}" if close else f"it has {', '.join(names)}"
+        raise ValueError(f"torchreid has no model named {name!r}; {hint}")
+
+
+def build_plain_model(name: str, *, pretrained: bool = False) -> nn.Module:
+    """Build a model by torchreid's own factory, as it is.
+
+    Args:
+        name: Name in the factory.
+        pretrained: Whether to load the ImageNet weights that torchreid downloads.
+
+    Returns:
+        The model, with a classifier of one class.
+    """
+    # "triplet": in train mode the feature vector is returned besides the logits
+    model: nn.Module = import_torchreid().models.build_model(
+        name, num_classes=1, loss="triplet", pretrained=pretrained, use_gpu=False
+    )
+    return model
+
+
+def _download(name: str) -> nn.Module:
+    """Build a model with the weights that torchreid downloads."""
+    random_state = torch.get_rng_state()
+    untrained = build_plain_model(name)
+    torch.set_rng_state(random_state)
+    try:
+        with data_only():
+            model = build_plain_model(name, pretrained=True)
+    except Exception as error:
+        # gdown, the network and torch.load each raise errors of their own
+        raise RuntimeError(
+            f"torchreid could not load its pre-trained weights of {name}: {error}. Run "
+            "once with access to the network (TORCH_HOME says where weights are kept), or "
+            "give weights (PRETRAIN_PATH): a file, such as one of torchreid's model zoo; "
+            "or start without (PRETRAIN False)"
+        ) from error
+    # For some models torchreid has no weights, and goes on with at most a warning.
+    if _equal_states(model.state_dict(), untrained.state_dict()):
+        raise RuntimeError(
+            f"torchreid has no pre-trained weights of {name} to download: give weights "
+            "(PRETRAIN_PATH), the path of a file, or start without (PRETRAIN False)"
+        )
+    return model
+
+
+def _equal_states(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    return all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def _keep_last_resolution(model: nn.Module) -> None:
+    """Take the stride out of ``layer4``, the last stage of the ResNets and their kin.
+
+    The same as their constructors' ``last_stride=1``, which the factory does not pass on.
+    """
+    last_stage = getattr(model, "layer4", None)
+    if isinstance(last_stage, nn.Module):
+        for module in last_stage.modules():
+            if isinstance(module, nn.Conv2d):
+                module.stride = (1, 1)
+
+
+# --- ways to the feature map -------------------------------------------------------------
+
+
+def _map_of(model: nn.Module) -> Callable[[Any, Tensor], Tensor]:
+    """Find the way to a model's map; ``_vector`` if there is none."""
+    if hasattr(model, "featuremaps"):
+        return _own_map
+    return _MAPS.get(type(model).__name__, _vector)
+
+
+def _own_map(model: Any, images: Tensor) -> Tensor:
+    maps = model.featuremaps(images)
+    # resnet50mid gives the maps of the last three blocks
+    return cast(Tensor, maps[-1] if isinstance(maps, tuple) else maps)
+
+
+def _features(model: Any, images: Tensor) -> Tensor:
+    return cast(Tensor, model.features(images))
+
+
+def _rectified_features(model: Any, images: Tensor) -> Tensor:
+    return F.relu(model.features(images), inplace=True)
+
+
+def _shufflenet_map(model: Any, images: Tensor) -> Tensor:
+    return cast(Tensor, model.stage4(model.stage3(model.stage2(model.conv1(images)))))
+
+
+def _mlfn_map(model: Any, images: Tensor) -> Tensor:
+    feature_map = model.maxpool(F.relu(model.bn1(model.conv1(images)), inplace=True))
+    for block in model.feature:
+        feature_map, _ = block(feature_map)  # the factors also go to a branch without map
+    return cast(Tensor, feature_map)
+
+
+def _nasnet_map(model: Any, images: Tensor) -> Tensor:
+    stem = model.conv0(images)
+    before = model.cell_stem_0(stem)
+    now = model.cell_stem_1(stem, before)
+    for name, cell in model.named_children():
+        if name.startswith(("cell_", "reduction_cell_")) and "stem" not in name:
+            before, now = now, cell(now, before)
+    return cast(Tensor, model.relu(now))
+
+
+def _hacnn_map(model: Any, images: Tensor) -> Tensor:
+    """Follow the global branch; the local one pools regions of its own."""
+    feature_map = model.conv(images)
+    for stage, attention in (
+        (model.inception1, model.ha1),
+        (model.inception2, model.ha2),
+        (model.inception3, model.ha3),
+    ):
+        feature_map = stage(feature_map)
+        feature_map = feature_map * attention.soft_attn(feature_map)
+    return cast(Tensor, feature_map)
+
+
+def _vector(model: Any, images: Tensor) -> Tensor:
+    output = model(images)
+    return cast(Tensor, output[-1] if isinstance(output, tuple) else output)
+
+
+# torchreid's classes that have no method `featuremaps`.
+_MAPS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "DenseNet": _rectified_features,
+    "HACNN": _hacnn_map,
+    "InceptionV4": _features,
+    "MLFN": _mlfn_map,
+    "NASNetAMobile": _nasnet_map,
+    "ShuffleNet": _shufflenet_map,
+    "SqueezeNet": _features,
+}

@@ -1,0 +1,311 @@
+"""Pictures of what was learned: ranked results, clusters and the loss curve.
+
+Nothing here knows a host or needs a display.
+
+Shape shorthand in this module:
+
+    Q: query images
+    G: gallery images
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from selcon_plugin.runs.metrics import read_metrics
+from selcon_plugin.runs.ranked import LabeledImages, rank_gallery
+
+__all__ = [
+    "LabeledImages",
+    "SheetRow",
+    "contact_sheet",
+    "loss_curve",
+    "rank_gallery",
+    "ranked_sheet",
+    "read_metrics",
+]
+
+RIGHT_COLOR = (22, 163, 74)
+WRONG_COLOR = (220, 38, 38)
+QUERY_COLOR = (64, 64, 64)
+_BACKGROUND = (255, 255, 255)
+_TEXT_COLOR = (32, 32, 32)
+
+_FRAME = 4
+_GAP = 4
+_QUERY_GAP = 16  # between the query and its results
+_LINE = 18  # height of a line of text
+
+
+def ranked_sheet(
+    path: str | Path,
+    query: LabeledImages,
+    gallery: LabeledImages,
+    distances: Mapping[str, ArrayLike],
+    *,
+    queries: Sequence[int],
+    top: int = 10,
+    image_size: tuple[int, int] = (64, 128),
+) -> Path:
+    """Draw the ranked results of some queries, under one or several models.
+
+    For each query one row per model, one above the other: the query in a gray frame at the
+    left, then the gallery images nearest to it, the right ones in a green frame, the wrong
+    ones in a red frame. What the protocol does not count is left out, see
+    :func:`rank_gallery`.
+
+    Args:
+        path: PNG or JPEG file to write; its folder is made if absent.
+        query: The Q queries.
+        gallery: The G gallery images.
+        distances: By the name of the model, which is written next to its row, distances of
+            shape ``(Q, G)``.
+        queries: Which queries to show.
+        top: Results per row; rows are shorter where the gallery is.
+        image_size: Width and height in pixels at which images are drawn.
+
+    Returns:
+        The file.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (64, 128)).save(folder / "person.png")
+        >>> person = str(folder / "person.png")
+        >>> query = LabeledImages([person], np.array([1]), np.array([1]))
+        >>> gallery = LabeledImages([person], np.array([1]), np.array([2]))
+        >>> ranked_sheet(
+        ...     folder / "sheet.png", query, gallery, {"model": [[0.5]]}, queries=[0]
+        ... ).name
+        'sheet.png'
+    """
+    tables = {name: np.asarray(table) for name, table in distances.items()}
+    _check_sheet(query, gallery, tables, queries)
+    font = _font()
+    label_width = 2 * _GAP + max(math.ceil(font.getlength(name)) for name in tables)
+    cell = (image_size[0] + 2 * _FRAME, image_size[1] + 2 * _FRAME)
+    columns = min(top, len(gallery))
+    left = label_width + cell[0] + _QUERY_GAP  # of the first result
+    block_height = _LINE + len(tables) * (cell[1] + _GAP) + _GAP
+    sheet = Image.new(
+        "RGB",
+        (left + columns * (cell[0] + _GAP), len(queries) * block_height + _GAP),
+        _BACKGROUND,
+    )
+    draw = ImageDraw.Draw(sheet)
+    y = _GAP
+    for number in queries:
+        pid, camid = int(query.pids[number]), int(query.camids[number])
+        title = f"person {pid}: {Path(query.paths[number]).name}"
+        draw.text((label_width, y), title, fill=_TEXT_COLOR, font=font)
+        y += _LINE
+        for name, table in tables.items():
+            draw.text((_GAP, y + cell[1] // 2 - _LINE // 2), name, _TEXT_COLOR, font)
+            query_image = _framed(query.paths[number], image_size, QUERY_COLOR)
+            sheet.paste(query_image, (label_width, y))
+            ranked = rank_gallery(table[number], pid, camid, gallery, top=top)
+            for column, match in enumerate(ranked):
+                color = RIGHT_COLOR if gallery.pids[match] == pid else WRONG_COLOR
+                image = _framed(gallery.paths[match], image_size, color)
+                sheet.paste(image, (left + column * (cell[0] + _GAP), y))
+            y += cell[1] + _GAP
+        y += _GAP
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    return path
+
+
+def _check_sheet(
+    query: LabeledImages,
+    gallery: LabeledImages,
+    tables: Mapping[str, NDArray[Any]],
+    queries: Sequence[int],
+) -> None:
+    if not tables:
+        raise ValueError("distances is empty: give those of at least one model")
+    if not queries:
+        raise ValueError("queries is empty: give the numbers of the queries to show")
+    if not len(gallery):
+        raise ValueError("the gallery is empty")
+    for name, table in tables.items():
+        if table.shape != (len(query), len(gallery)):
+            raise ValueError(
+                f"distances[{name!r}] must have shape ({len(query)}, {len(gallery)}), "
+                f"queries by gallery images, got {table.shape}"
+            )
+    for number in queries:
+        if not 0 <= number < len(query):
+            raise ValueError(f"there are queries 0 to {len(query) - 1}, but not {number}")
+
+
+@dataclass(frozen=True)
+class SheetRow:
+    """A line of a contact sheet.
+
+    Attributes:
+        title: Written above the images.
+        paths: Image files, in the order in which they are drawn.
+    """
+
+    title: str
+    paths: Sequence[str]
+
+
+def contact_sheet(
+    path: str | Path,
+    rows: Sequence[SheetRow],
+    *,
+    columns: int = 12,
+    image_size: tuple[int, int] = (64, 128),
+) -> Path:
+    """Draw groups of images, one row for each.
+
+    Of a group with more images than columns, images evenly spaced over its list are drawn,
+    the first and the last among them.
+
+    Args:
+        path: PNG or JPEG file to write; its folder is made if absent.
+        rows: The groups.
+        columns: Images in a row at most, at least 2.
+        image_size: Width and height in pixels at which images are drawn.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: If there are no rows, or fewer than 2 columns.
+    """
+    if not rows:
+        raise ValueError("there are no groups of images to draw")
+    if columns < 2:
+        raise ValueError(f"columns must be 2 or more, got {columns}")
+    font = _font()
+    cell = (image_size[0] + 2 * _FRAME, image_size[1] + 2 * _FRAME)
+    widest = max(min(columns, len(row.paths)) * (cell[0] + _GAP) for row in rows)
+    longest = math.ceil(max(font.getlength(row.title) for row in rows))
+    height = _LINE + cell[1] + 2 * _GAP
+    sheet = Image.new(
+        "RGB",
+        (max(widest, longest + _GAP) + _GAP, len(rows) * height + _GAP),
+        _BACKGROUND,
+    )
+    draw = ImageDraw.Draw(sheet)
+    for number, row in enumerate(rows):
+        y = _GAP + number * height
+        draw.text((_GAP, y), row.title, fill=_TEXT_COLOR, font=font)
+        shown = min(columns, len(row.paths))
+        places = np.linspace(0, len(row.paths) - 1, shown).round().astype(int)
+        for column, place in enumerate(places):
+            image = _framed(row.paths[place], image_size, QUERY_COLOR)
+            sheet.paste(image, (_GAP + column * (cell[0] + _GAP), y + _LINE))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    return path
+
+
+def _framed(
+    path: str, image_size: tuple[int, int], color: tuple[int, int, int]
+) -> Image.Image:
+    """Read an image, bring it to size and put a frame around it."""
+    width, height = image_size
+    framed = Image.new("RGB", (width + 2 * _FRAME, height + 2 * _FRAME), color)
+    with Image.open(path) as image:
+        framed.paste(image.convert("RGB").resize(image_size), (_FRAME, _FRAME))
+    return framed
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    try:
+        return ImageFont.load_default(size=12)
+    except TypeError:  # Pillow below 10.1 has its small bitmap font only
+        return ImageFont.load_default()
+
+
+def loss_curve(
+    metrics: str | Path,
+    path: str | Path,
+    *,
+    steps_per_epoch: int | None = None,
+    warmup_steps: int = 0,
+) -> Path:
+    """Draw the training loss and, if it was measured, the share of true neighbors.
+
+    Args:
+        metrics: ``metrics.json`` of a run, see :func:`read_metrics`.
+        path: PNG, SVG or PDF file to write; its folder is made if absent.
+        steps_per_epoch: If given, the axis shows epochs instead of training steps.
+        warmup_steps: Steps at the start whose loss cannot be compared with the later one,
+            since it is taken against other images; shown apart, on gray.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: If the metrics hold no finite loss.
+        ImportError: If matplotlib is missing.
+    """
+    records = read_metrics(metrics)
+    steps, losses = _series(records, "total_loss")
+    if not steps:
+        raise ValueError(f"{metrics} holds no total_loss to draw")
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as error:
+        raise ImportError(
+            "the loss curve needs matplotlib: pip install matplotlib"
+        ) from error
+    # A figure of its own: pyplot would want a display, and keep it in memory.
+    figure = Figure(figsize=(7.0, 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    scale = 1.0 / steps_per_epoch if steps_per_epoch else 1.0
+    num_warmup = sum(step <= warmup_steps for step in steps)
+    for part in (slice(num_warmup), slice(num_warmup, None)):
+        axes.plot(_scaled(steps[part], scale), losses[part], marker=".", color="tab:blue")
+    if num_warmup:
+        axes.axvspan(
+            0.0, warmup_steps * scale, color="tab:gray", alpha=0.2, label="warm-up"
+        )
+        axes.legend(loc="upper center")
+    axes.set_xlim(left=0.0)
+    axes.set_xlabel("epoch" if steps_per_epoch else "training step")
+    axes.set_ylabel("loss", color="tab:blue")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    precision_steps, precisions = _series(records, "neighbor_precision")
+    if precision_steps:
+        right = axes.twinx()
+        percent = [100.0 * value for value in precisions]
+        right.plot(_scaled(precision_steps, scale), percent, marker=".", color="tab:green")
+        right.set_ylabel("neighbors that are the same person, %", color="tab:green")
+        right.set_ylim(0.0, 100.0)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _series(records: list[dict[str, float]], key: str) -> tuple[list[float], list[float]]:
+    """Return steps, counted from 1, and values where a finite value was written."""
+    found = [
+        (record["iteration"] + 1, float(record[key]))
+        for record in records
+        if isinstance(record.get(key), (int, float)) and math.isfinite(record[key])
+    ]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _scaled(steps: list[float], scale: float) -> list[float]:
+    return [step * scale for step in steps]

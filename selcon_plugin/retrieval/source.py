@@ -1,0 +1,175 @@
+"""Which network made an index: features of two networks cannot be compared."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from selcon_plugin.inference.embedder import Embedder
+
+# Largest distance between two answers of one network to a probe. Half precision and other
+# hardware move an answer by some thousandths.
+_SAME_NETWORK = 0.02
+_NUM_PROBES = 4
+
+
+class ImageEmbedder(Protocol):
+    """Anything that turns images into unit vectors, such as ``selcon_plugin.Embedder``.
+
+    Attributes:
+        dim: Length D of a feature.
+    """
+
+    dim: int
+
+    def __call__(
+        self, images: Sequence[Any], *, batch_size: int = 64
+    ) -> NDArray[np.float32]:
+        """Compute unit vectors ``(N, D)`` of Pillow images or RGB arrays."""
+        ...
+
+
+@dataclass(frozen=True)
+class NetworkSource:
+    """Where a network is read from: a checkpoint or an exported file.
+
+    Attributes:
+        weights: Checkpoint.
+        config_file: Its config, if it is not found beside it.
+        backbone: Name of the model, for plain weights.
+        onnx: Exported file, instead of the others.
+        options: ``KEY VALUE`` pairs that change the config.
+
+    Raises:
+        ValueError: If there is not one of ``weights`` and ``onnx``.
+    """
+
+    weights: str = ""
+    config_file: str = ""
+    backbone: str = ""
+    onnx: str = ""
+    options: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if bool(self.weights) == bool(self.onnx):
+            raise ValueError("name the network: either --weights FILE or --onnx FILE")
+        if self.onnx and (self.config_file or self.backbone or self.options):
+            raise ValueError(
+                "--onnx holds network and config: leave out --config-file, --backbone and "
+                "options"
+            )
+
+    def absolute(self) -> NetworkSource:
+        """Return the same, for a process in any folder."""
+        return NetworkSource(
+            weights=_absolute(self.weights),
+            config_file=_absolute(self.config_file),
+            backbone=self.backbone,
+            onnx=_absolute(self.onnx),
+            options=self.options,
+        )
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of the file.
+
+        Raises:
+            FileNotFoundError: If there is none.
+        """
+        file = Path(self.weights or self.onnx).expanduser()
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no network at {str(file)!r}")
+        digest = hashlib.sha256()
+        with open(file, "rb") as stream:
+            while block := stream.read(2**20):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def load(self, device: str = "auto") -> Embedder:
+        """Load the network.
+
+        Args:
+            device: As of ``Embedder.from_checkpoint``.
+
+        Returns:
+            The embedder.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it holds no network that can be read.
+        """  # noqa: DOC502  (raised by what this calls)
+        from selcon_plugin.inference.embedder import Embedder
+
+        if self.onnx:
+            return Embedder.from_onnx(self.onnx)
+        return Embedder.from_checkpoint(
+            self.weights,
+            config_file=self.config_file,
+            backbone=self.backbone,
+            device=device,
+            options=self.options,
+        )
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute()) if path else ""
+
+
+def probe_answers(embedder: ImageEmbedder) -> NDArray[np.float32]:
+    """Compute a network's features of four fixed patterns: its fingerprint.
+
+    Unlike a file's hash it stays the same when the network is exported, and changes when
+    the same weights run at another input size.
+
+    Args:
+        embedder: The network.
+
+    Returns:
+        Unit vectors, shape ``(4, D)``.
+
+    Raises:
+        ValueError: If the answers are no such vectors.
+    """
+    answers = np.asarray(embedder(_probe_images()), dtype=np.float32)
+    if answers.shape != (_NUM_PROBES, embedder.dim):
+        raise ValueError(
+            f"the embedder must return shape ({_NUM_PROBES}, {embedder.dim}) for "
+            f"{_NUM_PROBES} images, got {answers.shape}"
+        )
+    if not np.allclose(np.linalg.norm(answers, axis=1), 1.0, atol=1e-3):
+        raise ValueError("the embedder must return vectors of length 1")
+    return answers
+
+
+def same_network(before: NDArray[np.float32], now: NDArray[np.float32]) -> bool:
+    """Tell whether two answers to the probes are those of one network.
+
+    Args:
+        before: What :func:`probe_answers` returned.
+        now: The same, of perhaps another network.
+
+    Returns:
+        Whether no answer is farther than 0.02 from its counterpart.
+    """
+    if before.shape != now.shape:
+        return False
+    return bool(np.linalg.norm(before - now, axis=1).max() <= _SAME_NETWORK)
+
+
+def _probe_images() -> list[NDArray[np.uint8]]:
+    """Draw color waves of several lengths and directions, 128 x 64."""
+    y, x = np.mgrid[0:128, 0:64] / 64.0
+    images = []
+    for number in range(1, _NUM_PROBES + 1):
+        waves = [
+            np.sin(number * (1.3 * y + 0.7 * channel * x) + 2.1 * channel)
+            for channel in range(3)
+        ]
+        images.append(np.rint(127.5 + 127.5 * np.stack(waves, axis=2)).astype(np.uint8))
+    return images

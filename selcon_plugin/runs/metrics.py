@@ -1,0 +1,85 @@
+"""``metrics.json`` of a run, a JSON object per line: FastReID's form, for other hosts.
+
+:func:`selcon_plugin.runs.metrics.read_metrics` reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
+    """Read the metrics that FastReID wrote during training.
+
+    Lines that are no JSON object are skipped: a killed run leaves its last line half
+    written. Where a resumed run repeated iterations, what was written last counts.
+
+    Args:
+        path: ``metrics.json``: one JSON object per line, with ``iteration``.
+
+    Returns:
+        One dict per iteration, in rising order.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"there are no metrics at {file}: was anything trained?")
+    by_iteration: dict[int, dict[str, float]] = {}
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("iteration"), int):
+            by_iteration.setdefault(record["iteration"], {}).update(record)
+    return [by_iteration[iteration] for iteration in sorted(by_iteration)]
+
+
+METRICS_FILE = "metrics.json"
+
+
+def append_metrics(folder: str | Path, step: int, measured: Mapping[str, float]) -> None:
+    """Add a line with what was measured.
+
+    Args:
+        folder: Folder of the run; nothing is written if it is empty.
+        step: Optimizer step, from 0, at which it was measured.
+        measured: Figures by name; those that are no finite number are left out.
+    """
+    finite = {name: float(v) for name, v in measured.items() if math.isfinite(v)}
+    if not folder or not finite:
+        return
+    with Path(folder, METRICS_FILE).open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"iteration": step, **finite}, sort_keys=True) + "\n")
+
+
+def delete_metrics(folder: str | Path) -> None:
+    """Remove the metrics of an earlier run from its folder."""
+    if folder:
+        Path(folder, METRICS_FILE).unlink(missing_ok=True)
+
+
+class LossAverage:
+    """Means of the losses of the steps since they were last taken."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._steps = 0
+
+    def add(self, losses: Mapping[str, float]) -> None:
+        """Count the losses of a step; their sum is the one named ``loss``."""
+        for name, value in losses.items():
+            key = "total_loss" if name == "loss" else name
+            self._sums[key] = self._sums.get(key, 0.0) + value
+        self._steps += 1
+
+    def take(self) -> dict[str, float]:
+        """Return the means by name, none without a step, and begin anew."""
+        means = {name: total / self._steps for name, total in self._sums.items()}
+        self._sums, self._steps = {}, 0
+        return means

@@ -1,0 +1,169 @@
+"""Pictures of what was learned, for TensorBoard: contact sheet, embedding projector.
+
+Shape shorthand in this module:
+
+    M: images
+    C: feature dimension
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from selcon_plugin.clustering import OUTLIER
+from selcon_plugin.datasets.reading import ImageReadError, read_rgb
+
+logger = logging.getLogger(__name__)
+
+# What bounds the files, to a few MB.
+_MAX_POINTS = 1000
+_MAX_DIMENSIONS = 64
+_SPRITE = (32, 64)  # width, height
+_SHEET_CLUSTERS, _SHEET_IMAGES = 8, 8
+_SHEET_CELL = (64, 128)
+_GAP = 4
+
+
+def cluster_sheet(paths: Sequence[str], features: Tensor, labels: Tensor) -> Image.Image:
+    """Draw the largest clusters, a row each, from the image nearest to its mean outwards.
+
+    Args:
+        paths: The M images.
+        features: Unit features, ``(M, C)``.
+        labels: Cluster of each image, int64 ``(M,)``, -1 for an outlier.
+
+    Returns:
+        At most 8 rows of at most 8 images, evenly spread over each cluster; a blank picture
+        where there is no cluster.
+    """
+    rows = []
+    sizes = torch.bincount(labels[labels != OUTLIER])
+    for cluster in sizes.argsort(descending=True, stable=True)[:_SHEET_CLUSTERS]:
+        members = (labels == cluster).nonzero().flatten()
+        own = features[members]
+        order = (own @ own.mean(dim=0)).argsort(descending=True, stable=True)
+        spread = np.linspace(0, len(order) - 1, min(_SHEET_IMAGES, len(order)))
+        rows.append(members[order[spread.round().astype(int)]].tolist())
+    width, height = (side + _GAP for side in _SHEET_CELL)
+    size = (_SHEET_IMAGES * width + _GAP, max(1, len(rows)) * height + _GAP)
+    sheet = Image.new("RGB", size, "white")
+    for row, members in enumerate(rows):
+        for column, image in enumerate(members):
+            place = (_GAP + column * width, _GAP + row * height)
+            sheet.paste(_thumbnail(paths[image], _SHEET_CELL), place)
+    return sheet
+
+
+def _thumbnail(path: str, size: tuple[int, int]) -> Image.Image:
+    try:
+        return read_rgb(path).resize(size)
+    except ImageReadError:
+        return Image.new("RGB", size, "gray")
+
+
+def chosen_points(labels: Tensor, limit: int = _MAX_POINTS) -> Tensor:
+    """Choose the images that the projector shows: whole clusters, the largest first.
+
+    Args:
+        labels: Cluster of each image, int64 ``(M,)``, -1 for an outlier.
+        limit: How many images at most.
+
+    Returns:
+        Indices in ascending order. Outliers come last; among them, evenly spread ones.
+    """
+    sizes = torch.bincount(labels[labels != OUTLIER], minlength=1)
+    size = torch.where(labels == OUTLIER, 0, sizes[labels.clamp(min=0)])
+    inside = (-size).argsort(stable=True)[: int((labels != OUTLIER).sum())][:limit]
+    outliers = (labels == OUTLIER).nonzero().flatten()
+    room = min(limit - len(inside), len(outliers))
+    spread = np.linspace(0, max(0, len(outliers) - 1), room).round().astype(int)
+    return torch.cat([inside, outliers[spread]]).sort().values
+
+
+def reduced(features: Tensor, dimensions: int = _MAX_DIMENSIONS) -> Tensor:
+    """Project features on their principal axes, so that the projector's file stays small.
+
+    Args:
+        features: Shape ``(M, C)``.
+        dimensions: Axes to keep at most.
+
+    Returns:
+        Shape ``(M, min(C, M, dimensions))``, centered: the distances are kept as well
+        as that many axes can keep them.
+    """
+    centered = features.double() - features.double().mean(dim=0)
+    _, _, axes = torch.linalg.svd(centered, full_matrices=False)
+    projected: Tensor = centered @ axes[:dimensions].T
+    return projected.float()
+
+
+def write_pictures(
+    folder: str | Path,
+    paths: Sequence[str],
+    camids: Sequence[int],
+    features: Tensor,
+    labels: Tensor,
+    *,
+    step: int,
+) -> None:
+    """Write a contact sheet of clusters and the embedding to a run's TensorBoard files.
+
+    Of the embedding at most 1,000 images are shown, with 64 principal axes, cluster,
+    camera, file name and a small crop. A failure to write is a warning: the run is worth
+    more.
+
+    Args:
+        folder: Folder of the run.
+        paths: The M images.
+        camids: Camera of each image, -1 where unknown.
+        features: Unit features, ``(M, C)``.
+        labels: Cluster of each image, int64 ``(M,)``, -1 for an outlier.
+        step: Optimizer steps done.
+    """
+    features, labels = features.detach().float().cpu(), labels.cpu()
+    points = chosen_points(labels)
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(folder)) as writer:
+            if bool((labels != OUTLIER).any()):
+                sheet = np.asarray(cluster_sheet(paths, features, labels))
+                writer.add_image("largest_clusters", sheet, step, dataformats="HWC")
+            writer.add_embedding(
+                reduced(features[points]),
+                metadata=[
+                    [_cluster_name(labels[i]), camids[i], Path(paths[i]).name]
+                    for i in points.tolist()
+                ],
+                metadata_header=["cluster", "camera", "file"],
+                label_img=_sprites([paths[i] for i in points.tolist()]),
+                global_step=step,
+                tag="training_images",
+            )
+    except (OSError, ImportError) as error:
+        logger.warning("No pictures were written to TensorBoard: %s", error)
+        return
+    logger.info("Pictures of clusters and embedding written to TensorBoard in %s", folder)
+
+
+def _cluster_name(label: Tensor) -> str:
+    return "none" if label == OUTLIER else str(int(label))
+
+
+def _sprites(paths: Sequence[str]) -> Tensor:
+    """Read small crops, (N, 3, side, side) in 0..1: the projector wants square ones."""
+    side = max(_SPRITE)
+    sprites = np.full((len(paths), side, side, 3), 255, dtype=np.uint8)
+    left = (side - _SPRITE[0]) // 2
+    for sprite, path in zip(sprites, paths, strict=True):
+        crop: NDArray[np.uint8] = np.asarray(_thumbnail(path, _SPRITE))
+        sprite[:, left : left + _SPRITE[0]] = crop
+    return torch.from_numpy(sprites).permute(0, 3, 1, 2).float() / 255.0

@@ -1,0 +1,263 @@
+"""A folder of images, from features to clusters: what ``selcon cluster`` does."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from selcon_plugin.clustering import PseudoLabels, build_labeler
+from selcon_plugin.clustering.camera_centering import num_centered
+from selcon_plugin.config.checks import make_output_folder
+from selcon_plugin.datasets import ImageItem, read_image_folder
+from selcon_plugin.engine.estimates import (
+    check_memory,
+    clustering_estimate,
+    extraction_estimate,
+    product_rate,
+)
+from selcon_plugin.io.atomic import write_atomically
+from selcon_plugin.report.sheets import SheetRow, contact_sheet
+from selcon_plugin.workflows.folder_clusters import (
+    FolderClusters,
+    cluster_confidence,
+    cluster_features,
+    default_options,
+    link_clusters,
+    write_csv,
+)
+
+if TYPE_CHECKING:
+    from selcon_plugin.inference.embedder import Embedder
+    from selcon_plugin.inference.folder_features import FolderFeatures
+
+__all__ = ["cluster_folder", "fingerprint"]
+
+CSV_FILE, FEATURES_FILE, SHEET_FILE = "clusters.csv", "features.npz", "contact_sheet.jpg"
+LINKS_FOLDER = "links"
+# What the features beside it were made of.
+_FACTS_FILE = "features.json"
+# JPEG files hold no picture that is longer.
+_MOST_SHEET_ROWS = 400
+
+
+def cluster_folder(
+    load_embedder: Callable[[], Embedder],
+    folder: str | Path,
+    output: str | Path,
+    *,
+    network_key: str,
+    labeler: str = "DBSCAN",
+    options: Mapping[str, Any] | None = None,
+    camera_pattern: str = "",
+    links: bool = False,
+    contact_sheet_rows: int = 0,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    device: str = "auto",
+    say: Callable[[str], None] = lambda _: None,
+) -> FolderClusters:
+    """Cluster a folder of images, and write the clusters.
+
+    ``clusters.csv`` is written into ``output``, and ``features.npz``, from which the same
+    network clusters the same images again without computing anything. Time and memory are
+    said before either is begun.
+
+    Args:
+        load_embedder: Makes the network; called only if there are no features of it yet.
+        folder: Images, searched to any depth.
+        output: Folder to write to.
+        network_key: Text that changes with the network.
+        labeler: Registered name.
+        options: Its options; those left out are chosen by the number of images.
+        camera_pattern: How to find the camera in a file's path, as for ``selcon train``.
+        links: Whether to make a folder of links for each cluster.
+        contact_sheet_rows: How many of the largest clusters to draw.
+        batch_size: Images computed together.
+        num_workers: Processes that read images.
+        device: Where to cluster: ``"auto"`` for a GPU if there is one.
+        say: Takes lines for the user.
+
+    Returns:
+        The clusters.
+
+    Raises:
+        ValueError: If an option is illegal, the images need more memory than there is, or
+            the output cannot be written.
+        FileNotFoundError: If there is no such folder.
+    """  # noqa: DOC502  (raised by what this calls)
+    if not 0 <= contact_sheet_rows <= _MOST_SHEET_ROWS:
+        raise ValueError(
+            f"--contact-sheet draws 1 to {_MOST_SHEET_ROWS} clusters, got "
+            f"{contact_sheet_rows}"
+        )
+    make_output_folder("--output", str(output))
+    output = Path(output)
+    items = read_image_folder(folder, camera_pattern=camera_pattern)
+    facts = {"network": network_key, "images": fingerprint(items)}
+    found = _kept_features(output, facts)
+    if found is None:
+        found = _compute_features(
+            load_embedder(), folder, len(items), batch_size, num_workers, say
+        )
+        # In this order: a kill between the two leaves features that nobody believes.
+        (output / _FACTS_FILE).unlink(missing_ok=True)
+        found.save(output / FEATURES_FILE)
+        write_atomically(json.dumps(facts) + "\n", output / _FACTS_FILE)
+    else:
+        say(f"{len(found.paths):,} features of this network are in {output} already")
+    values = {**default_options(labeler, len(found.paths)), **(options or {})}
+    camera_of = {item.path: item.camera or "" for item in items}
+    cameras = [camera_of.get(path, "") for path in found.paths]
+    labels = _cluster(found, cameras, labeler, values, _device(device), say)
+    clusters = FolderClusters(
+        found.paths,
+        cameras,
+        labels.labels.numpy(),
+        cluster_confidence(found.features, labels.labels.numpy()),
+    )
+    write_csv(clusters, output / CSV_FILE, folder=folder)
+    say(f"{_summary(labels)}: {output / CSV_FILE}")
+    if links:
+        link_clusters(clusters, output / LINKS_FOLDER)
+        say(f"A folder for each cluster: {output / LINKS_FOLDER}")
+    if contact_sheet_rows and clusters.num_clusters:
+        rows = [
+            _sheet_row(clusters, number)
+            for number in range(min(contact_sheet_rows, clusters.num_clusters))
+        ]
+        say(f"The largest clusters: {contact_sheet(output / SHEET_FILE, rows)}")
+    return clusters
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def fingerprint(items: Sequence[ImageItem]) -> str:
+    """Return a short text that changes with the images' names, sizes and times.
+
+    Args:
+        items: The images.
+
+    Returns:
+        Sixteen hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for item in items:
+        state = ""
+        with contextlib.suppress(OSError):
+            status = os.stat(item.path)
+            state = f"{status.st_size} {status.st_mtime_ns}"
+        digest.update(f"{os.path.abspath(item.path)}\0{state}\n".encode(errors="replace"))
+    return digest.hexdigest()[:16]
+
+
+def _kept_features(output: Path, facts: Mapping[str, str]) -> FolderFeatures | None:
+    """Read the features of an earlier call, if of this network and these images."""
+    from selcon_plugin.inference.folder_features import FolderFeatures
+
+    try:
+        same = json.loads((output / _FACTS_FILE).read_text()) == facts
+        return FolderFeatures.load(output / FEATURES_FILE) if same else None
+    except (OSError, ValueError):  # none, or damaged: they can be computed again
+        return None
+
+
+def _compute_features(
+    embedder: Embedder,
+    folder: str | Path,
+    num_images: int,
+    batch_size: int,
+    num_workers: int,
+    say: Callable[[str], None],
+) -> FolderFeatures:
+    from selcon_plugin.datasets.reading import fault_of
+
+    # An unreadable image would end the measurement: the next one takes its place.
+    first = []
+    for item in read_image_folder(folder, camera_pattern="none"):
+        if not fault_of(item.path):
+            first.append(item.path)
+        if len(first) == batch_size:
+            break
+    if first:
+        expected = extraction_estimate(
+            lambda count: embedder(first[:count], batch_size=batch_size),
+            num_images,
+            embedder.dim,
+            batch_size=len(first),
+        )
+        say(f"{num_images:,} images: their features take {expected}")
+        check_memory(expected, f"computing the features of {num_images:,} images")
+    return embedder.embed_folder(
+        folder,
+        camera_pattern="none",
+        batch_size=batch_size,
+        num_workers=num_workers,
+        show_progress=sys.stderr.isatty(),
+    )
+
+
+def _cluster(
+    found: FolderFeatures,
+    cameras: Sequence[str],
+    labeler: str,
+    options: Mapping[str, Any],
+    device: str,
+    say: Callable[[str], None],
+) -> PseudoLabels:
+    num_images, dim = found.features.shape
+    neighbors = build_labeler(labeler, **options).num_neighbors(num_images)
+    expected = clustering_estimate(
+        num_images, dim, k1=neighbors, products_per_second=product_rate(dim, device)
+    )
+    chosen = ", ".join(f"{name} {value}" for name, value in options.items())
+    say(f"Clustering takes {expected}: {labeler} ({chosen or 'its defaults'})")
+    if device == "cpu":
+        check_memory(expected, f"clustering {num_images:,} images")
+    started = time.perf_counter()
+    known = sorted({camera for camera in cameras if camera})
+    number_of = {camera: number for number, camera in enumerate(known)}
+    camids = np.array([number_of.get(camera, -1) for camera in cameras], dtype=np.int64)
+    if centered := num_centered(torch.from_numpy(camids)):
+        say(f"The features of {centered} cameras are made alike in their means")
+    labels = cluster_features(
+        found.features, camids, labeler=labeler, options=options, device=device
+    )
+    say(f"Clustered in {time.perf_counter() - started:.1f} s")
+    return labels
+
+
+def _summary(found: PseudoLabels) -> str:
+    if not found.num_clusters:
+        return "No cluster was found; try a larger --eps, or train on these images first"
+    sizes = found.sizes
+    eps = found.measured.get("eps")
+    return (
+        f"{found.num_clusters} clusters of {int(sizes.min())} to {int(sizes.max())} "
+        f"images, {found.num_outliers} images in none ({100 * found.outlier_ratio:.0f} %)"
+        + (f", eps {eps:g}" if eps is not None else "")
+    )
+
+
+def _sheet_row(clusters: FolderClusters, number: int) -> SheetRow:
+    members = clusters.members(number)
+    cameras = {clusters.cameras[image] for image in members} - {""}
+    seen = f", {len(cameras)} camera{'s' * (len(cameras) > 1)}" if cameras else ""
+    confidence = float(clusters.confidence[members].mean())
+    return SheetRow(
+        f"cluster {number}: {len(members)} images{seen}, mean confidence {confidence:.2f}",
+        [clusters.paths[image] for image in members],
+    )

@@ -1,0 +1,279 @@
+"""Clusters of a folder of images: who may be the same person, written for people to read.
+
+Shape shorthand in this module:
+
+    M: images
+    C: length of a feature
+    K: clusters
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from selcon_plugin.clustering import (
+    OUTLIER,
+    PseudoLabels,
+    build_labeler,
+    labeler_names,
+    labeler_options,
+)
+from selcon_plugin.clustering.neighborhood import NeighborhoodSizes
+from selcon_plugin.config.checks import check_name
+from selcon_plugin.io.atomic import write_atomically
+
+__all__ = [
+    "FolderClusters",
+    "cluster_confidence",
+    "cluster_features",
+    "default_options",
+    "link_clusters",
+    "write_csv",
+]
+
+_CSV_COLUMNS = ("image", "cluster", "confidence", "camera")
+_OUTLIERS = "outliers"
+# Similarities of images and centers held at a time.
+_PRODUCTS = 2**24
+
+
+@dataclass(frozen=True)
+class FolderClusters:
+    """Which images of a folder are in which cluster.
+
+    Attributes:
+        paths: Path of each image.
+        cameras: Name of each image's camera; "" where unknown.
+        labels: Cluster of each image, int64 ``(M,)``; -1 for an outlier. The largest
+            cluster is 0.
+        confidence: How clearly each belongs there, float32 ``(M,)``; see
+            :func:`cluster_confidence`.
+    """
+
+    paths: Sequence[str]
+    cameras: Sequence[str]
+    labels: NDArray[np.int64]
+    confidence: NDArray[np.float32]
+
+    @property
+    def num_clusters(self) -> int:
+        """Clusters; outliers are none."""
+        return int(self.labels.max(initial=OUTLIER)) + 1
+
+    def members(self, cluster: int) -> NDArray[np.int64]:
+        """Return the images of a cluster, the most confident first.
+
+        Args:
+            cluster: Its number; -1 for the outliers.
+        """
+        images = np.flatnonzero(self.labels == cluster)
+        order = np.argsort(-self.confidence[images], kind="stable")
+        members: NDArray[np.int64] = images[order].astype(np.int64)
+        return members
+
+
+def default_options(labeler: str, num_images: int) -> dict[str, Any]:
+    """Choose a labeler's options by the number of images.
+
+    Args:
+        labeler: Registered name.
+        num_images: Images M.
+
+    Returns:
+        ``eps`` "auto" where the labeler finds it, and the neighbors of
+        :class:`~selcon_plugin.clustering.neighborhood.NeighborhoodSizes`, as far as it has
+        such options. For few images HDBSCAN's smallest cluster shrinks to ``min_samples``.
+
+    Raises:
+        ValueError: If there is no such labeler.
+    """  # noqa: DOC502  (raised by what this calls)
+    check_name("--labeler", labeler, labeler_names())
+    known = labeler_options(labeler)
+    sizes = NeighborhoodSizes.for_images(num_images)
+    chosen: dict[str, Any] = {name: value for name, value in vars(sizes).items()}
+    if "eps" in known and "auto" in known["eps"].words:
+        chosen["eps"] = "auto"
+    if labeler == "HDBSCAN" and sizes != NeighborhoodSizes():
+        chosen["min_cluster_size"] = sizes.min_samples
+    return {name: value for name, value in chosen.items() if name in known}
+
+
+def cluster_features(
+    features: NDArray[np.float32],
+    camids: NDArray[np.int64] | None = None,
+    *,
+    labeler: str = "DBSCAN",
+    options: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+) -> PseudoLabels:
+    """Cluster images, and number the clusters by size.
+
+    Args:
+        features: Unit vectors, shape ``(M, C)``.
+        camids: Camera of each image, ``(M,)``, -1 where unknown: the features of all
+            cameras are made alike in their means first. None to leave cameras out.
+        labeler: Registered name.
+        options: Its options; those left out are chosen by the number of images, see
+            :func:`default_options`.
+        device: Where to compute what PyTorch computes.
+
+    Returns:
+        The clusters, the largest numbered 0, with what the labeler measured.
+
+    Raises:
+        ValueError: If labeler or option is unknown, or a value illegal.
+    """  # noqa: DOC502  (raised by what this calls)
+    values = {**default_options(labeler, len(features)), **(options or {})}
+    clusterer = build_labeler(labeler, center_cameras=True, **values)
+    found = clusterer(
+        torch.from_numpy(features).to(device),
+        None if camids is None else torch.from_numpy(camids),
+    )
+    order = torch.argsort(found.sizes, descending=True, stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order))
+    labels = found.labels.clone()
+    inside = labels != OUTLIER
+    labels[inside] = rank[labels[inside]]
+    return PseudoLabels(labels, distance=found.distance, measured=found.measured)
+
+
+def cluster_confidence(
+    features: NDArray[np.float32], labels: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    r"""Tell how clearly each image belongs to its cluster.
+
+    With a the cosine distance (1 - cosine) of an image to the center of the *other* images
+    of its cluster, and b that to the nearest center of another cluster, the confidence is
+    :math:`\frac12 (1 + \frac{b - a}{\max(a, b)})`: 1 at the own center, 0.5 where another
+    cluster is as near, below where another is nearer. It is a silhouette of centers, moved
+    to 0..1; no probability. Where there is one cluster alone, b is 1, no similarity.
+
+    Args:
+        features: Unit vectors, shape ``(M, C)``.
+        labels: Clusters 0..K-1 without a gap, -1 for an outlier, ``(M,)``.
+
+    Returns:
+        Float32 ``(M,)``; 0 for outliers and for clusters of one image, which have no
+        others to be compared with.
+
+    Example:
+        >>> features = np.eye(3, dtype=np.float32)[[0, 0, 1, 1, 2]]
+        >>> cluster_confidence(features, np.array([0, 0, 1, 1, -1])).tolist()
+        [1.0, 1.0, 1.0, 1.0, 0.0]
+    """
+    confidence = np.zeros(len(labels), dtype=np.float32)
+    sizes = np.bincount(labels[labels != OUTLIER])
+    if not len(sizes):
+        return confidence
+    sums = np.zeros((len(sizes), features.shape[1]), dtype=np.float32)
+    inside = np.flatnonzero(labels != OUTLIER)
+    np.add.at(sums, labels[inside], features[inside])
+    centers = _unit(sums)
+    compared = inside[sizes[labels[inside]] > 1]
+    step = max(1, _PRODUCTS // max(len(sizes), features.shape[1]))
+    for start in range(0, len(compared), step):
+        rows = compared[start : start + step]
+        own, images = labels[rows], features[rows]
+        others = _unit(sums[own] - images)
+        a = np.maximum(0.0, 1.0 - (images * others).sum(axis=1))
+        similarity = images @ centers.T
+        similarity[np.arange(len(rows)), own] = -1.0
+        nearest = similarity.max(axis=1) if len(sizes) > 1 else np.zeros(len(rows))
+        b = np.maximum(0.0, 1.0 - nearest)
+        larger = np.maximum(a, b)
+        score = np.divide(b - a, larger, out=np.zeros_like(larger), where=larger > 0)
+        confidence[rows] = (1.0 + score) / 2.0
+    return confidence
+
+
+def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit: NDArray[np.float32] = vectors / np.maximum(length, 1e-12)
+    return unit
+
+
+def write_csv(clusters: FolderClusters, file: str | Path, *, folder: str | Path) -> None:
+    """Write a table ``image,cluster,confidence,camera``, sorted by image.
+
+    Args:
+        clusters: What to write.
+        file: The file to write or replace.
+        folder: Folder of the images, to which the names are relative.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_CSV_COLUMNS)
+    names = [relative_name(path, folder) for path in clusters.paths]
+    for image in sorted(range(len(names)), key=names.__getitem__):
+        writer.writerow(
+            (
+                names[image],
+                int(clusters.labels[image]),
+                f"{clusters.confidence[image]:.4f}",
+                clusters.cameras[image],
+            )
+        )
+    write_atomically(text.getvalue(), file)
+
+
+def relative_name(path: str | Path, folder: str | Path) -> str:
+    """Return an image's path below the folder, with forward slashes."""
+    return Path(os.path.relpath(path, Path(folder).expanduser())).as_posix()
+
+
+def link_clusters(clusters: FolderClusters, folder: str | Path) -> None:
+    """Make a folder of links for each cluster, the most confident image first.
+
+    The links are relative and symbolic; hard where the file system has no symbolic ones.
+
+    Args:
+        clusters: What to show.
+        folder: Folder to make, or to replace if it holds nothing but links; ``0000``,
+            ``0001``, ... and ``outliers`` are made in it.
+
+    Raises:
+        ValueError: If there is anything else in it.
+    """  # noqa: DOC502  (raised by what this calls)
+    folder = Path(folder)
+    _remove_links(folder)
+    for cluster in range(OUTLIER, clusters.num_clusters):
+        members = clusters.members(cluster)
+        if not len(members):
+            continue
+        place = folder / (_OUTLIERS if cluster == OUTLIER else f"{cluster:04d}")
+        place.mkdir(parents=True)
+        for number, image in enumerate(members):
+            source = Path(clusters.paths[image]).absolute()
+            # Images of several folders may have the same name.
+            link = place / f"{number:04d}_{source.name}"
+            try:
+                link.symlink_to(os.path.relpath(source, place.absolute()))
+            except OSError:
+                os.link(source, link)
+
+
+def _remove_links(folder: Path) -> None:
+    """Remove an earlier folder of links; refuse to remove anything else."""
+    if not folder.exists():
+        return
+    for place, _, names in os.walk(folder):
+        for name in names:
+            file = Path(place, name)
+            if not file.is_symlink() and file.stat().st_nlink < 2:
+                raise ValueError(
+                    f"{folder} is replaced by links, but holds the file {file}: move it, "
+                    "or name another --output"
+                )
+    shutil.rmtree(folder)

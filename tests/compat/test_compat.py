@@ -1,0 +1,632 @@
+"""Every shim: the fault without it, none with it, and that it spares a healthy host."""
+
+import collections
+import importlib.util
+import inspect
+import json
+import pickle
+import subprocess
+import sys
+import threading
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from selcon_plugin import compat
+
+ROOT = Path(__file__).parent.parent
+
+needs_fastreid = pytest.mark.skipif(
+    importlib.util.find_spec("fastreid") is None, reason="FastReID is not installed"
+)
+needs_torchreid = pytest.mark.skipif(
+    importlib.util.find_spec("torchreid") is None, reason="torchreid is not installed"
+)
+
+
+def run_python(code, *, path=()):
+    """Run code in a fresh interpreter and return the JSON value on its last line."""
+    setup = f"import sys; sys.path[:0] = {[str(ROOT), *map(str, path)]!r}\n"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", setup + code], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# --- each fault, before and after its shim -----------------------------------------------
+
+# One interpreter meets the faults one after another, in the order in which importing and
+# using FastReID meets them, and applies each shim only after its fault was seen.
+FAULTS = """
+import importlib, io, json, os, subprocess, sys
+import numpy as np, torch
+from PIL import Image
+from selcon_plugin import compat
+
+seen = {"hosts imported by compat": sorted({"fastreid", "torchreid"} & set(sys.modules))}
+
+def attempt(use, fault=""):
+    try:
+        use()
+    except (Exception, SystemExit) as error:
+        for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
+            if fault == "torchvision":
+                del sys.modules[name]  # half imported
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+def before_and_after(fault, shim, use):
+    seen[fault] = [attempt(use, fault), shim() or attempt(use)]
+
+module = importlib.import_module
+before_and_after("torchvision", compat.prepare_torchvision, lambda: module("torchvision"))
+before_and_after("torch._six", compat._restore_torch_six, lambda: module("torch._six"))
+mapping = lambda: exec("from collections import Mapping")
+before_and_after("collections.Mapping", compat._restore_collections_mapping, mapping)
+
+from fastreid.evaluation.rank import evaluate_rank
+one, two = np.arange(1), np.arange(2)
+cuhk03 = lambda: evaluate_rank(
+    np.zeros((1, 2)), one, two, one, two + 1, 1, use_metric_cuhk03=True, use_cython=False
+)
+before_and_after("numpy.bool", compat._restore_numpy_bool, cuhk03)
+
+stored = io.BytesIO()
+content = {"rank1": np.float32(0.5), "epoch": np.int64(3), "model": {"w": np.ones((2, 2))}}
+torch.save(content, stored)
+
+def load():
+    loaded = torch.load(io.BytesIO(stored.getvalue()))
+    assert loaded["rank1"] == 0.5 and loaded["epoch"] == 3
+    assert (loaded["model"]["w"] == 1).all()
+
+before_and_after("checkpoint", compat._allow_numpy_in_checkpoints, load)
+
+from fastreid.config import get_cfg
+from fastreid.data.transforms import build_transforms
+config = get_cfg()
+config.INPUT.AFFINE.ENABLED = True
+image = Image.fromarray(np.full((64, 32, 3), 9, np.uint8))
+affine = lambda: build_transforms(config, is_train=True)(image)
+before_and_after("affine", compat._translate_random_affine, affine)
+
+from fastreid.data.data_utils import DataLoaderX
+
+def load_batches():
+    loader = DataLoaderX(0, dataset=[{"x": torch.ones(1) * i} for i in range(5)],
+                         batch_size=2, pin_memory=True)
+    for _ in range(2):  # two epochs
+        assert [batch["x"].flatten().tolist() for batch in loader] == [[0, 1], [2, 3], [4]]
+    loader.shutdown()
+
+before_and_after("data loader", compat._let_data_loader_run_without_cuda, load_batches)
+
+from fastreid.solver import build_optimizer
+
+def take_two_steps(contiguous):
+    torch.manual_seed(0)
+    net = torch.nn.Linear(3, 2)
+    optimizer, _ = build_optimizer(get_cfg(), net, contiguous=contiguous)
+    for _ in range(2):
+        optimizer.zero_grad()
+        net(torch.ones(4, 3)).square().sum().backward()
+        optimizer.step()
+    return net.weight.detach().clone()
+
+def optimize():
+    assert torch.equal(take_two_steps(True), take_two_steps(False)), "weights stood still"
+
+before_and_after("optimizer", compat._let_optimizers_keep_their_gradients, optimize)
+
+from fastreid.evaluation import ReidEvaluator, rank, reid_evaluation
+rank.IS_CYTHON_AVAI = False
+sys.modules["fastreid.evaluation.rank_cylib.rank_cy"] = None  # it is not compiled
+path = os.environ["PATH"]
+calls = []
+
+def failing_make(command, **options):
+    calls.append(os.environ["PATH"].split(os.pathsep)[0])
+    return subprocess.CompletedProcess(command, 2)
+
+subprocess.run = failing_make
+evaluator = lambda: ReidEvaluator(get_cfg(), 1)
+before_and_after("compiler", compat._keep_running_without_compiler, evaluator)
+again = attempt(evaluator)
+seen["compiler calls"] = [len(calls), again, calls[-1] == os.path.dirname(sys.executable),
+                          os.environ["PATH"] == path]
+
+from fastreid.utils.compute_dist import build_dist
+features = torch.eye(6)[torch.arange(12) % 6] + 0.01 * torch.arange(12)[:, None]
+
+def rerank():
+    distance = build_dist(features[:4], features[4:], metric="jaccard", k1=3, k2=2)
+    assert distance.shape == (4, 8) and np.isfinite(distance).all()
+
+before_and_after("re-ranking", compat._let_reranking_run_without_gpu_faiss, rerank)
+
+print(json.dumps(seen))
+"""
+
+
+@pytest.fixture(scope="module")
+def faults():
+    return run_python(FAULTS)
+
+
+# What a user sees without the shim; empty where the words differ between versions.
+SYMPTOMS = {
+    "torchvision": "operator torchvision::nms does not exist",
+    "torch._six": "No module named 'torch._six'",
+    "collections.Mapping": "cannot import name 'Mapping' from 'collections'",
+    "numpy.bool": "module 'numpy' has no attribute 'bool'",
+    "checkpoint": "WeightsUnpickler error: Unsupported",
+    "affine": "unexpected keyword argument 'resample'",
+    "data loader": "",
+    "optimizer": "weights stood still",
+    "compiler": "SystemExit: 1",
+    "re-ranking": "",
+}
+
+
+@needs_fastreid
+@pytest.mark.parametrize("fault", SYMPTOMS)
+def test_fault_is_there_without_its_shim_and_gone_with_it(faults, fault):
+    before, after = faults[fault]
+    assert after == ""
+    if not before:
+        pytest.skip(f"the versions installed here are healthy: {fault}")
+    assert SYMPTOMS[fault] in before
+
+
+@needs_fastreid
+def test_compat_itself_imports_no_host(faults):
+    assert faults["hosts imported by compat"] == []
+
+
+@needs_fastreid
+def test_compiler_is_tried_once_with_the_running_python_first_on_the_path(faults):
+    # One failing call without the shim, one with it, none for the second evaluator.
+    assert faults["compiler calls"] == [2, "", True, True]
+
+
+# --- healthy hosts are left alone --------------------------------------------------------
+
+
+def test_healthy_torchvision_is_untouched(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    monkeypatch.setattr(compat, "_torchvision_operators_load", lambda: True)
+    monkeypatch.setattr(compat, "_torchvision_library", None)
+    compat.prepare_torchvision()
+    assert not compat.torchvision_is_patched()
+
+
+def test_existing_torch_six_is_untouched(monkeypatch):
+    existing = types.ModuleType("torch._six")
+    existing.__spec__ = importlib.util.spec_from_loader("torch._six", loader=None)
+    monkeypatch.setitem(sys.modules, "torch._six", existing)
+    compat._restore_torch_six()
+    assert sys.modules["torch._six"] is existing
+
+
+def test_existing_mapping_is_untouched(monkeypatch):
+    existing = object()
+    monkeypatch.setattr(collections, "Mapping", existing, raising=False)
+    compat._restore_collections_mapping()
+    assert collections.Mapping is existing
+
+
+def test_existing_numpy_bool_is_untouched(monkeypatch):
+    existing = object()
+    monkeypatch.setitem(vars(np), "bool", existing)  # asking NumPy 1 for it would warn
+    compat._restore_numpy_bool()
+    assert np.bool is existing
+
+
+def test_torch_that_loads_numpy_numbers_is_told_nothing(monkeypatch):
+    told = []
+    monkeypatch.setattr(compat, "_loads_numpy_numbers", lambda: True)
+    monkeypatch.setattr(torch.serialization, "add_safe_globals", told.append, raising=False)
+    compat._allow_numpy_in_checkpoints()
+    assert told == []
+
+
+def test_affine_of_an_old_torchvision_is_untouched(monkeypatch):
+    class RandomAffine:
+        def __init__(self, degrees, resample=False, fillcolor=0): ...
+
+    view = types.SimpleNamespace(RandomAffine=RandomAffine)  # stands for torchvision
+    fake_module(monkeypatch, "fastreid.data.transforms.build", T=view)
+    compat._translate_random_affine()
+    assert view.RandomAffine is RandomAffine
+
+
+def test_data_loader_is_untouched_with_cuda(monkeypatch):
+    class DataLoaderX:
+        def __next__(self): ...
+
+    own = dict(vars(DataLoaderX))
+    fake_module(monkeypatch, "fastreid.data.data_utils", DataLoaderX=DataLoaderX)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    compat._let_data_loader_run_without_cuda()
+    assert dict(vars(DataLoaderX)) == own
+
+
+@needs_fastreid
+@pytest.mark.parametrize("mended", [False, True])
+def test_error_in_the_thread_that_fetches_batches_reaches_the_training(monkeypatch, mended):
+    compat.prepare_fastreid()
+    from fastreid.data.data_utils import BackgroundGenerator
+
+    def batches():
+        yield 1
+        raise RuntimeError("the disk is gone")
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    if not mended:
+        own = inspect.unwrap(BackgroundGenerator.run)
+        monkeypatch.setattr(BackgroundGenerator, "run", own)
+        monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    fetched = BackgroundGenerator(batches(), 0)
+    assert next(fetched) == 1
+    if mended:
+        with pytest.raises(RuntimeError, match="the disk is gone"):
+            next(fetched)
+        assert list(BackgroundGenerator(iter([1, 2]), 0)) == [1, 2]
+    else:
+        fetched.join(60)
+        assert fetched.queue.empty()  # and the training would wait for ever
+
+
+def test_optimizers_of_an_old_torch_are_untouched(monkeypatch):
+    def maybe_add_freeze_layer(): ...
+
+    name = "fastreid.solver.build"
+    module = fake_module(monkeypatch, name, maybe_add_freeze_layer=maybe_add_freeze_layer)
+    monkeypatch.setattr(compat, "_zero_grad_drops_gradients", lambda: False)
+    compat._let_optimizers_keep_their_gradients()
+    assert module.maybe_add_freeze_layer is maybe_add_freeze_layer
+
+
+def test_compiled_ranking_is_untouched(monkeypatch):
+    def compile_helper(): ...
+
+    name = "fastreid.evaluation"
+    library = fake_module(monkeypatch, f"{name}.rank_cylib", compile_helper=compile_helper)
+    fake_module(monkeypatch, f"{name}.reid_evaluation", compile_helper=compile_helper)
+    fake_module(monkeypatch, f"{name}.rank", IS_CYTHON_AVAI=True)
+    compat._keep_running_without_compiler()
+    assert library.compile_helper is compile_helper
+
+
+def test_reranking_is_untouched_where_faiss_searches_on_the_gpu(monkeypatch):
+    def compute_jaccard_distance(): ...
+
+    names = ("StandardGpuResources", "cast_integer_to_long_ptr", "bruteForceKnn")
+    module = fake_module(
+        monkeypatch,
+        "fastreid.utils.compute_dist",
+        faiss=types.SimpleNamespace(**dict.fromkeys(names)),
+        compute_jaccard_distance=compute_jaccard_distance,
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    compat._let_reranking_run_without_gpu_faiss()
+    assert module.compute_jaccard_distance is compute_jaccard_distance
+
+
+def fake_module(monkeypatch, name, **content):
+    module = types.ModuleType(name)
+    module.__dict__.update(content)
+    monkeypatch.setitem(sys.modules, name, module)
+    return module
+
+
+# --- all shims together ------------------------------------------------------------------
+
+
+def fastreid_state():
+    """Collect every object a shim may have replaced."""
+    compat.prepare_fastreid()
+    from fastreid.data import data_utils
+    from fastreid.data.transforms import build
+    from fastreid.evaluation import rank_cylib, reid_evaluation
+    from fastreid.solver import build as solver
+    from fastreid.utils import compute_dist
+
+    return [
+        *vars(data_utils.DataLoaderX).values(),
+        build.T,
+        solver.maybe_add_freeze_layer,
+        rank_cylib.compile_helper,
+        reid_evaluation.compile_helper,
+        compute_dist.compute_jaccard_distance,
+        collections.Mapping,
+        sys.modules.get("torch._six"),
+        np.bool,
+        compat._torchvision_library,
+    ]
+
+
+@needs_fastreid
+def test_preparing_twice_changes_nothing():
+    first = fastreid_state()
+    second = fastreid_state()
+    assert all(a is b for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "command"),
+    [
+        (compat.prepare_fastreid, "pip install --no-deps fastreid==1.4.0"),
+        (compat.prepare_torchreid, "pip install --no-deps torchreid==0.2.5"),
+        (compat.import_torchreid, "pip install --no-deps torchreid==0.2.5"),
+    ],
+)
+def test_missing_host_is_named_with_the_command_that_installs_it(
+    monkeypatch, prepare, command
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(compat.HostMissingError, match=command) as caught:
+        prepare()
+    assert isinstance(caught.value, ImportError)
+
+
+class RunsOnLoad:
+    def __reduce__(self):
+        return print, ("a checkpoint ran code",)
+
+
+@pytest.mark.skipif(
+    "weights_only" not in str(torch.load.__doc__) or torch.__version__ < "2.6",
+    reason="torch.load runs pickled code by default before torch 2.6",
+)
+def test_checkpoints_still_cannot_run_code(tmp_path):
+    compat._allow_numpy_in_checkpoints()
+    torch.save(RunsOnLoad(), tmp_path / "hostile.pth")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "hostile.pth")
+
+
+# --- the hosts at work -------------------------------------------------------------------
+
+
+def write_market(root, *, train, query, gallery):
+    """Write noise images in Market-1501's layout; each argument lists (pid, camera)."""
+    generator = np.random.default_rng(0)
+    for folder, people in (
+        ("bounding_box_train", train),
+        ("query", query),
+        ("bounding_box_test", gallery),
+    ):
+        (root / folder).mkdir(parents=True)
+        for number, (pid, camera) in enumerate(people):
+            pixels = generator.integers(0, 256, (64, 32, 3), dtype=np.uint8)
+            name = f"{pid:04d}_c{camera}s1_{number:06d}_00.jpg"
+            Image.fromarray(pixels).save(root / folder / name)
+
+
+MARKET = {
+    "train": [(pid, camera) for pid in range(1, 5) for camera in (1, 2)],
+    "query": [(pid, 1) for pid in range(5, 11)],
+    "gallery": [(pid, camera) for pid in range(5, 11) for camera in (2, 3)],
+}
+
+
+def small_fastreid_config(config):
+    config.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+    config.MODEL.BACKBONE.NAME = "build_osnet_backbone"
+    config.MODEL.BACKBONE.DEPTH = "x0_25"
+    config.MODEL.BACKBONE.FEAT_DIM = 128
+    config.MODEL.BACKBONE.PRETRAIN = False
+    config.INPUT.SIZE_TRAIN = config.INPUT.SIZE_TEST = [64, 32]
+    config.DATASETS.NAMES = config.DATASETS.TESTS = ("Market1501",)
+    config.DATALOADER.SAMPLER_TRAIN = "TrainingSampler"
+    config.DATALOADER.NUM_WORKERS = 0
+    config.SOLVER.IMS_PER_BATCH = 4
+    config.SOLVER.MAX_EPOCH = config.TEST.EVAL_PERIOD = 2
+    config.TEST.RERANK.ENABLED = True
+    config.TEST.RERANK.K1, config.TEST.RERANK.K2 = 3, 2
+    return config
+
+
+@pytest.fixture
+def one_thread():
+    """Tiny steps on a busy machine: more threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@needs_fastreid
+@pytest.mark.usefixtures("one_thread")
+def test_fastreid_trains_resumes_and_evaluates(tmp_path, monkeypatch):
+    compat.prepare_fastreid()
+    from fastreid.config import get_cfg
+    from fastreid.data import build
+    from fastreid.engine import DefaultTrainer
+
+    def failing_make(command, **options):
+        return subprocess.CompletedProcess(command, 2)
+
+    monkeypatch.setattr(subprocess, "run", failing_make)  # compiling takes half a minute
+    monkeypatch.setattr(build, "_root", str(tmp_path))
+    write_market(tmp_path / "Market-1501-v15.09.15", **MARKET)
+    config = small_fastreid_config(get_cfg())
+    config.OUTPUT_DIR = str(tmp_path)
+    trainer = DefaultTrainer(config)
+    trainer.resume_or_load(resume=False)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    results = trainer.train()
+    assert trainer.iter == 4  # two epochs of two iterations
+    assert 0 < results["mAP"] <= 100
+    after = list(trainer.model.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+    resumed = DefaultTrainer(config)
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_epoch == 2
+    pairs = zip(after, resumed.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@needs_torchreid
+@pytest.mark.usefixtures("one_thread")
+def test_torchreid_trains_resumes_and_evaluates(tmp_path):
+    torchreid = compat.import_torchreid()
+    write_market(tmp_path / "market1501" / "Market-1501-v15.09.15", **MARKET)
+    data = torchreid.data.ImageDataManager(
+        root=str(tmp_path),
+        sources="market1501",
+        height=64,
+        width=32,
+        batch_size_train=4,
+        batch_size_test=4,
+        transforms=["random_flip"],
+        use_gpu=False,
+        workers=0,
+    )
+    model = torchreid.models.build_model(
+        "osnet_x0_25", data.num_train_pids, pretrained=False
+    )
+    optimizer = torchreid.optim.build_optimizer(model)
+    scheduler = torchreid.optim.build_lr_scheduler(optimizer)
+    engine = torchreid.engine.ImageSoftmaxEngine(
+        data, model, optimizer, scheduler, use_gpu=False
+    )
+    engine.run(save_dir=str(tmp_path), max_epoch=1, print_freq=1, ranks=[1, 5])
+
+    (checkpoint,) = (tmp_path / "model").glob("model.pth.tar-*")
+    stored = torch.load(checkpoint)
+    assert isinstance(stored["rank1"], np.floating)
+    assert torchreid.utils.resume_from_checkpoint(str(checkpoint), model) == 1
+
+
+@needs_torchreid
+def test_torchreid_ranks_by_both_protocols():
+    torchreid = compat.import_torchreid()
+    distance = np.array([[0.1, 0.9, 0.5], [0.9, 0.6, 0.3]], np.float32)
+    query, gallery = np.array([0, 1]), np.array([0, 1, 2])
+    ones = np.ones(3, np.int64)
+    for cuhk03 in (False, True):
+        cmc, mean_average_precision = torchreid.metrics.evaluate_rank(
+            distance,
+            query,
+            gallery,
+            0 * query,
+            ones,
+            max_rank=3,
+            use_metric_cuhk03=cuhk03,
+            use_cython=False,
+        )
+        # Query 0 finds its match first, query 1 second.
+        np.testing.assert_allclose(cmc, [0.5, 1, 1])
+        assert mean_average_precision == pytest.approx(0.75)
+
+
+class TriedAgainError(Exception):
+    """Raised by the fifth line that torchreid prints about one file."""
+
+
+@pytest.fixture
+def torchreid_reader(monkeypatch):
+    """torchreid's own reader, put back into every place where it is called."""
+    torchreid = compat.import_torchreid()
+    tools = sys.modules[f"{torchreid.__name__}.utils.tools"]
+    dataset = sys.modules[f"{torchreid.__name__}.data.datasets.dataset"]
+    own = inspect.unwrap(tools.read_image)
+    places = (torchreid.utils, tools, dataset)
+    for place in places:
+        monkeypatch.setattr(place, "read_image", own)
+    lines = []
+
+    def print_five_times(line):
+        lines.append(line)
+        if len(lines) == 5:
+            raise TriedAgainError
+
+    monkeypatch.setattr(tools, "print", print_five_times, raising=False)
+    monkeypatch.setattr(compat, "_READ_PAUSES", (0, 0, 0))
+    return torchreid, places
+
+
+@pytest.fixture(params=[b"", b"no image", "truncated"])
+def broken_image(request, tmp_path):
+    path = tmp_path / "broken.jpg"
+    if request.param == "truncated":
+        Image.effect_noise((64, 32), 50).save(path)
+        path.write_bytes(path.read_bytes()[:-200])
+    else:
+        path.write_bytes(request.param)
+    return path
+
+
+@needs_torchreid
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # torchreid's own
+def test_broken_image_stops_torchreid_once_mended(torchreid_reader, broken_image):
+    torchreid, places = torchreid_reader
+    with pytest.raises(TriedAgainError):
+        torchreid.utils.read_image(str(broken_image))
+    compat._let_unreadable_images_fail(torchreid)
+    for place in places:
+        with pytest.raises(OSError, match=r"broken\.jpg cannot be read as an image: "):
+            place.read_image(str(broken_image))
+
+
+@needs_torchreid
+def test_reader_is_mended_once(torchreid_reader):
+    torchreid, places = torchreid_reader
+    compat._let_unreadable_images_fail(torchreid)
+    mended = torchreid.utils.read_image
+    compat._let_unreadable_images_fail(torchreid)
+    assert all(place.read_image is mended for place in places)
+
+
+@needs_torchreid
+def test_mended_reader_reads_what_torchreids_does(torchreid_reader, tmp_path):
+    torchreid, _ = torchreid_reader
+    path = str(tmp_path / "palette.png")
+    Image.effect_noise((8, 4), 50).convert("P").save(path)
+    own = torchreid.utils.read_image(path)
+    compat._let_unreadable_images_fail(torchreid)
+    mended = torchreid.utils.read_image(path)
+    assert mended.mode == "RGB"
+    assert mended.tobytes() == own.tobytes()
+
+
+@needs_torchreid
+def test_reader_that_raises_is_untouched(torchreid_reader, monkeypatch):
+    torchreid, _ = torchreid_reader
+
+    def read_image(path): ...
+
+    monkeypatch.setattr(torchreid.utils, "read_image", read_image)
+    compat._let_unreadable_images_fail(torchreid)
+    assert torchreid.utils.read_image is read_image
+
+
+# --- torchreid's two layouts -------------------------------------------------------------
+
+PARTS = ("data", "engine", "losses", "metrics", "models", "optim", "utils")
+
+LAYOUT = f"""
+import json
+from selcon_plugin import compat
+root = compat.import_torchreid()
+print(json.dumps([root.__name__, all(hasattr(root, part) for part in {PARTS})]))
+"""
+
+
+@pytest.mark.parametrize("root", ["torchreid", "torchreid.reid"])
+def test_both_layouts_of_torchreid_are_found(tmp_path, root):
+    folder = tmp_path.joinpath(*root.split("."))
+    for part in PARTS:
+        (folder / part).mkdir(parents=True)
+        (folder / part / "__init__.py").touch()
+    (tmp_path / "torchreid" / "__init__.py").touch()
+    (folder / "__init__.py").write_text(f"from {root} import {', '.join(PARTS)}\n")
+    assert run_python(LAYOUT, path=[tmp_path]) == [root, True]

@@ -1,0 +1,140 @@
+"""What the bench does around its runs, without training anything."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from selcon_plugin.workflows import bench
+from selcon_plugin.workflows.bench import failure, progress, row_names
+from selcon_plugin.workflows.bench_table import Run
+
+# --- names and messages -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        (["scl.yml", "cc.yaml"], ["scl", "cc"]),
+        (["a/mine.yml", "b/mine.yml", "b/cc.yml"], ["a/mine", "b/mine", "cc"]),
+        (["x/a/m.yml", "y/a/m.yml", "y/b/m.yml"], ["x/a/m", "y/a/m", "b/m"]),
+    ],
+)
+def test_names_of_rows(files, names):
+    assert row_names(files) == names
+
+
+def test_names_of_files_that_differ_in_their_ending_alone(tmp_path):
+    names = row_names([str(tmp_path / "m.yml"), str(tmp_path / "m.yaml")])
+    assert names == ["m.yml", "m.yaml"]
+
+
+def test_file_given_twice_is_refused():
+    with pytest.raises(ValueError, match=r"a\.yml is given twice"):
+        row_names(["a.yml", "./a.yml"])
+
+
+@pytest.mark.parametrize(
+    ("log", "text"),
+    [
+        ("Loading checkpoint", "1 min 15 s, starting"),
+        (" epoch/iter: 0/4  total_loss: 1", "epoch 1/20, 1 min 15 s"),
+        ("eta: 0:00:09  epoch/iter: 2/14  loss", "epoch 3/20, 1 min 15 s, 9 s left"),
+        (
+            "eta: 0:00:09  epoch/iter: 2/14 \neta: 1 day, 2:03:04  epoch/iter: 3/19  ",
+            "epoch 4/20, 1 min 15 s, 26 h 3 min left",
+        ),
+    ],
+)
+def test_progress_is_read_from_the_log(log, text):
+    assert progress(log, 20, 75.0) == text
+
+
+def test_failure_gives_the_reason():
+    console = "Traceback ...\n  File\nValueError: no images\n\n"
+    assert failure(1, console) == "exit status 1: ValueError: no images"
+    assert failure(2, "") == "exit status 2: it printed nothing"
+    assert failure(-9, console) == "ended by SIGKILL; out of memory?"
+    assert failure(-15, console) == "ended by SIGTERM"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--configs", "a.yml", "--seeds", "0"], "--seeds must be 1 or more, got 0"),
+        (["--configs", "a.yml", "--epochs", "0"], "--epochs must be 1 or more, got 0"),
+        (["--configs", "SOLVER.BASE_LR", "1.0"], "--configs needs .yml files, got 'SOLVER"),
+        (["--configs", "a.yml", "OUTPUT_DIR", "x"], "OUTPUT_DIR is set by"),
+        (
+            ["--configs", "a.yml", "--seeds", "1", "MODEL.SELCON.SEED", "7"],
+            "SEED is set by",
+        ),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_read(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        bench.main(arguments)
+
+
+# --- one run at a time --------------------------------------------------------------------
+
+
+def test_a_folder_that_is_in_use_is_waited_for(tmp_path, capsys):
+    descriptor = os.open(tmp_path / ".lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    closing = threading.Timer(0.3, os.close, [descriptor])
+    closing.start()
+    started = time.monotonic()
+    with bench._alone(tmp_path, "scl"):
+        assert time.monotonic() - started > 0.2
+    closing.join()
+    assert "another process trains in" in capsys.readouterr().out
+    with bench._alone(tmp_path, "scl"):
+        pass
+    assert not capsys.readouterr().out
+
+
+KILLED_BENCH = """
+import sys
+from pathlib import Path
+from selcon_plugin import bench
+
+child = (
+    "import pathlib, time; pathlib.Path('begun').touch(); time.sleep(1.5);"
+    "pathlib.Path('results.json').write_text('{\\"metrics\\": {}}')"
+)
+bench._command = lambda run: [sys.executable, "-c", child]
+bench._finish(bench.Run("scl", 0, Path("."), {"SOLVER.MAX_EPOCH": 1}), "scl seed 0")
+"""
+
+
+def test_run_of_a_killed_bench_is_waited_for_and_read(tmp_path, monkeypatch, capsys):
+    root = str(Path(bench.__file__).parents[1])
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED_BENCH],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": root},
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "results.json").exists()
+
+    def begin_another(_run):
+        raise AssertionError("a second process began in the same folder")
+
+    monkeypatch.setattr(bench, "_command", begin_another)
+    outcome = bench._finish(Run("scl", 0, tmp_path), "scl seed 0")
+    assert outcome.record == {"metrics": {}}
+    assert "finished earlier" in capsys.readouterr().out

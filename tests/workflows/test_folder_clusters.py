@@ -1,0 +1,177 @@
+import csv
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from selcon_plugin.clustering.quality import adjusted_mutual_info
+from selcon_plugin.workflows.folder_clusters import (
+    FolderClusters,
+    cluster_confidence,
+    cluster_features,
+    default_options,
+    link_clusters,
+    write_csv,
+)
+
+
+def unit(values):
+    array = np.asarray(values, dtype=np.float32)
+    return array / np.linalg.norm(array, axis=1, keepdims=True)
+
+
+def confidence_by_definition(features, labels):
+    result = []
+    for i, own in enumerate(labels):
+        others = [j for j in range(len(labels)) if labels[j] == own and j != i]
+        if own < 0 or not others:
+            result.append(0.0)
+            continue
+
+        def distance(members, image=features[i]):
+            center = features[members].sum(axis=0)
+            return 1 - float(image @ center / np.linalg.norm(center))
+
+        a = distance(others)
+        rivals = [np.flatnonzero(labels == k) for k in set(labels.tolist()) - {-1, own}]
+        b = min([distance(members) for members in rivals], default=1.0)
+        result.append((1 + (b - a) / max(a, b)) / 2)
+    return result
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0, 1, 1, 2, 2, -1, 3], [0] * 5 + [-1] * 4])
+def test_confidence_equals_its_definition(labels) -> None:
+    features = unit(np.random.default_rng(0).normal(size=(9, 4)))
+    found = cluster_confidence(features, np.array(labels))
+    expected = confidence_by_definition(features, np.array(labels))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_confidence_in_pieces_is_the_same(monkeypatch) -> None:
+    features = unit(np.random.default_rng(1).normal(size=(40, 6)))
+    labels = np.arange(40) % 5
+    whole = cluster_confidence(features, labels)
+    monkeypatch.setattr("selcon_plugin.workflows.folder_clusters._PRODUCTS", 1)
+    np.testing.assert_allclose(cluster_confidence(features, labels), whole, atol=1e-6)
+
+
+def test_confidence_says_where_another_cluster_is_nearer() -> None:
+    stray = [1.0, 0.1]
+    features = unit([[1, 0], [1, 0], [0, 1], [0, 1], stray])
+    labels = np.array([0, 0, 1, 1, 1])
+    found = cluster_confidence(features, labels)
+    assert found[4] < 0.5 < found[0]
+    assert not cluster_confidence(features, np.full(5, -1)).any()
+
+
+def test_clusters_are_numbered_by_size() -> None:
+    rng = np.random.default_rng(0)
+    sizes = [4, 9, 6]
+    centers = np.repeat(np.eye(16)[:3], sizes, axis=0)
+    features = unit(centers + 0.01 * rng.normal(size=centers.shape))
+    found = cluster_features(features, labeler="KMeans", options={"num_clusters": 3})
+    assert found.labels.tolist() == [2] * 4 + [0] * 9 + [1] * 6
+
+
+def test_cameras_are_made_alike_where_they_are_known() -> None:
+    rng = np.random.default_rng(0)
+    people = np.repeat(np.arange(10), 30)
+    cameras = np.tile(np.repeat(np.arange(3), 10), 10)
+    tints = rng.normal(size=(3, 32))[cameras]
+    features = unit(
+        rng.normal(size=(10, 32))[people] + tints + 0.3 * rng.normal(size=(300, 32))
+    )
+    options = {"eps": 0.6, "k1": 30, "k2": 6, "min_samples": 4}
+    assert adjusted_mutual_info(
+        cluster_features(features, cameras, options=options).labels, people
+    ) == pytest.approx(1.0)
+    without = cluster_features(features, options=options)
+    assert adjusted_mutual_info(without.labels, people) < 0.8
+    unknown = np.full(300, -1)
+    assert without.labels.equal(cluster_features(features, unknown, options=options).labels)
+
+
+@pytest.mark.parametrize(
+    ("labeler", "num_images", "expected"),
+    [
+        ("DBSCAN", 200, {"k1": 15, "k2": 3, "min_samples": 3, "eps": "auto"}),
+        ("DBSCAN", 1_000_000, {"k1": 30, "k2": 6, "min_samples": 4, "eps": "auto"}),
+        ("HDBSCAN", 90, {"k1": 9, "k2": 1, "min_samples": 3, "min_cluster_size": 3}),
+        ("HDBSCAN", 5000, {"k1": 30, "k2": 6, "min_samples": 4}),
+        ("KMeans", 200, {}),
+    ],
+)
+def test_defaults_follow_the_number_of_images(labeler, num_images, expected) -> None:
+    assert default_options(labeler, num_images) == expected
+
+
+def test_unknown_labeler_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ValueError, match="did you mean DBSCAN"):
+        default_options("DBSCANN", 10)
+
+
+@pytest.fixture
+def clusters(tmp_path: Path) -> FolderClusters:
+    paths = []
+    for place in ("b/x.png", "a/x.png", "a/y,1.png", "z.png"):
+        path = tmp_path / "images" / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 8)).save(path)
+        paths.append(str(path))
+    confidence = np.array([0.5, 0.75, 0.9, 0.0], dtype=np.float32)
+    return FolderClusters(paths, ["b", "a", "a", ""], np.array([0, 0, 0, -1]), confidence)
+
+
+def test_table_is_read_back(clusters: FolderClusters, tmp_path: Path) -> None:
+    write_csv(clusters, tmp_path / "clusters.csv", folder=tmp_path / "images")
+    with open(tmp_path / "clusters.csv", newline="") as stream:
+        rows = list(csv.reader(stream))
+    assert rows == [
+        ["image", "cluster", "confidence", "camera"],
+        ["a/x.png", "0", "0.7500", "a"],
+        ["a/y,1.png", "0", "0.9000", "a"],
+        ["b/x.png", "0", "0.5000", "b"],
+        ["z.png", "-1", "0.0000", ""],
+    ]
+
+
+def test_links_are_relative_and_lead_to_the_images(
+    clusters: FolderClusters, tmp_path: Path
+) -> None:
+    links = tmp_path / "out" / "links"
+    for _ in range(2):  # the second call replaces what the first made
+        link_clusters(clusters, links)
+    names = sorted(file.relative_to(links).as_posix() for file in links.rglob("*.png"))
+    assert names == [
+        "0000/0000_y,1.png",
+        "0000/0001_x.png",
+        "0000/0002_x.png",
+        "outliers/0000_z.png",
+    ]
+    link = links / "0000" / "0001_x.png"
+    assert not os.path.isabs(os.readlink(link))
+    assert link.resolve() == Path(clusters.paths[1]).resolve()
+    assert os.readlink(link) == "../../../images/a/x.png"
+
+
+def test_hard_links_where_there_are_no_symbolic_ones(
+    clusters: FolderClusters, tmp_path: Path, monkeypatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("not supported")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    for _ in range(2):
+        link_clusters(clusters, tmp_path / "links")
+    assert (tmp_path / "links/0000/0000_y,1.png").samefile(clusters.paths[2])
+
+
+def test_other_files_are_never_removed(clusters: FolderClusters, tmp_path: Path) -> None:
+    own = tmp_path / "links" / "0000" / "notes.txt"
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    with pytest.raises(ValueError, match=r"notes\.txt"):
+        link_clusters(clusters, tmp_path / "links")
+    assert own.read_text() == "mine"
