@@ -63,7 +63,7 @@ FAULTS = (
     Fault(
         "momentum_side",
         "momentum weighs the new feature instead of the old row",
-        "memory.py",
+        "memory/writes.py",
         "torch.lerp(new, bank[targets].float(), momentum)",
         "torch.lerp(bank[targets].float(), new, momentum)",
         MEMORY,
@@ -71,7 +71,7 @@ FAULTS = (
     Fault(
         "row_not_normalized",
         "a written bank row loses its unit length",
-        "memory.py",
+        "memory/writes.py",
         "bank[targets] = F.normalize(mixed, dim=-1).to(bank.dtype)",
         "bank[targets] = mixed.to(bank.dtype)",
         MEMORY,
@@ -79,7 +79,7 @@ FAULTS = (
     Fault(
         "mixture_write_order",
         "the mixture bank is written from column 0 on, so that neighbors write last",
-        "memory.py",
+        "memory/tri_bank.py",
         "columns.flip(1).T.flatten()",
         "columns.T.flatten()",
         MEMORY,
@@ -87,7 +87,7 @@ FAULTS = (
     Fault(
         "cluster_label_shift",
         "images write the row of the next cluster",
-        "memory.py",
+        "memory/cluster.py",
         "rows = targets[clustered]\n",
         "rows = (targets[clustered] + 1) % len(self.bank)\n",
         CLUSTER_MEMORY,
@@ -95,7 +95,7 @@ FAULTS = (
     Fault(
         "outliers_write_a_row",
         "outliers write the last cluster's row",
-        "memory.py",
+        "memory/cluster.py",
         "clustered = (targets >= 0).nonzero()",
         "clustered = (targets >= -1).nonzero()",
         CLUSTER_MEMORY,
@@ -103,7 +103,7 @@ FAULTS = (
     Fault(
         "easiest_instead_of_hardest",
         "the hard update takes the image most similar to the row",
-        "memory.py",
+        "memory/cluster.py",
         "order = torch.argsort(similarity, stable=True)",
         "order = torch.argsort(-similarity, stable=True)",
         CLUSTER_MEMORY,
@@ -208,7 +208,7 @@ FAULTS = (
     Fault(
         "uneven_ratio",
         "a process of an uneven batch takes the camera weights of others' images",
-        "camera_entropy.py",
+        "losses/camera_weights.py",
         "weights = whole[shared[:, 2] == rank()]",
         "weights = whole[rank() * len(targets) :][: len(targets)]",
         ("tests/faults/test_uneven_shards.py",),
@@ -216,7 +216,7 @@ FAULTS = (
     Fault(
         "rank_slice",
         "every process trains on the first process's part of the batch",
-        "samplers.py",
+        "samplers/stream.py",
         "first = self.rank * share",
         "first = 0",
         SAMPLERS,
@@ -224,7 +224,7 @@ FAULTS = (
     Fault(
         "sampler_ignores_start",
         "a resumed run sees the first batches again",
-        "samplers.py",
+        "samplers/stream.py",
         "        start = self.start\n",
         "        start = 0\n",
         SAMPLERS,
@@ -232,7 +232,7 @@ FAULTS = (
     Fault(
         "same_camera_first",
         "a cluster's images in a batch come from the anchor's camera",
-        "samplers.py",
+        "samplers/planners.py",
         "(camids[candidates] != anchor_camera) & (anchor_camera >= 0)",
         "(camids[candidates] == anchor_camera) & (anchor_camera >= 0)",
         SAMPLERS,
@@ -264,7 +264,7 @@ FAULTS = (
     Fault(
         "teacher_decay_side",
         "the teacher takes over nearly all of the student at each step",
-        "ema.py",
+        "models/ema.py",
         "share = max(1.0 - self.decay, 1.0 / (self.step + 1))",
         "share = max(self.decay, 1.0 / (self.step + 1))",
         ("tests/models/test_ema.py",),
