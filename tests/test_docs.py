@@ -45,7 +45,7 @@ def test_picture_is_whole_and_has_a_title():
     root = ElementTree.parse(DOCS / "assets" / "design.svg").getroot()
     assert root.get("role") == "img"
     title = root.find("{http://www.w3.org/2000/svg}title")
-    assert title.get("id") == root.get("aria-labeledby")
+    assert title.get("id") == root.get("aria-labelledby")
 
 
 def test_keys_named_in_the_pages_exist():

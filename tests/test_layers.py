@@ -1,4 +1,4 @@
-"""The layers of the package: imports point down, in no circle, and hosts stay in their rooms."""
+"""The layers of the package: imports point down, in no circle; each host has its folder."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def imported(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def own_file(name: str) -> Path | None:
-    """Return the file of this package in which an imported name is found; None for others."""
+    """Return the file of this package that holds an imported name; None for others."""
     parts = name.split(".")
     if parts[0] != PACKAGE.name:
         return None

@@ -87,7 +87,7 @@ def document(title: str, heading: str, subtitle: str, sections: Sequence[Section
     shown = [section for section in sections if section.body]
     links = "".join(f'<li><a href="#{s.anchor}">{escape(s.title)}</a></li>' for s in shown)
     parts = "".join(
-        f'<section id="{s.anchor}" aria-labeledby="{s.anchor}-title">'
+        f'<section id="{s.anchor}" aria-labelledby="{s.anchor}-title">'
         f'<h2 id="{s.anchor}-title">{escape(s.title)}</h2>{s.body}</section>'
         for s in shown
     )

@@ -97,7 +97,7 @@ def _section(number: int, result: QueryResult, show_images: bool) -> str:
     )
     found = f"<ol>\n{items}\n</ol>" if items else "<p>Nothing was found.</p>"
     return (
-        f'<section aria-labeledby="query-{number}">\n'
+        f'<section aria-labelledby="query-{number}">\n'
         f'<h2 id="query-{number}">{name}</h2>\n'
         f'<div class="query">{picture}<span class="path">{html.escape(result.query)}</span>'
         f"</div>\n{found}\n</section>"

@@ -64,17 +64,18 @@ def before_and_after(fault, shim, use):
     seen[fault] = [attempt(use, fault), shim() or attempt(use)]
 
 module = importlib.import_module
+from selcon_plugin.compat import fastreid as shims, shared
 before_and_after("torchvision", compat.prepare_torchvision, lambda: module("torchvision"))
-before_and_after("torch._six", compat._restore_torch_six, lambda: module("torch._six"))
+before_and_after("torch._six", shims._restore_torch_six, lambda: module("torch._six"))
 mapping = lambda: exec("from collections import Mapping")
-before_and_after("collections.Mapping", compat._restore_collections_mapping, mapping)
+before_and_after("collections.Mapping", shims._restore_collections_mapping, mapping)
 
 from fastreid.evaluation.rank import evaluate_rank
 one, two = np.arange(1), np.arange(2)
 cuhk03 = lambda: evaluate_rank(
     np.zeros((1, 2)), one, two, one, two + 1, 1, use_metric_cuhk03=True, use_cython=False
 )
-before_and_after("numpy.bool", compat._restore_numpy_bool, cuhk03)
+before_and_after("numpy.bool", shared._restore_numpy_bool, cuhk03)
 
 stored = io.BytesIO()
 content = {"rank1": np.float32(0.5), "epoch": np.int64(3), "model": {"w": np.ones((2, 2))}}
@@ -85,7 +86,7 @@ def load():
     assert loaded["rank1"] == 0.5 and loaded["epoch"] == 3
     assert (loaded["model"]["w"] == 1).all()
 
-before_and_after("checkpoint", compat._allow_numpy_in_checkpoints, load)
+before_and_after("checkpoint", shared._allow_numpy_in_checkpoints, load)
 
 from fastreid.config import get_cfg
 from fastreid.data.transforms import build_transforms
@@ -93,7 +94,7 @@ config = get_cfg()
 config.INPUT.AFFINE.ENABLED = True
 image = Image.fromarray(np.full((64, 32, 3), 9, np.uint8))
 affine = lambda: build_transforms(config, is_train=True)(image)
-before_and_after("affine", compat._translate_random_affine, affine)
+before_and_after("affine", shims._translate_random_affine, affine)
 
 from fastreid.data.data_utils import DataLoaderX
 
@@ -104,7 +105,7 @@ def load_batches():
         assert [batch["x"].flatten().tolist() for batch in loader] == [[0, 1], [2, 3], [4]]
     loader.shutdown()
 
-before_and_after("data loader", compat._let_data_loader_run_without_cuda, load_batches)
+before_and_after("data loader", shims._let_data_loader_run_without_cuda, load_batches)
 
 from fastreid.solver import build_optimizer
 
@@ -121,7 +122,7 @@ def take_two_steps(contiguous):
 def optimize():
     assert torch.equal(take_two_steps(True), take_two_steps(False)), "weights stood still"
 
-before_and_after("optimizer", compat._let_optimizers_keep_their_gradients, optimize)
+before_and_after("optimizer", shims._let_optimizers_keep_their_gradients, optimize)
 
 from fastreid.evaluation import ReidEvaluator, rank, reid_evaluation
 rank.IS_CYTHON_AVAI = False
@@ -135,7 +136,7 @@ def failing_make(command, **options):
 
 subprocess.run = failing_make
 evaluator = lambda: ReidEvaluator(get_cfg(), 1)
-before_and_after("compiler", compat._keep_running_without_compiler, evaluator)
+before_and_after("compiler", shims._keep_running_without_compiler, evaluator)
 again = attempt(evaluator)
 seen["compiler calls"] = [len(calls), again, calls[-1] == os.path.dirname(sys.executable),
                           os.environ["PATH"] == path]
@@ -147,7 +148,7 @@ def rerank():
     distance = build_dist(features[:4], features[4:], metric="jaccard", k1=3, k2=2)
     assert distance.shape == (4, 8) and np.isfinite(distance).all()
 
-before_and_after("re-ranking", compat._let_reranking_run_without_gpu_faiss, rerank)
+before_and_after("re-ranking", shims._let_reranking_run_without_gpu_faiss, rerank)
 
 print(json.dumps(seen))
 """
@@ -199,8 +200,8 @@ def test_compiler_is_tried_once_with_the_running_python_first_on_the_path(faults
 
 def test_healthy_torchvision_is_untouched(monkeypatch):
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
-    monkeypatch.setattr(compat, "_torchvision_operators_load", lambda: True)
-    monkeypatch.setattr(compat, "_torchvision_library", None)
+    monkeypatch.setattr(compat.shared, "_torchvision_operators_load", lambda: True)
+    monkeypatch.setattr(compat.shared, "_torchvision_library", None)
     compat.prepare_torchvision()
     assert not compat.torchvision_is_patched()
 
@@ -209,29 +210,29 @@ def test_existing_torch_six_is_untouched(monkeypatch):
     existing = types.ModuleType("torch._six")
     existing.__spec__ = importlib.util.spec_from_loader("torch._six", loader=None)
     monkeypatch.setitem(sys.modules, "torch._six", existing)
-    compat._restore_torch_six()
+    compat.fastreid._restore_torch_six()
     assert sys.modules["torch._six"] is existing
 
 
 def test_existing_mapping_is_untouched(monkeypatch):
     existing = object()
     monkeypatch.setattr(collections, "Mapping", existing, raising=False)
-    compat._restore_collections_mapping()
+    compat.fastreid._restore_collections_mapping()
     assert collections.Mapping is existing
 
 
 def test_existing_numpy_bool_is_untouched(monkeypatch):
     existing = object()
     monkeypatch.setitem(vars(np), "bool", existing)  # asking NumPy 1 for it would warn
-    compat._restore_numpy_bool()
+    compat.shared._restore_numpy_bool()
     assert np.bool is existing
 
 
 def test_torch_that_loads_numpy_numbers_is_told_nothing(monkeypatch):
     told = []
-    monkeypatch.setattr(compat, "_loads_numpy_numbers", lambda: True)
+    monkeypatch.setattr(compat.shared, "_loads_numpy_numbers", lambda: True)
     monkeypatch.setattr(torch.serialization, "add_safe_globals", told.append, raising=False)
-    compat._allow_numpy_in_checkpoints()
+    compat.shared._allow_numpy_in_checkpoints()
     assert told == []
 
 
@@ -241,7 +242,7 @@ def test_affine_of_an_old_torchvision_is_untouched(monkeypatch):
 
     view = types.SimpleNamespace(RandomAffine=RandomAffine)  # stands for torchvision
     fake_module(monkeypatch, "fastreid.data.transforms.build", T=view)
-    compat._translate_random_affine()
+    compat.fastreid._translate_random_affine()
     assert view.RandomAffine is RandomAffine
 
 
@@ -252,7 +253,7 @@ def test_data_loader_is_untouched_with_cuda(monkeypatch):
     own = dict(vars(DataLoaderX))
     fake_module(monkeypatch, "fastreid.data.data_utils", DataLoaderX=DataLoaderX)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    compat._let_data_loader_run_without_cuda()
+    compat.fastreid._let_data_loader_run_without_cuda()
     assert dict(vars(DataLoaderX)) == own
 
 
@@ -287,8 +288,8 @@ def test_optimizers_of_an_old_torch_are_untouched(monkeypatch):
 
     name = "fastreid.solver.build"
     module = fake_module(monkeypatch, name, maybe_add_freeze_layer=maybe_add_freeze_layer)
-    monkeypatch.setattr(compat, "_zero_grad_drops_gradients", lambda: False)
-    compat._let_optimizers_keep_their_gradients()
+    monkeypatch.setattr(compat.fastreid, "_zero_grad_drops_gradients", lambda: False)
+    compat.fastreid._let_optimizers_keep_their_gradients()
     assert module.maybe_add_freeze_layer is maybe_add_freeze_layer
 
 
@@ -299,7 +300,7 @@ def test_compiled_ranking_is_untouched(monkeypatch):
     library = fake_module(monkeypatch, f"{name}.rank_cylib", compile_helper=compile_helper)
     fake_module(monkeypatch, f"{name}.reid_evaluation", compile_helper=compile_helper)
     fake_module(monkeypatch, f"{name}.rank", IS_CYTHON_AVAI=True)
-    compat._keep_running_without_compiler()
+    compat.fastreid._keep_running_without_compiler()
     assert library.compile_helper is compile_helper
 
 
@@ -314,7 +315,7 @@ def test_reranking_is_untouched_where_faiss_searches_on_the_gpu(monkeypatch):
         compute_jaccard_distance=compute_jaccard_distance,
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    compat._let_reranking_run_without_gpu_faiss()
+    compat.fastreid._let_reranking_run_without_gpu_faiss()
     assert module.compute_jaccard_distance is compute_jaccard_distance
 
 
@@ -347,7 +348,7 @@ def fastreid_state():
         collections.Mapping,
         sys.modules.get("torch._six"),
         np.bool,
-        compat._torchvision_library,
+        compat.shared._torchvision_library,
     ]
 
 
@@ -385,7 +386,7 @@ class RunsOnLoad:
     reason="torch.load runs pickled code by default before torch 2.6",
 )
 def test_checkpoints_still_cannot_run_code(tmp_path):
-    compat._allow_numpy_in_checkpoints()
+    compat.shared._allow_numpy_in_checkpoints()
     torch.save(RunsOnLoad(), tmp_path / "hostile.pth")
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "hostile.pth")
@@ -550,7 +551,7 @@ def torchreid_reader(monkeypatch):
             raise TriedAgainError
 
     monkeypatch.setattr(tools, "print", print_five_times, raising=False)
-    monkeypatch.setattr(compat, "_READ_PAUSES", (0, 0, 0))
+    monkeypatch.setattr(compat.torchreid, "_READ_PAUSES", (0, 0, 0))
     return torchreid, places
 
 
@@ -571,7 +572,7 @@ def test_broken_image_stops_torchreid_once_mended(torchreid_reader, broken_image
     torchreid, places = torchreid_reader
     with pytest.raises(TriedAgainError):
         torchreid.utils.read_image(str(broken_image))
-    compat._let_unreadable_images_fail(torchreid)
+    compat.torchreid._let_unreadable_images_fail(torchreid)
     for place in places:
         with pytest.raises(OSError, match=r"broken\.jpg cannot be read as an image: "):
             place.read_image(str(broken_image))
@@ -580,9 +581,9 @@ def test_broken_image_stops_torchreid_once_mended(torchreid_reader, broken_image
 @needs_torchreid
 def test_reader_is_mended_once(torchreid_reader):
     torchreid, places = torchreid_reader
-    compat._let_unreadable_images_fail(torchreid)
+    compat.torchreid._let_unreadable_images_fail(torchreid)
     mended = torchreid.utils.read_image
-    compat._let_unreadable_images_fail(torchreid)
+    compat.torchreid._let_unreadable_images_fail(torchreid)
     assert all(place.read_image is mended for place in places)
 
 
@@ -592,7 +593,7 @@ def test_mended_reader_reads_what_torchreids_does(torchreid_reader, tmp_path):
     path = str(tmp_path / "palette.png")
     Image.effect_noise((8, 4), 50).convert("P").save(path)
     own = torchreid.utils.read_image(path)
-    compat._let_unreadable_images_fail(torchreid)
+    compat.torchreid._let_unreadable_images_fail(torchreid)
     mended = torchreid.utils.read_image(path)
     assert mended.mode == "RGB"
     assert mended.tobytes() == own.tobytes()
@@ -605,7 +606,7 @@ def test_reader_that_raises_is_untouched(torchreid_reader, monkeypatch):
     def read_image(path): ...
 
     monkeypatch.setattr(torchreid.utils, "read_image", read_image)
-    compat._let_unreadable_images_fail(torchreid)
+    compat.torchreid._let_unreadable_images_fail(torchreid)
     assert torchreid.utils.read_image is read_image
 
 

@@ -20,8 +20,8 @@ MEASURE = """
 import time, torch
 torch.set_num_threads(1)
 from selcon_plugin.clustering import build_labeler
-from selcon_plugin.engine.run_record import peak_memory_mib
-from selcon_plugin.estimates import clustering_estimate, product_rate
+from selcon_plugin.runs.results import peak_memory_mib
+from selcon_plugin.engine.estimates import clustering_estimate, product_rate
 rng = torch.Generator().manual_seed(0)
 centers = torch.randn(600, 128, generator=rng).repeat_interleave(10, dim=0)
 features = centers + 1.2 * torch.randn(6000, 128, generator=rng)

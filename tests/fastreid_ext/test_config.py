@@ -73,8 +73,8 @@ def test_illegal_value_names_key_value_and_legal_range(key, value, words):
 
 def test_unknown_key_suggests_the_right_one(tmp_path):
     file = tmp_path / "typo.yml"
-    file.write_text("MODEL:\n  SELCON:\n    NUM_NEIGHBORS: 3\n")
-    with pytest.raises(ValueError, match=r"NUM_NEIGHBORS.*typo.yml.*NUM_NEIGHBORS"):
+    file.write_text("MODEL:\n  SELCON:\n    NUMNEIGHBORS: 3\n")
+    with pytest.raises(ValueError, match=r"NUMNEIGHBORS.*typo.yml.*NUM_NEIGHBORS"):
         load_config(str(file))
 
 

@@ -79,7 +79,9 @@ def test_verdicts_on_what_no_test_sees_and_on_what_cannot_run(tmp_path: Path) ->
 def test_fault_that_fits_no_more_is_refused(tool: ModuleType, tmp_path: Path) -> None:
     tool.copy_repository(tmp_path)
     with pytest.raises(ValueError, match="must be there once"):
-        tool.try_fault(tmp_path, tool.Fault("gone", "", "models/ema.py", "no such text", "", ()))
+        tool.try_fault(
+            tmp_path, tool.Fault("gone", "", "models/ema.py", "no such text", "", ())
+        )
 
 
 def test_package_that_is_imported_already_is_refused(

@@ -184,7 +184,7 @@ def test_page_is_whole_escaped_and_loads_nothing(tmp_path, draw_images):
     for text in (evil.name, "<b>door</b>", "a < b", "1. 0.910", "Nothing was found"):
         assert text in seen.text
     assert "cannot be read now" in seen.text
-    labels = {a["aria-labeledby"] for a in seen.all("section")}
+    labels = {a["aria-labelledby"] for a in seen.all("section")}
     assert labels == {a["id"] for a in seen.all("h2")}
 
 

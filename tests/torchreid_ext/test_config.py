@@ -139,8 +139,8 @@ def test_torchreids_seed_is_the_seed(opts, seed):
 
 
 def test_unknown_key_suggests_the_right_one(tmp_path):
-    file = written(tmp_path, selcon={"num_neighbors": 3})
-    match = r"num_neighbors in .*config\.yml; did you mean selcon\.num_neighbors"
+    file = written(tmp_path, selcon={"numneighbors": 3})
+    match = r"numneighbors in .*config\.yml; did you mean selcon\.num_neighbors"
     with pytest.raises(ValueError, match=match):
         load(file=file)
     with pytest.raises(

@@ -862,7 +862,7 @@ def test_combined_sources(make_engine, manager, folder_source, tmp_path):
     engine = run(make_engine(datamanager=data, iters_per_epoch=1), tmp_path, 1)
     images = engine.train_loader.dataset
     assert (len(images), images.num_cameras) == (2 * IMAGES, 3)
-    assert images.camids.count(-1) == images.evaluation_only_identities.count(-1) == IMAGES
+    assert images.camids.count(-1) == images.evaluation_only_pids.count(-1) == IMAGES
     assert network_of(engine).method.num_images == 2 * IMAGES
     assert engine.results.keys() == {"few"}
 

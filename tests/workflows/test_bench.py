@@ -103,7 +103,7 @@ def test_a_folder_that_is_in_use_is_waited_for(tmp_path, capsys):
 KILLED_BENCH = """
 import sys
 from pathlib import Path
-from selcon_plugin import bench
+from selcon_plugin.workflows import bench
 
 child = (
     "import pathlib, time; pathlib.Path('begun').touch(); time.sleep(1.5);"
@@ -115,7 +115,7 @@ bench._finish(bench.Run("scl", 0, Path("."), {"SOLVER.MAX_EPOCH": 1}), "scl seed
 
 
 def test_run_of_a_killed_bench_is_waited_for_and_read(tmp_path, monkeypatch, capsys):
-    root = str(Path(bench.__file__).parents[1])
+    root = str(Path(bench.__file__).parents[2])
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED_BENCH],
         cwd=tmp_path,
