@@ -7,6 +7,7 @@ everything with FastReID. What is listed in ``__all__`` is imported when it is f
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from selcon_plugin import _moved
 from selcon_plugin._version import __version__
 from selcon_plugin.features import Embeddings
 
@@ -26,6 +27,8 @@ __all__ = [
     "fit",
     "search",
 ]
+
+_moved.install()
 
 _MODULES = {
     "Embedder": "selcon_plugin.inference.embedder",
