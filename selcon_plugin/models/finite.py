@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from selcon_plugin.models.state_keys import is_method_state, unwrapped_name
+
 # Names in a message; the rest is counted.
 _SHOWN = 5
 
@@ -41,13 +43,13 @@ def find_nonfinite_state(network: nn.Module, paths: Sequence[str]) -> list[str]:
         What was found, in words; nothing if all is finite.
     """
     tensors = {
-        name.removeprefix("module."): tensor
+        unwrapped_name(name): tensor
         for name, tensor in (*network.named_parameters(), *network.named_buffers())
         if tensor.is_floating_point() and tensor.numel()
     }
     finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()])
     bad = [name for name, good in zip(tensors, finite.tolist(), strict=True) if not good]
-    banks = [name for name in bad if name.startswith("method.")]
+    banks = [name for name in bad if is_method_state(name)]
     weights = [name for name in bad if name not in banks]
     found = [f"{name} is not finite in {_rows(tensors[name], paths)}" for name in banks]
     if weights:

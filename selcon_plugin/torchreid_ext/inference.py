@@ -12,11 +12,11 @@ from yacs.config import CfgNode
 from selcon_plugin.config.checks import check_name
 from selcon_plugin.models.inference import InferenceNetwork, Preprocessing, load_all_tensors
 from selcon_plugin.models.pretrained import read_state_dict
-from selcon_plugin.models.timm import create_timm_backbone
+from selcon_plugin.models.state_keys import unwrapped_name
+from selcon_plugin.models.timm import TIMM_PREFIX, create_timm_backbone
 from selcon_plugin.models.torchreid import build_plain_model, torchreid_model_names
 from selcon_plugin.torchreid_ext.train import build_model
 
-_TIMM_PREFIX = "timm:"
 _CLASSIFIER = ("classifier",)
 
 
@@ -52,9 +52,7 @@ def load_network(
             none.
     """  # noqa: DOC502  (raised by what this calls)
     file = Path(weights).expanduser()
-    state = {
-        key.removeprefix("module."): tensor for key, tensor in read_state_dict(file).items()
-    }
+    state = {unwrapped_name(name): t for name, t in read_state_dict(file).items()}
     method = ""
     model: nn.Module
     if any(key.startswith("backbone.") for key in state):
@@ -81,10 +79,10 @@ def _pixels(values: Sequence[float]) -> tuple[float, ...]:
 
 def _plain_model(cfg: CfgNode, state: dict[str, Tensor], file: Path) -> nn.Module:
     name = cfg.model.name
-    if name.startswith(_TIMM_PREFIX):
+    if name.startswith(TIMM_PREFIX):
         return _PooledMap(
             create_timm_backbone(
-                name.removeprefix(_TIMM_PREFIX),
+                name.removeprefix(TIMM_PREFIX),
                 input_size=(cfg.data.height, cfg.data.width),
                 pretrained=True,
                 weights=str(file),
