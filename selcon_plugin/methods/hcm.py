@@ -12,14 +12,13 @@ from torch import Tensor
 
 from selcon_plugin.features import Embeddings
 from selcon_plugin.losses import cluster_contrastive_loss, sample_constraint_loss
-from selcon_plugin.memory.instance import InstanceMemory
 from selcon_plugin.methods.base import register_method
-from selcon_plugin.methods.cluster_contrast import ClusterContrast
+from selcon_plugin.methods.cluster_contrast import InstanceClusterContrast
 from selcon_plugin.options import Interval
 
 
 @register_method("HCM")
-class HCM(ClusterContrast):
+class HCM(InstanceClusterContrast):
     """Hybrid Contrastive Model.
 
     Two losses, two memories:
@@ -44,7 +43,7 @@ class HCM(ClusterContrast):
         constraint_weight: Weight of the loss between an image's hardest positive and
             hardest negative. Large ones let noisy clusters collapse: their least similar
             images are of other people.
-        **options: Those of :class:`ClusterContrast`; the temperature and the momentum are
+        **options: Those of :class:`InstanceClusterContrast`; temperature and momentum are
             those of both memories.
     """
 
@@ -63,13 +62,6 @@ class HCM(ClusterContrast):
             num_images, global_dim, num_parts, part_dim, focal_gamma=focal_gamma, **options
         )
         self.constraint_weight = constraint_weight
-        self.instances = InstanceMemory(
-            num_images, global_dim, momentum=self.memory.momentum
-        )
-
-    def _rebuild(self, features: Tensor, labels: Tensor) -> None:
-        super()._rebuild(features, labels)
-        self.instances.fill(features)
 
     def loss(
         self,
@@ -103,7 +95,3 @@ class HCM(ClusterContrast):
             "loss_cluster": cluster,
             "loss_constraint": self.constraint_weight * constraint,
         }
-
-    def _write(self, index: Tensor, features: Tensor, targets: Tensor) -> None:
-        super()._write(index, features, targets)
-        self.instances.update(index, features)

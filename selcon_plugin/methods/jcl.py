@@ -7,23 +7,15 @@ https://doi.org/10.3390/rs16020422
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-import torch
 from torch import Tensor
 
-from selcon_plugin.features import Embeddings
-from selcon_plugin.losses import cluster_contrastive_loss, instance_contrastive_loss
-from selcon_plugin.memory.cluster import ClusterMemory
-from selcon_plugin.memory.instance import InstanceMemory
-from selcon_plugin.memory.writes import cluster_means
+from selcon_plugin.losses import instance_contrastive_loss
 from selcon_plugin.methods.base import register_method
-from selcon_plugin.methods.cluster_method import ClusterMethod
-from selcon_plugin.options import Interval
+from selcon_plugin.methods.centroid_instance_method import CentroidInstanceMethod
 
 
 @register_method("JCL")
-class JCL(ClusterMethod):
+class JCL(CentroidInstanceMethod):
     r"""Joint Contrastive Learning.
 
     The loss is :math:`L_{cluster} + w L_{instance}`. The first is InfoNCE over the
@@ -44,53 +36,13 @@ class JCL(ClusterMethod):
         global_dim: Global feature dimension C.
         num_parts: Not used.
         part_dim: Not used.
-        temperature: τ, divides the similarities.
-        bank_momentum: Weight of the old row when a bank is written.
-        instance_weight: Weight w of the instance loss.
-        **options: Those of :class:`ClusterMethod`; the focal factor is on the cluster loss.
+        **options: Those of :class:`CentroidInstanceMethod`.
     """
 
-    def __init__(
-        self,
-        num_images: int,
-        global_dim: int,
-        num_parts: int = 0,
-        part_dim: int = 0,
-        *,
-        temperature: Annotated[float, Interval(0, above=True)] = 0.05,
-        bank_momentum: Annotated[float, Interval(0, 1)] = 0.1,
-        instance_weight: Annotated[float, Interval(0)] = 0.25,
-        **options: Any,
-    ) -> None:
-        super().__init__(num_images, global_dim, num_parts, part_dim, **options)
-        self.temperature = temperature
-        self.instance_weight = instance_weight
-        self.centroids = ClusterMemory(torch.zeros(0, global_dim), momentum=bank_momentum)
-        self.instances = InstanceMemory(num_images, global_dim, momentum=bank_momentum)
-
-    def _rebuild(self, features: Tensor, labels: Tensor) -> None:
-        self.centroids.reset(cluster_means(features, labels))
-        self.instances.fill(features)
-
-    def loss(
-        self,
-        embeddings: Embeddings,
-        index: Tensor,
-        camids: Tensor | None,
-        *views: Embeddings,
-    ) -> dict[str, Tensor]:
-        """Contrast every sample with the centroids and with the hardest instances."""
-        features, targets = embeddings.global_features, self.labels[index]
-        weight = self.camera_weighting(index, targets, camids)
-        cluster_loss = cluster_contrastive_loss(
-            features,
-            self.centroids.bank,
-            targets,
-            temperature=self.temperature,
-            sample_weight=weight,
-            focal_gamma=self.focal_gamma,
-        )
-        instance_loss = instance_contrastive_loss(
+    def _instance_loss(
+        self, features: Tensor, index: Tensor, targets: Tensor, weight: Tensor | None
+    ) -> Tensor:
+        return instance_contrastive_loss(
             features,
             self.instances.bank,
             self.labels,
@@ -100,11 +52,3 @@ class JCL(ClusterMethod):
             others="max",
             sample_weight=weight,
         )
-        return {
-            "loss_cluster": cluster_loss,
-            "loss_instance": self.instance_weight * instance_loss,
-        }
-
-    def _write(self, index: Tensor, features: Tensor, targets: Tensor) -> None:
-        self.centroids.update(features, targets)
-        self.instances.update(index, features)

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from selcon_plugin.features import Embeddings
 from selcon_plugin.losses import instance_contrastive_loss
-from selcon_plugin.memory.instance import InstanceMemory
 from selcon_plugin.methods.base import register_method
-from selcon_plugin.methods.cluster_contrast import ClusterContrast
+from selcon_plugin.methods.cluster_contrast import InstanceClusterContrast
 from selcon_plugin.options import Interval
 
 
 @register_method("MultiLevel")
-class MultiLevel(ClusterContrast):
+class MultiLevel(InstanceClusterContrast):
     """Multi-level feature contrastive learning.
 
     Three losses over the clusters, each InfoNCE, on a memory of cluster centroids and one
@@ -49,7 +48,7 @@ class MultiLevel(ClusterContrast):
         inter_weight: Weight of the loss between classes: own mean, others' most confusable
             image.
         centroid_weight: Weight of the centroids' loss.
-        **options: Those of :class:`ClusterContrast`; the temperature and the momentum are
+        **options: Those of :class:`InstanceClusterContrast`; temperature and momentum are
             those of both memories.
     """
 
@@ -69,13 +68,6 @@ class MultiLevel(ClusterContrast):
         self.intra_weight = intra_weight
         self.inter_weight = inter_weight
         self.centroid_weight = centroid_weight
-        self.instances = InstanceMemory(
-            num_images, global_dim, momentum=self.memory.momentum
-        )
-
-    def _rebuild(self, features: Tensor, labels: Tensor) -> None:
-        super()._rebuild(features, labels)
-        self.instances.fill(features)
 
     def loss(
         self,
@@ -99,7 +91,3 @@ class MultiLevel(ClusterContrast):
             "loss_inter": self.inter_weight * inter,
             "loss_cluster": self.centroid_weight * centroid,
         }
-
-    def _write(self, index: Tensor, features: Tensor, targets: Tensor) -> None:
-        super()._write(index, features, targets)
-        self.instances.update(index, features)
