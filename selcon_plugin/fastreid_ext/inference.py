@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from selcon_plugin.fastreid_ext.meta_arch import SelCon
 from selcon_plugin.io.safe_loading import data_only
-from selcon_plugin.models.inference import InferenceNetwork, Preprocessing, load_all_tensors
+from selcon_plugin.models.inference import InferenceNetwork, load_all_tensors
+from selcon_plugin.models.preprocessing import Preprocessing
 from selcon_plugin.models.pretrained import read_state_dict
 from selcon_plugin.models.state_keys import network_weights
 

@@ -27,7 +27,8 @@ from selcon_plugin.datasets.numbering import number_names
 from selcon_plugin.datasets.reading import ImageReadError, describe_faults, read_rgb
 from selcon_plugin.engine.image_check import check_unreadable_ratio
 from selcon_plugin.inference.folder_features import FolderFeatures
-from selcon_plugin.models.inference import InferenceNetwork, Preprocessing
+from selcon_plugin.models.inference import InferenceNetwork
+from selcon_plugin.models.preprocessing import Preprocessing
 
 __all__ = ["Embedder", "FolderFeatures"]
 

@@ -24,6 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from selcon_plugin.models.feature_map import _zero_image
+from selcon_plugin.models.preprocessing import (
+    IMAGENET_PIXEL_MEAN,
+    IMAGENET_PIXEL_STD,
+    Preprocessing,
+)
 
 __all__ = [
     "ModelBackbone",
@@ -32,10 +37,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-# In units of pixels 0..255, as both hosts normalize.
-IMAGENET_PIXEL_MEAN = (123.675, 116.28, 103.53)
-IMAGENET_PIXEL_STD = (58.395, 57.12, 57.375)
 
 # The stride of a network whose last stage does not reduce: 256x128 gives 16x8.
 _REID_STRIDE = 16
@@ -66,10 +67,8 @@ class ModelBackbone(nn.Module, ABC):
     def __init__(
         self,
         model: nn.Module,
+        preprocessing: Preprocessing,
         *,
-        input_size: Sequence[int] = (256, 128),
-        pixel_mean: Sequence[float] = IMAGENET_PIXEL_MEAN,
-        pixel_std: Sequence[float] = IMAGENET_PIXEL_STD,
         model_pixel_mean: Sequence[float] = IMAGENET_PIXEL_MEAN,
         model_pixel_std: Sequence[float] = IMAGENET_PIXEL_STD,
     ) -> None:
@@ -77,16 +76,14 @@ class ModelBackbone(nn.Module, ABC):
 
         Args:
             model: The model. It is changed: see above.
-            input_size: Height and width of the images.
-            pixel_mean: The host's mean per channel, on the scale 0..255.
-            pixel_std: The host's standard deviation per channel, on the scale 0..255.
+            preprocessing: Size of the images, and how the host normalizes them.
             model_pixel_mean: The mean that the model expects, on the same scale.
             model_pixel_std: The standard deviation that the model expects.
         """
         super().__init__()
         self.model = model
         scale, shift = _normalization_change(
-            pixel_mean, pixel_std, model_pixel_mean, model_pixel_std
+            preprocessing, model_pixel_mean, model_pixel_std
         )
         # Facts of the configuration, not learnt: they stay out of checkpoints.
         self.register_buffer("scale", scale, persistent=False)
@@ -95,9 +92,9 @@ class ModelBackbone(nn.Module, ABC):
             torch.allclose(scale, torch.ones(3))
             and torch.allclose(shift, torch.zeros(3), atol=1e-6)
         )
-        feature_map = self._try_out(input_size)
+        feature_map = self._try_out(preprocessing.size)
         self.feature_dim: int = feature_map.shape[1]
-        self.feature_stride: int = round(input_size[0] / feature_map.shape[2])
+        self.feature_stride: int = round(preprocessing.size[0] / feature_map.shape[2])
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute the feature map.
@@ -175,15 +172,14 @@ def suggest_names(name: str, names: Iterable[str]) -> str:
 
 
 def _normalization_change(
-    pixel_mean: Sequence[float],
-    pixel_std: Sequence[float],
+    host: Preprocessing,
     model_pixel_mean: Sequence[float],
     model_pixel_std: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     """Scale and shift, each ``(3,)``, from the host's normalization to the model's."""
     host_mean, host_std, own_mean, own_std = (
         torch.tensor(values, dtype=torch.float64)
-        for values in (pixel_mean, pixel_std, model_pixel_mean, model_pixel_std)
+        for values in (host.pixel_mean, host.pixel_std, model_pixel_mean, model_pixel_std)
     )
     scale = (host_std / own_std).expand(3)
     shift = ((host_mean - own_mean) / own_std).expand(3)

@@ -3,60 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
 from selcon_plugin.models.finite import check_state
-from selcon_plugin.models.pillow_resize import _PILLOW_FILTERS, Interpolation
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What is done to an RGB image before the network sees it.
-
-    Attributes:
-        size: Height and width that it is resized to, by Pillow.
-        interpolation: Filter of the resizing: FastReID's is bicubic, torchreid's bilinear.
-        pixel_mean: Mean of each channel, on the scale 0..255.
-        pixel_std: Standard deviation of each channel, on that scale.
-    """
-
-    size: tuple[int, int]
-    interpolation: Interpolation
-    pixel_mean: tuple[float, ...]
-    pixel_std: tuple[float, ...]
-
-    def resize(self, image: Image.Image) -> NDArray[np.uint8]:
-        """Resize an image.
-
-        Args:
-            image: 8-bit RGB, of any size.
-
-        Returns:
-            Pixels, shape ``(height, width, 3)``.
-        """
-        height, width = self.size
-        resized = image.resize((width, height), _PILLOW_FILTERS[self.interpolation])
-        return np.array(resized)  # a copy: Pillow's own pixels cannot be written to
-
-    def normalize(self, pixels: Tensor) -> Tensor:
-        """Bring pixels into the form that the network takes.
-
-        Args:
-            pixels: Values 0..255, shape ``(B, height, width, 3)``.
-
-        Returns:
-            Float32, shape ``(B, 3, height, width)``, on the same device.
-        """
-        mean = torch.tensor(self.pixel_mean, device=pixels.device).view(-1, 1, 1)
-        std = torch.tensor(self.pixel_std, device=pixels.device).view(-1, 1, 1)
-        return (pixels.permute(0, 3, 1, 2).float() - mean) / std
+from selcon_plugin.models.preprocessing import Preprocessing
 
 
 class InferenceNetwork(nn.Module):

@@ -13,13 +13,16 @@ from torch import Tensor, nn
 
 from selcon_plugin.models.backbone import (
     _REID_STRIDE,
-    IMAGENET_PIXEL_MEAN,
-    IMAGENET_PIXEL_STD,
     ModelBackbone,
     suggest_names,
     warn_of_fixed_stride,
 )
 from selcon_plugin.models.feature_map import _size_text, as_feature_map
+from selcon_plugin.models.preprocessing import (
+    IMAGENET_PIXEL_MEAN,
+    IMAGENET_PIXEL_STD,
+    Preprocessing,
+)
 from selcon_plugin.models.pretrained import (
     LiteVariant,
     efficientnet_lite_state_dict,
@@ -48,29 +51,18 @@ class TimmBackbone(ModelBackbone):
         feature_stride: Input pixels per cell of the map, H / h.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        input_size: Sequence[int] = (256, 128),
-        pixel_mean: Sequence[float] = IMAGENET_PIXEL_MEAN,
-        pixel_std: Sequence[float] = IMAGENET_PIXEL_STD,
-    ) -> None:
+    def __init__(self, model: nn.Module, preprocessing: Preprocessing) -> None:
         """Wrap ``model`` and try it on one image of zeros.
 
         Args:
             model: A model of ``timm.create_model``, best with ``num_classes=0``. It is
                 changed: see ``ModelBackbone``.
-            input_size: Height and width of the images.
-            pixel_mean: The host's mean per channel, on the scale 0..255.
-            pixel_std: The host's standard deviation per channel, on the scale 0..255.
+            preprocessing: Size of the images, and how the host normalizes them.
         """
         model_pixel_mean, model_pixel_std = _timm_normalization(model)
         super().__init__(
             model,
-            input_size=input_size,
-            pixel_mean=pixel_mean,
-            pixel_std=pixel_std,
+            preprocessing,
             model_pixel_mean=model_pixel_mean,
             model_pixel_std=model_pixel_std,
         )
@@ -143,7 +135,7 @@ def create_timm_backbone(
         load_weights(model, _read_weights(weights), weights)
     try:
         backbone = TimmBackbone(
-            model, input_size=input_size, pixel_mean=pixel_mean, pixel_std=pixel_std
+            model, Preprocessing.in_training(input_size, pixel_mean, pixel_std)
         )
     except (RuntimeError, IndexError, AssertionError, TypeError, ValueError) as error:
         raise ValueError(

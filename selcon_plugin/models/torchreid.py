@@ -20,13 +20,16 @@ from torch import Tensor, nn
 from selcon_plugin.compat.torchreid import import_torchreid
 from selcon_plugin.io.safe_loading import data_only
 from selcon_plugin.models.backbone import (
-    IMAGENET_PIXEL_MEAN,
-    IMAGENET_PIXEL_STD,
     ModelBackbone,
     suggest_names,
     warn_of_fixed_stride,
 )
 from selcon_plugin.models.feature_map import as_feature_map
+from selcon_plugin.models.preprocessing import (
+    IMAGENET_PIXEL_MEAN,
+    IMAGENET_PIXEL_STD,
+    Preprocessing,
+)
 from selcon_plugin.models.pretrained import load_weights, read_state_dict
 
 __all__ = [
@@ -62,26 +65,15 @@ class TorchreidBackbone(ModelBackbone):
         has_feature_map: Whether the map could be reached.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        input_size: Sequence[int] = (256, 128),
-        pixel_mean: Sequence[float] = IMAGENET_PIXEL_MEAN,
-        pixel_std: Sequence[float] = IMAGENET_PIXEL_STD,
-    ) -> None:
+    def __init__(self, model: nn.Module, preprocessing: Preprocessing) -> None:
         """Wrap ``model`` and try it on one image of zeros.
 
         Args:
             model: A model of ``torchreid.models.build_model``, with ``loss="triplet"`` if
                 its map cannot be reached. It is changed: see ``ModelBackbone``.
-            input_size: Height and width of the images.
-            pixel_mean: The host's mean per channel, on the scale 0..255.
-            pixel_std: The host's standard deviation per channel, on the scale 0..255.
+            preprocessing: Size of the images, and how the host normalizes them.
         """
-        super().__init__(
-            model, input_size=input_size, pixel_mean=pixel_mean, pixel_std=pixel_std
-        )
+        super().__init__(model, preprocessing)
         self.has_feature_map: bool = _map_of(model) is not _vector
         if not self.has_feature_map:
             logger.warning(
@@ -143,7 +135,7 @@ def create_torchreid_backbone(
         _keep_last_resolution(model)
     try:
         backbone = TorchreidBackbone(
-            model, input_size=input_size, pixel_mean=pixel_mean, pixel_std=pixel_std
+            model, Preprocessing.in_training(input_size, pixel_mean, pixel_std)
         )
     except (RuntimeError, IndexError, AssertionError, TypeError, ValueError) as error:
         raise ValueError(

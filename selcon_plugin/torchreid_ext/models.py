@@ -26,9 +26,13 @@ from selcon_plugin.features import (
     GlobalPartEmbedding,
     check_parts_fit,
 )
-from selcon_plugin.models.backbone import IMAGENET_PIXEL_MEAN, IMAGENET_PIXEL_STD
 from selcon_plugin.models.feature_map import infer_feature_shape
 from selcon_plugin.models.finite import check_state
+from selcon_plugin.models.preprocessing import (
+    IMAGENET_PIXEL_MEAN,
+    IMAGENET_PIXEL_STD,
+    Preprocessing,
+)
 from selcon_plugin.models.pretrained import load_weights, read_state_dict
 from selcon_plugin.models.state_keys import RUN_PREFIXES, network_weights, unwrapped_name
 from selcon_plugin.models.timm import TIMM_PREFIX, create_timm_backbone
@@ -116,12 +120,10 @@ class SelConModel(EmbeddingNetwork):
         super().__init__(
             backbone,
             head,
-            pixel_mean=pixel_mean,
-            pixel_std=pixel_std,
+            Preprocessing.in_training(input_size, pixel_mean, pixel_std),
             images_normalized=True,
             ghost_batch_size=ghost_batch_size,
             wave_block=wave_block,
-            input_size=input_size,
         )
         self._left_for_run: dict[str, Tensor] = {}
 
@@ -373,7 +375,7 @@ def adopt_model(
             "build the model by build_selcon_model, then optimizer and schedule on it"
         )
     device = next(model.parameters()).device
-    backbone = TorchreidBackbone(model, input_size=options["input_size"])
+    backbone = TorchreidBackbone(model, Preprocessing(tuple(options["input_size"])))
     adopted = SelConModel(backbone, **options).to(device)
     last = optimizer.param_groups[-1]
     group = {key: value for key, value in last.items() if key != "params"}
