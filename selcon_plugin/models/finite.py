@@ -1,4 +1,4 @@
-"""Find non-finite values in weights, banks and features."""
+"""Detection of non-finite values in weights, running statistics and banks."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from selcon_plugin.models.state_keys import is_method_state, unwrapped_name
 
-# Names in a message; the rest is counted.
+# A message lists so many names; the others are counted.
 _SHOWN = 5
 
 
 def name_some(names: Sequence[str]) -> str:
-    """List names, only the first few of many.
+    """List names, and count those after the first few.
 
     Args:
-        names: What to list.
+        names: The names.
 
     Returns:
         For instance "a, b and 3 more".
@@ -33,14 +33,14 @@ def name_some(names: Sequence[str]) -> str:
 
 
 def find_nonfinite_state(network: nn.Module, paths: Sequence[str]) -> list[str]:
-    """Look for NaN and infinity in weights, running statistics and banks.
+    """Find NaN and infinite values in weights, running statistics and banks.
 
     Args:
-        network: Any network; waits for its device once if all is well.
-        paths: Path of each training image, to name the rows of banks; may be empty.
+        network: Any network. If all values are finite, its device is waited for once.
+        paths: Path of each training image, used to name the rows of banks; may be empty.
 
     Returns:
-        What was found, in words; nothing if all is finite.
+        One sentence for each finding; empty if all values are finite.
     """
     tensors = {
         unwrapped_name(name): tensor
@@ -58,15 +58,16 @@ def find_nonfinite_state(network: nn.Module, paths: Sequence[str]) -> list[str]:
 
 
 def check_state(network: nn.Module, paths: Sequence[str] = (), *, when: str) -> None:
-    """Stop a run whose weights or banks are not finite.
+    """Refuse a network whose weights or banks are not finite.
 
     Args:
         network: The network.
         paths: Path of each training image.
-        when: Begins the message, for instance "after epoch 3".
+        when: Start of the message, for instance "after epoch 3".
 
     Raises:
-        FloatingPointError: If a number is NaN or infinite; names tensors and bank rows.
+        FloatingPointError: If a value is NaN or infinite. The message names tensors and
+            bank rows.
     """
     found = find_nonfinite_state(network, paths)
     if found:
@@ -84,7 +85,7 @@ def _finite_rows(tensor: Tensor) -> Tensor:
 
 
 def _rows(tensor: Tensor, paths: Sequence[str]) -> str:
-    """Name the bad rows of a bank, and their images where it has a row for each."""
+    """Name the non-finite rows of a bank, and their images if there is a row for each."""
     if tensor.dim() < 2:
         return f"{int((~tensor.isfinite()).sum())} places"
     rows: list[int] = (~_finite_rows(tensor)).nonzero().squeeze(1).tolist()

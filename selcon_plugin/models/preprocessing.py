@@ -1,4 +1,4 @@
-"""What is done to an image before a network sees it."""
+"""Preprocessing of the images that a network takes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ IMAGENET_PIXEL_STD = (58.395, 57.12, 57.375)
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What is done to an RGB image before the network sees it.
+    """Resizing and normalization of an RGB image before the network.
 
     Attributes:
-        size: Height and width that it is resized to, by Pillow.
-        interpolation: Filter of the resizing: FastReID's is bicubic, torchreid's bilinear.
+        size: Height and width to which Pillow resizes the image.
+        interpolation: Filter of the resizing: bicubic in FastReID, bilinear in torchreid.
         pixel_mean: Mean of each channel, on the scale 0..255.
         pixel_std: Standard deviation of each channel, on that scale.
     """
@@ -41,11 +41,11 @@ class Preprocessing:
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
     ) -> Preprocessing:
-        """Describe what a host's loader does to the images of a training.
+        """Describe the preprocessing of a host's training loader.
 
         Args:
-            input_size: Height and width of the images. How the loader resizes them is not
-                of interest to the network: the filter is the default.
+            input_size: Height and width of the images. The loader resizes them by a filter
+                that the network need not know: the description has the default.
             pixel_mean: Mean of each channel, on the scale 0..255.
             pixel_std: Standard deviation of each channel, on that scale.
 
@@ -61,17 +61,17 @@ class Preprocessing:
         """Resize an image.
 
         Args:
-            image: 8-bit RGB, of any size.
+            image: 8-bit RGB image of any size.
 
         Returns:
             Pixels, shape ``(height, width, 3)``.
         """
         height, width = self.size
         resized = image.resize((width, height), _PILLOW_FILTERS[self.interpolation])
-        return np.array(resized)  # a copy: Pillow's own pixels cannot be written to
+        return np.array(resized)  # a copy, because Pillow's own pixels are read-only
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Bring pixels into the form that the network takes.
+        """Convert pixels to the input of the network.
 
         Args:
             pixels: Values 0..255, shape ``(B, height, width, 3)``.

@@ -246,7 +246,7 @@ def test_model_whose_map_cannot_be_reached(
     assert not backbone.has_feature_map
     assert backbone.feature_dim == 6
     (warning,) = warnings_in(caplog)
-    assert "map of WithoutMap cannot be reached: it gives global features only" in warning
+    assert "map of WithoutMap cannot be reached: there are only global features" in warning
 
     images = random_images(2)
     expected = backbone.model.layers(images)[:, :, None, None]
@@ -312,7 +312,7 @@ def test_last_stride_that_has_no_effect_is_said_once(
 ) -> None:
     create_torchreid_backbone(name, input_size=SIZE, last_stride=last_stride)
     assert len(warnings_in(caplog)) == warned
-    assert (f"torchreid's {name} has no choice of stride" in caplog.text) == warned
+    assert (f"torchreid's {name} has no option for its stride" in caplog.text) == warned
 
 
 def test_host_normalization_is_exchanged_for_torchreids(models: ModuleType) -> None:
@@ -346,7 +346,7 @@ def test_added_names_build_through_torchreid(
     ]
     assert torchreid_model_names() == before
     assert len(factory) == count + 1
-    with pytest.raises(ValueError, match="name must begin with 'selcon_', got 'thing'"):
+    with pytest.raises(ValueError, match="name must start with 'selcon_', got 'thing'"):
         add_to_model_factory("thing", constructor)
 
 
