@@ -1,4 +1,4 @@
-"""What methods with one bank of centroids and one of images share. Not a method itself."""
+"""Base class of methods with centroids and an instance bank; not a method itself."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class CentroidInstanceMethod(ClusterMethod):
         global_dim: Global feature dimension C.
         num_parts: Not used.
         part_dim: Not used.
-        temperature: τ, divides the similarities.
+        temperature: τ, by which similarities are divided.
         bank_momentum: Weight of the old row when a bank is written.
         instance_weight: Weight w of the instance loss.
         **options: Those of :class:`ClusterMethod`; the focal factor is on the cluster loss.
@@ -61,16 +61,16 @@ class CentroidInstanceMethod(ClusterMethod):
 
         Args:
             features: Features of the batch, ``(B, C)``.
-            index: Which training image each is, int64 ``(B,)``.
-            targets: Cluster of each, int64 ``(B,)``, -1 for an outlier.
-            weight: Weight of each, ``(B,)``, or None for equal weights.
+            index: Index of each training image, int64 ``(B,)``.
+            targets: Cluster of each image, int64 ``(B,)``, -1 for an outlier.
+            weight: Weight of each image, ``(B,)``, or None for equal weights.
 
         Returns:
             A scalar.
         """
 
     def _cluster_weight(self, index: Tensor, weight: Tensor | None) -> Tensor | None:
-        """Turn the samples' weights, ``(B,)`` or None, into those of the cluster loss."""
+        """Return the weights of the cluster loss for the samples' weights ``(B,)``."""
         return weight
 
     def _rebuild(self, features: Tensor, labels: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Cluster Contrast: one memory row per cluster, rebuilt whenever the images are clustered.
+"""Cluster Contrast: one memory row per cluster, rebuilt after every clustering.
 
 Dai et al., "Cluster Contrast for Unsupervised Person Re-Identification", ACCV 2022.
 https://arxiv.org/abs/2103.11568
@@ -22,17 +22,17 @@ from selcon_plugin.options import Choice, Interval
 
 @register_method("ClusterContrast")
 class ClusterContrast(ClusterMethod):
-    """Cluster Contrast.
+    """Cluster Contrast: InfoNCE over the clusters' memory rows.
 
     Args:
         num_images: Training images M.
         global_dim: Global feature dimension C.
         num_parts: Not used.
         part_dim: Not used.
-        temperature: τ, divides the similarities.
+        temperature: τ, by which similarities are divided.
         bank_momentum: Weight of the old row when the memory is written.
-        cluster_update: Which samples write their cluster's row: ``"mean"``, all of the
-            batch, one after the other; or ``"hard"``, the one least similar to it.
+        cluster_update: Samples that write their cluster's row: ``"mean"`` for all of the
+            batch, one after the other; ``"hard"`` for the one least similar to the row.
         **options: Those of :class:`ClusterMethod`.
     """
 
@@ -81,7 +81,7 @@ class ClusterContrast(ClusterMethod):
 
 
 class InstanceClusterContrast(ClusterContrast):
-    """Base of methods that add a memory of images to Cluster Contrast. Not a method itself.
+    """Base of methods that add an instance memory to Cluster Contrast; not a method itself.
 
     Every sample of a batch writes its own row.
 

@@ -17,14 +17,14 @@ from selcon_plugin.methods.centroid_instance_method import CentroidInstanceMetho
 class HCL(CentroidInstanceMethod):
     r"""Hybrid Contrastive Learning.
 
-    The loss is :math:`L_{cluster} + w L_{instance}`. The first is InfoNCE over the
+    The loss is :math:`L_{cluster} + w L_{instance}`. The first term is InfoNCE over the
     clusters' centroids. The second contrasts an image with all images of the instance bank:
-    the mean of -log softmax over those of its cluster, itself included. Outliers are not
-    trained; in the instance bank they are negatives.
+    it is the mean of -log softmax over those of its cluster, including the image itself.
+    Outliers are not trained; in the instance bank they are negatives.
 
-    Reconstructed from the abstract, which names the two levels: the form of the instance
-    loss, the weight and the update of the banks (every sample of the batch, in its order)
-    are this package's. The default weight is a guess, as in
+    The method is reconstructed from the abstract, which names the two levels. The form of
+    the instance loss, the weight and the update of the banks (with every sample of the
+    batch, in its order) are choices of this package. The default weight is a guess, as in
     :class:`~selcon_plugin.methods.jcl.JCL`.
 
     Args:
@@ -36,7 +36,7 @@ class HCL(CentroidInstanceMethod):
     """
 
     def _pair_priority(self, index: Tensor, targets: Tensor) -> Tensor:
-        """Weigh all images as positives of a batch, ``(B, M)``; outliers get any weight."""
+        """Return the priority of all images as positives, ``(B, M)``; any for outliers."""
         return (targets[:, None] == self.labels).float()
 
     def _instance_loss(

@@ -1,4 +1,4 @@
-"""HCM, the Hybrid Contrastive Model: hard samples on two levels, clusters and images.
+"""HCM, the Hybrid Contrastive Model: hard samples at the levels of clusters and of images.
 
 Si et al., "Hybrid Contrastive Learning for Unsupervised Person Re-Identification", IEEE TMM
 2022. https://doi.org/10.1109/TMM.2022.3174414
@@ -21,28 +21,30 @@ from selcon_plugin.options import Interval
 class HCM(InstanceClusterContrast):
     """Hybrid Contrastive Model.
 
-    Two losses, two memories:
+    There are two losses with a memory each:
 
-    * identity level, one row per cluster: Cluster Contrast whose sample losses are weighted
-      by (1 - p)^γ, with p the probability of the own cluster. The weight is a constant, and
-      small for samples that are already well matched: the dynamic contrast loss.
-    * image level, one row per image: the own cluster's least similar image must be nearer
-      than the most similar image of any other cluster, :func:`sample_constraint_loss`.
+    * The identity level has one row per cluster. The loss is Cluster Contrast with sample
+      losses weighted by (1 - p)^γ, where p is the probability of the own cluster. The
+      weight is a constant, and small for samples that are already well matched: the dynamic
+      contrast loss.
+    * The image level has one row per image. The own cluster's least similar image must be
+      nearer than the most similar image of any other cluster,
+      :func:`sample_constraint_loss`.
 
-    Reconstructed from the abstract, which names the two losses and memories and says what
-    they are for. The form of the factor and of the constraint, the weights and the momentum
-    are this package's. With ``focal_gamma`` and ``constraint_weight`` 0 it is Cluster
-    Contrast.
+    The method is reconstructed from the abstract, which names the two losses and memories
+    and their purpose. The form of the factor and of the constraint, the weights and the
+    momentum are choices of this package. With ``focal_gamma`` and ``constraint_weight`` 0
+    it is Cluster Contrast.
 
     Args:
         num_images: Training images M.
         global_dim: Global feature dimension C.
         num_parts: Not used.
         part_dim: Not used.
-        focal_gamma: γ, exponent of the dynamic factor, sensibly 1 to 4; 0 for none.
+        focal_gamma: γ, exponent of the dynamic factor; 1 to 4 are reasonable, 0 for none.
         constraint_weight: Weight of the loss between an image's hardest positive and
-            hardest negative. Large ones let noisy clusters collapse: their least similar
-            images are of other people.
+            hardest negative. Large weights let noisy clusters collapse, because their least
+            similar images are of other people.
         **options: Those of :class:`InstanceClusterContrast`; temperature and momentum are
             those of both memories.
     """

@@ -1,4 +1,4 @@
-"""JCL: a bank of centroids and a bank of instances, contrasted with jointly.
+"""JCL: joint contrast with a bank of centroids and a bank of instances.
 
 Zhang, Li and Ye, "Unsupervised Joint Contrastive Learning for Aerial Person
 Re-Identification and Remote Sensing Image Classification", Remote Sensing 16(2) 422, 2024.
@@ -18,17 +18,18 @@ from selcon_plugin.methods.centroid_instance_method import CentroidInstanceMetho
 class JCL(CentroidInstanceMethod):
     r"""Joint Contrastive Learning.
 
-    The loss is :math:`L_{cluster} + w L_{instance}`. The first is InfoNCE over the
-    clusters' centroids. The second is for samples that are easily confused: InfoNCE over
-    the clusters, where the own cluster is as similar as its least similar image in the
-    instance bank, and every other as its most similar one. Outliers are in neither.
+    The loss is :math:`L_{cluster} + w L_{instance}`. The first term is InfoNCE over the
+    clusters' centroids. The second is for samples that are easily confused: it is InfoNCE
+    over the clusters, where the similarity to the own cluster is that to its least similar
+    image in the instance bank, and the similarity to every other cluster is that to its
+    most similar image. Outliers are in neither term.
 
-    Reconstructed from the abstract, which names the two banks, the two levels and what each
-    is for: the form of the instance loss, the weight and the update of the banks (every
-    sample of the batch, in its order) are this package's. The default weight is a guess:
-    short runs on two draws of SyntheticPersons disagreed on 0.25 and 1. The other two parts
-    of JCL are not in the method: the filter of single-camera clusters
-    (``CLUSTERING.DROP_SINGLE_CAMERA``), and the attention with WaveBlock
+    The method is reconstructed from the abstract, which names the two banks, the two levels
+    and their purposes. The form of the instance loss, the weight and the update of the
+    banks (with every sample of the batch, in its order) are choices of this package. The
+    default weight is a guess: short runs on two seeds of SyntheticPersons disagreed on 0.25
+    and 1. Two other parts of JCL are not in the method: the filter of single-camera
+    clusters (``CLUSTERING.DROP_SINGLE_CAMERA``), and the attention with WaveBlock
     (:func:`selcon_plugin.models.wave_block.insert_wave_blocks`).
 
     Args:
