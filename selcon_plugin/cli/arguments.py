@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from selcon_plugin.retrieval import NetworkSource
+from selcon_plugin.retrieval.source import hash_files
 
 
 def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,8 +43,6 @@ def add_import_argument(parser: argparse.ArgumentParser) -> None:
 
 if TYPE_CHECKING:
     from selcon_plugin.inference.embedder import Embedder
-
-_CHUNK = 2**20
 
 
 def add_network_arguments(parser: argparse.ArgumentParser, *, onnx: bool = True) -> None:
@@ -166,11 +164,6 @@ def network_key(args: argparse.Namespace) -> str:
     """Return a short text that changes with the network: its files and its backbone."""
     from selcon_plugin.inference.embedder import find_config
 
-    digest = hashlib.sha256(args.backbone.encode())
     weights = args.weights or args.onnx
     config = "" if args.backbone else args.config_file or find_config(weights)
-    for name in filter(None, (weights, config)):
-        with open(Path(name).expanduser(), "rb") as stream:
-            while chunk := stream.read(_CHUNK):
-                digest.update(chunk)
-    return digest.hexdigest()[:16]
+    return hash_files(*filter(None, (weights, config)), prefix=args.backbone)[:16]

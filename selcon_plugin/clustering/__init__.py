@@ -36,7 +36,7 @@ from selcon_plugin.clustering.labeling import (
 )
 from selcon_plugin.clustering.neighbors import Neighbors
 from selcon_plugin.clustering.pseudo_labels import OUTLIER, PseudoLabels
-from selcon_plugin.clustering.quality import label_free_quality, label_stability
+from selcon_plugin.clustering.quality import cluster_quality, label_stability
 
 # Importing a labeler's file registers it: adding a labeler touches no other file.
 for _module in pkgutil.iter_modules(__path__):
@@ -61,10 +61,10 @@ __all__ = [
     "build_labeler",
     "choose_eps",
     "cluster_agreement",
+    "cluster_quality",
     "co_association",
     "dbscan_labels",
     "jaccard_distance",
-    "label_free_quality",
     "label_images",
     "label_stability",
     "labeler_names",

@@ -17,7 +17,7 @@ from torch import Tensor
 from selcon_plugin.clustering.camera_centering import center_cameras
 from selcon_plugin.clustering.jaccard import unit_features
 from selcon_plugin.clustering.pseudo_labels import PseudoLabels
-from selcon_plugin.clustering.quality import label_free_quality
+from selcon_plugin.clustering.quality import cluster_quality
 from selcon_plugin.options import Option, check_options, options_of
 from selcon_plugin.registry import Registry
 
@@ -144,7 +144,7 @@ class Labeler(ABC):
         found = self.cluster(features)
         for label_filter in self.filters:
             found = label_filter(found, features, camids, self)
-        found = replace(found, measured={**found.measured, **label_free_quality(found)})
+        found = replace(found, measured={**found.measured, **cluster_quality(found)})
         sizes = found.sizes
         logger.info(
             "%s: %d clusters of %d to %d images, %d outliers among %d images, %.1f s",

@@ -16,7 +16,7 @@ from selcon_plugin.clustering.pseudo_labels import OUTLIER, PseudoLabels
 _CHUNK_ENTRIES = 20_000_000
 
 
-def label_free_quality(
+def cluster_quality(
     pseudo_labels: PseudoLabels, previous: Tensor | None = None
 ) -> dict[str, float]:
     """Measure clusters without identities.

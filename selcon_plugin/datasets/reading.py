@@ -18,6 +18,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from selcon_plugin.io.atomic import write_atomically
+
 logger = logging.getLogger(__name__)
 
 # What Pillow warns of by default: 256 MiB in RGB. A larger image would take the memory of
@@ -199,10 +201,10 @@ def _remembered(memory: Path, paths: Sequence[str]) -> Sequence[str]:
 
 
 def _remember(memory: Path, unreadable: list[str]) -> None:
-    partial = memory.with_suffix(f".{os.getpid()}.partial")
+    # Two processes that check the same images at once write the same content, and a file
+    # that is cut off is read as none.
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(unreadable))
-        os.replace(partial, memory)
+        write_atomically(json.dumps(unreadable), memory)
     except OSError as error:  # a home that cannot be written to
         logger.debug("the check of the images is not remembered: %s", error)

@@ -40,7 +40,7 @@ def readable_items(
     items = sorted(items, key=lambda item: item[0])
     faults = _faults([item[0] for item in items])
     if faults:
-        _check_share(list(faults.values()), len(faults), len(items), max_unreadable_ratio)
+        check_unreadable_ratio(list(faults.values()), len(items), max_unreadable_ratio)
         logger.warning(
             "%d of %d images cannot be read and are left out:\n%s",
             len(faults),
@@ -48,6 +48,38 @@ def readable_items(
             describe_faults(list(faults.values())),
         )
     return [item for item in items if item[0] not in faults], len(faults)
+
+
+def check_unreadable_ratio(
+    faults: Sequence[str],
+    num_images: int,
+    max_unreadable_ratio: float,
+    *,
+    num_unlisted: int = 0,
+    all_read: bool = True,
+) -> None:
+    """Refuse a set of images of which too many cannot be read.
+
+    Args:
+        faults: Path and reason of each image that cannot be read.
+        num_images: Images in total.
+        max_unreadable_ratio: Fraction of them that may be unreadable. Whatever it is, one
+            image must be left.
+        num_unlisted: Unreadable images that ``faults`` does not list.
+        all_read: Whether every image has been tried; otherwise there may be more faults.
+
+    Raises:
+        BadImagesError: If more images cannot be read, or none can.
+    """
+    num_unreadable = len(faults) + num_unlisted
+    if num_unreadable <= max_unreadable_ratio * num_images and num_unreadable < num_images:
+        return
+    raise BadImagesError(
+        f"{num_unreadable} of {num_images} images{'' if all_read else ', or more,'} cannot "
+        f"be read, more than the fraction of {max_unreadable_ratio:g} that "
+        f"max_unreadable_ratio allows:\n{describe_faults(faults, _LISTED)}\n"
+        "Repair, restore or remove them, or raise max_unreadable_ratio"
+    )
 
 
 def check_test_images(paths: Sequence[str]) -> None:
@@ -98,8 +130,8 @@ def report_unreadable(
     faults = [fault_of(path) or f"{path}: readable again" for path in paths[:_LISTED]]
     faults += paths[_LISTED:]
     left_out = images.num_left_out
-    _check_share(
-        faults, len(paths) + left_out, len(images) + left_out, max_unreadable_ratio
+    check_unreadable_ratio(
+        faults, len(images) + left_out, max_unreadable_ratio, num_unlisted=left_out
     )
     if unreported.any() and rank() == 0:
         logger.warning(
@@ -126,16 +158,3 @@ def _faults(paths: Sequence[str]) -> dict[str, str]:
             "processes the same data sets"
         )
     return {path: found.get(path, path) for path, b in zip(paths, bad, strict=True) if b}
-
-
-def _check_share(
-    faults: list[str], num_bad: int, num_images: int, max_unreadable_ratio: float
-) -> None:
-    if num_bad <= max_unreadable_ratio * num_images and num_bad < num_images:
-        return
-    raise BadImagesError(
-        f"{num_bad} of {num_images} images cannot be read, more than the share of "
-        f"{max_unreadable_ratio:g} that max_unreadable_ratio allows:\n"
-        f"{describe_faults(faults, _LISTED)}\n"
-        "Mend, restore or remove them, or raise max_unreadable_ratio"
-    )

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any, TypeVar
 
 from selcon_plugin.distributed import rank
 from selcon_plugin.engine.images import IndexedImages
+from selcon_plugin.io.atomic import write_atomically
 
 IMAGE_LIST = "images.json"
 
@@ -40,9 +40,7 @@ def write_image_list(folder: str | Path, images: IndexedImages) -> None:
     }
     file = Path(folder, IMAGE_LIST)
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".json.partial")
-    partial.write_text(json.dumps(content) + "\n")
-    os.replace(partial, file)
+    write_atomically(json.dumps(content) + "\n", file)
 
 
 def images_to_resume_with(folder: str | Path, images: _Images) -> _Images:

@@ -18,10 +18,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from selcon_plugin.datasets import read_image_folder
+from selcon_plugin.datasets.numbering import UNKNOWN, number_names
 from selcon_plugin.datasets.reading import ImageReadError
 from selcon_plugin.samplers.stream import SampleKey
-
-UNKNOWN = -1
 
 # What is known of a file that was readable when the run began.
 _FAILED, _UNREPORTED = 1, 2
@@ -93,8 +92,10 @@ class IndexedImages(Dataset[dict[str, Any]]):
     ) -> None:
         items = sorted(items, key=lambda item: item[0])
         self.paths = [item[0] for item in items]
-        self.evaluation_only_pids = _enumerate_names([item[1] for item in items])
-        self.camids = _enumerate_names([item[2] for item in items])
+        self.evaluation_only_pids = number_names(
+            [item[1] for item in items], unknown=UNKNOWN
+        )
+        self.camids = number_names([item[2] for item in items], unknown=UNKNOWN)
         self.read = read
         self.transform = transform
         self.seed = seed
@@ -283,15 +284,3 @@ def _size_of(path: str) -> int:
         return os.path.getsize(path)
     except OSError:
         return 0
-
-
-def _enumerate_names(names: Sequence[Any]) -> list[int]:
-    """Number the distinct names 0, 1, ... in sorted order; an unknown one stays."""
-    known = sorted({name for name in names if name != UNKNOWN}, key=_order)
-    number = {name: i for i, name in enumerate(known)}
-    return [number.get(name, UNKNOWN) for name in names]
-
-
-def _order(name: Any) -> tuple[bool, Any]:
-    """Order numbers as numbers, before names."""
-    return (False, name) if isinstance(name, int) else (True, str(name))

@@ -14,6 +14,7 @@ from selcon_plugin.methods import Method, method_class
 from selcon_plugin.models.ema import EMATeacher
 from selcon_plugin.models.feature_map import as_feature_map, infer_feature_shape
 from selcon_plugin.models.ghost_norm import convert_ghost_batch_norm
+from selcon_plugin.models.preprocessing import Preprocessing
 from selcon_plugin.models.wave_block import WaveBlockKind, insert_wave_blocks
 
 logger = logging.getLogger(__name__)
@@ -56,13 +57,11 @@ class EmbeddingNetwork(nn.Module):
         backbone: Images to feature map, tokens or vectors.
         heads: Feature map to :class:`Embeddings`, with ``global_dim``, ``num_parts`` and
             ``part_dim``.
-        pixel_mean: Mean of each channel on the scale 0..255.
-        pixel_std: Standard deviation of each channel on that scale.
-        images_normalized: Whether the host's loader has applied them; else it is done here.
+        preprocessing: Size of the images, and mean and deviation of their channels.
+        images_normalized: Whether the host's loader normalizes; otherwise it is done here.
         ghost_batch_size: Images that batch normalization sees together; 0 for all.
         wave_block: WaveBlock behind stages of the backbone: ``"none"``, ``"plain"`` or
             ``"attentive"``; see :mod:`selcon_plugin.models.wave_block`.
-        input_size: Height and width of the images.
 
     Attributes:
         method: What trains; None in a network that is only evaluated.
@@ -77,16 +76,15 @@ class EmbeddingNetwork(nn.Module):
         self,
         backbone: nn.Module,
         heads: nn.Module,
+        preprocessing: Preprocessing,
         *,
-        pixel_mean: Sequence[float],
-        pixel_std: Sequence[float],
         images_normalized: bool,
         ghost_batch_size: int = 0,
         wave_block: str = "none",
-        input_size: Sequence[int] = (256, 128),
     ) -> None:
         super().__init__()
-        mean, std = torch.tensor(pixel_mean), torch.tensor(pixel_std)
+        mean = torch.tensor(preprocessing.pixel_mean)
+        std = torch.tensor(preprocessing.pixel_std)
         self.register_buffer("pixel_mean", mean.view(1, -1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", std.view(1, -1, 1, 1), persistent=False)
         self.images_normalized = images_normalized
@@ -94,7 +92,7 @@ class EmbeddingNetwork(nn.Module):
         self.heads: Any = heads
         if wave_block != "none":
             kind = cast(WaveBlockKind, wave_block)
-            insert_wave_blocks(backbone, kind, input_size=input_size)
+            insert_wave_blocks(backbone, kind, input_size=preprocessing.size)
         if ghost_batch_size:
             for part in (self.backbone, self.heads):
                 convert_ghost_batch_norm(part, ghost_batch_size)

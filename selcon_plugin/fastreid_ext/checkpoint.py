@@ -12,11 +12,16 @@ from selcon_plugin.engine.best_weights import BEST_FILE
 from selcon_plugin.fastreid_ext.meta_arch import SelCon
 from selcon_plugin.io.atomic import remove_partial_files, save_atomically, write_atomically
 from selcon_plugin.io.safe_loading import MIN_LOADED_RATIO
+from selcon_plugin.models.state_keys import (
+    METHOD_PREFIX,
+    RUN_PREFIXES,
+    TEACHER_PREFIX,
+    is_method_state,
+    unwrapped_name,
+    without_method,
+)
 from selcon_plugin.runs.checkpoints import first_readable, newest_first, read_checkpoint
 
-# Prefix of the method's buffers in a SelCon state dict.
-_METHOD_PREFIX = "method."
-_TEACHER_PREFIX = "teacher."
 _TAG = "last_checkpoint"
 # Written inside an epoch, when a run is stopped by a signal.
 STOPPED = "model_stopped"
@@ -57,11 +62,7 @@ class SelConCheckpointer(Checkpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        weights = {
-            key: value
-            for key, value in self.model.state_dict().items()
-            if not key.startswith(_METHOD_PREFIX)
-        }
+        weights = without_method(self.model.state_dict())
         save_atomically(
             {"model": weights, "epochs": epochs}, Path(self.save_dir, BEST_FILE)
         )
@@ -143,9 +144,9 @@ class SelConCheckpointer(Checkpointer):
             raise ValueError(
                 f"{self._file} holds no weights: expected tensors by name under 'model'"
             )
-        for key in [k for k in weights if k.startswith(_METHOD_PREFIX)]:
+        for key in [k for k in weights if k.startswith(METHOD_PREFIX)]:
             del weights[key]
-        brings_teacher = any(_TEACHER_PREFIX in key for key in weights)
+        brings_teacher = any(TEACHER_PREFIX in key for key in weights)
         incompatible = super()._load_model(checkpoint)
         self._check_fit(incompatible)
         if not brings_teacher and isinstance(self.model, SelCon):
@@ -157,7 +158,7 @@ class SelConCheckpointer(Checkpointer):
         own = {
             key
             for key in self.model.state_dict()
-            if not key.removeprefix("module.").startswith((_METHOD_PREFIX, _TEACHER_PREFIX))
+            if not unwrapped_name(key).startswith(RUN_PREFIXES)
         }
         found = own - set(incompatible.missing_keys)
         found -= {key for key, *_ in incompatible.incorrect_shapes}
@@ -172,9 +173,7 @@ class SelConCheckpointer(Checkpointer):
         # The banks of a new run are filled from its own images.
         incompatible = incompatible._replace(
             missing_keys=[
-                key
-                for key in incompatible.missing_keys
-                if not key.removeprefix("module.").startswith(_METHOD_PREFIX)
+                key for key in incompatible.missing_keys if not is_method_state(key)
             ]
         )
         super()._log_incompatible_keys(incompatible)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,13 @@ from torch import Tensor, nn
 
 from selcon_plugin.fastreid_ext.meta_arch import SelCon
 from selcon_plugin.io.safe_loading import data_only
-from selcon_plugin.models.inference import InferenceNetwork, Preprocessing, load_all_tensors
+from selcon_plugin.models.inference import InferenceNetwork, load_all_tensors
+from selcon_plugin.models.preprocessing import Preprocessing
 from selcon_plugin.models.pretrained import read_state_dict
+from selcon_plugin.models.state_keys import network_weights
 
 # A head that was trained on identities has a classifier, which features do not need.
 _IGNORED_PREFIXES = ("heads.weight", "heads.classifier.")
-_TEACHER_PREFIX = "teacher.module."
 
 
 class _Baseline(nn.Module):
@@ -72,7 +72,7 @@ def load_network(
         method = cfg.MODEL.SELCON.METHOD
     else:
         model = _Baseline(model)
-    state = _without_student(read_state_dict(Path(weights).expanduser()))
+    state = network_weights(read_state_dict(Path(weights).expanduser()))
     load_all_tensors(model, state, source=str(weights), ignore_prefixes=_IGNORED_PREFIXES)
     preprocessing = Preprocessing(
         size=tuple(cfg.INPUT.SIZE_TEST),
@@ -81,14 +81,3 @@ def load_network(
         pixel_std=tuple(cfg.MODEL.PIXEL_STD),
     )
     return InferenceNetwork(model.to(device), preprocessing, method=method, host="fastreid")
-
-
-def _without_student(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Put the teacher's weights, where there are any, in the place of the student's."""
-    plain = {key.removeprefix("module."): tensor for key, tensor in state.items()}
-    taught = {
-        key.removeprefix(_TEACHER_PREFIX): tensor
-        for key, tensor in plain.items()
-        if key.startswith(_TEACHER_PREFIX)
-    }
-    return plain | taught

@@ -17,6 +17,7 @@ from selcon_plugin.fastreid_ext.config import complete_config, selected_method_o
 from selcon_plugin.features import Embeddings
 from selcon_plugin.io.safe_loading import MIN_LOADED_RATIO, data_only, loading_noted
 from selcon_plugin.methods import build_method
+from selcon_plugin.models.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +63,10 @@ class SelCon(EmbeddingNetwork):
         super().__init__(
             backbone,
             build_heads(cfg),
-            pixel_mean=cfg.MODEL.PIXEL_MEAN,
-            pixel_std=cfg.MODEL.PIXEL_STD,
+            Preprocessing.in_training(size, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD),
             images_normalized=False,
             ghost_batch_size=node.GHOST_BATCH_SIZE,
             wave_block=node.WAVE_BLOCK,
-            input_size=size,
         )
         self.add_teacher(node.EMA_DECAY)
         options = selected_method_options(cfg)

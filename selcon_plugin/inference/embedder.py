@@ -23,20 +23,19 @@ from tqdm import tqdm
 
 from selcon_plugin.config.checks import check_device
 from selcon_plugin.datasets import read_image_folder
+from selcon_plugin.datasets.numbering import number_names
 from selcon_plugin.datasets.reading import ImageReadError, describe_faults, read_rgb
-from selcon_plugin.engine.image_check import BadImagesError
+from selcon_plugin.engine.image_check import check_unreadable_ratio
 from selcon_plugin.inference.folder_features import FolderFeatures
-from selcon_plugin.models.inference import InferenceNetwork, Preprocessing
+from selcon_plugin.models.inference import InferenceNetwork
+from selcon_plugin.models.preprocessing import Preprocessing
 
 __all__ = ["Embedder", "FolderFeatures"]
 
 logger = logging.getLogger(__name__)
 
-UNKNOWN_CAMERA = -1
-
 # What a run in either host writes beside its checkpoints.
 _CONFIG = "config.yaml"
-_LISTED = 100  # lines of an error
 _Image = str | Path | Image.Image | NDArray[np.uint8]
 
 
@@ -205,7 +204,9 @@ class Embedder:
                 pixels = [image for image in batch if not isinstance(image, str)]
                 readable.extend(not isinstance(image, str) for image in batch)
                 faults.extend(fault for fault in batch if isinstance(fault, str))
-                _check_share(faults, len(items), max_unreadable_ratio)
+                check_unreadable_ratio(
+                    faults, len(items), max_unreadable_ratio, all_read=False
+                )
                 if pixels:
                     yield np.stack(pixels)
 
@@ -220,7 +221,7 @@ class Embedder:
         kept = [item for item, good in zip(items, readable, strict=True) if good]
         return FolderFeatures(
             tuple(item.path for item in kept),
-            _camera_numbers([item.camera for item in kept]),
+            np.array(number_names([item.camera for item in kept]), dtype=np.int64),
             features,
         )
 
@@ -305,19 +306,6 @@ def _check_batch_size(batch_size: int) -> None:
         raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size}")
 
 
-def _check_share(
-    faults: Sequence[str], num_images: int, max_unreadable_ratio: float
-) -> None:
-    if len(faults) <= max_unreadable_ratio * num_images and len(faults) < num_images:
-        return
-    raise BadImagesError(
-        f"{len(faults)} of {num_images} images, or more, cannot be read: more than the "
-        f"share of {max_unreadable_ratio:g} that max_unreadable_ratio allows:\n"
-        f"{describe_faults(faults, _LISTED)}\n"
-        "Mend, restore or remove them, or raise max_unreadable_ratio"
-    )
-
-
 def _as_rgb(image: Any) -> Image.Image:
     if isinstance(image, (str, Path)):
         return read_rgb(image)
@@ -330,10 +318,3 @@ def _as_rgb(image: Any) -> Image.Image:
             f"(h, w, 3), RGB; got {array.dtype} of shape {array.shape}"
         )
     return Image.fromarray(np.ascontiguousarray(array))
-
-
-def _camera_numbers(names: Sequence[str | None]) -> NDArray[np.int64]:
-    """Number the cameras 0, 1, ... in the order of their names; -1 for an unknown one."""
-    known = {name: i for i, name in enumerate(sorted({n for n in names if n is not None}))}
-    numbers = [UNKNOWN_CAMERA if name is None else known[name] for name in names]
-    return np.array(numbers, dtype=np.int64)

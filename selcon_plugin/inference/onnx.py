@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from selcon_plugin.models.inference import Preprocessing
+from selcon_plugin.models.preprocessing import Preprocessing
 
 # Entries of the metadata, each a value in JSON, that a reader needs.
 SIZE, MEAN, STD, FILTER, DIM = (

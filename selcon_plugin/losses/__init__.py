@@ -1,4 +1,4 @@
-"""Losses: pure functions, each with a module form that holds the settings."""
+"""Losses as pure functions, some also as modules that hold the settings."""
 
 from selcon_plugin.losses.camera_proxy import (
     associate_proxies,

@@ -1,7 +1,7 @@
-r"""Losses between images and camera proxies: within a camera, across cameras, associated.
+r"""Losses between images and camera proxies: intra-camera, inter-camera, online-associated.
 
-A camera proxy is the images that one camera has of one cluster. Each loss takes the
-similarities of a batch to the rows of all proxies, so that several losses share one
+A camera proxy is the set of images that one camera has of one cluster. Each loss takes the
+similarities of a batch to the rows of all proxies, so that several losses share one matrix
 product, and is the mean over the images of
 
 .. math::
@@ -10,8 +10,8 @@ product, and is the mean over the images of
         \exp(s_{ik} / \tau)}
 
 where the losses differ in their positives :math:`\mathcal P_i` and negatives
-:math:`\mathcal N_i`. All raise ``ValueError`` if there is no proxy, or if the temperature
-is not positive or a number of positives or negatives less than 1.
+:math:`\mathcal N_i`. All raise ``ValueError`` if there is no proxy, if the temperature is
+not positive, or if a number of positives or negatives is less than 1.
 
 Shape shorthand in this module:
 
@@ -40,9 +40,9 @@ def intra_camera_loss(
     temperature: float = 0.07,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    """Tell an image's proxy from the other proxies of the same camera.
+    """Discriminate an image's proxy from the other proxies of the same camera.
 
-    The only positive is the own proxy; all other proxies of its camera are negatives. Where
+    The only positive is the own proxy; all other proxies of its camera are negatives. If
     the own camera is unknown there is no "same camera", and the loss of the image is 0.
 
     Args:
@@ -91,10 +91,10 @@ def inter_camera_loss(
     num_negatives: int = 50,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    """Pull an image towards all proxies of its cluster, whatever their camera.
+    """Pull an image towards all proxies of its cluster, in every camera.
 
-    Positives are the proxies of the own cluster, the own one among them; negatives the most
-    similar proxies of other clusters.
+    The positives are the proxies of the own cluster, including the own one; the negatives
+    are the most similar proxies of other clusters.
 
     Args:
         similarity: Of each image to each proxy, shape ``(B, P)``.
@@ -102,7 +102,7 @@ def inter_camera_loss(
             ignored. A batch of nothing but outliers has loss 0.
         clusters: Cluster of each proxy, int64, shape ``(P,)``.
         temperature: Softmax temperature τ; similarities are divided by it.
-        num_negatives: How many negatives, at least 1; fewer where there are fewer.
+        num_negatives: Number of negatives, at least 1; fewer if there are fewer.
         sample_weight: Factor on each image's loss, shape ``(B,)``; None for 1. The mean is
             not divided by the weights.
 
@@ -124,21 +124,22 @@ def inter_camera_loss(
 def associate_proxies(
     similarity: Tensor, cameras: Tensor, *, num_positives: int = 3
 ) -> Tensor:
-    """Choose the proxies that are most likely the same person: at most one per camera.
+    """Choose the proxies that most likely show the same person, at most one per camera.
 
-    Of each camera the most similar proxy, and of these the most similar ones. Equally
-    similar proxies are all chosen. The unknown camera counts as one more.
+    The most similar proxy of each camera is a candidate, and the most similar candidates
+    are chosen. Equally similar proxies are all chosen. The unknown camera counts as one
+    more camera.
 
     Args:
         similarity: Of each image to each proxy, shape ``(B, P)``.
-        cameras: Camera of each proxy, int64, shape ``(P,)``: numbers below P, as
-            :func:`~selcon_plugin.memory.camera_proxy.number_camera_proxies` gives
-            them; -1 where unknown.
-        num_positives: How many are chosen, at least 1; one for each camera where there are
-            fewer cameras.
+        cameras: Camera of each proxy, int64, shape ``(P,)``: numbers below P, as returned
+            by :func:`~selcon_plugin.memory.camera_proxy.number_camera_proxies`; -1 where
+            unknown.
+        num_positives: Number of chosen proxies, at least 1; one for each camera if there
+            are fewer cameras.
 
     Returns:
-        Which proxies are chosen, bool, shape ``(B, P)``.
+        True for the chosen proxies, bool, shape ``(B, P)``.
 
     Raises:
         ValueError: If ``num_positives`` is less than 1.
@@ -152,7 +153,7 @@ def associate_proxies(
     if num_positives < 1:
         raise ValueError(f"num_positives must be 1 or more, got {num_positives}")
     num_proxies = len(cameras)
-    # There are no more cameras than proxies: a bound that is known without asking a GPU.
+    # There are no more cameras than proxies: this bound is known without waiting for a GPU.
     camera = torch.where(cameras < 0, num_proxies, cameras)
     best = class_similarity(similarity, camera, num_proxies + 1, "max")
     last = best.topk(min(num_positives, num_proxies + 1), dim=1).values[:, -1:]
@@ -171,16 +172,17 @@ def online_association_loss(
     num_negatives: int = 50,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Pull an image towards proxies of other cameras that look like it now.
+    r"""Pull an image towards proxies of other cameras that are similar to it now.
 
-    Clusters are as old as the last clustering. Here positives are found on the batch: with
-    an image's similarity mixed with that of its proxy v,
+    Clusters date from the last clustering. This loss finds positives on the batch instead.
+    With an image's similarity mixed with that of its proxy v,
 
     .. math::
         q_{ik} = w\, s_{ik} + (1 - w)\, v_i \cdot v_k
 
-    positives are what :func:`associate_proxies` chooses by q, negatives the other proxies
-    of largest q. Which cluster they are of plays no part. The choice takes no gradient.
+    the positives are the proxies that :func:`associate_proxies` chooses by q, and the
+    negatives are the other proxies of largest q, whatever their clusters. The choice has no
+    gradient.
 
     Args:
         similarity: Of each image to each proxy, s, shape ``(B, P)``.
@@ -191,8 +193,8 @@ def online_association_loss(
             :func:`associate_proxies`.
         temperature: Softmax temperature τ; similarities are divided by it.
         image_weight: w, weight of the image's own similarity; the rest is its proxy's.
-        num_positives: How many proxies are positives, at least 1.
-        num_negatives: How many negatives, at least 1; fewer where there are fewer.
+        num_positives: Number of positive proxies, at least 1.
+        num_negatives: Number of negatives, at least 1; fewer if there are fewer.
         sample_weight: Factor on each image's loss, shape ``(B,)``; None for 1. The mean is
             not divided by the weights.
 
@@ -200,7 +202,7 @@ def online_association_loss(
         Scalar loss, mean over the images that have a proxy.
 
     Raises:
-        ValueError: If ``image_weight`` is outside [0, 1]; else as above.
+        ValueError: If ``image_weight`` is outside [0, 1], or in the cases above.
 
     References:
         Wang et al., "Offline-Online Associated Camera-Aware Proxies for Unsupervised Person
@@ -219,7 +221,7 @@ def online_association_loss(
 
 
 def _own_proxy(similarity: Tensor, targets: Tensor) -> Tensor:
-    """Return the targets, any proxy in place of an outlier's."""
+    """Return the targets, with an arbitrary proxy for outliers."""
     if not similarity.shape[1]:
         raise ValueError("there are no camera proxies: cluster the images first")
     return targets.clamp(min=0)
@@ -227,7 +229,7 @@ def _own_proxy(similarity: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _most_similar(similarity: Tensor, left_out: Tensor, count: int) -> Tensor:
-    """Mark the ``count`` most similar proxies of each row; those left out come last."""
+    """Mark the ``count`` most similar proxies of each row; ``left_out`` ones come last."""
     if count < 1:
         raise ValueError(f"num_negatives must be 1 or more, got {count}")
     others = similarity.masked_fill(left_out, -torch.inf)
@@ -243,7 +245,7 @@ def _contrast(
     temperature: float,
     sample_weight: Tensor | None,
 ) -> Tensor:
-    """Compute the loss at the head of this file; the masks are ``(B, P)``."""
+    """Compute the loss in the module's docstring; the masks are ``(B, P)``."""
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     inside = targets != _OUTLIER

@@ -1,8 +1,8 @@
 """Sample weights that favor clusters seen by several cameras.
 
-A cluster that one camera sees alone teaches what that camera looks like as much as what the
-person looks like. Three papers weigh it down, each in its own way; the weights multiply the
-images' losses.
+From a cluster that only one camera sees, a network learns the appearance of that camera as
+much as that of the person. Three papers reduce its weight, each in its own way; the weights
+multiply the images' losses.
 
 Shape shorthand in this module:
 
@@ -20,16 +20,17 @@ from torch import Tensor, nn
 from selcon_plugin.distributed import gather_batch, rank
 
 CameraEntropyMode = Literal["batch", "cluster", "multi_camera"]
-# What a method's option says: a mode, or no weights.
+# Values of a method's option: a mode, or no weights.
 CAMERA_WEIGHTS = ("none", *get_args(CameraEntropyMode))
 
 
 def cluster_camera_entropy(labels: Tensor, camids: Tensor) -> Tensor:
-    r"""Entropy of the cameras that see each cluster, over the whole data set.
+    r"""Compute the entropy of the cameras that see each cluster, over the whole data set.
 
-    :math:`H = -\sum_c p_c \ln p_c` with :math:`p_c` the share of the cluster's images that
-    camera c took. It is 0 for a cluster of one camera, at most :math:`\ln` of the number of
-    cameras. Images of unknown camera are left out; a cluster of nothing else has 0.
+    :math:`H = -\sum_c p_c \ln p_c`, where :math:`p_c` is the fraction of the cluster's
+    images that camera c took. It is 0 for a cluster of one camera, and at most :math:`\ln`
+    of the number of cameras. Images of unknown camera are left out; a cluster that has only
+    such images has entropy 0.
 
     Args:
         labels: Cluster of each image, int64, shape ``(M,)``; -1 for an outlier, which is
@@ -66,21 +67,21 @@ def cluster_camera_entropy(labels: Tensor, camids: Tensor) -> Tensor:
 
 
 def _batch_weights(targets: Tensor, camids: Tensor) -> Tensor:
-    """Weights of 3C: e^H of the cluster in this batch, mean 1 over its clusters."""
+    """Return the weights of 3C: e^H of the cluster in this batch, with mean 1."""
     clustered = targets >= 0
     same_cluster = (targets[:, None] == targets[None, :]) & clustered[:, None]  # (B, B)
     fellows = same_cluster & (camids >= 0)[None, :]  # of known camera
     same_camera = fellows & (camids[:, None] == camids[None, :])
     num_fellows = fellows.sum(dim=1).clamp(min=1)
-    # -log2 p of each image's camera in its cluster; H is its mean over the fellows. A sum
-    # and no matrix product: autocast would round that.
+    # -log2 p of each image's camera in its cluster; H is the mean over the cluster's images
+    # of known camera. It is a sum and not a matrix product, which autocast would round.
     surprise = (num_fellows / same_camera.sum(dim=1).clamp(min=1)).log2()
     entropy = (fellows * surprise).sum(dim=1) / num_fellows
     weights = entropy.exp() * clustered
-    # An image's part of its cluster: every cluster counts once, whatever its size.
+    # Each image counts as a fraction of its cluster: every cluster counts once.
     part = clustered / same_cluster.sum(dim=1).clamp(min=1)
     mean = (weights * part).sum() / part.sum().clamp(min=1)
-    return weights / mean.clamp(min=1)  # e^H is at least 1: 0 are the outliers alone
+    return weights / mean.clamp(min=1)  # e^H is at least 1: only outliers have weight 0
 
 
 def camera_entropy_weights(
@@ -90,27 +91,29 @@ def camera_entropy_weights(
     mode: CameraEntropyMode,
     cluster_entropy: Tensor | None = None,
 ) -> Tensor:
-    r"""Weigh each image by how evenly cameras share its cluster.
+    r"""Weight each image by the entropy of the cameras in its cluster.
 
     * ``"batch"`` (3C): :math:`e^H` with H in bits, from the cameras of the cluster's images
-      in this batch; divided by its mean over the clusters present, each counting once.
-    * ``"cluster"`` (CALR): :math:`\ln(1 + H)` with H in nats over the whole data set. Not
-      scaled: two cameras in equal parts give 0.527, so that the loss becomes smaller.
+      in this batch, divided by its mean over the clusters of the batch, each of which
+      counts once.
+    * ``"cluster"`` (CALR): :math:`\ln(1 + H)` with H in nats over the whole data set. It is
+      not scaled: two cameras with equally many images give 0.527, so that the loss becomes
+      smaller.
     * ``"multi_camera"`` (JCL's filter as a weight): 1 if several cameras see the cluster in
       the data set, else 0.
 
     Images of unknown camera are left out of the histograms and get their cluster's weight.
-    Where no cluster of the data set has several cameras (one camera, or none known) there
-    is nothing to weigh by, and the last two modes give 1 to every cluster; else a batch
-    without a cluster of several cameras has all weights 0. An outlier's weight is 0.
+    If no cluster of the data set has several cameras (there is one camera, or none is
+    known), the last two modes give every cluster weight 1; otherwise all weights are 0 in a
+    batch without a cluster of several cameras. An outlier's weight is 0.
 
-    In a distributed run ``"batch"`` looks at this process's images alone. Nothing waits for
-    the device.
+    In a distributed run ``"batch"`` uses only this process's images. Nothing waits for the
+    device.
 
     Args:
         targets: Cluster of each image, int64, shape ``(B,)``; -1 for an outlier.
         camids: Camera of each image, int64, shape ``(B,)``; negative where unknown. Only
-            ``"batch"`` looks at it.
+            ``"batch"`` uses it.
         mode: ``"batch"``, ``"cluster"`` or ``"multi_camera"``.
         cluster_entropy: Result of :func:`cluster_camera_entropy` for the current clusters,
             shape ``(num_clusters,)``; needed by ``"cluster"`` and ``"multi_camera"``.
@@ -154,12 +157,12 @@ def camera_entropy_weights(
         )
     per_cluster = cluster_entropy.log1p() if mode == "cluster" else cluster_entropy > 0
     per_cluster = torch.where((cluster_entropy > 0).any(), per_cluster.float(), 1.0)
-    # Outliers read an appended 0, so that it also works without any cluster.
+    # Outliers read an appended 0, which also works without any cluster.
     return torch.cat([per_cluster, per_cluster.new_zeros(1)])[targets]
 
 
 class CameraWeighting(nn.Module):
-    """Camera entropy weights as a method uses them: told the clusters, asked for a batch.
+    """Camera entropy weights of a method: set for new clusters, evaluated for a batch.
 
     Args:
         num_images: Training images M.
@@ -179,7 +182,7 @@ class CameraWeighting(nn.Module):
 
     @torch.no_grad()
     def prepare(self, labels: Tensor, camids: Tensor | None) -> None:
-        """Note how evenly cameras share each cluster.
+        """Compute and store the camera entropy of each cluster.
 
         Args:
             labels: Cluster of each image, int64 ``(M,)``, -1 for an outlier.
@@ -196,20 +199,20 @@ class CameraWeighting(nn.Module):
     def forward(
         self, index: Tensor, targets: Tensor, camids: Tensor | None
     ) -> Tensor | None:
-        """Weigh a batch.
+        """Return the weights of a batch.
 
         Args:
-            index: Which training image each is, int64 ``(B,)``.
-            targets: Cluster of each, int64 ``(B,)``, -1 for an outlier.
-            camids: Camera of each, int64 ``(B,)``, or None.
+            index: Index of each training image, int64 ``(B,)``.
+            targets: Cluster of each image, int64 ``(B,)``, -1 for an outlier.
+            camids: Camera of each image, int64 ``(B,)``, or None.
 
         Returns:
-            Float32 weights ``(B,)``, 1 for outliers; None where nothing is weighed.
+            Float32 weights ``(B,)``, 1 for outliers; None if there are no weights.
         """
         if self.mode == "none" or camids is None:
             return None
         if self.mode == "batch":
-            # The histogram is that of the whole batch, on however many ranks.
+            # The histogram is over the whole batch, across all ranks.
             own_rank = torch.full_like(targets, rank())
             shared = gather_batch(torch.stack([targets, camids, own_rank], dim=1))
             whole = camera_entropy_weights(shared[:, 0], shared[:, 1], mode="batch")

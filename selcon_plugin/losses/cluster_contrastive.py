@@ -1,4 +1,4 @@
-"""Cluster contrastive loss: an image against the vectors of all clusters.
+"""Cluster contrastive loss between an image and the vectors of all clusters.
 
 Shape shorthand in this module:
 
@@ -43,17 +43,17 @@ def cluster_contrastive_loss(
             p_y = \frac{\exp(f_i \cdot v_y / \tau)}{\sum_k \exp(f_i \cdot v_k / \tau)}
 
     and the batch loss is the mean of :math:`L_i` over the images that have a cluster. The
-    mean is not divided by the weights: all weights 2 double the loss. With :math:`\gamma =
-    0` and no weights this is InfoNCE over the clusters. The focal factor takes part in the
-    gradient unless ``detach_focal``; cluster-guided asymmetric contrast uses :math:`\gamma
-    = 4`.
+    mean is not divided by the weights: if all weights are 2, the loss doubles. With
+    :math:`\gamma = 0` and no weights this is InfoNCE over the clusters. The focal factor
+    has a gradient unless ``detach_focal`` is set; cluster-guided asymmetric contrast uses
+    :math:`\gamma = 4`.
 
-    The features are scaled to unit length here, the bank is used as it is. The bank is a
-    constant: it gets no gradient and is never written. Logits and softmax are at least
+    The features are scaled to unit length here, and the bank is used as it is. The bank is
+    a constant: it gets no gradient and is never written. Logits and softmax are at least
     float32, also under autocast.
 
     Args:
-        features: Shape ``(B, C)``, of any length but zero.
+        features: Shape ``(B, C)``, of any nonzero norm.
         bank: One vector per cluster, shape ``(num_clusters, C)``.
         targets: Cluster of each image, int64, shape ``(B,)``; -1 for an outlier, which is
             ignored. A batch of nothing but outliers has loss 0.
@@ -61,9 +61,9 @@ def cluster_contrastive_loss(
         sample_weight: Factor :math:`w_i` on each image's loss, shape ``(B,)``, for instance
             from :func:`~selcon_plugin.losses.camera_weights.camera_entropy_weights`;
             None for 1.
-        focal_gamma: Exponent of the focal factor, at least 0 (off): the larger, the less
-            well-matched images count.
-        detach_focal: Whether the focal factor is a constant, a weight: the gradient is then
+        focal_gamma: Exponent of the focal factor, at least 0 (off): the larger it is, the
+            less well-matched images count.
+        detach_focal: Whether the focal factor is a constant weight: the gradient is then
             that of InfoNCE times the factor.
 
     Returns:

@@ -1,7 +1,8 @@
-"""Losses between images and the instances that make up classes: mean, hardest, nearest.
+"""Losses between images and classes that are given by their instances.
 
-A class is a cluster, or an outlier that is one of its own. Its similarity to an image is
-read from the rows of its members in a bank of instances, without a row for the class.
+A class is a cluster, or an outlier that is its own class. Its similarity to an image is
+computed from the rows of its members in a bank of instances, by their mean, maximum or
+minimum; there is no row for the class itself.
 
 Shape shorthand in this module:
 
@@ -28,12 +29,12 @@ _OUTLIER = -1
 def class_similarity(
     similarity: Tensor, labels: Tensor, num_classes: int, reduction: Reduction
 ) -> Tensor:
-    """Reduce the similarities to instances to one per class.
+    """Reduce similarities to instances to one similarity per class.
 
     Args:
         similarity: Of each image to each row, shape ``(B, R)``.
-        labels: Class of each row, int64, shape ``(R,)``; -1 for a row of no class.
-        num_classes: Classes to reduce to.
+        labels: Class of each row, int64, shape ``(R,)``; -1 for a row without a class.
+        num_classes: Number of classes.
         reduction: ``"mean"``, ``"max"`` or ``"min"`` over the rows of a class.
 
     Returns:
@@ -54,7 +55,7 @@ def class_similarity(
         raise ValueError(
             f"reduction must be one of {', '.join(get_args(Reduction))}, got {reduction!r}"
         )
-    # Rows of no class go to a column of their own, which is cut off.
+    # Rows without a class go to an extra column, which is cut off.
     column = torch.where(labels < 0, num_classes, labels)
     shape = (len(similarity), num_classes + 1)
     if reduction == "mean":
@@ -81,20 +82,20 @@ def instance_contrastive_loss(
     others: Reduction = "max",
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Contrast each image with classes that are read from the instances of a bank.
+    r"""Contrast each image with classes that are given by the instances of a bank.
 
-    InfoNCE over the classes with the logits :math:`s_k / \tau`, where :math:`s_k` reduces
-    the similarities of the image to the rows of class k. ``own`` says how for the image's
-    own class, ``others`` for all others:
+    The loss is InfoNCE over the classes with the logits :math:`s_k / \tau`, where
+    :math:`s_k` reduces the similarities of the image to the rows of class k. ``own`` is the
+    reduction for the image's own class, ``others`` that for all other classes:
 
     * ``own="min", others="max"``: the hardest positive against the hardest negative of each
       class (HHCL, HDCPD, DCMIP).
     * ``own="mean", others="mean"``: the mean over the members (SpCL).
 
     Args:
-        features: Shape ``(B, C)``, of any length but zero; scaled to unit length here.
+        features: Shape ``(B, C)``, of any nonzero norm; scaled to unit length here.
         bank: Unit rows, shape ``(R, C)``; a constant.
-        bank_labels: Class of each row, int64, shape ``(R,)``; -1 for a row of no class.
+        bank_labels: Class of each row, int64, shape ``(R,)``; -1 for a row without a class.
         targets: Class of each image, int64, shape ``(B,)``; -1 for an outlier, which is
             ignored. A batch of nothing but outliers has loss 0.
         temperature: Softmax temperature τ; similarities are divided by it.
@@ -106,8 +107,8 @@ def instance_contrastive_loss(
         Scalar loss: the mean over the images that have a class.
 
     Raises:
-        ValueError: If the temperature is not positive, no row has a class, or the own class
-            of an image has no row.
+        ValueError: If the temperature is not positive, no row has a class, or an image's
+            own class has no row.
 
     References:
         Ge et al., "Self-paced Contrastive Learning with Hybrid Memory", NeurIPS 2020.

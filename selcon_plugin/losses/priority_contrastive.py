@@ -1,4 +1,4 @@
-"""Contrast with the rows of an instance bank, positives weighted by their priority.
+"""Contrastive loss over an instance bank whose positives are weighted by priority.
 
 Shape shorthand in this module:
 
@@ -23,7 +23,7 @@ def priority_contrastive_loss(
     temperature: float = 0.05,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Pull each image towards its positives in a bank, the more the higher the priority.
+    r"""Pull each image towards its positives in a bank, weighted by their priority.
 
     With the priority :math:`a_{ij}` of row j for image i the loss is
 
@@ -32,15 +32,15 @@ def priority_contrastive_loss(
             \frac{\exp(f_i \cdot v_j / \tau)}{\sum_k \exp(f_i \cdot v_k / \tau)}
 
     and the batch loss is the mean of :math:`L_i` over the images that have a positive. All
-    rows are in the denominator. One positive of any priority is InfoNCE. The bank is a
-    constant.
+    rows are in the denominator. With one positive of any priority the loss is InfoNCE. The
+    bank is a constant.
 
     Args:
-        features: Shape ``(B, C)``, of any length but zero; scaled to unit length here.
+        features: Shape ``(B, C)``, of any nonzero norm; scaled to unit length here.
         bank: Unit rows, shape ``(R, C)``.
-        priority: At least 0, float, shape ``(B, R)``; 0 where a row is no positive. An
-            image whose priorities are all 0 is ignored; a batch of none but such has loss
-            0.
+        priority: Priorities of at least 0, float, shape ``(B, R)``; 0 where a row is not a
+            positive. An image whose priorities are all 0 is ignored; a batch of only such
+            images has loss 0.
         temperature: Softmax temperature τ; similarities are divided by it.
         sample_weight: Factor :math:`w_i` on each image's loss, shape ``(B,)``; None for 1.
 

@@ -27,19 +27,19 @@ def sample_to_instance_loss(
     temperature: float = 0.05,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Raise the share of an image's own class in the softmax over all instances.
+    r"""Raise the probability of an image's own class in the softmax over all instances.
 
     .. math::
         L_i = -\log \frac{\sum_{j \in y_i} \exp(f_i \cdot v_j / \tau)}
             {\sum_j \exp(f_i \cdot v_j / \tau)}
 
-    All rows stand in the denominator, also those without a class: a row of an outlier is a
-    class of its own. The exponentials of a class are added up, where
-    :func:`instance_contrastive_loss` averages similarities: large classes weigh more, and
-    one near member is enough for a small loss.
+    All rows are in the denominator, also those without a class: the row of an outlier is
+    its own class. The exponentials of a class are summed, whereas
+    :func:`instance_contrastive_loss` averages similarities: large classes have more weight,
+    and one near member is enough for a small loss.
 
     Args:
-        features: Shape ``(B, C)``, of any length but zero; scaled to unit length here.
+        features: Shape ``(B, C)``, of any nonzero norm; scaled to unit length here.
         bank: Unit rows, shape ``(R, C)``; a constant.
         bank_labels: Class of each row, int64, shape ``(R,)``; -1 for an outlier.
         targets: Class of each image, int64, shape ``(B,)``; -1 for an outlier, which is
@@ -84,18 +84,18 @@ def sample_constraint_loss(
     temperature: float = 0.05,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Bring the hardest positive of an image nearer than its hardest negative.
+    r"""Pull the hardest positive of an image closer than its hardest negative.
 
     .. math::
         L_i = \log(1 + \exp((s_i^- - s_i^+) / \tau))
 
-    :math:`s_i^+` is the similarity to the least similar row of the own class, the own row
-    left out if there are others; :math:`s_i^-` that to the most similar row of another
-    class. It is the softmax loss over these two rows. Rows of outliers take no part: they
-    may show the same person.
+    :math:`s_i^+` is the similarity to the least similar row of the own class, without the
+    own row if there are others; :math:`s_i^-` is the similarity to the most similar row of
+    another class. This is the softmax loss over these two rows. Rows of outliers are not
+    used, because they may show the same person.
 
     Args:
-        features: Shape ``(B, C)``, of any length but zero; scaled to unit length here.
+        features: Shape ``(B, C)``, of any nonzero norm; scaled to unit length here.
         bank: Unit rows, shape ``(R, C)``; a constant.
         bank_labels: Class of each row, int64, shape ``(R,)``; -1 for an outlier.
         index: Own row of each image, int64, shape ``(B,)``.
@@ -145,8 +145,8 @@ def _similarity(features: Tensor, bank: Tensor, temperature: float) -> Tensor:
 
 
 def _own_rows(targets: Tensor, bank_labels: Tensor) -> Tensor:
-    """Tell which rows have each image's class, ``(B, R)``."""
-    # An outlier owns all rows: its loss is finite before it is left out of the mean.
+    """Return which rows have each image's class, ``(B, R)``."""
+    # All rows count as an outlier's own: its loss is finite until the mean leaves it out.
     own = (targets[:, None] == bank_labels) | (targets == _OUTLIER)[:, None]
     if not own.any(dim=1).all():
         raise ValueError("the own class of an image has no row in the bank")

@@ -1,4 +1,4 @@
-"""Selective contrastive loss: several weighted positives, chosen negatives.
+"""Selective contrastive loss: several weighted positives and selected negatives.
 
 Shape shorthand in this module:
 
@@ -19,31 +19,31 @@ from torch import Tensor, nn
 
 from selcon_plugin.distance import bank_product
 
-# No gather beyond this many values (1 GiB in float32), however large the bank.
+# No more than this many values (1 GiB in float32) are gathered, however large the bank.
 _MAX_GATHERED_VALUES = 2**28
-# Up to this many gathered values (8 MiB) logits are float64: it costs nothing there, and
-# the temperature magnifies float32 rounding to a gradient error of about 1e-6.
+# Up to this many gathered values (8 MiB) logits are float64: this costs nothing, and the
+# temperature amplifies float32 rounding to a gradient error of about 1e-6.
 _MAX_DOUBLE_VALUES = 2**20
 
 
 def _rows_per_candidate(batch_size: int) -> float:
-    """Bank rows per candidate at which a gather and a full product cost the same."""
-    # The gather moves about 3 * B * A * C values, the product about 2 * M * C: equal at
-    # 1.5 * B rows per candidate, until the batch is so large that arithmetic bounds the
-    # product. Measured with two CPU threads: 7 to 11 for B = 8, 31 to 42 for B = 64
-    # (tools/benchmark/bench_step.py --crossover). No GPU has been measured.
+    """Return the bank rows per candidate at which gather and full product cost the same."""
+    # The gather moves about 3 * B * A * C values and the product about 2 * M * C. They are
+    # equal at 1.5 * B rows per candidate, until the batch is so large that arithmetic
+    # limits the product. Measurements with two CPU threads: 7 to 11 for B = 8, 31 to 42 for
+    # B = 64 (tools/benchmark/bench_step.py --crossover). No GPU has been measured.
     return min(1.5 * batch_size, 32.0)
 
 
 def positive_weights(
     num_positives: int, *, self_weight: float = 0.5, neighbor_scale: float = 1.75
 ) -> Tensor:
-    """Weights of the positives: the own entry first, the rest shared by the neighbors.
+    """Return the weights of the positives: the own entry first, then the neighbors.
 
     Args:
         num_positives: Columns P = 1 + K.
         self_weight: Weight of the own entry (the paper's λ_t), in (0, 1].
-        neighbor_scale: Factor α on what is left for the neighbors: each gets
+        neighbor_scale: Factor α on the remaining weight of the neighbors: each has
             ``α (1 - λ_t) / K``. Above 1 the weights sum to more than 1, as in the paper.
 
     Returns:
@@ -61,10 +61,10 @@ def positive_weights(
 
 
 def candidate_similarity(features: Tensor, bank: Tensor, candidates: Tensor) -> Tensor:
-    """Inner products of each anchor's views with that anchor's candidates.
+    """Compute the inner products of each anchor's views with that anchor's candidates.
 
     Either the candidates' rows are gathered, ``(B, A, C)``, or the product with the whole
-    bank is taken, ``(B, M)``, and the candidates are picked from it: whichever is cheaper.
+    bank is computed, ``(B, M)``, and the candidates are read from it, whichever is cheaper.
     Both give the same values up to rounding.
 
     Args:
@@ -151,30 +151,33 @@ def selective_contrastive_loss(
     InfoNCE. The bank is a constant here: it gets no gradient and is never written. Logits
     and softmax are at least float32, also under autocast.
 
-    Anchors may have different numbers of candidates. With weights of its own for every
-    anchor, a positive of weight 0 is absent; with ``negative_mask``, so is a negative whose
-    entry is False. What is absent is not in :math:`A_i`; the index in its place may be any
-    row. An anchor without positives has loss 0, and counts in the mean.
+    Anchors may have different numbers of candidates. If every anchor has its own weights, a
+    positive of weight 0 is absent; with ``negative_mask``, a negative whose entry is False
+    is absent. Absent candidates are not in :math:`A_i`, and their index may be any row. An
+    anchor without positives has loss 0, and counts in the mean.
 
-    Pairs can be ignored: a negative of ``ignored_negative`` does not count against a
-    positive of ``ignored_positive``: it is not in :math:`A_i` under that positive.
+    Pairs can be ignored: a negative in ``ignored_negative`` does not count against a
+    positive in ``ignored_positive``, that is, :math:`A_i` does not contain it for that
+    positive.
 
     With ``focal_gamma`` :math:`\gamma` each :math:`L_i` is multiplied by :math:`(1 -
-    P_i)^\gamma`, where :math:`P_i` is the softmax's share of all positives: anchors that
-    already find them count less. Its gradient is taken as well.
+    P_i)^\gamma`, where :math:`P_i` is the softmax probability of all positives together:
+    anchors that already match them count less. The factor has a gradient as well.
 
     Args:
         features: Anchor features, shape ``(B, C)``; or ``(B, V, C)`` for several views of
-            each anchor that share candidates, so that the bank is read once.
+            each anchor that have the same candidates, so that the bank is read once.
         bank: Memory-bank entries, shape ``(M, C)``.
         positive_index: Bank rows of the positives, int64, shape ``(B, P)``.
         negative_index: Bank rows of the negatives, int64, shape ``(B, N)``.
         positive_weight: Weight of each positive column, shape ``(P,)``; or of each anchor's
-            positives, shape ``(B, P)``, 0 for those it does not have.
-        negative_mask: Which negatives there are, bool, shape ``(B, N)``; None for all.
-        ignored_positive: Positives against which the exempt negatives do not count, bool,
+            positives, shape ``(B, P)``, with 0 for absent ones.
+        negative_mask: False for absent negatives, bool, shape ``(B, N)``; None if none is
+            absent.
+        ignored_positive: Positives against which the ignored negatives do not count, bool,
             shape ``(B, P)``; None for none.
-        ignored_negative: Those negatives, bool, shape ``(B, N)``; given with it.
+        ignored_negative: The ignored negatives, bool, shape ``(B, N)``; required with
+            ``ignored_positive``.
         temperature: Softmax temperature τ; similarities are divided by it.
         focal_gamma: Exponent γ of the focal factor, at least 0 (off).
 
@@ -185,7 +188,7 @@ def selective_contrastive_loss(
     Raises:
         ValueError: If ``temperature`` is not positive, ``focal_gamma`` is negative,
             ``positive_weight`` or ``negative_mask`` does not fit the indices, or one of
-            the two ``exempt`` masks is missing.
+            the two ``ignored`` masks is missing.
 
     Example:
         >>> bank = torch.eye(2)
@@ -245,7 +248,7 @@ def selective_contrastive_loss(
 
 
 def _focal_factor(log_prob: Tensor, gamma: float) -> Tensor:
-    """Return (1 - P)^γ, P the share of the positives; ``(B, V, P)`` to ``(B, V)``."""
+    """Return (1 - P)^γ, P the positives' probability; ``(B, V, P)`` to ``(B, V)``."""
     share = log_prob.logsumexp(dim=2).clamp(max=0.0)  # rounding may pass log 1
     # At P = 1 an exponent below 1 has an infinite gradient.
     others = (-torch.expm1(share)).clamp(min=torch.finfo(share.dtype).tiny)
@@ -255,12 +258,12 @@ def _focal_factor(log_prob: Tensor, gamma: float) -> Tensor:
 class SelectiveContrastiveLoss(nn.Module):
     """:func:`selective_contrastive_loss` with the weights of the paper.
 
-    The weights follow the positives actually given: a warm-up batch whose only positive is
-    the image itself has the single weight ``self_weight``, and a bank too small for K
-    neighbors shares the neighbors' weight among those it has.
+    The weights depend on the positives that are given: in a warm-up batch, whose only
+    positive is the image itself, the single weight is ``self_weight``, and in a bank too
+    small for K neighbors the existing ones share the neighbors' weight.
 
     Args:
-        num_neighbors: Neighbors K a full batch has.
+        num_neighbors: Neighbors K in a full batch.
         self_weight: Weight λ_t of the own entry.
         neighbor_scale: Factor α on the weight shared by the neighbors.
         temperature: Softmax temperature τ.
@@ -297,8 +300,8 @@ class SelectiveContrastiveLoss(nn.Module):
         self.neighbor_scale = neighbor_scale
         self.temperature = temperature
         self.focal_gamma = focal_gamma
-        # Kept on the device, so that a step copies nothing; not state, since it follows
-        # from the settings.
+        # The weights stay on the device, so that a step copies nothing. They follow from
+        # the settings, and so are not part of the state.
         self.register_buffer("weights", self._weights(1 + num_neighbors), persistent=False)
 
     def _weights(self, num_positives: int) -> Tensor:
@@ -334,12 +337,14 @@ class SelectiveContrastiveLoss(nn.Module):
             bank: Shape ``(M, C)``.
             positive_index: Shape ``(B, P)``.
             negative_index: Shape ``(B, N)``.
-            positive_mask: Which positives there are, bool ``(B, P)``; None for all. The
-                neighbors there are share the neighbors' weight.
-            negative_mask: Which negatives there are, bool ``(B, N)``; None for all.
-            ignored_positive: Positives against which exempt negatives do not count, bool
+            positive_mask: False for absent positives, bool ``(B, P)``; None if none is
+                absent. The present neighbors share the neighbors' weight.
+            negative_mask: False for absent negatives, bool ``(B, N)``; None if none is
+                absent.
+            ignored_positive: Positives against which ignored negatives do not count, bool
                 ``(B, P)``; None for none.
-            ignored_negative: Those negatives, bool ``(B, N)``; given with it.
+            ignored_negative: The ignored negatives, bool ``(B, N)``; required with
+                ``ignored_positive``.
             sample_weight: Factor on each anchor's loss, shape ``(B,)``; None for 1.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Softmax triplet loss: hardest positive against hardest negative of the batch.
+"""Softmax triplet loss of the hardest positive and the hardest negative in the batch.
 
 Shape shorthand in this module:
 
@@ -20,21 +20,21 @@ _OUTLIER = -1
 def softmax_triplet_loss(
     features: Tensor, targets: Tensor, *, temperature: float = 1.0
 ) -> Tensor:
-    r"""Bring each image nearer to its farthest fellow than to its nearest stranger.
+    r"""Pull each image closer to its farthest positive than to its nearest negative.
 
     .. math::
         L_i = -\log \frac{\exp(d_n / \tau)}{\exp(d_p / \tau) + \exp(d_n / \tau)}
 
     with the Euclidean distances :math:`d_p` to the farthest image of the own class and
-    :math:`d_n` to the nearest of another one, all of this batch. There is no margin. An
-    image that is alone in its class has :math:`d_p = 0`.
+    :math:`d_n` to the nearest image of another class, both in this batch. There is no
+    margin. The only image of a class has :math:`d_p = 0`.
 
     Args:
-        features: Shape ``(B, C)``, of any length but zero; scaled to unit length here.
+        features: Shape ``(B, C)``, of any nonzero norm; scaled to unit length here.
         targets: Class of each image, int64, shape ``(B,)``; -1 for an outlier, which is
             neither anchor, positive nor negative.
-        temperature: τ; distances are divided by it. A loss on features of length r has τ =
-            1 / r.
+        temperature: τ; distances are divided by it. A loss on features of norm r
+            corresponds to τ = 1 / r.
 
     Returns:
         Scalar loss: the mean over the images that have a class and a negative; 0 if there

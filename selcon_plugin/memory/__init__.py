@@ -1,8 +1,8 @@
 """Memory banks: one unit vector per training image or cluster, written once per step.
 
-A bank is read by the loss as a constant and written after the optimizer step, under
+The loss reads a bank as a constant, and the bank is written after the optimizer step, under
 ``no_grad``; nothing here takes part in a backward pass. Every bank is a persistent buffer,
-so that a checkpoint holds it.
+so that checkpoints contain it.
 
 Shape shorthand in this module:
 

@@ -1,15 +1,16 @@
 """Camera proxies: the images that one camera has of one cluster, and a memory row for each.
 
-A person looks different to every camera. Methods with camera proxies cut each cluster by
-camera and remember one vector per part, so that a row is not an average over cameras.
+A person looks different in every camera. Methods with camera proxies split each cluster by
+camera and store one vector per camera and cluster, so that a row is not an average over
+cameras.
 
-Images of unknown camera are one proxy of their cluster, whose camera is unknown. It may
-hold images of several cameras: nothing is learnt *within* that camera, but it is a proxy of
-its cluster like the others.
+The images of unknown camera form one proxy of their cluster, whose camera is unknown. It
+may contain images of several cameras: nothing is learned *within* that camera, but it is a
+proxy of its cluster like the others.
 
 Shape shorthand in this module:
 
-    B: images in the batch; b: those of them on this process
+    B: images in the batch; b: those of this process
     M: training images
     P: camera proxies
     C: feature dimension
@@ -30,7 +31,7 @@ _OUTLIER = -1
 
 
 class CameraProxies(NamedTuple):
-    """How images are cut into camera proxies.
+    """Assignment of images to camera proxies.
 
     Attributes:
         proxies: Proxy of each image, int64 ``(M,)``; -1 for an outlier.
@@ -46,7 +47,7 @@ class CameraProxies(NamedTuple):
 
 @torch.no_grad()
 def number_camera_proxies(labels: Tensor, camids: Tensor) -> CameraProxies:
-    """Cut every cluster by camera and number the parts.
+    """Split every cluster by camera and number the parts.
 
     Args:
         labels: Cluster of each image, int64, shape ``(M,)``; -1 for an outlier.
@@ -54,8 +55,8 @@ def number_camera_proxies(labels: Tensor, camids: Tensor) -> CameraProxies:
             unknown.
 
     Returns:
-        The proxies, on the device of ``labels``; cluster after cluster, in each by camera,
-        the unknown one first.
+        The proxies, on the device of ``labels``, ordered by cluster and then by camera,
+        with the unknown camera first.
 
     Raises:
         ValueError: If there is not one camera for each label.
@@ -74,7 +75,7 @@ def number_camera_proxies(labels: Tensor, camids: Tensor) -> CameraProxies:
         )
     clustered = labels >= 0
     known = camids.to(labels.device)[clustered].clamp(min=_UNKNOWN)
-    # The appended entry gives the unknown camera the first place, also where there is none.
+    # The appended entry puts the unknown camera first, even if no image has it.
     ids = torch.unique(torch.cat([known, known.new_full((1,), _UNKNOWN)]))
     place = torch.searchsorted(ids, known)
     pairs, proxy = torch.unique(labels[clustered] * len(ids) + place, return_inverse=True)
@@ -85,20 +86,20 @@ def number_camera_proxies(labels: Tensor, camids: Tensor) -> CameraProxies:
 
 @torch.no_grad()
 def camera_sum_weights(cameras: Tensor, batch_cameras: Tensor, counted: Tensor) -> Tensor:
-    r"""Weights that make a mean over images the sum over cameras of each camera's mean.
+    r"""Return weights that turn a mean over images into a sum of the cameras' means.
 
-    With n counted images in the batch, :math:`n_c` of them of camera c, an image of camera
-    c weighs :math:`n / n_c`. In a distributed run b images are this process's share of the
-    batch.
+    If n images of the batch are counted and :math:`n_c` of them are from camera c, an image
+    of camera c has the weight :math:`n / n_c`. In a distributed run the b images are this
+    process's part of the batch.
 
     Args:
-        cameras: Camera of each image to weigh, int64, shape ``(b,)``; the unknown one, -1,
+        cameras: Camera of each image to weight, int64, shape ``(b,)``; the unknown one, -1,
             counts as one camera.
         batch_cameras: Camera of each image of the whole batch, int64, shape ``(B,)``.
-        counted: Which images of the batch the mean counts, bool, shape ``(B,)``.
+        counted: Whether the mean counts each image of the batch, bool, shape ``(B,)``.
 
     Returns:
-        Float32 weights, shape ``(b,)``; of no meaning for images that are not counted.
+        Float32 weights, shape ``(b,)``; undefined for images that are not counted.
 
     Example:
         >>> cameras, every = torch.tensor([0, 0, 0, 1]), torch.ones(4, dtype=torch.bool)
@@ -110,7 +111,7 @@ def camera_sum_weights(cameras: Tensor, batch_cameras: Tensor, counted: Tensor) 
 
 
 class CameraProxyMemory(nn.Module):
-    """One vector per camera proxy, rebuilt whenever the images are clustered anew.
+    """Bank of one vector per camera proxy, rebuilt after every clustering.
 
     A row starts as the mean of its images and is written with each of them in the batch,
     one after the other: ``normalize(momentum · row + (1 - momentum) · f)``.
@@ -154,7 +155,7 @@ class CameraProxyMemory(nn.Module):
 
     @torch.no_grad()
     def reset(self, features: Tensor, labels: Tensor, camids: Tensor) -> None:
-        """Number the proxies of new clusters and fill their rows with the images' means.
+        """Number the proxies of new clusters and set their rows to the images' means.
 
         Args:
             features: Unit vectors of all images, shape ``(M, C)``.
@@ -169,10 +170,10 @@ class CameraProxyMemory(nn.Module):
 
     @torch.no_grad()
     def update(self, index: Tensor, features: Tensor) -> None:
-        """Write a batch into the bank; call once, after the optimizer step.
+        """Write a batch into the bank; call this once, after the optimizer step.
 
         Args:
-            index: Which training image each is, int64, shape ``(B,)``; outliers write
+            index: Index of each training image, int64, shape ``(B,)``; outliers write
                 nothing.
             features: Shape ``(B, C)``; scaled to unit length here.
         """
@@ -181,7 +182,7 @@ class CameraProxyMemory(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any
     ) -> None:
-        # The proxies of a checkpoint are as many as its epoch had.
+        # The number of proxies in a checkpoint is that of its epoch.
         for name in ("clusters", "cameras"):
             loaded = state_dict.get(prefix + name)
             if loaded is not None:

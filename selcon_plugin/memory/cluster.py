@@ -1,4 +1,4 @@
-"""``ClusterMemory``: one row per cluster."""
+"""``ClusterMemory``: a bank with one row per cluster."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ ClusterUpdate = Literal["mean", "hard", "batch_mean"]
 
 
 class ClusterMemory(nn.Module):
-    """One vector per cluster, rebuilt whenever the images are clustered anew.
+    """Bank of one vector per cluster, rebuilt after every clustering.
 
-    A written row becomes ``normalize(momentum · row + (1 - momentum) · f)``. What f is, and
-    how often a row is written in a step, is the ``update``:
+    A written row becomes ``normalize(momentum · row + (1 - momentum) · f)``. ``update``
+    selects f, and with it how often a row is written in a step:
 
     * ``"mean"``: every image of the batch, one after the other in batch order (Cluster
       Contrast).
     * ``"hard"``: once per cluster, its image of the batch that is least similar to the row
-      as it was before the step; of several, the first (Cluster Contrast, HHCL).
+      before the step; of several, the first (Cluster Contrast, HHCL).
     * ``"batch_mean"``: once per cluster, the mean of its unit vectors in the batch, not
       scaled again (HHCL).
 
-    The number of clusters may change: :meth:`reset` takes any, and a loaded checkpoint
-    brings its own.
+    The number of clusters may change: :meth:`reset` accepts any number, and a loaded
+    checkpoint has its own.
 
     Args:
-        features: First rows, shape ``(num_clusters, C)``, scaled to unit length here. No
-            clusters, ``(0, C)``, before the first clustering.
+        features: First rows, shape ``(num_clusters, C)``, scaled to unit length here;
+            ``(0, C)`` before the first clustering.
         momentum: Weight of the old row, in [0, 1].
         update: ``"mean"``, ``"hard"`` or ``"batch_mean"``.
 
@@ -59,7 +59,7 @@ class ClusterMemory(nn.Module):
         if features.dim() != 2:
             raise ValueError(
                 "features must be (num_clusters, C), got shape "
-                f"{tuple(features.shape)}; without clusters pass torch.empty(0, C)"
+                f"{tuple(features.shape)}. Without clusters pass torch.empty(0, C)"
             )
         if not 0.0 <= momentum <= 1.0:
             raise ValueError(f"momentum must lie in [0, 1], got {momentum}")
@@ -88,7 +88,7 @@ class ClusterMemory(nn.Module):
             features: Shape ``(new number of clusters, C)``; scaled to unit length here.
 
         Raises:
-            ValueError: If the vectors are not as long as those of the bank.
+            ValueError: If the vectors have another dimension than those of the bank.
         """
         dim = self.bank.shape[1]
         if features.dim() != 2 or features.shape[1] != dim:
@@ -99,7 +99,7 @@ class ClusterMemory(nn.Module):
 
     @torch.no_grad()
     def update(self, features: Tensor, targets: Tensor) -> None:
-        """Write a batch into the bank; call once, after the optimizer step.
+        """Write a batch into the bank; call this once, after the optimizer step.
 
         Args:
             features: Shape ``(B, C)``; scaled to unit length here.
@@ -126,7 +126,7 @@ class ClusterMemory(nn.Module):
         write_rows(self.bank, rows, unit, in_order, momentum=self.momentum)
 
     def _hardest(self, rows: Tensor, unit: Tensor) -> Tensor:
-        """Return, for each cluster present, its image least similar to its row."""
+        """Return, for each cluster in the batch, the image least similar to its row."""
         similarity = (unit * self.bank[rows]).sum(dim=1)
         order = torch.argsort(similarity, stable=True)
         order = order[torch.argsort(rows[order], stable=True)]  # by cluster, hardest first
@@ -134,15 +134,15 @@ class ClusterMemory(nn.Module):
 
     @staticmethod
     def _batch_means(rows: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the clusters present and the mean of each one's unit vectors."""
+        """Return the clusters in the batch and the mean of each one's unit vectors."""
         present, place, counts = torch.unique(rows, return_inverse=True, return_counts=True)
         return present, _sum_rows(unit, place, len(present)) / counts[:, None]
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any
     ) -> None:
-        # The clusters of a checkpoint are as many as its epoch had. Vectors of another
-        # length are another network's: those PyTorch refuses itself.
+        # The number of clusters in a checkpoint is that of its epoch. Vectors of another
+        # dimension belong to another network, and PyTorch itself refuses them.
         loaded = state_dict.get(prefix + "bank")
         if loaded is not None and loaded.shape[1:] == self.bank.shape[1:]:
             self.bank = self.bank.new_empty(loaded.shape)

@@ -1,4 +1,4 @@
-"""``InstanceMemory``: one row per training image."""
+"""``InstanceMemory``: a bank with one row per training image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from selcon_plugin.memory.writes import write_rows
 
 
 class InstanceMemory(nn.Module):
-    """One vector per training image, written with the image's own features.
+    """Bank of one vector per training image, written with the image's own features.
 
     A written row becomes ``normalize(momentum · row + (1 - momentum) · f)``; an image that
     occurs twice in a batch is written twice, in batch order.
@@ -50,7 +50,7 @@ class InstanceMemory(nn.Module):
                 here.
 
         Raises:
-            ValueError: If the shape is another.
+            ValueError: If the shape is not that of the bank.
         """
         if features.shape != self.bank.shape:
             raise ValueError(
@@ -60,7 +60,7 @@ class InstanceMemory(nn.Module):
 
     @torch.no_grad()
     def update(self, index: Tensor, features: Tensor) -> None:
-        """Write a batch into the bank; call once, after the optimizer step.
+        """Write a batch into the bank; call this once, after the optimizer step.
 
         Args:
             index: Row of each image, int64, shape ``(B,)``.

@@ -15,22 +15,22 @@ MixtureUpdate = Literal["positives", "self"]
 class TriBankMemory(nn.Module):
     """Global, part and mixture bank of Selective Contrastive Learning.
 
-    Global and part bank follow the images' own features and rank the neighbors. The
-    mixture bank is what the loss compares with: it blends global vectors and concatenated
+    The global and the part bank follow the images' own features and rank the neighbors. The
+    loss compares features with the mixture bank. It blends global vectors and concatenated
     part vectors of an image and, with ``mixture_update="positives"``, of every image that
-    chose it as a neighbor, so that a row drifts towards the center of its neighborhood.
-    It starts at zero.
+    selected it as a neighbor, so that a row moves towards the center of its neighborhood.
+    The mixture bank starts at zero.
 
     Args:
         num_images: Bank rows M, one per training image.
         global_dim: Global feature dimension C.
-        num_parts: Parts S; 0 means no part bank (``part_bank`` is None).
+        num_parts: Parts S; with 0 there is no part bank (``part_bank`` is None).
         part_dim: Part feature dimension D.
         momentum: Weight of the old row in every write, in [0, 1].
         mixture_update: ``"positives"`` writes an image's features into the mixture rows of
             all its positives, ``"self"`` only into its own.
         normalize_parts: Whether the concatenated parts (norm √S) are scaled to unit length
-            before they enter the mixture bank. The released code does not.
+            before they enter the mixture bank. The released code does not scale them.
         dtype: float32, float16 or bfloat16; half precision halves the memory.
 
     Attributes:
@@ -62,9 +62,9 @@ class TriBankMemory(nn.Module):
         super().__init__()
         if num_parts and num_parts * part_dim != global_dim:
             raise ValueError(
-                f"the concatenated parts ({num_parts} x {part_dim}) must be as long as "
-                f"the global feature ({global_dim}), since both are blended into one "
-                "mixture bank"
+                f"the concatenated parts ({num_parts} x {part_dim}) must have the "
+                f"dimension of the global feature ({global_dim}), because both are blended "
+                "into one mixture bank"
             )
         if not 0.0 <= momentum <= 1.0:
             raise ValueError(f"momentum must lie in [0, 1], got {momentum}")
@@ -98,7 +98,7 @@ class TriBankMemory(nn.Module):
 
     @torch.no_grad()
     def initialize(self, global_features: Tensor, part_features: Tensor | None) -> None:
-        """Fill the ranking banks with all images' features; empty the mixture bank.
+        """Fill the ranking banks with all images' features, and zero the mixture bank.
 
         Args:
             global_features: Unit vectors of images 0..M-1, shape ``(M, C)``.
@@ -117,7 +117,7 @@ class TriBankMemory(nn.Module):
         bank.copy_(features)
 
     def concatenate_parts(self, part_features: Tensor) -> Tensor:
-        """Join the part vectors as they enter loss and mixture bank.
+        """Concatenate the part vectors as loss and mixture bank use them.
 
         Args:
             part_features: Unit vectors, shape ``(B, S, D)``.
@@ -139,12 +139,12 @@ class TriBankMemory(nn.Module):
         positive_index: Tensor,
         positive_mask: Tensor | None = None,
     ) -> None:
-        """Write a batch into the three banks; call once, after the optimizer step.
+        """Write a batch into the three banks; call this once, after the optimizer step.
 
         The ranking banks get each image's own features. The mixture bank is written in the
         order of the released code: first with the concatenated parts, then with the global
-        features; inside each from the last positive column to column 0; inside each column
-        in batch order. An image that occurs twice in the batch is written twice.
+        features; for each of the two from the last positive column to column 0; and within
+        a column in batch order. An image that occurs twice in the batch is written twice.
 
         Args:
             index: Own row of each image, int64, shape ``(B,)``.
@@ -152,8 +152,8 @@ class TriBankMemory(nn.Module):
             part_features: Unit vectors, shape ``(B, S, D)``, or None without parts.
             positive_index: Rows of the positives, column 0 the own row, shape ``(B, 1 +
                 K)``.
-            positive_mask: False where a positive is absent and nothing is written, bool
-                ``(B, 1 + K)``; None if none is absent.
+            positive_mask: False where a positive is absent, so that nothing is written,
+                bool ``(B, 1 + K)``; None if none is absent.
         """
         own = torch.arange(len(index), device=index.device)
         write_rows(self.global_bank, index, global_features, own, momentum=self.momentum)
@@ -164,7 +164,7 @@ class TriBankMemory(nn.Module):
         columns = positive_index if self.mixture_update == "positives" else index[:, None]
         batch_size, num_columns = columns.shape
         rows = columns.flip(1).T.flatten().repeat(len(sources))  # columns K..0, batch order
-        # Features are stacked parts first; writes of branch k read rows k*B .. k*B + B - 1.
+        # The features are stacked, parts first: branch k reads rows k*B .. k*B + B - 1.
         branch = torch.arange(len(sources), device=index.device)[:, None, None] * batch_size
         source = (branch + own.expand(1, num_columns, -1)).flatten()
         if positive_mask is not None and self.mixture_update == "positives":

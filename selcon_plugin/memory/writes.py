@@ -1,4 +1,4 @@
-"""Write rows of a memory bank: momentum updates in sequence, and cluster means."""
+"""Momentum updates of a memory bank's rows in sequence, and cluster means."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def _run_starts(ordered: Tensor) -> Tensor:
-    """Return which entries of a sorted ``(T,)`` begin a run of equal ones."""
+    """Return which entries of a sorted ``(T,)`` start a run of equal ones."""
     starts = torch.ones_like(ordered, dtype=torch.bool)
     starts[1:] = ordered[1:] != ordered[:-1]
     return starts
@@ -17,7 +17,7 @@ def _run_starts(ordered: Tensor) -> Tensor:
 def _write_rounds(rows: Tensor) -> list[Tensor]:
     """Split an ordered list of writes into rounds in which no row occurs twice.
 
-    Round r holds the r-th write of every row, so that the writes of one row keep their
+    Round r contains the r-th write of every row, so that the writes of one row keep their
     order.
 
     Args:
@@ -43,13 +43,14 @@ def write_rows(
 ) -> None:
     """Move bank rows towards features, one write after the other.
 
-    Write t does ``bank[r] ← normalize(momentum · bank[r] + (1 - momentum) · f)`` with
+    Write t sets ``bank[r] ← normalize(momentum · bank[r] + (1 - momentum) · f)`` with
     ``r = rows[t]`` and ``f = features[source[t]]``. A row that occurs several times is
-    written several times, in the order given; the result equals a Python loop over the
-    writes, but takes as many tensor operations as the most frequent row has writes.
+    written several times, in the given order. The result equals a Python loop over the
+    writes, but the number of rounds is only the number of writes to the most frequent row.
 
     Args:
-        bank: Written in place, shape ``(M, ..., C)``; vectors lie along the last axis.
+        bank: Bank, written in place, shape ``(M, ..., C)``; vectors lie along the last
+            axis.
         rows: Row of each write, int64, shape ``(T,)``.
         features: Shape ``(number of features, ..., C)``.
         source: Feature of each write, int64, shape ``(T,)``.
@@ -78,8 +79,8 @@ def _sum_rows(features: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     features = features.float()
     sums = features.new_zeros(num_rows, features.shape[1])
     if features.is_cuda:
-        # index_add_ would add in any order there, and banks that must be equal on every
-        # process would differ in the last bits. This one sorts.
+        # On a GPU index_add_ would add in any order, and banks that must be equal on every
+        # process would differ in the last bits. index_put_ sorts.
         return sums.index_put_((rows,), features, accumulate=True)
     return sums.index_add_(0, rows, features)
 
@@ -98,13 +99,13 @@ def cluster_means(
         features: Unit vectors of all images, shape ``(M, C)``.
         labels: Cluster of each image, int64, shape ``(M,)``, on any device; -1 for an
             outlier, which is left out.
-        num_clusters: Number of clusters, where it is known; else it is read from the
-            labels, for which a GPU makes the caller wait.
+        num_clusters: Number of clusters, if it is known; otherwise it is read from the
+            labels, which makes the caller wait for a GPU.
         normalize: Whether the means are scaled to unit length.
 
     Returns:
-        Float32 means, shape ``(num_clusters, C)``, on the device of ``features``; a number
-        that no image has gives a zero row.
+        Float32 means, shape ``(num_clusters, C)``, on the device of ``features``; a cluster
+        without images has a zero row.
 
     Raises:
         ValueError: If there is not one label for each feature.
@@ -121,7 +122,7 @@ def cluster_means(
         )
     if num_clusters is None:
         num_clusters = int(labels.max()) + 1 if len(labels) else 0
-    # Outliers go to a row of their own, which is cut off: no copy of the features.
+    # Outliers go to an extra row, which is cut off: this avoids a copy of the features.
     rows = torch.where(labels < 0, num_clusters, labels).to(features.device)
     sums = _sum_rows(features, rows, num_clusters + 1)[:num_clusters]
     if normalize:

@@ -1,4 +1,4 @@
-"""Methods: one file per published method, found and registered by being here.
+"""Training methods, one file per method; every file in this folder is registered.
 
 An installed package adds methods by an entry point of the group ``selcon_plugin.methods``
 that names the module to import. No config key and no host belongs here.
@@ -17,7 +17,7 @@ from selcon_plugin.methods.base import (
     register_method,
 )
 
-# Importing a method's file registers it: adding a method touches no other file.
+# Importing a method's file registers it: a new method needs no change in another file.
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 

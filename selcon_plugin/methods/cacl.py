@@ -1,8 +1,8 @@
-"""CACL: a second view without color regularizes the first.
+"""CACL: a second, gray view regularizes the color view.
 
-Clusters of images are to a good part clusters of clothes' colors. CACL embeds every batch
-a second time in shades of gray, learns clusters in that view as well, and pulls the color
-view towards it: shape and texture have to carry what color carried alone.
+Clusters of images are to a large extent clusters of clothing colors. CACL embeds every
+batch a second time in gray, learns clusters in that view as well, and pulls the color view
+towards it: shape and texture have to carry the information that only color carried before.
 
 Li et al., "Cluster-guided Asymmetric Contrastive Learning for Unsupervised Person
 Re-Identification", TIP 2022. https://arxiv.org/abs/2106.07846
@@ -26,13 +26,13 @@ from selcon_plugin.options import Interval
 
 
 def gray_images(images: Tensor) -> Tensor:
-    """Take the color out of images: their luma (ITU-R BT.601) in all three channels.
+    """Convert images to gray: their luma (ITU-R BT.601) in all three channels.
 
     Args:
         images: RGB, shape ``(B, 3, H, W)``, any scale.
 
     Returns:
-        Float32, the same shape; gray images come out as they went in.
+        Float32, the same shape; gray images are unchanged.
     """
     red, green, blue = images.float().unbind(dim=1)
     luma = red + 0.587 * (green - red) + 0.114 * (blue - red)
@@ -43,38 +43,38 @@ def gray_images(images: Tensor) -> Tensor:
 class CACL(ClusterMethod):
     """Cluster-guided asymmetric contrast of a color and a gray view, with one network.
 
-    A reconstruction with one network. The paper trains two, one for each view, and puts a
-    projector between the color features and what they are compared with; here one network
+    This is a reconstruction with one network. The paper trains two, one for each view, and
+    applies a projector to the color features before they are compared; here one network
     embeds both views, and the features are compared as they are. The paper's filter of
     clusters is not part of this method.
 
-    Each view has a memory of one row per image, which is clustered (the color one),
-    written with the view's own features and kept from epoch to epoch. A cluster's logit is
-    the mean of the similarities to its members. The loss is the sum of
+    Each view has a memory of one row per image, which is written with the view's own
+    features and kept from epoch to epoch; the color memory is clustered. A cluster's logit
+    is the mean of the similarities to its members. The loss is the sum of
 
     * the contrast of each view with the clusters in its own memory, with a focal factor;
     * the mean negative cosine between the color feature and the image's gray feature;
     * the mean negative cosine between the color feature and its cluster's gray mean.
 
     The gray side of the last two is a constant: only the color view follows. Both memories
-    start from the color features of the first extraction, the only ones there are; the
+    start from the color features of the first extraction, because there are no others; the
     gray rows then follow the gray view. In the paper outliers are clusters of one image:
-    ``MODEL.SELCON.CLUSTERING.OUTLIERS: singleton``. Without it they are not contrasted, and
-    follow their gray feature alone.
+    ``MODEL.SELCON.CLUSTERING.OUTLIERS: singleton``. Without that setting they are not
+    contrasted, and only follow their gray feature.
 
     Args:
         num_images: Training images M.
         global_dim: Global feature dimension C.
         num_parts: Not used.
         part_dim: Not used.
-        temperature: τ, divides the similarities.
+        temperature: τ, by which similarities are divided.
         bank_momentum: Weight of the old row when a memory is written.
-        gray_feature_weight: Weight of the pull of the color feature towards the image's
+        gray_feature_weight: Weight of the loss between the color feature and the image's
             gray feature.
-        gray_cluster_weight: Weight of the pull of the color feature towards the cluster's
+        gray_cluster_weight: Weight of the loss between the color feature and the cluster's
             gray mean.
         focal_gamma: Exponent of the focal factor 1 - p on a sample's loss, which raises the
-            share of hard samples; 0 for none.
+            relative weight of hard samples; 0 for none.
         **options: The other options of :class:`ClusterMethod`.
     """
 
@@ -105,12 +105,12 @@ class CACL(ClusterMethod):
         self.gray_cluster_weight = gray_cluster_weight
         self.memory = InstanceMemory(num_images, global_dim, momentum=bank_momentum)
         self.gray_memory = InstanceMemory(num_images, global_dim, momentum=bank_momentum)
-        # Gray features that loss() saw and update() of the same step writes: not state.
-        # Several where gradients are accumulated.
+        # Gray features of loss() that update() of the same step writes. They are not part
+        # of the state. There are several if gradients are accumulated.
         self._pending: list[Tensor] = []
 
     def make_views(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Make the gray view of a batch."""
+        """Return the gray view of a batch."""
         return (gray_images(images),)
 
     def clustering_features(self) -> Tensor | None:
@@ -133,8 +133,8 @@ class CACL(ClusterMethod):
         if len(views) != 1:
             raise ValueError(
                 "CACL compares the color view of a batch with one gray view, got "
-                f"{len(views)} further views: hand loss() the embeddings of what "
-                "make_views() made of the images"
+                f"{len(views)} further views: pass to loss() the embeddings of the views "
+                "that make_views() returns"
             )
         color, gray = embeddings.global_features, views[0].global_features
         self._pending.append(gray.detach())

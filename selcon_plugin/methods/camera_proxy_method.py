@@ -1,4 +1,4 @@
-"""What methods with one memory row per camera proxy share. Not a method itself."""
+"""Base class of methods with one memory row per camera proxy; not a method itself."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from selcon_plugin.options import Interval
 
 
 class CameraProxyMethod(Method):
-    """Base of methods that cut each cluster by camera.
+    """Base of methods that split each cluster by camera.
 
-    Batches take K images of each of several proxies. Images of unknown camera are one proxy
-    of their cluster, see :mod:`selcon_plugin.memory.camera_proxy`. A subclass takes
-    ``**options`` and hands them on, and so has the options below.
+    Batches contain K images of each of several proxies. The images of unknown camera form
+    one proxy of their cluster, see :mod:`selcon_plugin.memory.camera_proxy`. A subclass
+    takes ``**options`` and passes them on, and so has the options below.
 
     Args:
         num_images: Training images M.
         global_dim: Global feature dimension C.
         num_parts: Not used.
         part_dim: Not used.
-        temperature: τ, divides the similarities.
+        temperature: τ, by which similarities are divided.
         bank_momentum: Weight of the old row when the memory is written.
-        num_negatives: Most similar proxies outside of the positives that are negatives.
+        num_negatives: Number of negatives: the most similar proxies that are no positives.
     """
 
     needs_clusters = True
@@ -75,8 +75,8 @@ class CameraProxyMethod(Method):
 
     @torch.no_grad()
     def _camera_weights(self, targets: Tensor) -> Tensor:
-        """Weigh images such that their mean is a sum over cameras of means."""
-        # The means are those of the whole batch, on however many ranks.
+        """Return weights that turn the images' mean into a sum of the cameras' means."""
+        # The means are over the whole batch, across all ranks.
         whole = gather_batch(targets)
         cameras = self.proxies.cameras
         return camera_sum_weights(

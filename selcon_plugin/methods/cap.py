@@ -1,4 +1,4 @@
-"""Camera-aware proxies (CAP): clusters cut by camera, contrasted within and across cameras.
+"""CAP, camera-aware proxies: clusters split by camera, with intra- and inter-camera losses.
 
 Wang et al., "Camera-aware Proxies for Unsupervised Person Re-Identification", AAAI 2021.
 https://arxiv.org/abs/2012.10674
@@ -21,19 +21,19 @@ from selcon_plugin.options import Interval
 class CAP(CameraProxyMethod):
     """Camera-aware proxies.
 
-    Within a camera an image is told from the other clusters that this camera sees; this
-    cannot be done by looks of the camera. Later, once clusters are good, all proxies of its
-    cluster are positives against the most similar proxies of others:
+    Within a camera an image is discriminated from the other clusters that this camera sees;
+    the appearance of the camera does not help with that. Later, when clusters are good, all
+    proxies of its cluster are positives against the most similar proxies of others:
 
         loss = sum over the batch's cameras c of
                mean over the images of c of (intra + inter_weight · inter)
 
     As in the release the sum is over cameras and not divided by their number, so that the
-    loss of a batch from six cameras is about six times that of one. The cameras are counted
-    in the whole batch of all processes; with micro-batches in each of them alone.
+    loss of a batch from six cameras is about six times that of one. The cameras are those
+    of the whole batch across processes, but of each micro-batch separately.
 
     With one camera this is Cluster Contrast at the same temperature and momentum, until the
-    inter-camera loss joins in. An image of unknown camera has no intra-camera loss.
+    inter-camera loss is added. An image of unknown camera has no intra-camera loss.
 
     Args:
         num_images: Training images M.
@@ -41,7 +41,7 @@ class CAP(CameraProxyMethod):
         num_parts: Not used.
         part_dim: Not used.
         inter_weight: Weight of the inter-camera loss.
-        inter_epoch: Epoch, counted from 0, from which on it is used.
+        inter_epoch: First epoch with the inter-camera loss, counted from 0.
         **options: Those of :class:`CameraProxyMethod`.
     """
 

@@ -1,4 +1,4 @@
-"""What methods with banks of clusters share. Not a method itself."""
+"""Base class of methods with banks of clusters; not a method itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ClusterMethod(Method):
 
     A subclass fills its banks in :meth:`_rebuild`, compares with them in :meth:`loss`
     through :meth:`_contrast`, and writes them in :meth:`_write`. It takes ``**options`` and
-    hands them on, and so has the options below.
+    passes them on, and so has the options below.
 
     Args:
         num_images: Training images M.
@@ -33,16 +33,16 @@ class ClusterMethod(Method):
         camera_weight: Weight of a sample by the cameras that see its cluster: ``"batch"``
             (3C), ``"cluster"`` (CALR), ``"multi_camera"`` (JCL) or ``"none"``; see
             :mod:`selcon_plugin.losses.camera_weights`.
-        focal_gamma: Exponent of the focal factor 1 - p on a sample's loss, which raises
-            the share of hard samples; 0 for none.
+        focal_gamma: Exponent of the focal factor 1 - p on a sample's loss, which raises the
+            relative weight of hard samples; 0 for none.
 
     Attributes:
-        outliers_are_classes: Whether each outlier is a class of its own, numbered after the
-            clusters. Outliers are drawn if a share of the batch (``OUTLIER_RATIO``) is
-            theirs.
+        outliers_are_classes: Whether each outlier is its own class, numbered after the
+            clusters. Outliers are sampled if a fraction of the batch (``OUTLIER_RATIO``) is
+            reserved for them.
         classes: Class of each image, int64 ``(M,)``: its cluster; for an outlier -1 or, if
-            outliers are classes, its own.
-        num_classes: Classes in all.
+            outliers are classes, its own class.
+        num_classes: Total number of classes.
     """
 
     needs_clusters = True
@@ -63,7 +63,7 @@ class ClusterMethod(Method):
         focal_gamma: Annotated[float, Interval(0)] = 0.0,
     ) -> None:
         super().__init__(num_images, global_dim, num_parts, part_dim)
-        # Not state: it follows from the labels.
+        # This buffer is not part of the state, because it follows from the labels.
         self.register_buffer("classes", self.labels.clone(), persistent=False)
         self.num_classes = 0
         self.camera_weighting = CameraWeighting(num_images, camera_weight)
@@ -71,7 +71,7 @@ class ClusterMethod(Method):
 
     @abstractmethod
     def _rebuild(self, features: Tensor, labels: Tensor) -> None:
-        """Make the banks of new classes ``(M,)`` from all images' features ``(M, C)``."""
+        """Rebuild the banks for new classes ``(M,)`` from all features ``(M, C)``."""
 
     @abstractmethod
     def _write(self, index: Tensor, features: Tensor, targets: Tensor) -> None:
@@ -108,13 +108,13 @@ class ClusterMethod(Method):
         *,
         temperature: float,
     ) -> Tensor:
-        """Contrast a batch with a bank of one row per class, weighted as asked for."""
+        """Contrast a batch with a bank of one row per class, with the options' weights."""
         return cluster_contrastive_loss(
             features,
             bank,
             self.classes[index],
             temperature=temperature,
-            # An outlier has no cluster to weigh it by: its weight is 1.
+            # An outlier has no cluster that determines its weight: it is 1.
             sample_weight=self.camera_weighting(index, self.labels[index], camids),
             focal_gamma=self.focal_gamma,
         )

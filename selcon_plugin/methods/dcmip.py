@@ -1,4 +1,4 @@
-"""DCMIP: discrepant cluster proxies, hardest and mean, and proxies of random instances.
+"""DCMIP: discrepant cluster proxies (hard and mean) and proxies of random instances.
 
 Zou et al., "Discrepant and Multi-Instance Proxies for Unsupervised Person
 Re-Identification", ICCV 2023. https://openaccess.thecvf.com/content/ICCV2023/html/Zou_Discrepant_and_Multi-Instance_Proxies_for_Unsupervised_Person_Re-Identification_ICCV_2023_paper.html
@@ -26,33 +26,34 @@ from selcon_plugin.selection import draw_members, step_generator
 class DCMIP(ClusterMethod):
     """Discrepant and multi-instance proxies.
 
-    * Cluster proxies: a hard one, moved towards the image of the batch least similar to it,
-      and a mean one, moved towards the batch's mean. Both begin an epoch as the cluster's
-      mean. The loss is (hard + relu(mean - margin)) / 2 of their two InfoNCE losses: once
-      the batch is near the means, the hard proxies alone pull.
-    * Instance proxies, from epoch ``instance_epoch``: some random images per cluster,
-      overwritten in each step by random images of the batch. InfoNCE over the clusters, the
-      own by its least similar proxy, every other by its most similar one.
+    * Cluster proxies: there is a hard one, moved towards the image of the batch least
+      similar to it, and a mean one, moved towards the batch's mean. Both start an epoch as
+      the cluster's mean. The loss is (hard + relu(mean - margin)) / 2 of their two InfoNCE
+      losses: once the batch is near the means, only the hard proxies have a gradient.
+    * Instance proxies, from epoch ``instance_epoch``: these are some random images per
+      cluster, overwritten in each step by random images of the batch. The loss is InfoNCE
+      over the clusters, where the least similar proxy stands for the own cluster and the
+      most similar one for every other.
 
-    Written after an open re-implementation, whose log reaches the paper's figures; its
-    variables name the proxies so, but its rows are ordered so that the margin falls on the
-    hard ones. It trains two networks' stages one after the other, and fills the instance
-    proxies from a moving average of the network (decay 0.999): the engine's ``EMA_DECAY``.
-    A cluster with fewer images than proxies gives all of them, some twice; there they are
-    drawn with replacement.
+    The method follows an open re-implementation, whose log reaches the paper's metrics. Its
+    variables name the proxies as above, but its rows are ordered such that the margin
+    applies to the hard ones. It trains the stages of two networks one after the other, and
+    fills the instance proxies from a moving average of the network (decay 0.999), which is
+    ``EMA_DECAY`` here. If a cluster has fewer images than proxies, here all of them are
+    used, some twice; there they are sampled with replacement.
 
     Args:
         num_images: Training images M.
         global_dim: Global feature dimension C.
         num_parts: Not used.
         part_dim: Not used.
-        temperature: τ, divides the similarities.
+        temperature: τ, by which similarities are divided.
         bank_momentum: Weight of the old row when a cluster proxy is written.
-        margin: Loss of the mean proxies that is let be.
+        margin: Loss of the mean proxies below which they are not trained.
         instance_slots: Instance proxies per cluster.
         instance_weight: Weight of the instance proxies' loss.
         instance_epoch: First epoch with instance proxies, counted from 0; a shorter run
-            has none.
+            has no instance proxies.
         seed: Seed of the random images.
         **options: Those of :class:`ClusterMethod`; ``focal_gamma`` is the cluster losses'.
     """
@@ -88,11 +89,11 @@ class DCMIP(ClusterMethod):
 
     @property
     def _num_slots(self) -> int:
-        # Where every image is its own class, S slots would be S copies of the data set.
+        # If every image is its own class, S slots would be S copies of the data set.
         return 1 if self.instance_level else self.instance_slots
 
     def _draw(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw images of each cluster: the proxies they are for, and their positions."""
+        """Sample images of each cluster; return their proxies and their positions."""
         generator = step_generator(self.seed, self.step)
         clusters, drawn = draw_members(labels, self._num_slots, generator=generator)
         slots = torch.arange(self._num_slots, device=labels.device)
@@ -113,7 +114,7 @@ class DCMIP(ClusterMethod):
         camids: Tensor | None,
         *views: Embeddings,
     ) -> dict[str, Tensor]:
-        """Contrast with both cluster proxies and, in time, with the instance proxies."""
+        """Contrast with both cluster proxies and, in later epochs, the instance proxies."""
         features = embeddings.global_features
         hard, mean = (
             self._contrast(
@@ -121,7 +122,7 @@ class DCMIP(ClusterMethod):
             )
             for memory in (self.hard_memory, self.mean_memory)
         )
-        # relu(mean - margin), decided by the whole batch and not by each rank's own part.
+        # relu(mean - margin) is decided for the whole batch, not for each rank's own part.
         beyond = gather_batch(mean.detach()[None]).mean() > self.margin
         losses = {"loss_cluster": 0.5 * (hard + beyond * (mean - self.margin))}
         if self.epoch < self.instance_epoch:

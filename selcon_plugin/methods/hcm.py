@@ -1,4 +1,4 @@
-"""HCM, the Hybrid Contrastive Model: hard samples on two levels, clusters and images.
+"""HCM, the Hybrid Contrastive Model: hard samples at the levels of clusters and of images.
 
 Si et al., "Hybrid Contrastive Learning for Unsupervised Person Re-Identification", IEEE TMM
 2022. https://doi.org/10.1109/TMM.2022.3174414
@@ -12,39 +12,40 @@ from torch import Tensor
 
 from selcon_plugin.features import Embeddings
 from selcon_plugin.losses import cluster_contrastive_loss, sample_constraint_loss
-from selcon_plugin.memory.instance import InstanceMemory
 from selcon_plugin.methods.base import register_method
-from selcon_plugin.methods.cluster_contrast import ClusterContrast
+from selcon_plugin.methods.cluster_contrast import InstanceClusterContrast
 from selcon_plugin.options import Interval
 
 
 @register_method("HCM")
-class HCM(ClusterContrast):
+class HCM(InstanceClusterContrast):
     """Hybrid Contrastive Model.
 
-    Two losses, two memories:
+    There are two losses with a memory each:
 
-    * identity level, one row per cluster: Cluster Contrast whose sample losses are weighted
-      by (1 - p)^γ, with p the probability of the own cluster. The weight is a constant, and
-      small for samples that are already well matched: the dynamic contrast loss.
-    * image level, one row per image: the own cluster's least similar image must be nearer
-      than the most similar image of any other cluster, :func:`sample_constraint_loss`.
+    * The identity level has one row per cluster. The loss is Cluster Contrast with sample
+      losses weighted by (1 - p)^γ, where p is the probability of the own cluster. The
+      weight is a constant, and small for samples that are already well matched: the dynamic
+      contrast loss.
+    * The image level has one row per image. The own cluster's least similar image must be
+      nearer than the most similar image of any other cluster,
+      :func:`sample_constraint_loss`.
 
-    Reconstructed from the abstract, which names the two losses and memories and says what
-    they are for. The form of the factor and of the constraint, the weights and the momentum
-    are this package's. With ``focal_gamma`` and ``constraint_weight`` 0 it is Cluster
-    Contrast.
+    The method is reconstructed from the abstract, which names the two losses and memories
+    and their purpose. The form of the factor and of the constraint, the weights and the
+    momentum are choices of this package. With ``focal_gamma`` and ``constraint_weight`` 0
+    it is Cluster Contrast.
 
     Args:
         num_images: Training images M.
         global_dim: Global feature dimension C.
         num_parts: Not used.
         part_dim: Not used.
-        focal_gamma: γ, exponent of the dynamic factor, sensibly 1 to 4; 0 for none.
+        focal_gamma: γ, exponent of the dynamic factor; 1 to 4 are reasonable, 0 for none.
         constraint_weight: Weight of the loss between an image's hardest positive and
-            hardest negative. Large ones let noisy clusters collapse: their least similar
-            images are of other people.
-        **options: Those of :class:`ClusterContrast`; the temperature and the momentum are
+            hardest negative. Large weights let noisy clusters collapse, because their least
+            similar images are of other people.
+        **options: Those of :class:`InstanceClusterContrast`; temperature and momentum are
             those of both memories.
     """
 
@@ -63,13 +64,6 @@ class HCM(ClusterContrast):
             num_images, global_dim, num_parts, part_dim, focal_gamma=focal_gamma, **options
         )
         self.constraint_weight = constraint_weight
-        self.instances = InstanceMemory(
-            num_images, global_dim, momentum=self.memory.momentum
-        )
-
-    def _rebuild(self, features: Tensor, labels: Tensor) -> None:
-        super()._rebuild(features, labels)
-        self.instances.fill(features)
 
     def loss(
         self,
@@ -103,7 +97,3 @@ class HCM(ClusterContrast):
             "loss_cluster": cluster,
             "loss_constraint": self.constraint_weight * constraint,
         }
-
-    def _write(self, index: Tensor, features: Tensor, targets: Tensor) -> None:
-        super()._write(index, features, targets)
-        self.instances.update(index, features)

@@ -30,20 +30,21 @@ from selcon_plugin.options import Choice, Interval
 class HHCL(ClusterMethod):
     r"""Hard-sample guided hybrid contrast.
 
-    Two banks, each with an InfoNCE loss over all clusters, and the mean of both losses. One
-    bank follows the mean of a cluster's images in the batch; the other knows hard ones:
+    There are two banks, each with an InfoNCE loss over all clusters, and the loss is the
+    mean of both. One bank follows the mean of a cluster's images in the batch; the other
+    contains hard ones:
 
-    * ``form="prototypes"``: one more row per cluster, which follows its image of the batch
-      that is least similar to it. Both rows begin as the cluster's mean.
-    * ``form="instances"`` ("v2" in the release): S slots per cluster, overwritten with its
-      images of the batch. The logit of the own cluster is the smallest over its slots,
-      that of every other cluster the largest over its own.
+    * ``form="prototypes"``: there is one more row per cluster, which follows its image of
+      the batch that is least similar to it. Both rows start as the cluster's mean.
+    * ``form="instances"`` ("v2" in the release): there are S slots per cluster, overwritten
+      with its images of the batch. The logit of the own cluster is the smallest over its
+      slots, that of every other cluster the largest over its slots.
 
     With one image of each cluster in the batches, the first form is Cluster Contrast.
 
-    Slots begin an epoch with images of the cluster. Where there are n images for S slots,
-    here or in a batch, slot s takes number :math:`\lfloor s n / S \rfloor` of them: each in
-    its turn if they are as many, repeated if they are fewer.
+    Slots start an epoch with images of the cluster. With n images for S slots, here or in a
+    batch, slot s takes image number :math:`\lfloor s n / S \rfloor`: each image once if
+    n = S, and some repeatedly if n < S.
 
     The release of the first form has a misplaced bracket, which halves the mean loss.
 
@@ -52,19 +53,20 @@ class HHCL(ClusterMethod):
         global_dim: Global feature dimension C.
         num_parts: Not used.
         part_dim: Not used.
-        form: What stands beside the mean row of a cluster: ``"prototypes"``, a row that
-            follows its hardest image of the batch; or ``"instances"``, slots that hold its
+        form: Second bank of a cluster beside the mean row: ``"prototypes"`` for a row that
+            follows its hardest image of the batch; ``"instances"`` for slots that hold its
             images of the batch.
-        instance_slots: S, slots per cluster; as many as the images of a cluster in a batch.
-            Only ``"instances"`` has them.
-        released_weights: Weigh hard and mean loss 0.5 and 0.25, as the release does, and
-            not 0.5 and 0.5. Only for ``"prototypes"``.
-        temperature: τ, divides the similarities.
+        instance_slots: S, slots per cluster, usually the number of a cluster's images in a
+            batch. Only ``"instances"`` has them.
+        released_weights: Whether the hard and the mean loss have the weights 0.5 and 0.25
+            of the release instead of 0.5 and 0.5. Only for ``"prototypes"``.
+        temperature: τ, by which similarities are divided.
         bank_momentum: Weight of the old row when a prototype is written.
-        **options: Those of :class:`ClusterMethod`. The focal factor is not for the slots.
+        **options: Those of :class:`ClusterMethod`. The focal factor does not apply to the
+            slots.
 
     Raises:
-        ValueError: If ``released_weights`` is asked for with ``"instances"``.
+        ValueError: If ``released_weights`` is set with ``"instances"``.
     """
 
     def __init__(
@@ -101,7 +103,7 @@ class HHCL(ClusterMethod):
 
     @property
     def _num_slots(self) -> int:
-        # Where every image is its own class, S slots would be S copies of the data set.
+        # If every image is its own class, S slots would be S copies of the data set.
         return 1 if self.instance_level else self.instance_slots
 
     def _rebuild(self, features: Tensor, labels: Tensor) -> None:
@@ -160,17 +162,18 @@ class HHCL(ClusterMethod):
 
 
 def fill_slots(labels: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
-    """Choose which of its images goes into each slot of a cluster.
+    """Choose an image for each slot of a cluster.
 
-    Of the n images of a cluster, in the order given, slot s takes number ⌊s n / S⌋.
+    Of the n images of a cluster, in the given order, slot s takes number ⌊s n / S⌋.
 
     Args:
-        labels: Cluster of each image, int64 ``(B,)``; -1 for an outlier, which fills none.
+        labels: Cluster of each image, int64 ``(B,)``; -1 for an outlier, which has no slot.
         num_slots: Slots S of each cluster.
 
     Returns:
-        ``rows``, slot s of cluster k as k * S + s, and ``images``, which of the ``(B,)``
-        goes there; both int64 ``(clusters present * S,)``, in the order of ``rows``.
+        ``rows``, with k * S + s for slot s of cluster k, and ``images``, the index in
+        ``labels`` of the image for each row; both int64 ``(clusters present * S,)``, in the
+        order of ``rows``.
 
     Example:
         >>> rows, images = fill_slots(torch.tensor([2, 0, 2, -1]), num_slots=2)
@@ -178,7 +181,7 @@ def fill_slots(labels: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
         ([0, 1, 4, 5], [1, 1, 0, 2])
     """
     present, counts = torch.unique(labels[labels >= 0], return_counts=True)
-    # By cluster, each one's images in order, the outliers behind all of them.
+    # The order is by cluster, then by position, with all outliers at the end.
     far = torch.iinfo(labels.dtype).max
     order = torch.argsort(torch.where(labels < 0, far, labels), stable=True)
     slot = torch.arange(num_slots, device=labels.device)

@@ -1,9 +1,9 @@
-"""ISE: support samples between clusters, made in the feature space.
+"""ISE: support samples between clusters, generated in the feature space.
 
-Clusters of images are often parts of one person, or several persons in one. ISE fills the
-space between clusters with support samples: an image's feature, moved a little from its own
-cluster towards the nearest other one. They are trained like images of the own cluster, and
-hold it together.
+Clusters of images often contain only a part of one person's images, or several persons. ISE
+fills the space between clusters with support samples: an image's feature is moved slightly
+from its own cluster towards the nearest other one. Support samples are trained like images
+of the own cluster, and make it more compact.
 
 Zhang et al., "Implicit Sample Extension for Unsupervised Person Re-Identification", CVPR
 2022. https://arxiv.org/abs/2204.06892
@@ -29,13 +29,14 @@ _OUTLIER = -1
 
 
 def interpolation_degree(progress: float) -> float:
-    r"""Degree :math:`\lambda = \frac{1}{2} \ln((e - 1) t + 1)` at the share t of training.
+    r"""Return the degree :math:`\lambda = \frac{1}{2} \ln((e - 1) t + 1)` of the step t.
 
     Args:
-        progress: t, from 0 at the start to 1 at the end; more counts as 1.
+        progress: t, the completed fraction of the training, from 0 to 1; larger values
+            count as 1.
 
     Returns:
-        From 0 to 1/2, rising fast at first.
+        The degree, from 0 to 1/2, which rises fast at first.
 
     Example:
         >>> interpolation_degree(0.0), interpolation_degree(1.0)
@@ -46,7 +47,7 @@ def interpolation_degree(progress: float) -> float:
 
 @torch.no_grad()
 def nearest_other_cluster(features: Tensor, bank: Tensor, targets: Tensor) -> Tensor:
-    """Find the cluster most similar to each image, its own left out.
+    """Find the cluster most similar to each image, except its own.
 
     Args:
         features: Unit vectors, shape ``(B, C)``.
@@ -54,7 +55,7 @@ def nearest_other_cluster(features: Tensor, bank: Tensor, targets: Tensor) -> Te
         targets: Own cluster of each image, int64, shape ``(B,)``, 0 or more.
 
     Returns:
-        Clusters, int64, shape ``(B,)``; the own one where there is no other.
+        Clusters, int64, shape ``(B,)``; the own one if there is no other.
     """
     similarity = bank_product(features, bank)
     return similarity.scatter(1, targets[:, None], -torch.inf).argmax(dim=1)
@@ -75,7 +76,7 @@ def support_samples(
         features: Shape ``(B, C)``; scaled to unit length here.
         bank: One unit vector per cluster, shape ``(num_clusters, C)``.
         targets: Cluster of each image, int64, shape ``(B,)``; -1 for an outlier, whose
-            support sample means nothing.
+            support sample is undefined.
         degree: λ; see :func:`interpolation_degree`.
 
     Returns:
@@ -98,8 +99,9 @@ def label_preserving_loss(
 ) -> Tensor:
     r"""Pull each image towards the farthest support sample of its cluster.
 
-    InfoNCE over the clusters of the batch. An image's similarity to its own cluster is the
-    smallest to a support sample of it, that to each other cluster the largest.
+    The loss is InfoNCE over the clusters of the batch. An image's similarity to its own
+    cluster is the smallest one to a support sample of the cluster, and its similarity to
+    each other cluster is the largest one.
 
     Args:
         features: Shape ``(B, C)``; scaled to unit length here.
@@ -116,8 +118,8 @@ def label_preserving_loss(
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    # A cluster is numbered by its first place in the batch: there are few columns then, and
-    # nothing waits for the device.
+    # The number of a cluster is its first position in the batch: there are few columns
+    # then, and nothing waits for the device.
     batch_size = len(targets)
     places = torch.arange(batch_size, device=targets.device)
     same = targets[:, None] == targets
@@ -128,7 +130,7 @@ def label_preserving_loss(
     nearest = class_similarity(similarity, classes, batch_size, "max")
     farthest = class_similarity(similarity, classes, batch_size, "min")
     logits = nearest.scatter(1, own, farthest.gather(1, own))
-    # Not -inf: in a row of nothing else the softmax, and its gradient, would be NaN.
+    # Not -inf: in a row of only -inf the softmax, and its gradient, would be NaN.
     logits = logits.clamp(min=torch.finfo(logits.dtype).min)
     total = F.cross_entropy(logits, classes, ignore_index=_OUTLIER, reduction="sum")
     return total / (classes != _OUTLIER).sum().clamp(min=1)
@@ -138,9 +140,9 @@ def label_preserving_loss(
 class ISE(ClusterContrast):
     """Implicit Sample Extension: Cluster Contrast on images and support samples.
 
-    As in the release, support samples are written into the memory like images. Unlike
-    there, the degree rises from epoch to epoch and not from step to step, and the
-    label-preserving loss finds the clusters of a batch whatever their sizes.
+    As in the release, support samples are written into the memory like images. Unlike in
+    the release, the degree rises from epoch to epoch and not from step to step, and the
+    label-preserving loss does not require clusters of equal size in a batch.
 
     Args:
         num_images: Training images M.
@@ -148,12 +150,12 @@ class ISE(ClusterContrast):
         num_parts: Not used.
         part_dim: Not used.
         bank_momentum: Weight of the old row when the memory is written.
-        cluster_update: Which samples write their cluster's row, as in
+        cluster_update: Samples that write their cluster's row, as in
             :class:`ClusterContrast`.
-        support_weight: Weight of a support sample in the contrast, that of an image being
-            1; with 0 none is trained or written.
-        support_epochs: Epochs until support samples are made with the full degree; as
-            many as the run has.
+        support_weight: Weight of a support sample in the contrast relative to an image;
+            with 0 support samples are neither trained nor written.
+        support_epochs: Epochs until support samples have the full degree, usually those of
+            the run.
         preserving_weight: Weight of the label-preserving loss; for MSMT17 0.01.
         preserving_temperature: τ of the label-preserving loss.
         **options: The other options of :class:`ClusterContrast`.
@@ -219,7 +221,7 @@ class ISE(ClusterContrast):
 
     def _write(self, index: Tensor, features: Tensor, targets: Tensor) -> None:
         if self.support_weight:
-            # The bank is still that which the loss read: these are its support samples.
+            # The bank has not changed since the loss: these are the same support samples.
             features = torch.cat([features, self._supports(features, targets)])
             targets = targets.repeat(2)
         self.memory.update(features, targets)

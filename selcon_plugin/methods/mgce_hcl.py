@@ -1,4 +1,4 @@
-"""MGCE-HCL: HCL whose positive pairs count by how many clusterings agree on them.
+"""MGCE-HCL: HCL whose positive pairs are weighted by the agreement of several clusterings.
 
 Sun, Li and Li, "Hybrid Contrastive Learning with Cluster Ensemble for Unsupervised Person
 Re-identification", ACPR 2021. https://arxiv.org/abs/2201.11995
@@ -21,16 +21,17 @@ class MGCEHCL(HCL):
     r"""Hybrid contrastive learning with a multi-granularity clustering ensemble.
 
     The labeler ``Ensemble`` clusters the same features at three granularities. The priority
-    :math:`a_{ij}` of two images is the share of the clusterings in which they share a
-    cluster, one of 0, 1/3, 2/3 and 1; an image's priority for itself is 1. The instance
-    loss of :class:`HCL` becomes the mean of -log softmax over all images, weighted by
-    :math:`a_{ij}`; the cluster loss of an image is multiplied by the mean of
-    :math:`a_{ij}` over its cluster, itself included. Where the three clusterings are the
-    same this is HCL. Images that share a cluster in one clustering alone are positives of a
-    third even if the joined clusters part them.
+    :math:`a_{ij}` of two images is the fraction of the clusterings in which they are in the
+    same cluster, one of 0, 1/3, 2/3 and 1; an image's priority for itself is 1. The
+    instance loss of :class:`HCL` becomes the mean of -log softmax over all images, weighted
+    by :math:`a_{ij}`; the cluster loss of an image is multiplied by the mean of
+    :math:`a_{ij}` over its cluster, including the image itself. If the three clusterings
+    are the same, this is HCL. Images that are in the same cluster in only one clustering
+    are positives of weight 1/3 even if the joint clusters separate them.
 
-    Reconstructed from the abstract, which says that the ensemble gives priorities to pairs
-    and that both losses are weighted by them; how is this package's.
+    The method is reconstructed from the abstract, which states that the ensemble assigns
+    priorities to pairs and that both losses are weighted by them; how they are weighted is
+    a choice of this package.
 
     Args:
         num_images: Training images M.
@@ -93,7 +94,7 @@ class MGCEHCL(HCL):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any
     ) -> None:
-        # An epoch in which every image is its own class has one clustering.
+        # There is one clustering in an epoch in which every image is its own class.
         loaded = state_dict.get(prefix + "labelings")
         if loaded is not None and loaded.shape[1:] == self.labelings.shape[1:]:
             self.labelings = self.labelings.new_empty(loaded.shape)

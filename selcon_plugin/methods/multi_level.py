@@ -1,4 +1,4 @@
-"""Multi-level feature contrastive learning: farthest positive, nearest negatives, centroid.
+"""Multi-level feature contrast: farthest positives, nearest negatives and centroids.
 
 Peng et al., "Unsupervised Person Re-identification with Multi-Level Feature Contrastive
 Learning", 2023. https://openalex.org/W4385299086
@@ -12,31 +12,29 @@ from torch import Tensor
 
 from selcon_plugin.features import Embeddings
 from selcon_plugin.losses import instance_contrastive_loss
-from selcon_plugin.memory.instance import InstanceMemory
 from selcon_plugin.methods.base import register_method
-from selcon_plugin.methods.cluster_contrast import ClusterContrast
+from selcon_plugin.methods.cluster_contrast import InstanceClusterContrast
 from selcon_plugin.options import Interval
 
 
 @register_method("MultiLevel")
-class MultiLevel(ClusterContrast):
+class MultiLevel(InstanceClusterContrast):
     """Multi-level feature contrastive learning.
 
-    Three losses over the clusters, each InfoNCE, on a memory of cluster centroids and one
-    of images:
+    There are three losses over the clusters, each InfoNCE, on a memory of cluster centroids
+    and one of images:
 
-    * within the class: the own cluster stands for its farthest image, every other cluster
-      for the mean over its images.
-    * between classes: the own cluster stands for the mean over its images, every other
-      cluster for its most confusable image.
-    * centroid: Cluster Contrast.
+    * Within the class, the own cluster is represented by its farthest image and every other
+      cluster by the mean over its images.
+    * Between classes, the own cluster is represented by the mean over its images and every
+      other cluster by its most confusable image.
+    * The loss of the centroids is Cluster Contrast.
 
-    Reconstructed from the abstract, which names the three. It says "farthest sample" of the
-    relation between classes, too; what is farthest there is read as the most confusable
-    sample, since to push away what is far already teaches nothing. The weights are this
-    package's. The paper also trains on generated images: those are the data's business, not
-    the method's. With the first two
-    weights 0 it is Cluster Contrast.
+    The method is reconstructed from the abstract, which names the three. It says "farthest
+    sample" for the relation between classes as well; this is interpreted as the most
+    confusable sample, because pushing away what is already far teaches nothing. The weights
+    are choices of this package. The paper also trains on generated images, which belong to
+    the data and not to the method. With the first two weights 0 it is Cluster Contrast.
 
     Args:
         num_images: Training images M.
@@ -44,12 +42,12 @@ class MultiLevel(ClusterContrast):
         num_parts: Not used.
         part_dim: Not used.
         intra_weight: Weight of the loss within the class: own farthest image, others' mean.
-            Large ones let noisy clusters collapse: their farthest images are of other
-            people.
+            Large weights let noisy clusters collapse, because their farthest images are of
+            other people.
         inter_weight: Weight of the loss between classes: own mean, others' most confusable
             image.
         centroid_weight: Weight of the centroids' loss.
-        **options: Those of :class:`ClusterContrast`; the temperature and the momentum are
+        **options: Those of :class:`InstanceClusterContrast`; temperature and momentum are
             those of both memories.
     """
 
@@ -69,13 +67,6 @@ class MultiLevel(ClusterContrast):
         self.intra_weight = intra_weight
         self.inter_weight = inter_weight
         self.centroid_weight = centroid_weight
-        self.instances = InstanceMemory(
-            num_images, global_dim, momentum=self.memory.momentum
-        )
-
-    def _rebuild(self, features: Tensor, labels: Tensor) -> None:
-        super()._rebuild(features, labels)
-        self.instances.fill(features)
 
     def loss(
         self,
@@ -99,7 +90,3 @@ class MultiLevel(ClusterContrast):
             "loss_inter": self.inter_weight * inter,
             "loss_cluster": self.centroid_weight * centroid,
         }
-
-    def _write(self, index: Tensor, features: Tensor, targets: Tensor) -> None:
-        super()._write(index, features, targets)
-        self.instances.update(index, features)

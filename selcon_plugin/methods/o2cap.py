@@ -1,4 +1,4 @@
-"""O2CAP: camera-aware proxies, associated by clusters and anew on every batch.
+"""O2CAP: camera-aware proxies, associated by clusters (offline) and by batches (online).
 
 Wang et al., "Offline-Online Associated Camera-Aware Proxies for Unsupervised Person
 Re-Identification", IEEE TIP 2022. https://arxiv.org/abs/2201.05820
@@ -25,14 +25,15 @@ from selcon_plugin.options import Interval
 class O2CAP(CameraProxyMethod):
     """Offline-online associated camera-aware proxies.
 
-    Two losses from the first step on, each a sum over the batch's cameras of the mean over
-    their images, as in :class:`~selcon_plugin.methods.cap.CAP`:
+    There are two losses from the first step on, each a sum over the batch's cameras of the
+    mean over their images, as in :class:`~selcon_plugin.methods.cap.CAP`:
 
-    * offline: CAP's inter-camera loss, whose positives come from the last clustering;
-    * online: positives found on the batch, of each camera the proxy most similar to image
-      and own proxy, of these the best few.
+    * The offline loss is CAP's inter-camera loss, whose positives come from the last
+      clustering.
+    * The online loss finds positives on the batch: in each camera the proxy most similar to
+      the image and its own proxy, and of these the most similar ones.
 
-    The paper names these two, and the released training script runs them alone. CAP's
+    The paper names these two, and the released training script uses only them. CAP's
     intra-camera loss is in the release but switched off; here it is the option
     ``intra_weight``, where 1 adds it at full weight.
 
@@ -42,9 +43,10 @@ class O2CAP(CameraProxyMethod):
         num_parts: Not used.
         part_dim: Not used.
         intra_weight: Weight of the intra-camera loss; 0 leaves it out.
-        image_weight: Share of the image's own similarity when proxies are associated; the
+        image_weight: Weight of the image's own similarity when proxies are associated; the
             rest is its proxy's.
-        num_positives: Proxies of different cameras that the online association chooses.
+        num_positives: Number of proxies of different cameras that the online association
+            chooses.
         **options: Those of :class:`CameraProxyMethod`.
     """
 

@@ -1,9 +1,9 @@
-"""PPLR: parts refine the labels of the whole, and agreement smooths those of the parts.
+"""PPLR: parts refine the global labels, and cross agreement smooths the parts' labels.
 
-Where a part sees the same neighbors as the whole image, its label can be trusted; where it
-does not, the part shows something else: background, an occlusion. This cross agreement
-decides how much a part is taught its label, and how much its opinion counts in the labels
-that teach the global feature.
+If a part has the same neighbors as the whole image, its label can be trusted. If not, the
+part shows something else, such as background or an occlusion. This cross agreement
+determines how strongly a part is trained with its label, and the weight of its prediction
+in the labels that train the global feature.
 
 Cho et al., "Part-based Pseudo Label Refinement for Unsupervised Person Re-identification",
 CVPR 2022. https://arxiv.org/abs/2203.14675
@@ -28,12 +28,12 @@ from selcon_plugin.memory.writes import cluster_means
 from selcon_plugin.methods.base import Method, register_method
 from selcon_plugin.options import Choice, Interval
 
-# Images whose lists of neighbors are compared at a time.
+# Number of images whose lists of neighbors are compared at a time.
 _ROWS = 4096
 
 
 def _list_agreement(one: Tensor, other: Tensor) -> Tensor:
-    """Jaccard index of the lists in each row; ``(M, k)`` and ``(M, k)`` to ``(M,)``."""
+    """Return the Jaccard index of each row's lists: ``(M, k)``, ``(M, k)`` to ``(M,)``."""
     common = torch.cat(
         [
             (a[:, :, None] == b[:, None, :]).sum(dim=(1, 2))
@@ -47,15 +47,16 @@ def _list_agreement(one: Tensor, other: Tensor) -> Tensor:
 def cross_agreement(
     global_features: Tensor, part_features: Tensor, *, num_neighbors: int = 20
 ) -> Tensor:
-    """Measure for each part how far it has the neighbors that the whole image has.
+    """Measure how many neighbors each part has in common with the whole image.
 
-    The Jaccard index (common images over images in either) of the k nearest images in the
-    space of the global features and in that of the part. Never holds M x M numbers.
+    The measure is the Jaccard index (common images over images in either list) of the k
+    nearest images in the space of the global features and in that of the part. No M x M
+    matrix is stored.
 
     Args:
         global_features: Unit vectors of all images, shape ``(M, C)``.
         part_features: Unit vectors, shape ``(M, S, D)``.
-        num_neighbors: k, the image itself not counted.
+        num_neighbors: k, not counting the image itself.
 
     Returns:
         Float32, shape ``(M, S)``, from 0 (no common neighbor) to 1 (all are common).
@@ -72,13 +73,13 @@ def cross_agreement(
 def refined_targets(
     targets: Tensor, part_logits: Tensor, agreement: Tensor, *, part_weight: float = 0.5
 ) -> Tensor:
-    r"""Mix the labels with what the parts say.
+    r"""Mix the labels with the predictions of the parts.
 
     .. math::
         \tilde y = (1 - b)\, y + b \sum_s w_s\, q_s, \qquad w = \mathrm{softmax}(a)
 
-    with the one-hot label y, the share b, the part's prediction :math:`q_s` and its cross
-    agreement :math:`a_s`. No gradient passes.
+    with the one-hot label y, the weight b, the part's prediction :math:`q_s` and its cross
+    agreement :math:`a_s`. The result has no gradient.
 
     Args:
         targets: Cluster of each image, int64, shape ``(B,)``, 0 or more.
@@ -99,7 +100,7 @@ def refined_targets(
 def agreement_smoothed_loss(
     part_logits: Tensor, targets: Tensor, agreement: Tensor
 ) -> Tensor:
-    r"""Teach each part its label as far as it agrees, and else nothing at all.
+    r"""Train each part with its label or with a uniform target, weighted by agreement.
 
     .. math::
         L = a\, \mathrm{CE}(y, q) + (1 - a)\, \mathrm{KL}(u \,\|\, q)
@@ -125,36 +126,37 @@ def agreement_smoothed_loss(
 class PPLR(Method):
     """Part-based pseudo label refinement, without the camera term.
 
-    A reconstruction of the classifiers: the paper trains a linear layer for the global
+    The classifiers are a reconstruction. The paper trains a linear layer for the global
     feature and one for each part, and overwrites their rows with the clusters' means at
-    every clustering. A method has no trained weights here. Predictions are softmaxes over
-    memories that hold the same means, one for the global feature and one for each part, and
-    follow the batches with a momentum. Features have unit length here, where the release's
-    are as long as batch normalization leaves them: similarities, and the distances of the
-    triplet loss, are divided by a temperature instead.
+    every clustering. A method has no trained weights here: predictions are softmaxes over
+    memories that contain the same means, one for the global feature and one for each part,
+    and follow the batches with a momentum. Features have unit length here, whereas the
+    release uses their norm after batch normalization: similarities, and the distances of
+    the triplet loss, are divided by a temperature instead.
 
-    Loss: cross-entropy of the global prediction against :func:`refined_targets`; for the
-    parts cross-entropy with smoothed labels at first, then :func:`agreement_smoothed_loss`,
-    mean over the parts; and a softmax triplet loss of the global features. Outliers are
-    ignored.
+    The loss has three terms: the cross-entropy of the global prediction against
+    :func:`refined_targets`; for the parts the cross-entropy with smoothed labels at first,
+    then :func:`agreement_smoothed_loss`, averaged over the parts; and a softmax triplet
+    loss of the global features. Outliers are ignored.
 
     Args:
         num_images: Training images M.
         global_dim: Global feature dimension C.
         num_parts: Parts S, at least 1.
         part_dim: Part feature dimension D.
-        temperature: τ, divides similarities and distances.
+        temperature: τ, by which similarities and distances are divided.
         bank_momentum: Weight of the old row when a memory is written.
-        cluster_update: Which samples write their cluster's rows: ``"mean"``, all of the
-            batch, one after the other; or ``"hard"``, the one least similar to the row.
+        cluster_update: Samples that write their cluster's rows: ``"mean"`` for all of the
+            batch, one after the other; ``"hard"`` for the one least similar to the row.
         num_agreement_neighbors: k, neighbors compared for the cross agreement.
-        part_weight: Share of the parts' predictions in the global labels.
-        label_smoothing: Share of the uniform distribution in the parts' labels at first.
-        smoothing_epochs: Epochs at the start in which the agreement does not count for the
-            parts' labels.
+        part_weight: Weight of the parts' predictions in the global labels.
+        label_smoothing: Weight of the uniform distribution in the parts' labels during the
+            first epochs.
+        smoothing_epochs: Epochs at the start in which the parts' labels do not depend on
+            the agreement.
         triplet_weight: Weight of the softmax triplet loss; 0 for none.
-        global_distance_weight: Weight of the global distance in the test distance, the rest
-            being that of the parts; 1 tests with the global feature alone, as the paper.
+        global_distance_weight: Weight of the global distance in the test distance; the rest
+            is that of the parts. With 1 only the global feature is tested, as in the paper.
 
     Raises:
         ValueError: If there are no parts.
@@ -207,7 +209,7 @@ class PPLR(Method):
         self.register_buffer("agreement", torch.zeros(num_images, num_parts))
 
     def _part_rows(self, targets: Tensor) -> Tensor:
-        """Rows of the part memory: all parts of cluster 0, then of cluster 1, ..."""
+        """Return rows of the part memory: all parts of cluster 0, then of cluster 1, ..."""
         parts = torch.arange(self.num_parts, device=targets.device)
         rows = targets[:, None] * self.num_parts + parts
         return torch.where(targets[:, None] < 0, -1, rows).flatten()
@@ -254,12 +256,12 @@ class PPLR(Method):
         camids: Tensor | None,
         *views: Embeddings,
     ) -> dict[str, Tensor]:
-        """Teach the global feature refined labels and the parts smoothed ones."""
+        """Train the global feature with refined labels and the parts with smoothed ones."""
         targets, agreement = self.labels[index], self.agreement[index]
         inside = targets >= 0
         logits, part_logits = self._logits(embeddings)
         count = inside.sum().clamp(min=1)
-        own = targets.clamp(min=0)  # outliers take part in shapes, not in sums
+        own = targets.clamp(min=0)  # outliers are in the shapes, but not in the sums
         refined = refined_targets(own, part_logits, agreement, part_weight=self.part_weight)
         global_losses = F.cross_entropy(logits, refined, reduction="none")
         part_losses = self._part_losses(part_logits, own, agreement).mean(dim=1)

@@ -1,4 +1,4 @@
-"""RTMem: memories without momentum, a cluster's row is one random image of the last batch.
+"""RTMem: memories without momentum; a cluster's row is a random image of its last batch.
 
 Yin et al., "A Real-Time Memory Updating Strategy for Unsupervised Person
 Re-Identification", IEEE TIP 2023. https://doi.org/10.1109/TIP.2023.3266166
@@ -25,28 +25,28 @@ from selcon_plugin.selection import draw_members, step_generator
 class RTMem(ClusterMethod):
     """Real-time memory.
 
-    Two losses, two memories, both written without momentum:
+    There are two losses with a memory each, both written without momentum:
 
-    * sample to cluster: Cluster Contrast on rows that begin an epoch as a random image of
+    * Sample to cluster is Cluster Contrast on rows that start an epoch as a random image of
       their cluster, and are overwritten in each step by a random image of the batch.
-    * sample to instance: the share of the own cluster in the softmax over all images,
-      outliers included, each a class of its own; :func:`sample_to_instance_loss`. An
-      image's row is its feature of when it was last seen: the memory is filled once, before
-      the first epoch, and kept. Rows of images that no batch holds grow old.
+    * Sample to instance uses the probability of the own cluster in the softmax over all
+      images, including outliers, each as its own class; :func:`sample_to_instance_loss`. An
+      image's row is its feature when it was last in a batch: the memory is filled once,
+      before the first epoch, and kept. Rows of images that are in no batch become outdated.
 
     The released trainer overwrites the instance loss by the cluster loss, and so trains 2.2
-    times the latter; that is taken for a slip and not reproduced. The release lets the last
-    image of the batch stay in a cluster's row; here it is drawn, as the paper says.
+    times the latter. This is considered an error and not reproduced. In the release the
+    last image of the batch remains in a cluster's row; here it is sampled, as in the paper.
 
     Args:
         num_images: Training images M.
         global_dim: Global feature dimension C.
         num_parts: Not used.
         part_dim: Not used.
-        temperature: τ of both losses, divides the similarities.
+        temperature: τ of both losses, by which similarities are divided.
         instance_weight: Weight of the sample-to-instance loss.
         seed: Seed of the random images.
-        **options: Those of :class:`ClusterMethod`; ``focal_gamma`` is the cluster loss's.
+        **options: Those of :class:`ClusterMethod`; ``focal_gamma`` is for the cluster loss.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class RTMem(ClusterMethod):
         self.instances = InstanceMemory(num_images, global_dim, momentum=0.0)
 
     def _draw(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw one image of each cluster: clusters and positions, both ``(P,)``."""
+        """Sample one image of each cluster; return clusters and positions, ``(P,)``."""
         generator = step_generator(self.seed, self.step)
         clusters, positions = draw_members(labels, 1, generator=generator)
         return clusters, positions.squeeze(1)

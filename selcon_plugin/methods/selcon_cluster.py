@@ -1,13 +1,14 @@
 """SelConCluster: the selective contrastive loss on clusters.
 
-Joins two lines of work. From cluster methods: images are clustered anew each epoch, batches
-hold several images of each cluster, and the memory starts each epoch from fresh features.
-From Selective Contrastive Learning: an image is compared with images and not with cluster
-centers, its positives are weighted, the nearest of its cluster, and its negatives are the
-hardest images outside of it. Outliers are negatives; with a share of the batch
+The method combines two lines of work. From cluster methods it takes that images are
+clustered again in each epoch, batches contain several images of each cluster, and the
+memory starts each epoch from new features. From Selective Contrastive Learning it takes
+that an image is compared with images and not with cluster centers, its positives are
+weighted and are the nearest of its cluster, and its negatives are the hardest images
+outside the cluster. Outliers are negatives; if a fraction of the batch is reserved for them
 (``OUTLIER_RATIO``) they are also trained, each with itself as the positive.
 
-This package's own method; its parts come from Pang et al., 2020
+It is this package's own method; its parts come from Pang et al., 2020
 (https://arxiv.org/abs/2010.07608) and Dai et al., 2022 (https://arxiv.org/abs/2103.11568).
 """
 
@@ -37,18 +38,18 @@ class SelConCluster(SelectiveContrastive):
         global_dim: Global feature dimension C.
         num_parts: Parts S, 0 for none.
         part_dim: Part feature dimension D.
-        selection: What ranks the candidates, as in :class:`SelectiveContrastive`; both
+        selection: Ranking of the candidates, as in :class:`SelectiveContrastive`; both
             choices need clusters.
-        center_weight: Share of the cluster's mean in the mixture row with which an image
-            begins an epoch; the rest is its own feature.
-        num_neighbors: K, images of the cluster that count as positives: all of most.
-        num_negatives: N, the nearest images outside of the cluster.
+        center_weight: Weight of the cluster's mean in an image's mixture row at the start
+            of an epoch; the rest is its own feature.
+        num_neighbors: K, images of the cluster that are positives: in most clusters all.
+        num_negatives: N, the nearest images outside the cluster.
         self_weight: λ_t, weight of the image's own row.
-        neighbor_scale: α, factor on the weight shared by the neighbors; 1 makes all
-            weights sum to 1.
-        negative_cameras: As there; by default no pair counts that the camera tells apart,
-            where cameras are known.
-        temperature: τ, divides the similarities.
+        neighbor_scale: α, factor on the weight shared by the neighbors; with 1 all weights
+            sum to 1.
+        negative_cameras: As in :class:`SelectiveContrastive`; by default camera-confounded
+            pairs are masked, where cameras are known.
+        temperature: τ, by which similarities are divided.
         normalize_parts: Whether the concatenated parts are scaled to unit length.
         warmup_epochs: Epochs without neighbors at the start.
         **options: The other options of :class:`SelectiveContrastive`.
@@ -100,11 +101,11 @@ class SelConCluster(SelectiveContrastive):
         camids: torch.Tensor | None,
         pseudo_labels: PseudoLabels | None = None,
     ) -> None:
-        """Fill the ranking banks and begin the mixture bank from the fresh features."""
+        """Fill the ranking banks, and the mixture bank from the new features."""
         super().prepare(embeddings, camids, pseudo_labels)
         own = embeddings.global_features.float()
         if embeddings.part_features is not None:
-            # Both views are compared with the bank: it begins between them.
+            # Both views are compared with the bank, so that it starts between them.
             own = own + self.memory.concatenate_parts(embeddings.part_features.float())
         own = torch.nn.functional.normalize(own, dim=1)
         centers = cluster_means(own, self.labels)

@@ -1,4 +1,4 @@
-"""SpCL: clusters and outliers contrasted through one memory of all images.
+"""SpCL: contrast with clusters and outliers through one memory of all images.
 
 Ge et al., "Self-paced Contrastive Learning with Hybrid Memory for Domain Adaptive Object
 Re-ID", NeurIPS 2020, without a source domain. https://arxiv.org/abs/2006.02713
@@ -22,28 +22,28 @@ from selcon_plugin.options import Interval
 class SpCL(ClusterMethod):
     r"""Self-paced contrastive learning with a hybrid memory, unsupervised.
 
-    The memory holds a vector of every image. A class is a cluster, or an outlier that is
-    one of its own; its logit is the mean over its members,
+    The memory has a vector of every image. A class is a cluster, or an outlier that is its
+    own class; its logit is the mean over its members,
 
     .. math::
         s_k(f) = \frac{1}{|I_k|} \sum_{j \in I_k} f \cdot v_j, \qquad
             L = -\log \frac{\exp(s_y / \tau)}{\sum_k \exp(s_k / \tau)},
 
     and an image writes its own row. The memory is filled once, before the first epoch, and
-    from then on the images are clustered by their rows and not by fresh features. (The
-    release adds 1e-6 to the probability before it takes the logarithm; here nothing is.)
+    from then on the images are clustered by their rows and not by new features. (The
+    release adds 1e-6 to the probability before the logarithm; this method does not.)
 
-    The self-paced part, which images stay in their clusters, is the labels' filter
-    ``MODEL.SELCON.CLUSTERING.RELIABILITY``. Outliers are drawn if a share of the batch
-    (``MODEL.SELCON.OUTLIER_RATIO``) is theirs; the release draws them like clusters, one
-    image each.
+    The self-paced selection of the images that stay in their clusters is the labels' filter
+    ``MODEL.SELCON.CLUSTERING.RELIABILITY``. Outliers are sampled if a fraction of the batch
+    (``MODEL.SELCON.OUTLIER_RATIO``) is reserved for them; the release samples them like
+    clusters of one image.
 
     Args:
         num_images: Training images M.
         global_dim: Global feature dimension C.
         num_parts: Not used.
         part_dim: Not used.
-        temperature: τ, divides the similarities.
+        temperature: τ, by which similarities are divided.
         bank_momentum: Weight of the old row when the memory is written.
         **options: Those of :class:`ClusterMethod`.
     """
@@ -81,7 +81,7 @@ class SpCL(ClusterMethod):
         *views: Embeddings,
     ) -> dict[str, Tensor]:
         """Contrast every sample with the mean of every class."""
-        # A mean of similarities is the similarity to the mean, which must not be scaled.
+        # The mean of similarities is the similarity to the mean, which must not be scaled.
         means = cluster_means(
             self.memory.bank, self.classes, num_clusters=self.num_classes, normalize=False
         )

@@ -1,4 +1,4 @@
-"""ViTC-UReID: identities and their camera proxies, two memories, for a ViT backbone.
+"""ViTC-UReID: memories of identities and of their camera proxies, for a ViT backbone.
 
 Pham et al., "ViTC-UReID", Journal of Computer Science and Cybernetics, 2025.
 https://doi.org/10.15625/1813-9663/23018
@@ -23,20 +23,20 @@ from selcon_plugin.options import Interval
 
 @register_method("ViTC")
 class ViTC(CameraProxyMethod):
-    """Identity memory and camera-proxy memory, one contrastive loss each.
+    """Identity memory and camera-proxy memory with one contrastive loss each.
 
-    Reconstructed from the abstract: neither body nor code of the paper could be read. From
-    there: clusters by DBSCAN, each cut by camera; a memory of the clusters' centers and one
-    of the cameras' centers inside them; a contrastive loss for each; outliers are kept; a
-    Vision Transformer. Filled in here, after camera-aware proxies: every sample is
-    contrasted with all rows of the identity memory, and in the proxy memory with all
-    proxies of its cluster as positives and the most similar others as negatives; momentum,
-    temperature and weights. Both losses are means over the batch. Modeling of single
-    tokens, which the paper may add, is left out.
+    The method is reconstructed from the abstract; neither the paper's text nor its code was
+    available. The abstract specifies clusters by DBSCAN, each split by camera; a memory of
+    the clusters' centers and one of the cameras' centers within them; a contrastive loss
+    for each; that outliers are kept; and a Vision Transformer. The rest follows
+    camera-aware proxies: every sample is contrasted with all rows of the identity memory,
+    and in the proxy memory with all proxies of its cluster as positives and the most
+    similar others as negatives; so do momentum, temperature and weights. Both losses are
+    means over the batch. Modeling of single tokens, which the paper may add, is left out.
 
     Nothing here depends on the backbone: choose a ViT in the config. Outliers are kept by
-    ``MODEL.SELCON.CLUSTERING.OUTLIERS: singleton``, which makes each an identity of its
-    own; with ``drop`` they are left out as elsewhere.
+    ``MODEL.SELCON.CLUSTERING.OUTLIERS: singleton``, which makes each its own identity; with
+    ``drop`` they are left out as in other methods.
 
     Args:
         num_images: Training images M.
@@ -44,7 +44,7 @@ class ViTC(CameraProxyMethod):
         num_parts: Not used.
         part_dim: Not used.
         proxy_weight: Weight of the loss over the camera proxies.
-        **options: Those of :class:`CameraProxyMethod`; temperature and momentum hold for
+        **options: Those of :class:`CameraProxyMethod`; temperature and momentum apply to
             both memories.
     """
 

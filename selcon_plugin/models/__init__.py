@@ -1,4 +1,4 @@
 """Networks: feature maps, backbones, pretrained weights, normalization, teachers.
 
-No loss, no memory bank and no host belongs here.
+Losses, memory banks and the hosts' adapters do not belong here.
 """

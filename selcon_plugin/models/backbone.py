@@ -1,16 +1,13 @@
-"""Backbones of any kind, seen as one: images in, feature map out.
+"""Base class of backbones that wrap another library's models: images in, feature map out.
 
-``as_feature_map`` brings what a backbone returns (a map, tokens, a vector) into one form,
-``infer_feature_shape`` finds its size by trying, ``ModelBackbone`` is the base of backbones
-made of another library's models, and ``create_timm_backbone`` makes one of any model in
-timm. Nothing here knows a host.
+This module knows no host. The subclasses are in :mod:`selcon_plugin.models.timm` and
+:mod:`selcon_plugin.models.torchreid`.
 
 Shape shorthand in this module:
 
     B: images in the batch
     H, W: height and width of the input images
     C: channels of the feature map; h, w: its height and width
-    N: tokens, the h*w patches after any prefix tokens (class token, registers)
 """
 
 from __future__ import annotations
@@ -24,6 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from selcon_plugin.models.feature_map import _zero_image
+from selcon_plugin.models.preprocessing import (
+    IMAGENET_PIXEL_MEAN,
+    IMAGENET_PIXEL_STD,
+    Preprocessing,
+)
 
 __all__ = [
     "ModelBackbone",
@@ -33,26 +35,22 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# In units of pixels 0..255, as both hosts normalize.
-IMAGENET_PIXEL_MEAN = (123.675, 116.28, 103.53)
-IMAGENET_PIXEL_STD = (58.395, 57.12, 57.375)
-
 # The stride of a network whose last stage does not reduce: 256x128 gives 16x8.
 _REID_STRIDE = 16
 
 
 class ModelBackbone(nn.Module, ABC):
-    """A library's model as a backbone: host-normalized images in, feature map out.
+    """Backbone that wraps a library's model: host-normalized images in, feature map out.
 
     The images arrive normalized with the host's ``pixel_mean`` and ``pixel_std``. If the
-    model expects another normalization, both steps together are one scale and one shift per
-    channel, applied here (exactly nothing is done if the two agree).
+    model expects another normalization, the change between the two is one scale and one
+    shift per channel, which is applied here. If the two agree, the images are not touched.
 
-    The layers that the map does not depend on (pooling's successors: classifier, and for
-    some models a projection or a norm) are taken out, since parameters without a gradient
-    stop distributed training.
+    Layers that the map does not depend on (those after the pooling: the classifier, and in
+    some models a projection or a normalization) are removed, because parameters without a
+    gradient stop distributed training.
 
-    A subclass says in ``compute_map`` how its library reaches the map.
+    A subclass implements ``compute_map`` for its library.
 
     Attributes:
         model: The model, without the layers behind the map.
@@ -66,38 +64,34 @@ class ModelBackbone(nn.Module, ABC):
     def __init__(
         self,
         model: nn.Module,
+        preprocessing: Preprocessing,
         *,
-        input_size: Sequence[int] = (256, 128),
-        pixel_mean: Sequence[float] = IMAGENET_PIXEL_MEAN,
-        pixel_std: Sequence[float] = IMAGENET_PIXEL_STD,
         model_pixel_mean: Sequence[float] = IMAGENET_PIXEL_MEAN,
         model_pixel_std: Sequence[float] = IMAGENET_PIXEL_STD,
     ) -> None:
-        """Wrap ``model`` and try it on one image of zeros.
+        """Wrap ``model`` and run it on one image of zeros.
 
         Args:
-            model: The model. It is changed: see above.
-            input_size: Height and width of the images.
-            pixel_mean: The host's mean per channel, on the scale 0..255.
-            pixel_std: The host's standard deviation per channel, on the scale 0..255.
+            model: The model. It is changed as described above.
+            preprocessing: Size of the images, and how the host normalizes them.
             model_pixel_mean: The mean that the model expects, on the same scale.
             model_pixel_std: The standard deviation that the model expects.
         """
         super().__init__()
         self.model = model
         scale, shift = _normalization_change(
-            pixel_mean, pixel_std, model_pixel_mean, model_pixel_std
+            preprocessing, model_pixel_mean, model_pixel_std
         )
-        # Facts of the configuration, not learnt: they stay out of checkpoints.
+        # They follow from the configuration and are not learned: not in checkpoints.
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
         self._same_normalization = bool(
             torch.allclose(scale, torch.ones(3))
             and torch.allclose(shift, torch.zeros(3), atol=1e-6)
         )
-        feature_map = self._try_out(input_size)
+        feature_map = self._try_out(preprocessing.size)
         self.feature_dim: int = feature_map.shape[1]
-        self.feature_stride: int = round(input_size[0] / feature_map.shape[2])
+        self.feature_stride: int = round(preprocessing.size[0] / feature_map.shape[2])
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute the feature map.
@@ -124,7 +118,7 @@ class ModelBackbone(nn.Module, ABC):
         """
 
     def _try_out(self, input_size: Sequence[int]) -> Tensor:
-        """Compute the map of a black image and take out what it does not depend on."""
+        """Compute the map of a zero image and remove layers it does not depend on."""
         training = self.model.training
         self.eval()
         with torch.enable_grad():
@@ -139,23 +133,23 @@ class ModelBackbone(nn.Module, ABC):
             own = {f"{name}.{parameter}" for parameter, _ in child.named_parameters()}
             if own and own <= unused:
                 setattr(self.model, name, nn.Identity())
-        for name in unused:  # what is left of them sits beside parameters in use
+        for name in unused:  # the rest of them share a module with parameters in use
             parameters[name].requires_grad_(False)
         return feature_map.detach()
 
 
 def warn_of_fixed_stride(backbone: ModelBackbone, label: str) -> None:
-    """Say in the log if a backbone built for last stride 1 reduces more than it should.
+    """Log a warning if a backbone built for last stride 1 has a larger stride than 16.
 
     Args:
         backbone: The backbone.
-        label: What to call its model.
+        label: Name of its model in the message.
     """
-    # Between 16 and 32 lies a stride of 16 whose convolutions lose rows at the edges.
+    # A stride of 16 measures between 16 and 32 if convolutions lose rows at the edges.
     if backbone.feature_stride > 1.5 * _REID_STRIDE:
         logger.warning(
-            "%s has no choice of stride: LAST_STRIDE 1 has no effect, the feature map "
-            "stays at stride %d",
+            "%s has no option for its stride: LAST_STRIDE 1 has no effect, and the feature "
+            "map stays at stride %d",
             label,
             backbone.feature_stride,
         )
@@ -165,8 +159,8 @@ def suggest_names(name: str, names: Iterable[str]) -> str:
     """List the names closest to one that does not exist.
 
     Args:
-        name: What was asked for.
-        names: What there is.
+        name: The unknown name.
+        names: The existing names.
 
     Returns:
         Up to five names, closest first, joined by commas; ``""`` if none is close.
@@ -175,15 +169,14 @@ def suggest_names(name: str, names: Iterable[str]) -> str:
 
 
 def _normalization_change(
-    pixel_mean: Sequence[float],
-    pixel_std: Sequence[float],
+    host: Preprocessing,
     model_pixel_mean: Sequence[float],
     model_pixel_std: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
-    """Scale and shift, each ``(3,)``, from the host's normalization to the model's."""
+    """Return scale and shift, each ``(3,)``, from host to model normalization."""
     host_mean, host_std, own_mean, own_std = (
         torch.tensor(values, dtype=torch.float64)
-        for values in (pixel_mean, pixel_std, model_pixel_mean, model_pixel_std)
+        for values in (host.pixel_mean, host.pixel_std, model_pixel_mean, model_pixel_std)
     )
     scale = (host_std / own_std).expand(3)
     shift = ((host_mean - own_mean) / own_std).expand(3)

@@ -23,16 +23,16 @@ class EMATeacher(nn.Module):
 
     Buffers (running statistics, counters) are copied. For the first 1 / (1 - decay) updates
     the teacher is therefore the plain mean of the student's weights since training began.
-    With a constant decay the weights before the first step would remain in it, at decay
-    0.999 with a share of 82 % after an epoch of 200 steps, when its features are clustered,
-    and of 37 % after five; later the two forms agree.
+    With a constant decay the weights before the first step would remain in it: at decay
+    0.999 they would make up 82 % after an epoch of 200 steps, when the teacher's features
+    are clustered, and 37 % after five. Later the two forms agree.
 
-    The teacher has no gradients, stays in evaluation mode whatever :meth:`train` is told,
-    and its weights, buffers and number of updates are part of the state dict.
+    The teacher has no gradients and stays in evaluation mode whatever is passed to
+    :meth:`train`. Its weights, buffers and number of updates are part of the state dict.
 
     Args:
-        student_modules: What is copied, for instance a backbone, or several modules in an
-            ``nn.ModuleDict``.
+        student_modules: The module to copy, for instance a backbone, or several modules in
+            an ``nn.ModuleDict``.
         decay: Weight of the old value, in [0, 1). 0 makes the teacher the student itself.
 
     Attributes:
@@ -55,8 +55,8 @@ class EMATeacher(nn.Module):
         self.decay = decay
         self.module = copy.deepcopy(student_modules).requires_grad_(False)
         self.register_buffer("_step", torch.zeros((), dtype=torch.int64))
-        # A plain copy of the counter: reading a buffer on a GPU would make every step wait
-        # for the device.
+        # This is a plain copy of the counter: reading a buffer on a GPU would make every
+        # step wait for the device.
         self.step = 0
         self.register_load_state_dict_post_hook(self._read_step)  # type: ignore[no-untyped-call, unused-ignore]
         self.eval()
@@ -71,7 +71,7 @@ class EMATeacher(nn.Module):
         return f"decay={self.decay}"
 
     def train(self, mode: bool = True) -> EMATeacher:
-        """Stay in evaluation mode; the network around the teacher may well change its."""
+        """Stay in evaluation mode, although the network around the teacher changes its."""
         return super().train(False)
 
     @torch.no_grad()
@@ -80,19 +80,19 @@ class EMATeacher(nn.Module):
         return self.module(*args, **kwargs)
 
     def update(self, student_modules: nn.Module) -> None:
-        """Follow the student; call once after each optimizer step.
+        """Move towards the student; call this once after each optimizer step.
 
         Args:
             student_modules: The module that the teacher was copied from, or one with the
                 same parameters and buffers (ValueError otherwise), on the same device.
         """
-        # In the plain mean of n values the last one has the share 1/n.
+        # In the plain mean of n values the last one has the weight 1/n.
         share = max(1.0 - self.decay, 1.0 / (self.step + 1))
         self._follow(student_modules, share)
         self._set_step(self.step + 1)
 
     def reset(self, student_modules: nn.Module) -> None:
-        """Begin anew from the student as it is, for instance with other weights loaded.
+        """Start over from the current student, for instance after loading other weights.
 
         Args:
             student_modules: As for :meth:`update`.
@@ -107,7 +107,7 @@ class EMATeacher(nn.Module):
         if differing:
             raise ValueError(
                 "student_modules has other parameters or buffers than the teacher: "
-                f"{', '.join(differing[:5])}; update the teacher with the module that it "
+                f"{', '.join(differing[:5])}. Update the teacher with the module that it "
                 "was copied from"
             )
         weights = [name for name, tensor in own.items() if isinstance(tensor, nn.Parameter)]

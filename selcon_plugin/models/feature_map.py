@@ -1,4 +1,4 @@
-"""Bring what a backbone returns into the form of a feature map ``(B, C, h, w)``."""
+"""Conversion of a backbone's output to a feature map ``(B, C, h, w)``."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ def as_feature_map(
     *,
     num_prefix_tokens: int | None = None,
 ) -> Tensor:
-    """Bring the output of a backbone into the form of a feature map.
+    """Convert the output of a backbone to a feature map.
 
-    * ``(B, C, h, w)``, a feature map: returned as it is. All of FastReID's own backbones
-      return this. Its Vision Transformer returns only the class token, in the form
-      ``(B, 768, 1, 1)``: a map of one row, from which no horizontal parts can be cut.
-    * ``(B, N, C)``, tokens in reading order: the prefix tokens at the front are dropped and
-      the patches laid out on the grid.
-    * ``(B, C)``, vectors: a map of size 1x1.
+    * ``(B, C, h, w)`` is a feature map and is returned as it is. All of FastReID's own
+      backbones return this. Its Vision Transformer returns only the class token, in the
+      form ``(B, 768, 1, 1)``: a map of one row, which cannot be split into horizontal
+      parts.
+    * ``(B, N, C)`` are tokens in reading order. The prefix tokens at the front are dropped,
+      and the patches are arranged on the grid.
+    * ``(B, C)`` are vectors, which become a map of size 1x1.
 
     Args:
-        output: What the backbone returned.
+        output: Output of the backbone.
         input_size: Height and width of the images that went in.
         stride: Pixels per patch, for tokens only. If None the grid is the one whose aspect
             is closest to the image's.
@@ -76,10 +77,10 @@ def as_feature_map(
 def infer_feature_shape(
     backbone: nn.Module, input_size: Sequence[int]
 ) -> tuple[int, int, int]:
-    """Find the size of the feature map that a backbone returns, by one image of zeros.
+    """Find the size of a backbone's feature map by running it on one image of zeros.
 
-    Runs in eval mode without gradients and leaves every submodule's mode, hence also the
-    batch-norm statistics, as they were.
+    The backbone runs in evaluation mode without gradients. The mode of every submodule, and
+    with it the batch-norm statistics, stay as they were.
 
     Args:
         backbone: Any module that maps images ``(B, 3, H, W)`` to what ``as_feature_map``

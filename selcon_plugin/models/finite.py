@@ -1,4 +1,4 @@
-"""Find non-finite values in weights, banks and features."""
+"""Detection of non-finite values in weights, running statistics and banks."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-# Names in a message; the rest is counted.
+from selcon_plugin.models.state_keys import is_method_state, unwrapped_name
+
+# A message lists so many names; the others are counted.
 _SHOWN = 5
 
 
 def name_some(names: Sequence[str]) -> str:
-    """List names, only the first few of many.
+    """List names, and count those after the first few.
 
     Args:
-        names: What to list.
+        names: The names.
 
     Returns:
         For instance "a, b and 3 more".
@@ -31,23 +33,23 @@ def name_some(names: Sequence[str]) -> str:
 
 
 def find_nonfinite_state(network: nn.Module, paths: Sequence[str]) -> list[str]:
-    """Look for NaN and infinity in weights, running statistics and banks.
+    """Find NaN and infinite values in weights, running statistics and banks.
 
     Args:
-        network: Any network; waits for its device once if all is well.
-        paths: Path of each training image, to name the rows of banks; may be empty.
+        network: Any network. If all values are finite, its device is waited for once.
+        paths: Path of each training image, used to name the rows of banks; may be empty.
 
     Returns:
-        What was found, in words; nothing if all is finite.
+        One sentence for each finding; empty if all values are finite.
     """
     tensors = {
-        name.removeprefix("module."): tensor
+        unwrapped_name(name): tensor
         for name, tensor in (*network.named_parameters(), *network.named_buffers())
         if tensor.is_floating_point() and tensor.numel()
     }
     finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()])
     bad = [name for name, good in zip(tensors, finite.tolist(), strict=True) if not good]
-    banks = [name for name in bad if name.startswith("method.")]
+    banks = [name for name in bad if is_method_state(name)]
     weights = [name for name in bad if name not in banks]
     found = [f"{name} is not finite in {_rows(tensors[name], paths)}" for name in banks]
     if weights:
@@ -56,15 +58,16 @@ def find_nonfinite_state(network: nn.Module, paths: Sequence[str]) -> list[str]:
 
 
 def check_state(network: nn.Module, paths: Sequence[str] = (), *, when: str) -> None:
-    """Stop a run whose weights or banks are not finite.
+    """Refuse a network whose weights or banks are not finite.
 
     Args:
         network: The network.
         paths: Path of each training image.
-        when: Begins the message, for instance "after epoch 3".
+        when: Start of the message, for instance "after epoch 3".
 
     Raises:
-        FloatingPointError: If a number is NaN or infinite; names tensors and bank rows.
+        FloatingPointError: If a value is NaN or infinite. The message names tensors and
+            bank rows.
     """
     found = find_nonfinite_state(network, paths)
     if found:
@@ -82,7 +85,7 @@ def _finite_rows(tensor: Tensor) -> Tensor:
 
 
 def _rows(tensor: Tensor, paths: Sequence[str]) -> str:
-    """Name the bad rows of a bank, and their images where it has a row for each."""
+    """Name the non-finite rows of a bank, and their images if there is a row for each."""
     if tensor.dim() < 2:
         return f"{int((~tensor.isfinite()).sum())} places"
     rows: list[int] = (~_finite_rows(tensor)).nonzero().squeeze(1).tolist()

@@ -1,11 +1,11 @@
-"""Ghost batch normalization: the statistics of small batches inside a large one.
+"""Ghost batch normalization: batch statistics of small groups within a large batch.
 
-Published results of cluster methods were trained on several GPUs under ``nn.DataParallel``,
-where every GPU normalizes its own share of the batch: 16 to 64 images. The same batch on
-one GPU gives other statistics and, as users of those methods report, a far worse model.
-Cutting the batch into groups inside each layer normalizes on a single device as the
-published run did. (There the running statistics came from the first GPU's share alone; here
-every group counts.)
+The published results of cluster methods were trained on several GPUs under
+``nn.DataParallel``, where every GPU normalizes its own part of the batch: 16 to 64 images.
+The same batch on one GPU gives other statistics and, as users of those methods report, a
+much worse model. Splitting the batch into groups within each layer makes a single device
+normalize as the published runs did. (There the running statistics came only from the first
+GPU's part; here every group contributes.)
 
 Hoffer et al., "Train longer, generalize better: closing the generalization gap in large
 batch training of neural networks", 2017. https://arxiv.org/abs/1705.08741
@@ -23,7 +23,7 @@ _GHOST_CLASSES: dict[type[nn.Module], type[_GhostBatchNorm]] = {}
 
 
 class _GhostBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Stands before a batch norm class and hands it the batch in groups."""
+    """Mixin that passes the batch to a batch-norm class in groups."""
 
     plain_class: ClassVar[type[nn.Module]]
     group_size: int
@@ -35,7 +35,7 @@ class _GhostBatchNorm(nn.modules.batchnorm._BatchNorm):
         shortest, num_longer = divmod(len(input), num_groups)
         sizes = [shortest + (group < num_longer) for group in range(num_groups)]
         normalize = super().forward
-        # One split and one join: the backward pass, too, copies the batch once.
+        # One split and one concatenation: the backward pass, too, copies the batch once.
         return torch.cat([normalize(group) for group in input.split_with_sizes(sizes)])
 
     def extra_repr(self) -> str:
@@ -43,12 +43,12 @@ class _GhostBatchNorm(nn.modules.batchnorm._BatchNorm):
         return f"{described}, group_size={self.group_size}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The class is made at run time and cannot be found by its name.
+        # The class is created at run time, so that pickle cannot find it by its name.
         return _empty_layer, (self.plain_class,), self.__dict__
 
 
 def _ghost_class(plain_class: type[nn.Module]) -> type[_GhostBatchNorm]:
-    """Make the grouped form of a batch norm class, once; all else it does stays."""
+    """Return the grouped subclass of a batch-norm class, created on the first call."""
     if plain_class not in _GHOST_CLASSES:
         _GHOST_CLASSES[plain_class] = type(
             f"Ghost{plain_class.__name__}",
@@ -64,28 +64,28 @@ def _empty_layer(plain_class: type[nn.Module]) -> nn.Module:
 
 
 def convert_ghost_batch_norm(module: nn.Module, group_size: int) -> int:
-    """Let every batch norm layer normalize groups of the batch, each on its own.
+    """Make every batch-norm layer normalize groups of the batch separately.
 
-    In training mode a layer cuts its batch into contiguous groups, as ``nn.DataParallel``
-    cuts it, and normalizes each with its own statistics; the running statistics are updated
-    group after group. Outputs, gradients and running statistics are those of the layer
-    called on the groups one after the other. In evaluation mode nothing changes. Weights,
-    buffers and the keys of the state dict stay as they are.
+    In training mode a layer splits its batch into contiguous groups, as ``nn.DataParallel``
+    does, and normalizes each with its own statistics; the running statistics are updated
+    group by group. Outputs, gradients and running statistics are those of the layer called
+    on the groups one after the other. In evaluation mode nothing changes. Weights, buffers
+    and the keys of the state dict stay as they are.
 
-    A batch that is no multiple of ``group_size`` is cut into groups of at least that size,
-    as equal as possible; a smaller batch is one group. The images must lie along the first
-    dimension of the layer's input.
+    A batch that is not a multiple of ``group_size`` is split into groups of at least that
+    size, as equal as possible; a smaller batch is one group. The images must lie along the
+    first dimension of the layer's input.
 
-    Converted are the layers of every class derived from ``nn.BatchNorm1d``, ``2d`` and
-    ``3d``, whatever else the class does (FastReID's frozen shift, timm's activation).
-    ``nn.SyncBatchNorm``, frozen batch norm and layers already converted are left alone.
+    The function converts the layers of every class derived from ``nn.BatchNorm1d``, ``2d``
+    and ``3d``, whatever else the class does (FastReID's frozen shift, timm's activation).
+    ``nn.SyncBatchNorm``, frozen batch norm and converted layers are not changed.
 
-    FastReID's ``GhostBN`` is another thing: it takes a number of groups where this takes
-    their size, and that number is 1, no groups at all, for every layer that a config
-    builds; its groups are interleaved (every n-th image) rather than contiguous; its
-    running statistics move once per batch, by the mean over the groups; the batch must be
-    a multiple; and only networks built through FastReID's ``get_norm`` have it. With its
-    one group such a layer is an ordinary batch norm, and is converted.
+    FastReID's ``GhostBN`` differs in five ways. It takes the number of groups instead of
+    their size, and that number is 1, hence no groups at all, for every layer that a config
+    builds. Its groups are interleaved (every n-th image) and not contiguous. Its running
+    statistics move once per batch, by the mean over the groups. The batch must be a
+    multiple of the number. And only networks built through FastReID's ``get_norm`` have it.
+    With its one group such a layer is an ordinary batch norm, and is converted.
 
     Args:
         module: Network or layer, changed in place.
@@ -107,7 +107,7 @@ def convert_ghost_batch_norm(module: nn.Module, group_size: int) -> int:
     if group_size < 2:
         raise ValueError(
             f"group_size must be 2 or more, got {group_size}: one image has no batch "
-            "statistics; published settings are 16, 32 and 64"
+            "statistics. Published settings are 16, 32 and 64"
         )
     layers = [
         layer

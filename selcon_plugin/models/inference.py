@@ -1,71 +1,26 @@
-"""A trained network as what comes after training sees it: images in, vectors out."""
+"""Inference with a trained network: images in, feature vectors out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
 from selcon_plugin.models.finite import check_state
-from selcon_plugin.models.pillow_resize import _PILLOW_FILTERS, Interpolation
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What is done to an RGB image before the network sees it.
-
-    Attributes:
-        size: Height and width that it is resized to, by Pillow.
-        interpolation: Filter of the resizing: FastReID's is bicubic, torchreid's bilinear.
-        pixel_mean: Mean of each channel, on the scale 0..255.
-        pixel_std: Standard deviation of each channel, on that scale.
-    """
-
-    size: tuple[int, int]
-    interpolation: Interpolation
-    pixel_mean: tuple[float, ...]
-    pixel_std: tuple[float, ...]
-
-    def resize(self, image: Image.Image) -> NDArray[np.uint8]:
-        """Resize an image.
-
-        Args:
-            image: 8-bit RGB, of any size.
-
-        Returns:
-            Pixels, shape ``(height, width, 3)``.
-        """
-        height, width = self.size
-        resized = image.resize((width, height), _PILLOW_FILTERS[self.interpolation])
-        return np.array(resized)  # a copy: Pillow's own pixels cannot be written to
-
-    def normalize(self, pixels: Tensor) -> Tensor:
-        """Bring pixels into the form that the network takes.
-
-        Args:
-            pixels: Values 0..255, shape ``(B, height, width, 3)``.
-
-        Returns:
-            Float32, shape ``(B, 3, height, width)``, on the same device.
-        """
-        mean = torch.tensor(self.pixel_mean, device=pixels.device).view(-1, 1, 1)
-        std = torch.tensor(self.pixel_std, device=pixels.device).view(-1, 1, 1)
-        return (pixels.permute(0, 3, 1, 2).float() - mean) / std
+from selcon_plugin.models.preprocessing import Preprocessing
 
 
 class InferenceNetwork(nn.Module):
-    """Normalized images in, one unit vector per image out; always in evaluation mode.
+    """Network that maps normalized images to unit vectors, always in evaluation mode.
 
     Args:
-        network: Images ``(B, 3, h, w)`` to vectors ``(B, D)``.
-        preprocessing: What the images go through first.
-        method: Name of the method that trained it; empty where it is not known.
+        network: Maps images ``(B, 3, h, w)`` to vectors ``(B, D)``.
+        preprocessing: Preprocessing of the images.
+        method: Name of the method that trained the network; empty if it is not known.
         host: ``"fastreid"`` or ``"torchreid"``.
 
     Raises:
@@ -105,14 +60,14 @@ class InferenceNetwork(nn.Module):
 
     def _vectors(self, images: Tensor) -> Tensor:
         vectors: Tensor = self.network(images)
-        # FastReID's plain heads keep the axes of the pooled map.
+        # FastReID's own heads keep the axes of the pooled map.
         return vectors.float().flatten(1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute the features of a batch.
 
         Args:
-            images: What :meth:`Preprocessing.normalize` returns.
+            images: Images as :meth:`Preprocessing.normalize` returns them.
 
         Returns:
             Unit vectors in float32, shape ``(B, D)``.
@@ -121,7 +76,7 @@ class InferenceNetwork(nn.Module):
 
     @torch.inference_mode()
     def embed_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Compute the features of images that are resized already.
+        """Compute the features of resized images.
 
         Args:
             pixels: Shape ``(B, height, width, 3)``, RGB.
@@ -143,22 +98,22 @@ def load_all_tensors(
     source: str,
     ignore_prefixes: tuple[str, ...] = (),
 ) -> None:
-    """Load weights of which a network needs every one; others are ignored.
+    """Load weights into a network, and require every tensor that the network has.
 
     Args:
         model: Network to load into.
-        state: Tensors by name.
-        source: Where they come from, for the message.
-        ignore_prefixes: Beginnings of names that the network can do without.
+        state: Tensors by name; those that the network does not have are ignored.
+        source: File that they come from, for the message.
+        ignore_prefixes: Prefixes of tensors that may be missing.
 
     Raises:
-        ValueError: If a tensor is missing or of another shape.
+        ValueError: If a tensor is missing or has another shape.
     """
     needed = {
         k: v for k, v in model.state_dict().items() if not k.startswith(ignore_prefixes)
     }
     fits = {k: state[k] for k in needed if k in state and state[k].shape == needed[k].shape}
-    # Written since PyTorch 0.4.1, and read in training alone.
+    # Files have num_batches_tracked only since PyTorch 0.4.1, and only training reads it.
     lacking = [
         name
         for name in needed
@@ -167,7 +122,7 @@ def load_all_tensors(
     if lacking:
         raise ValueError(
             f"{source} is of another network: {len(lacking)} of {len(needed)} tensors are "
-            f"missing or of another shape, such as {lacking[0]}. Name the config, or the "
+            f"missing or have another shape, such as {lacking[0]}. Name the config, or the "
             "backbone, that the weights were trained with"
         )
     model.load_state_dict(fits, strict=False)

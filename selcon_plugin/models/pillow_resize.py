@@ -1,4 +1,4 @@
-"""``PillowResize``: resize as Pillow does, inside a network."""
+"""``PillowResize``: Pillow's resizing as a layer of a network."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _PILLOW_FILTERS = {
 
 
 class PillowResize(nn.Module):
-    """Pillow's resize as matrix products, for graphs that leave Python.
+    """Pillow's resizing as matrix products, for graphs that run without Python.
 
-    One pass per axis, in the order of the installed Pillow, each rounded to whole gray
-    levels as Pillow rounds it. Pillow computes with fixed-point weights: a sum that lies
-    next to a half may be rounded the other way, so single pixels differ by one level.
+    There is one pass per axis, in the order of the installed Pillow, and each is rounded to
+    whole gray levels as in Pillow. Pillow computes with fixed-point weights: a sum close to
+    a half may be rounded the other way, so that single pixels differ by one level.
 
     Args:
         size: Height and width to resize to.
@@ -43,13 +43,13 @@ class PillowResize(nn.Module):
         """Resize a batch.
 
         Args:
-            pixels: Values 0..255, shape ``(B, h, w, 3)``, any h and w.
+            pixels: Values 0..255, shape ``(B, h, w, 3)``, for any h and w.
 
         Returns:
             Whole numbers 0..255 in float32, shape ``(B, 3, height, width)``.
         """
         images = pixels.permute(0, 3, 1, 2).float()
-        # Ones as many as an axis is long: the number stays open when this is traced.
+        # One 1 per pixel of an axis: the length stays variable when this is traced.
         column = torch.ones_like(pixels[0, :, 0, 0], dtype=torch.float32)
         row = torch.ones_like(pixels[0, 0, :, 0], dtype=torch.float32)
         down = self._weights(column, self.height)
@@ -65,7 +65,7 @@ class PillowResize(nn.Module):
         """Return the weight of each input pixel in each output pixel, ``(size, axis)``."""
         places = line.cumsum(0) - 0.5
         scale = line.sum() / size
-        width = scale.clamp(min=1.0)  # of a filter cell: wider than a pixel to shrink
+        width = scale.clamp(min=1.0)  # of a filter cell: wider than a pixel when shrinking
         centers = (torch.arange(size, device=line.device) + 0.5) * scale
         # Pillow cuts the window at whole pixels.
         reach = width * self.reach
@@ -89,8 +89,8 @@ def _rounded(values: Tensor) -> Tensor:
 
 @functools.cache
 def _pillow_chooses_order() -> bool:
-    """Tell whether Pillow resizes that axis first which leaves less for the other."""
-    # Newer releases do, older ones go across first whatever the image is.
+    """Return whether Pillow first resizes the axis that leaves less for the other one."""
+    # Newer releases do; older ones always resize the horizontal axis first.
     pattern = np.random.default_rng(0).integers(0, 2, (64, 8), dtype=np.uint8) * 255
     image, bicubic = Image.fromarray(pattern), Image.Resampling.BICUBIC
     down_first = image.resize((8, 8), bicubic).resize((5, 8), bicubic)

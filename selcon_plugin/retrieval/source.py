@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # hardware move an answer by some thousandths.
 _SAME_NETWORK = 0.02
 _NUM_PROBES = 4
+_BLOCK_BYTES = 2**20
 
 
 class ImageEmbedder(Protocol):
@@ -85,11 +86,7 @@ class NetworkSource:
         file = Path(self.weights or self.onnx).expanduser()
         if not file.is_file():
             raise FileNotFoundError(f"there is no network at {str(file)!r}")
-        digest = hashlib.sha256()
-        with open(file, "rb") as stream:
-            while block := stream.read(2**20):
-                digest.update(block)
-        return digest.hexdigest()
+        return hash_files(file)
 
     def load(self, device: str = "auto") -> Embedder:
         """Load the network.
@@ -115,6 +112,24 @@ class NetworkSource:
             device=device,
             options=self.options,
         )
+
+
+def hash_files(*files: str | Path, prefix: str = "") -> str:
+    """Compute the SHA-256 of a text followed by the contents of files.
+
+    Args:
+        *files: Files, read in this order.
+        prefix: Text before their contents.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256(prefix.encode())
+    for file in files:
+        with open(Path(file).expanduser(), "rb") as stream:
+            while block := stream.read(_BLOCK_BYTES):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _absolute(path: str) -> str:

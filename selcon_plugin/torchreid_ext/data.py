@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from selcon_plugin.datasets.numbering import UNKNOWN
 from selcon_plugin.datasets.reading import read_rgb
 from selcon_plugin.engine.image_check import check_test_images, readable_items
-from selcon_plugin.engine.images import UNKNOWN, IndexedImages, Item, extra_items
+from selcon_plugin.engine.images import IndexedImages, Item, extra_items
 from selcon_plugin.engine.stopping import ignore_stop_signals
 from selcon_plugin.samplers.stream import BatchStream
 

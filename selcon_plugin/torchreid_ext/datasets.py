@@ -24,6 +24,7 @@ from selcon_plugin.datasets import (
     read_image_folder,
     read_market_splits,
 )
+from selcon_plugin.datasets.numbering import UNKNOWN, number_names
 
 logger = logging.getLogger(__name__)
 
@@ -193,13 +194,8 @@ def _register(name: str, dataset: type, **options: Any) -> None:
 def _unlabeled_images(folder: str, camera_pattern: str) -> list[tuple[str, int, int]]:
     """List a folder as ``(path, pid, camid)``."""
     items = read_image_folder(folder, camera_pattern=camera_pattern)
-    names = sorted({item.camera for item in items if item.camera is not None})
-    number = {name: camid for camid, name in enumerate(names)}
+    camids = number_names([item.camera for item in items])
     return [
-        (
-            item.path,
-            UNKNOWN_PID,
-            UNKNOWN_CAMERA if item.camera is None else number[item.camera],
-        )
-        for item in items
+        (item.path, UNKNOWN_PID, UNKNOWN_CAMERA if camid == UNKNOWN else camid)
+        for item, camid in zip(items, camids, strict=True)
     ]

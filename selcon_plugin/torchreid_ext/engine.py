@@ -35,6 +35,7 @@ from selcon_plugin.engine.stopping import (
 from selcon_plugin.features import Embeddings
 from selcon_plugin.io.atomic import remove_partial_files, save_atomically
 from selcon_plugin.methods import build_method, method_class
+from selcon_plugin.models.state_keys import without_method
 from selcon_plugin.runs.metrics import LossAverage, append_metrics, delete_metrics
 from selcon_plugin.runs.ranked import rank_queries, write_ranked
 from selcon_plugin.runs.results import RunMeter
@@ -530,11 +531,7 @@ class ImageSelConEngine(_Engine):
 
     def _save_best(self, epochs: int) -> None:
         """Write the weights alone; nothing resumes from them."""
-        weights = {
-            key: value
-            for key, value in self.model.state_dict().items()
-            if not key.removeprefix("module.").startswith("method.")
-        }
+        weights = without_method(self.model.state_dict())
         file = _model_folder(self._save_dir) / BEST_FILE
         save_atomically({"state_dict": weights, "epoch": epochs}, file)
 

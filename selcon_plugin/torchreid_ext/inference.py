@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from selcon_plugin.config.checks import check_name
-from selcon_plugin.models.inference import InferenceNetwork, Preprocessing, load_all_tensors
+from selcon_plugin.models.inference import InferenceNetwork, load_all_tensors
+from selcon_plugin.models.preprocessing import Preprocessing
 from selcon_plugin.models.pretrained import read_state_dict
-from selcon_plugin.models.timm import create_timm_backbone
+from selcon_plugin.models.state_keys import unwrapped_name
+from selcon_plugin.models.timm import TIMM_PREFIX, create_timm_backbone
 from selcon_plugin.models.torchreid import build_plain_model, torchreid_model_names
 from selcon_plugin.torchreid_ext.train import build_model
 
-_TIMM_PREFIX = "timm:"
 _CLASSIFIER = ("classifier",)
 
 
@@ -51,10 +52,14 @@ def load_network(
         ValueError: If the file is of another network. ``FileNotFoundError`` if there is
             none.
     """  # noqa: DOC502  (raised by what this calls)
+    preprocessing = Preprocessing(
+        size=(cfg.data.height, cfg.data.width),
+        interpolation="bilinear",
+        pixel_mean=_pixels(cfg.data.norm_mean),
+        pixel_std=_pixels(cfg.data.norm_std),
+    )
     file = Path(weights).expanduser()
-    state = {
-        key.removeprefix("module."): tensor for key, tensor in read_state_dict(file).items()
-    }
+    state = {unwrapped_name(name): t for name, t in read_state_dict(file).items()}
     method = ""
     model: nn.Module
     if any(key.startswith("backbone.") for key in state):
@@ -63,13 +68,7 @@ def load_network(
         cfg.model.load_weights, cfg.model.pretrained, cfg.use_gpu = str(file), False, False
         model, method = build_model(cfg), cfg.selcon.method
     else:
-        model = _plain_model(cfg, state, file)
-    preprocessing = Preprocessing(
-        size=(cfg.data.height, cfg.data.width),
-        interpolation="bilinear",
-        pixel_mean=_pixels(cfg.data.norm_mean),
-        pixel_std=_pixels(cfg.data.norm_std),
-    )
+        model = _plain_model(cfg, preprocessing, state, file)
     return InferenceNetwork(
         model.to(device), preprocessing, method=method, host="torchreid"
     )
@@ -79,18 +78,20 @@ def _pixels(values: Sequence[float]) -> tuple[float, ...]:
     return tuple(255.0 * value for value in values)
 
 
-def _plain_model(cfg: CfgNode, state: dict[str, Tensor], file: Path) -> nn.Module:
+def _plain_model(
+    cfg: CfgNode, preprocessing: Preprocessing, state: dict[str, Tensor], file: Path
+) -> nn.Module:
     name = cfg.model.name
-    if name.startswith(_TIMM_PREFIX):
+    if name.startswith(TIMM_PREFIX):
         return _PooledMap(
             create_timm_backbone(
-                name.removeprefix(_TIMM_PREFIX),
-                input_size=(cfg.data.height, cfg.data.width),
+                name.removeprefix(TIMM_PREFIX),
+                input_size=preprocessing.size,
                 pretrained=True,
                 weights=str(file),
                 last_stride=cfg.selcon.last_stride,
-                pixel_mean=_pixels(cfg.data.norm_mean),
-                pixel_std=_pixels(cfg.data.norm_std),
+                pixel_mean=preprocessing.pixel_mean,
+                pixel_std=preprocessing.pixel_std,
             )
         )
     check_name("the backbone", name, torchreid_model_names())

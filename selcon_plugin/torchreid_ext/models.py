@@ -26,11 +26,16 @@ from selcon_plugin.features import (
     GlobalPartEmbedding,
     check_parts_fit,
 )
-from selcon_plugin.models.backbone import IMAGENET_PIXEL_MEAN, IMAGENET_PIXEL_STD
 from selcon_plugin.models.feature_map import infer_feature_shape
 from selcon_plugin.models.finite import check_state
+from selcon_plugin.models.preprocessing import (
+    IMAGENET_PIXEL_MEAN,
+    IMAGENET_PIXEL_STD,
+    Preprocessing,
+)
 from selcon_plugin.models.pretrained import load_weights, read_state_dict
-from selcon_plugin.models.timm import create_timm_backbone
+from selcon_plugin.models.state_keys import RUN_PREFIXES, network_weights, unwrapped_name
+from selcon_plugin.models.timm import TIMM_PREFIX, create_timm_backbone
 from selcon_plugin.models.torchreid import (
     MODEL_PREFIX,
     TorchreidBackbone,
@@ -49,10 +54,7 @@ _POOLS = {
     "gem": GeneralizedMeanPool,
 }
 _DEFAULT_PARTS = 8
-_TIMM_PREFIX = "timm:"
 _FEATURE_LAYER = re.compile(r"(?:module\.)?fc\.\d+\.weight")
-# What a run adds to the network; a model that is loaded before has no place for it.
-_RUN_PREFIXES = ("method.", "teacher.")
 
 
 class SelConModel(EmbeddingNetwork):
@@ -118,12 +120,10 @@ class SelConModel(EmbeddingNetwork):
         super().__init__(
             backbone,
             head,
-            pixel_mean=pixel_mean,
-            pixel_std=pixel_std,
+            Preprocessing.in_training(input_size, pixel_mean, pixel_std),
             images_normalized=True,
             ghost_batch_size=ghost_batch_size,
             wave_block=wave_block,
-            input_size=input_size,
         )
         self._left_for_run: dict[str, Tensor] = {}
 
@@ -149,7 +149,7 @@ class SelConModel(EmbeddingNetwork):
         Nothing is left after a fresh start.
         """
         left = self._left_for_run
-        for name in _RUN_PREFIXES:
+        for name in RUN_PREFIXES:
             part = getattr(self, name.rstrip("."))
             keys = [key for key in left if key.startswith(name)]
             if part is not None and keys:
@@ -165,7 +165,7 @@ class SelConModel(EmbeddingNetwork):
         }
         if any(key.startswith("heads.") for key in own) and "heads.part_weight" not in own:
             self.drop_parts()
-        for name in _RUN_PREFIXES:
+        for name in RUN_PREFIXES:
             if getattr(self, name.rstrip(".")) is None:
                 for key in [key for key in own if key.startswith(name)]:
                     self._left_for_run[key] = state_dict.pop(own[key])
@@ -218,8 +218,8 @@ def build_selcon_model(
     """
     own_name = name.removeprefix(MODEL_PREFIX)
     create: Callable[..., nn.Module] = create_torchreid_backbone
-    if own_name.startswith(_TIMM_PREFIX):
-        own_name, create = own_name.removeprefix(_TIMM_PREFIX), create_timm_backbone
+    if own_name.startswith(TIMM_PREFIX):
+        own_name, create = own_name.removeprefix(TIMM_PREFIX), create_timm_backbone
     backbone = create(
         own_name,
         input_size=input_size,
@@ -248,16 +248,13 @@ def load_network(model: SelConModel, file: str) -> None:
         ValueError: If the file is of another model. ``FileNotFoundError`` if there is none.
     """  # noqa: DOC502  (raised by what this calls)
     read = read_state_dict(Path(file).expanduser())
-    state = {key.removeprefix("module."): tensor for key, tensor in read.items()}
+    state = {unwrapped_name(name): tensor for name, tensor in read.items()}
     if not any(key.startswith("backbone.") for key in state):
         rest = _begin_as_feature_layer(model.heads, state)
         load_weights(cast(nn.Module, model.backbone.model), rest, file)
         check_state(model, when=f"weights from {file}")
         return
-    taught = "teacher.module."
-    network = {k: v for k, v in state.items() if not k.startswith(_RUN_PREFIXES)}
-    network |= {k.removeprefix(taught): v for k, v in state.items() if k.startswith(taught)}
-    load_whole(model, network, file)
+    load_whole(model, network_weights(state), file)
 
 
 def feature_layer_width(state: Mapping[str, Tensor]) -> int:
@@ -378,7 +375,7 @@ def adopt_model(
             "build the model by build_selcon_model, then optimizer and schedule on it"
         )
     device = next(model.parameters()).device
-    backbone = TorchreidBackbone(model, input_size=options["input_size"])
+    backbone = TorchreidBackbone(model, Preprocessing(tuple(options["input_size"])))
     adopted = SelConModel(backbone, **options).to(device)
     last = optimizer.param_groups[-1]
     group = {key: value for key, value in last.items() if key != "params"}

@@ -1,9 +1,9 @@
 """Adapt a trained network to a folder of images, and keep what became better.
 
 The network trains on the images without labels. Before, and at each checkpoint, its
-features of the same images are measured by :func:`~selcon_plugin.label_free_quality`; the
-best of all is the result, the given network among them: by that figure it never ends worse
-than it began.
+features of the same images are measured by
+:func:`~selcon_plugin.metrics.label_free.label_free_quality`; the best of all is the result,
+the given network among them: by that score it never ends worse than it began.
 """
 
 from __future__ import annotations

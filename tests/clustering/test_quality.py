@@ -11,7 +11,7 @@ from scipy import sparse
 from sklearn.metrics import adjusted_mutual_info_score, silhouette_score
 from sklearn.metrics import silhouette_samples as dense_silhouettes
 
-from selcon_plugin.clustering import PseudoLabels, label_free_quality, label_stability
+from selcon_plugin.clustering import PseudoLabels, cluster_quality, label_stability
 from selcon_plugin.clustering import quality as module
 from selcon_plugin.clustering.quality import (
     adjusted_mutual_info,
@@ -52,7 +52,7 @@ def test_silhouette_equals_scikit_learn_on_the_clustered_images(
     assert np.isnan(found[~inside]).all()
     expected = dense_silhouettes(kept, labels[inside], metric="precomputed")
     np.testing.assert_allclose(found[inside], expected, rtol=0, atol=1e-6)
-    measured = label_free_quality(PseudoLabels(torch.from_numpy(labels), distance=graph))
+    measured = cluster_quality(PseudoLabels(torch.from_numpy(labels), distance=graph))
     score = silhouette_score(kept, labels[inside], metric="precomputed")
     assert measured["silhouette"] == pytest.approx(score, abs=1e-6)
 
@@ -133,7 +133,7 @@ def test_stability_is_taken_over_the_images_clustered_in_both() -> None:
 
 def test_counts_and_sizes_by_hand() -> None:
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, -1, -1])
-    assert label_free_quality(PseudoLabels(labels), labels) == {
+    assert cluster_quality(PseudoLabels(labels), labels) == {
         "num_clusters": 3,
         "outlier_ratio": 0.2,
         "mean_cluster_size": pytest.approx(8 / 3),
@@ -146,6 +146,6 @@ def test_counts_and_sizes_by_hand() -> None:
 @pytest.mark.parametrize("labels", [[], [-1, -1], [0, 0, -1]])
 def test_fewer_than_two_clusters_have_no_silhouette(labels: list[int]) -> None:
     graph = sparse.csr_array((len(labels), len(labels)))
-    quality = label_free_quality(PseudoLabels.numbered(labels, distance=graph))
+    quality = cluster_quality(PseudoLabels.numbered(labels, distance=graph))
     assert "silhouette" not in quality
     assert quality["max_cluster_size"] == (2 if 0 in labels else 0)

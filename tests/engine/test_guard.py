@@ -21,6 +21,7 @@ from selcon_plugin.engine.network import EmbeddingNetwork
 from selcon_plugin.features import Embeddings, GlobalPartEmbedding
 from selcon_plugin.methods import build_method
 from selcon_plugin.models.finite import check_state
+from selcon_plugin.models.preprocessing import Preprocessing
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES, BATCH = 12, 4
@@ -42,8 +43,7 @@ class Training:
         self.network = EmbeddingNetwork(
             backbone,
             GlobalPartEmbedding(8, 8, 2),
-            pixel_mean=[0.0] * 3,
-            pixel_std=[1.0] * 3,
+            Preprocessing(pixel_mean=(0.0,) * 3, pixel_std=(1.0,) * 3),
             images_normalized=True,
         )
         self.network.method = build_method(

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from selcon_plugin.engine.images import UNKNOWN, IndexedImages
+from selcon_plugin.datasets.numbering import UNKNOWN
+from selcon_plugin.engine.images import IndexedImages
 from selcon_plugin.engine.run import seed_all
 from selcon_plugin.samplers.stream import SampleKey
 

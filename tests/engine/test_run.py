@@ -17,6 +17,7 @@ from selcon_plugin.engine.run import TrainingRun, seed_all
 from selcon_plugin.features import Embeddings, GlobalPartEmbedding
 from selcon_plugin.methods import Method
 from selcon_plugin.metrics.identities import cluster_diagnostics
+from selcon_plugin.models.preprocessing import Preprocessing
 from selcon_plugin.runs.state import RunState
 
 IMAGES, BATCH = 12, 4
@@ -83,8 +84,7 @@ def make_run():
         network = EmbeddingNetwork(
             backbone,
             GlobalPartEmbedding(8, 8, 2),
-            pixel_mean=[0.0] * 3,
-            pixel_std=[1.0] * 3,
+            Preprocessing(pixel_mean=(0.0,) * 3, pixel_std=(1.0,) * 3),
             images_normalized=True,
         )
         network.method = method

@@ -30,6 +30,7 @@ from selcon_plugin.engine.network import EmbeddingNetwork
 from selcon_plugin.engine.run import TrainingRun
 from selcon_plugin.features import GlobalPartEmbedding
 from selcon_plugin.methods import build_method
+from selcon_plugin.models.preprocessing import Preprocessing
 from selcon_plugin.samplers.stream import SampleKey
 
 IMAGES = 12
@@ -243,8 +244,7 @@ def make_run(images):
         network = EmbeddingNetwork(
             backbone,
             GlobalPartEmbedding(8, 8, 0),
-            pixel_mean=[0.0] * 3,
-            pixel_std=[255.0] * 3,
+            Preprocessing(pixel_mean=(0.0,) * 3, pixel_std=(255.0,) * 3),
             images_normalized=False,
         )
         network.method = build_method(method, len(images), 8)

@@ -18,6 +18,7 @@ from selcon_plugin.engine.extraction import extract_embeddings
 from selcon_plugin.engine.network import EmbeddingNetwork
 from selcon_plugin.features import GlobalPartEmbedding
 from selcon_plugin.losses.camera_weights import CameraWeighting, camera_entropy_weights
+from selcon_plugin.models.preprocessing import Preprocessing
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_PROCESSES = 3
@@ -34,8 +35,7 @@ def network(num_parts: int) -> EmbeddingNetwork:
     return EmbeddingNetwork(
         nn.Conv2d(3, 6, 3, padding=1),
         head,
-        pixel_mean=[0.0] * 3,
-        pixel_std=[255.0] * 3,
+        Preprocessing(pixel_mean=(0.0,) * 3, pixel_std=(255.0,) * 3),
         images_normalized=False,
     ).train()
 

@@ -12,8 +12,9 @@ from selcon_plugin.datasets.reading import ImageReadError
 from selcon_plugin.engine.image_check import BadImagesError
 from selcon_plugin.inference.embedder import Embedder, find_config
 from selcon_plugin.inference.folder_features import FolderFeatures
-from selcon_plugin.models.inference import InferenceNetwork, Preprocessing, load_all_tensors
+from selcon_plugin.models.inference import InferenceNetwork, load_all_tensors
 from selcon_plugin.models.pillow_resize import PillowResize
+from selcon_plugin.models.preprocessing import Preprocessing
 
 MEAN, STD = (10.0, 20.0, 30.0), (2.0, 4.0, 5.0)
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}

@@ -21,7 +21,8 @@ from selcon_plugin.inference.export import (
     export_torchscript,
 )
 from selcon_plugin.inference.onnx import OnnxNetwork
-from selcon_plugin.models.inference import InferenceNetwork, Preprocessing
+from selcon_plugin.models.inference import InferenceNetwork
+from selcon_plugin.models.preprocessing import Preprocessing
 from selcon_plugin.models.timm import create_timm_backbone
 
 onnx = pytest.importorskip("onnx")

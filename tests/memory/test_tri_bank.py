@@ -168,7 +168,7 @@ def test_initialize_fills_ranking_banks_and_empties_the_mixture_bank() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: TriBankMemory(M, 9, S, D), r"2 x 4.*as long as the global feature \(9\)"),
+        (lambda: TriBankMemory(M, 9, S, D), r"2 x 4.*the global feature \(9\)"),
         (lambda: TriBankMemory(M, C, S, D, momentum=1.5), r"momentum .*\[0, 1\], got 1.5"),
         (
             lambda: TriBankMemory(M, C, S, D, mixture_update="all"),  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from selcon_plugin.compat.shared import HostMissingError
 from selcon_plugin.compat.torchreid import import_torchreid
+from selcon_plugin.models.preprocessing import Preprocessing
 from selcon_plugin.models.torchreid import (
     TorchreidBackbone,
     add_to_model_factory,
@@ -177,7 +178,7 @@ def test_map_of_a_model_unlike_the_others(
     images = random_images(1, size)
     with torch.no_grad():
         vector = model(images)
-        backbone = TorchreidBackbone(model, input_size=size)
+        backbone = TorchreidBackbone(model, Preprocessing(size))
         assert backbone.has_feature_map
         feature_map = backbone(images)
     with torch.no_grad():
@@ -195,7 +196,7 @@ def test_map_of_mlfn(models: ModuleType) -> None:
     with torch.no_grad():
         model(images)
         hook.remove()
-        assert_close(TorchreidBackbone(model, input_size=SIZE)(images), seen[0])
+        assert_close(TorchreidBackbone(model, Preprocessing(SIZE))(images), seen[0])
 
 
 @pytest.mark.slow
@@ -206,7 +207,7 @@ def test_every_model_of_torchreid_has_a_map(models: ModuleType) -> None:
     for name in names:
         with torch.device("meta"):  # shapes and graph, no arithmetic
             model = models.build_model(name, 1, pretrained=False, use_gpu=False)
-        backbone = TorchreidBackbone(model)
+        backbone = TorchreidBackbone(model, Preprocessing())
         assert backbone.has_feature_map, name
         assert 256 // backbone.feature_stride >= 5, name
         frozen = [n for n, p in backbone.named_parameters() if not p.requires_grad]
@@ -245,7 +246,7 @@ def test_model_whose_map_cannot_be_reached(
     assert not backbone.has_feature_map
     assert backbone.feature_dim == 6
     (warning,) = warnings_in(caplog)
-    assert "map of WithoutMap cannot be reached: it gives global features only" in warning
+    assert "map of WithoutMap cannot be reached: there are only global features" in warning
 
     images = random_images(2)
     expected = backbone.model.layers(images)[:, :, None, None]
@@ -311,19 +312,19 @@ def test_last_stride_that_has_no_effect_is_said_once(
 ) -> None:
     create_torchreid_backbone(name, input_size=SIZE, last_stride=last_stride)
     assert len(warnings_in(caplog)) == warned
-    assert (f"torchreid's {name} has no choice of stride" in caplog.text) == warned
+    assert (f"torchreid's {name} has no option for its stride" in caplog.text) == warned
 
 
 def test_host_normalization_is_exchanged_for_torchreids(models: ModuleType) -> None:
     model = build(models, "squeezenet1_1")
     mean, std = (120.0, 110.0, 100.0), (60.0, 50.0, 40.0)
-    backbone = TorchreidBackbone(model, input_size=SIZE, pixel_mean=mean, pixel_std=std)
+    backbone = TorchreidBackbone(model, Preprocessing(SIZE, pixel_mean=mean, pixel_std=std))
     pixels = torch.randint(0, 256, (2, 3, *SIZE)).float()
     normalize = importlib.import_module("torchvision.transforms").Normalize
     own = normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])(pixels / 255)
     with torch.no_grad():
         assert_close(backbone(normalize(mean, std)(pixels)), model.features(own))
-        usual = TorchreidBackbone(model, input_size=SIZE)
+        usual = TorchreidBackbone(model, Preprocessing(SIZE))
         assert torch.equal(usual(own), model.features(own))
 
 
@@ -345,7 +346,7 @@ def test_added_names_build_through_torchreid(
     ]
     assert torchreid_model_names() == before
     assert len(factory) == count + 1
-    with pytest.raises(ValueError, match="name must begin with 'selcon_', got 'thing'"):
+    with pytest.raises(ValueError, match="name must start with 'selcon_', got 'thing'"):
         add_to_model_factory("thing", constructor)
 
 

@@ -338,5 +338,5 @@ def test_wrong_calls_are_refused() -> None:
     with pytest.raises(ValueError, match="kind must be 'plain' or 'attentive', got 'both'"):
         insert_wave_blocks(backbone, "both")  # type: ignore[arg-type]
     insert_wave_blocks(backbone, "plain", input_size=SIZE)
-    with pytest.raises(ValueError, match="has WaveBlocks already"):
+    with pytest.raises(ValueError, match="already has WaveBlocks"):
         insert_wave_blocks(backbone, "attentive", input_size=SIZE)

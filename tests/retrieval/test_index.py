@@ -293,7 +293,7 @@ def test_unreadable_images_are_left_out_up_to_a_share(tmp_path, embedder, draw_i
     folder = draw_images("crops")
     (folder / "cam0/broken.png").write_bytes(b"no image")
     index = Index.create(tmp_path / "index", embedder)
-    with pytest.raises(BadImagesError, match=r"(?s)1 of 25 images.*--max-unreadable-ratio"):
+    with pytest.raises(BadImagesError, match=r"(?s)1 of 25 .*0\.01 .*max_unreadable_ratio"):
         index.add(folder, embedder, max_unreadable_ratio=0.01)
     added = index.add(folder, embedder)
     assert (added.new + added.known, len(index)) == (24, 24)

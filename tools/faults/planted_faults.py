@@ -289,8 +289,8 @@ FAULTS = (
         "identity_as_camera",
         "the identity reaches the method in place of the camera",
         "engine/images.py",
-        "self.camids = _enumerate_names([item[2] for item in items])",
-        "self.camids = _enumerate_names([item[1] for item in items])",
+        "self.camids = number_names([item[2] for item in items], unknown=UNKNOWN)",
+        "self.camids = number_names([item[1] for item in items], unknown=UNKNOWN)",
         DATA,
     ),
     Fault(
