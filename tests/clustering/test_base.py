@@ -133,7 +133,7 @@ def test_hardly_any_image_is_no_crash(num_images: int) -> None:
         (
             np.array([[1.0, 0.0], [1.0, np.nan], [np.inf, 0.0]]),
             None,
-            "image 1 are not finite .2 such images of 3",
+            "image 1 are not finite .2 of 3 images",
         ),
         (FEATURES, torch.zeros(3), r"each of the 4 images, got shape \(3,\)"),
     ],

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from selcon_plugin.clustering import build_labeler, camera_centering
 from selcon_plugin.clustering.camera_centering import (
-    FEWEST_IMAGES,
+    MIN_IMAGES_PER_CAMERA,
     PRIOR_IMAGES,
     center_cameras,
     num_centered,
@@ -33,7 +33,7 @@ def some_features(num_images: int = 400) -> Tensor:
 
 def by_loops(features: Tensor, camids: Tensor) -> Tensor:
     rows, cameras = features.tolist(), camids.tolist()
-    large = [c for c in cameras if c >= 0 and cameras.count(c) >= FEWEST_IMAGES]
+    large = [c for c in cameras if c >= 0 and cameras.count(c) >= MIN_IMAGES_PER_CAMERA]
     known = [i for i, camera in enumerate(cameras) if camera in large]
     result = []
     for row, camera in zip(rows, cameras, strict=True):

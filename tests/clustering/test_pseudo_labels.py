@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.sparse import csr_array
 
-from selcon_plugin.clustering.pseudo_labels import PseudoLabels, outliers_alone
+from selcon_plugin.clustering.pseudo_labels import PseudoLabels, outliers_as_singletons
 
 
 def test_numbered_renames_by_first_image_and_keeps_the_partition() -> None:
@@ -63,7 +63,7 @@ def test_outliers_alone_puts_each_outlier_after_the_clusters(labels: list[int]) 
     for label in labels:
         expected.append(label if label >= 0 else clusters)
         clusters += label < 0
-    assert outliers_alone(np.array(labels, dtype=np.int64)).tolist() == expected
+    assert outliers_as_singletons(np.array(labels, dtype=np.int64)).tolist() == expected
 
 
 def test_labels_of_some_images_among_all():

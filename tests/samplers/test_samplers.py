@@ -509,7 +509,7 @@ def test_drawing_before_labels_are_set_is_an_error():
 def test_batch_of_an_earlier_epoch_is_an_error():
     sampler = cluster_sampler([0], start_batch=7)
     sampler.start = 6
-    with pytest.raises(ValueError, match="batch 6 lies before batch 7"):
+    with pytest.raises(ValueError, match="batch 6 precedes batch 7"):
         next(iter(sampler))
 
 
@@ -524,9 +524,9 @@ def test_impossible_labels_leave_the_sampler_as_it_was():
 @pytest.mark.parametrize(
     ("labels", "camids", "message"),
     [
-        ([0.0, 1.0], None, r"labels must be whole numbers .*float64"),
-        ([[0, 1]], None, r"labels must be whole numbers .*\(1, 2\)"),
-        ([0, 1], [0.5, 1], r"camids must be whole numbers .*float64"),
+        ([0.0, 1.0], None, r"labels must be integers .*float64"),
+        ([[0, 1]], None, r"labels must be integers .*\(1, 2\)"),
+        ([0, 1], [0.5, 1], r"camids must be integers .*float64"),
         ([0, 1], [0], r"camids \(1\) and labels \(2\)"),
         (np.empty(0, dtype=np.int64), None, "no images"),
     ],

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from selcon_plugin.clustering import dbscan_labels, jaccard_distance
 from selcon_plugin.clustering.auto_eps import EPS_GRID, EpsTrial, best_trial, try_eps
-from selcon_plugin.clustering.pseudo_labels import outliers_alone
+from selcon_plugin.clustering.pseudo_labels import outliers_as_singletons
 from selcon_plugin.clustering.quality import adjusted_mutual_info
 
 K1, K2, MIN_SAMPLES = 30, 6, 4  # the published settings
@@ -103,7 +103,7 @@ def compare(features: torch.Tensor, identities: Numbers) -> dict[str, float]:
     if not trials:
         raise ValueError(f"no eps up to {EPS_GRID[-1]} makes clusters of these features")
     ami = {
-        trial.eps: adjusted_mutual_info(outliers_alone(trial.labels), identities)
+        trial.eps: adjusted_mutual_info(outliers_as_singletons(trial.labels), identities)
         for trial in trials
     }
     eps = max(ami, key=ami.__getitem__)
