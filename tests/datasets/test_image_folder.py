@@ -40,7 +40,7 @@ def test_many_small_sub_folders_are_doubted(tmp_path, caplog):
     for number in range(63):
         save_image(tmp_path / f"track{number % 21:02d}/{number}.jpg")
     read_image_folder(tmp_path)
-    assert "21 sub-folders, of 3 images in the middle, are taken for cameras" in caplog.text
+    assert "21 sub-folders with a median of 3 images are used as cameras" in caplog.text
     assert "--camera-pattern none" in caplog.text
     caplog.clear()
     read_image_folder(tmp_path, camera_pattern=r"track(\d+)")  # said by the user
@@ -48,7 +48,7 @@ def test_many_small_sub_folders_are_doubted(tmp_path, caplog):
     for place in ("track20/20.jpg", "track20/41.jpg", "track20/62.jpg"):
         (tmp_path / place).unlink()
     read_image_folder(tmp_path)  # 20: they may be cameras
-    assert "taken for cameras" not in caplog.text
+    assert "used as cameras" not in caplog.text
 
 
 @pytest.mark.parametrize("pattern", ["", "none"])
@@ -82,9 +82,9 @@ def test_pattern_sees_the_folders_below_the_root_only(tmp_path):
 
 def test_pattern_that_fits_nothing_or_is_broken_is_an_error(tmp_path):
     save_image(tmp_path / "a.jpg")
-    with pytest.raises(ValueError, match=r"'cam\(\\\\d\)' fits none of the 1 files"):
+    with pytest.raises(ValueError, match=r"'cam\(\\\\d\)' matches none of the 1 files"):
         read_image_folder(tmp_path, camera_pattern=r"cam(\d)")
-    with pytest.raises(ValueError, match=r"'\(' is no regular expression"):
+    with pytest.raises(ValueError, match=r"'\(' is not a regular expression"):
         read_image_folder(tmp_path, camera_pattern="(")
 
 

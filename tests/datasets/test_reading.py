@@ -238,7 +238,7 @@ def test_good_files_are_not_decoded_again_while_they_are_the_same(
     files, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(reading, "_WORTH_REMEMBERING", 12)
+    monkeypatch.setattr(reading, "_MIN_CACHED_FILES", 12)
     read = []
     fault_of = reading.fault_of
     monkeypatch.setattr(
@@ -265,5 +265,5 @@ def test_good_files_are_not_decoded_again_while_they_are_the_same(
 def test_check_does_without_a_folder_to_remember_in(files, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(reading, "_WORTH_REMEMBERING", 12)
+    monkeypatch.setattr(reading, "_MIN_CACHED_FILES", 12)
     assert len(find_unreadable(files)) == 2

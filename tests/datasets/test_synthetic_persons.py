@@ -210,7 +210,7 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
 def _die_half_way(root: str) -> None:
     from selcon_plugin.datasets.synthetic import persons as synthetic_persons
 
-    original = synthetic_persons._draw_group
+    original = synthetic_persons._render_group
     calls = []
 
     def draw_one_then_die(*args: object) -> None:
@@ -219,7 +219,7 @@ def _die_half_way(root: str) -> None:
         calls.append(args)
         original(*args)  # type: ignore[arg-type]
 
-    synthetic_persons._draw_group = draw_one_then_die
+    synthetic_persons._render_group = draw_one_then_die
     generate_synthetic_persons(root, TINY)
 
 
@@ -229,7 +229,7 @@ def test_failure_leaves_nothing_behind(
     def fail(*args: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("selcon_plugin.datasets.synthetic.persons._draw_group", fail)
+    monkeypatch.setattr("selcon_plugin.datasets.synthetic.persons._render_group", fail)
     with pytest.raises(OSError, match="disk full"):
         generate_synthetic_persons(tmp_path, TINY)
     assert list(tmp_path.iterdir()) == []

@@ -109,8 +109,8 @@ def test_last_one_gives_way_to_the_one_before_with_a_warning(whole, tmp_path, ca
         "cut.pth",
         "text.pth",
     ]
-    assert f"Going on from {whole}" in caplog.text
-    with pytest.raises(BadCheckpointError, match=r"cut\.pth.*text\.pth.*begin anew"):
+    assert f"Resuming from {whole}" in caplog.text
+    with pytest.raises(BadCheckpointError, match=r"cut\.pth.*text\.pth.*start over"):
         first_readable([cut, text], REQUIRED)
 
 
