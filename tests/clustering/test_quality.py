@@ -23,7 +23,7 @@ from selcon_plugin.clustering.quality import (
 def random_distances(
     num_images: int, seed: int, stored: float = 0.3
 ) -> tuple[sparse.csr_array, NDArray[np.float64]]:
-    """The same symmetric distances sparse and dense; what is not stored is 1."""
+    """Return symmetric distances, sparse and dense; missing entries are 1."""
     rng = np.random.default_rng(seed)
     dense = rng.random((num_images, num_images))
     dense[rng.random(dense.shape) > stored] = 1
@@ -92,12 +92,16 @@ def test_adjusted_mutual_info_equals_scikit_learn(
 
 
 def test_adjusted_mutual_info_of_special_partitions() -> None:
-    three, alone, one = np.array([0, 0, 1, 2, 2]), np.arange(5), np.zeros(5, dtype=np.int64)
+    three, singletons, one = (
+        np.array([0, 0, 1, 2, 2]),
+        np.arange(5),
+        np.zeros(5, dtype=np.int64),
+    )
     assert adjusted_mutual_info(three, 7 - three) == 1.0
-    assert adjusted_mutual_info(alone, alone[::-1]) == 1.0
+    assert adjusted_mutual_info(singletons, singletons[::-1]) == 1.0
     assert adjusted_mutual_info(one, one) == 1.0
     assert adjusted_mutual_info(three, one) == pytest.approx(0, abs=1e-12)
-    assert adjusted_mutual_info(three, alone) == pytest.approx(0, abs=1e-12)
+    assert adjusted_mutual_info(three, singletons) == pytest.approx(0, abs=1e-12)
 
 
 def test_adjusted_mutual_info_of_thousands_of_clusters_is_fast() -> None:

@@ -1,4 +1,4 @@
-"""Folders named as in Market-1501."""
+"""Folders with file names as in Market-1501."""
 
 import pytest
 

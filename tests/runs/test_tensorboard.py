@@ -21,7 +21,7 @@ COLORS = ["red", "lime", "blue"]
 
 @pytest.fixture
 def images(tmp_path):
-    """Nine images: clusters of 4 and 3, whose colors tell them apart, and 2 outliers."""
+    """Return nine images: clusters of 4 and 3 in different colors, and 2 outliers."""
     labels = torch.tensor([0, 0, 0, 1, 1, 1, 1, -1, -1])
     paths = []
     for i, label in enumerate(labels.tolist()):

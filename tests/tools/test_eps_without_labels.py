@@ -1,4 +1,4 @@
-"""Ways to choose eps, on drawn people whose best eps can be told."""
+"""Rules for choosing eps, on synthetic persons with a known best eps."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from eps_without_labels import WAYS, compare, read_features, table
 
 @pytest.fixture
 def people():
-    """Forty people with ten images each, apart."""
+    """Forty separable persons with ten images each."""
     generator = torch.Generator().manual_seed(0)
     centers = torch.randn(40, 32, generator=generator)
     identities = np.repeat(np.arange(40), 10)
