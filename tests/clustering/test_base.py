@@ -135,7 +135,7 @@ def test_very_few_images_do_not_crash(num_images: int) -> None:
             None,
             "image 1 are not finite .2 of 3 images",
         ),
-        (FEATURES, torch.zeros(3), r"each of the 4 images, got shape \(3,\)"),
+        (FEATURES, torch.zeros(3), r"one camera per image, shape \(4,\), got shape \(3,\)"),
     ],
 )
 def test_wrong_input_is_named(features: Any, camids: Any, message: str) -> None:

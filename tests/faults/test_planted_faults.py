@@ -79,7 +79,9 @@ def test_verdicts_of_missed_and_of_broken_faults(tmp_path: Path) -> None:
 def test_fault_that_no_longer_matches_is_refused(tool: ModuleType, tmp_path: Path) -> None:
     tool.copy_repository(tmp_path)
     with pytest.raises(ValueError, match="must be there once"):
-        tool.try_fault(tmp_path, tool.Fault("gone", "", "models/ema.py", "no such text", "", ()))
+        tool.try_fault(
+            tmp_path, tool.Fault("gone", "", "models/ema.py", "no such text", "", ())
+        )
 
 
 def test_package_that_is_imported_already_is_refused(
