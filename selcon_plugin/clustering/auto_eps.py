@@ -63,7 +63,7 @@ def choose_eps(
     """Choose DBSCAN's eps from the distances, without labels.
 
     Every eps of a grid is tried at which at least 5 % of the images are core images
-    (judging by the distance to the ``min_samples``-th nearest image), and gets the score of
+    (by the distance to the ``min_samples``-th nearest image), and gets the score of
     :class:`EpsTrial`. Among adjacent eps with equal scores the middle one is chosen.
 
     On 29 synthetic data sets the adjusted mutual information with the identities was below

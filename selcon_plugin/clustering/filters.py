@@ -34,7 +34,7 @@ class _StatelessFilter:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Do nothing."""
+        """Ignore the state."""
 
 
 class ReliabilityFilter:

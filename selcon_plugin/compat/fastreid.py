@@ -134,7 +134,7 @@ def _let_data_loader_run_without_cuda() -> None:
         self.local_rank = local_rank
 
     def shutdown(self: Any) -> None:
-        """Do nothing: there is no background thread to stop."""
+        """Return immediately, since there is no background thread to stop."""
 
     loader.__init__ = __init__
     loader.shutdown = shutdown

@@ -143,8 +143,8 @@ def test_clusterings_are_those_of_three_eps() -> None:
 def test_stricter_agreement_splits_clusters() -> None:
     features = persons(30, 12, noise=0.9)
     loose, strict = (
-        EnsembleLabeler(eps=0.5, delta=0.2, k1=15, agreement=share)(features).labels
-        for share in (0.0, 0.9)
+        EnsembleLabeler(eps=0.5, delta=0.2, k1=15, agreement=limit)(features).labels
+        for limit in (0.0, 0.9)
     )
     inside = strict >= 0
     owner = [set(loose[strict == cluster].tolist()) for cluster in strict[inside].unique()]

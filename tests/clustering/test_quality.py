@@ -84,9 +84,9 @@ def test_adjusted_mutual_info_equals_scikit_learn(
 ) -> None:
     rng = np.random.default_rng(first_clusters)
     first = rng.integers(0, first_clusters, 200)
-    for share in (0.0, 0.7, 1.0):
+    for fraction in (0.0, 0.7, 1.0):
         second = rng.integers(0, second_clusters, 200)
-        second = np.where(rng.random(200) < share, first, second)
+        second = np.where(rng.random(200) < fraction, first, second)
         expected = adjusted_mutual_info_score(first, second)
         assert adjusted_mutual_info(first, second) == pytest.approx(expected, abs=1e-9)
 

@@ -396,7 +396,7 @@ def fails(place, data, capfd, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     names = {"place": str(place), "data": str(data)}
 
-    def run(command, words):
+    def run(command, parts):
         started = time.process_time()
         status = main([word.format(**names) for word in command])
         assert time.process_time() - started < SECONDS
@@ -407,7 +407,7 @@ def fails(place, data, capfd, monkeypatch):
         assert errors[0].startswith(f"selcon {command[0]}: error: "), output.err
         assert output.err.endswith(f"{errors[0]}\n"), output.err
         assert "Traceback" not in output.out + output.err
-        missing = [word for word in words.split("; ") if word not in errors[0]]
+        missing = [part for part in parts.split("; ") if part not in errors[0]]
         assert not missing, f"{missing} not in: {errors[0]}"
 
     return run
@@ -418,23 +418,23 @@ def arguments_of(options):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [pytest.param(*case[1:], id=case[0]) for case in FASTREID_CASES]
+    ("options", "parts"), [pytest.param(*case[1:], id=case[0]) for case in FASTREID_CASES]
 )
-def test_fastreid_config(fails, options, words):
-    fails(["train", *arguments_of(FASTREID | options)], words)
+def test_fastreid_config(fails, options, parts):
+    fails(["train", *arguments_of(FASTREID | options)], parts)
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [pytest.param(*case[1:], id=case[0]) for case in TORCHREID_CASES]
+    ("options", "parts"), [pytest.param(*case[1:], id=case[0]) for case in TORCHREID_CASES]
 )
-def test_torchreid_config(fails, options, words):
-    fails(["train", "--host", "torchreid", *arguments_of(TORCHREID | options)], words)
+def test_torchreid_config(fails, options, parts):
+    fails(["train", "--host", "torchreid", *arguments_of(TORCHREID | options)], parts)
 
 
 @pytest.mark.parametrize(
-    ("line", "words"), [pytest.param(*case[1:], id=case[0]) for case in COMMANDS]
+    ("line", "parts"), [pytest.param(*case[1:], id=case[0]) for case in COMMANDS]
 )
-def test_command(fails, line, words):
+def test_command(fails, line, parts):
     folder = {key: v for key, v in FASTREID.items() if not key.startswith("DATASETS")}
     placeholders = {
         "{fastreid}": arguments_of(FASTREID),
@@ -444,4 +444,4 @@ def test_command(fails, line, words):
     command = [
         part for word in shlex.split(line) for part in placeholders.get(word, [word])
     ]
-    fails(command, words)
+    fails(command, parts)

@@ -29,13 +29,13 @@ def by_definition(raw: torch.Tensor) -> dict[str, float]:
     unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
     mean = unit.mean(axis=0)
     values = np.linalg.svd(unit - mean, compute_uv=False) ** 2
-    shares = [value / values.sum() for value in values if value > 1e-12]
+    weights = [value / values.sum() for value in values if value > 1e-12]
     nearest = [
         max(float(a @ b) for j, b in enumerate(unit) if j != i) for i, a in enumerate(unit)
     ]
     return {
         "embedding_variance": float(np.mean(((unit - mean) ** 2).sum(axis=1))),
-        "effective_rank": math.exp(-sum(share * math.log(share) for share in shares)),
+        "effective_rank": math.exp(-sum(weight * math.log(weight) for weight in weights)),
         "nearest_similarity": sum(nearest) / len(nearest),
     }
 

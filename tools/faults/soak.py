@@ -70,7 +70,7 @@ class Growth:
 
     @property
     def is_flat(self) -> bool:
-        """Whether the growth is within its bound."""
+        """True if the growth is within its bound."""
         return self.late - self.early <= BOUNDS[self.name]
 
 

@@ -1,6 +1,6 @@
 """Appearance of a synthetic person: body, hair, clothes, shoes and bag.
 
-An identity is a combination of attributes, and persons form pairs that share some of them
+An identity is a combination of attributes, and persons form pairs with common attributes
 (the same shirt with different trousers, the same colors in a different pattern).
 Discriminating such a pair takes more than one color, as it does for real persons.
 """
