@@ -28,7 +28,7 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     """
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"there are no metrics at {file}: was anything trained?")
+        raise FileNotFoundError(f"there are no metrics at {file}: train a run first")
     by_iteration: dict[int, dict[str, float]] = {}
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:

@@ -66,7 +66,7 @@ def main() -> None:
     _say("| network | label-free quality | mAP | Rank-1 |\n| --- | --- | --- | --- |")
     name = Path(args.weights).stem
     for row, candidate, found in (
-        (f"{name}, as it comes", result.before, before),
+        (f"{name}, before", result.before, before),
         (
             f"adapted, best of {args.epochs} epochs: {result.best.epochs}",
             result.best,

@@ -163,11 +163,11 @@ def config(folder: Path, args: argparse.Namespace) -> Any:
 
 
 def soak(folder: Path, args: argparse.Namespace) -> list[Sample]:
-    """Train; return a sample for each epoch."""
+    """Train and return one sample per epoch."""
     os.environ["FASTREID_DATASETS"] = str(folder)  # read when FastReID is imported
     from selcon_plugin.fastreid_ext import SelConTrainer
 
-    # After the adapter, which makes it importable on a current Python.
+    # Imported after the adapter, which patches it for current Python versions.
     from fastreid.engine.train_loop import HookBase  # isort: skip
 
     samples: list[Sample] = []
@@ -184,7 +184,7 @@ def soak(folder: Path, args: argparse.Namespace) -> list[Sample]:
 
 
 def as_markdown(args: argparse.Namespace, growths: list[Growth], seconds: float) -> str:
-    """Write the report."""
+    """Format the report in Markdown."""
     import torch
 
     from selcon_plugin.runs.results import describe_device
@@ -196,10 +196,12 @@ def as_markdown(args: argparse.Namespace, growths: list[Growth], seconds: float)
         "",
         f"`python tools/faults/soak.py --steps {args.steps} --steps-per-epoch "
         f"{args.steps_per_epoch} --method {args.method} --workers {args.workers}`:",
-        f"{args.steps} steps of a tiny network on SyntheticPersons, clustered before each "
-        f"of {epochs} epochs, in {seconds:.0f} s on {device}, torch {torch.__version__}.",
-        "A quantity is flat if it is, over the last fifth of the epochs, at most the bound "
-        "above what it was over the second fifth: median memory, least files and threads.",
+        f"{args.steps} steps of a tiny network on SyntheticPersons, with clustering before "
+        f"each of {epochs} epochs, in {seconds:.0f} s on {device}, torch "
+        f"{torch.__version__}.",
+        "A quantity is flat if its value over the last fifth of the epochs exceeds that "
+        "over the second fifth by at most the bound (median memory, fewest files and "
+        "threads).",
         "",
         "| quantity | second fifth | last fifth | highest | bound on growth | flat |",
         "| --- | --- | --- | --- | --- | --- |",
