@@ -1,4 +1,4 @@
-"""How far a batch is from every row of the memory banks.
+"""Distances between the images of a batch and all rows of the memory banks.
 
 Shape shorthand in this module:
 
@@ -13,15 +13,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Rows of a half-precision bank that are widened to float32 at a time on a CPU, which has no
-# fast half-precision product: 4096 rows of 2048 values are 32 MiB.
+# Rows of a half-precision bank converted to float32 at a time on a CPU, which has no fast
+# half-precision product: 4096 rows of 2048 values take 32 MiB.
 _CPU_CHUNK_ROWS = 4096
 
 
 def bank_product(features: Tensor, bank: Tensor) -> Tensor:
-    """Inner products of every feature with every bank row, in float32.
+    """Compute the inner products of every feature with every bank row, in float32.
 
-    Autocast is switched off inside: ranks and logits need the full mantissa.
+    Autocast is disabled inside: rankings and logits need the full mantissa.
 
     Args:
         features: Shape ``(B, C)``, any floating type.
@@ -52,17 +52,17 @@ def fused_distance(
     global_distance_weight: float = 0.5,
     same_camera_penalty: float = 0.05,
 ) -> Tensor:
-    r"""Distance that ranks neighbors: global, parts and a penalty for the same camera.
+    r"""Compute the fused distance: global and part terms, and a same-camera penalty.
 
     .. math::
         d(i, j) = w\,\lVert g_i - G_j \rVert^2
             + (1 - w) \frac{1}{S} \sum_s \lVert l_i^s - L_j^s \rVert^2
             + \lambda_c\,[c_i = c_j]
 
-    All vectors must have unit length, so that a squared distance is :math:`2 - 2\cos` and
-    the whole costs two matrix products. Without parts the global distance stands alone.
-    Without camera ids the last term is absent; negative ids mean "unknown" and match
-    nothing. Computed in float32, also under autocast, without gradient.
+    All vectors must have unit length, so a squared distance is :math:`2 - 2\cos` and the
+    computation needs only two matrix products. Without parts only the global distance is
+    used. Without camera ids there is no penalty; negative ids mean "unknown" and match
+    nothing. The result is computed in float32, also under autocast, without gradient.
 
     Args:
         global_features: Unit global features, shape ``(B, C)``.
@@ -73,7 +73,7 @@ def fused_distance(
         bank_camids: Camera of each bank row, int64, shape ``(M,)``, or None.
         global_distance_weight: Weight w (the paper's λ_g) of the global distance, in [0,
             1].
-        same_camera_penalty: The paper's λ_c, added to pairs from one camera, ≥ 0.
+        same_camera_penalty: The paper's λ_c, added to pairs from the same camera, ≥ 0.
 
     Returns:
         Distances, float32, shape ``(B, M)``; smaller is closer.
@@ -95,7 +95,7 @@ def fused_distance(
     else:
         num_parts = part_features.shape[1]
         distance = bank_product(global_features, global_bank)
-        # The mean over parts of l·L is the product of the concatenations divided by S.
+        # The mean of l·L over parts is the product of the concatenations divided by S.
         part_cosine = bank_product(part_features.flatten(1), part_bank.flatten(1))
         distance.mul_(-2.0 * global_distance_weight)
         distance.add_(part_cosine, alpha=-2.0 * (1.0 - global_distance_weight) / num_parts)

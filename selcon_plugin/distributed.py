@@ -1,4 +1,4 @@
-"""What several training processes share; all of it does nothing in a single process."""
+"""Collective operations of training processes; without effect in a single process."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def rank() -> int:
 
 @torch.no_grad()
 def gather_batch(tensor: Tensor) -> Tensor:
-    """Join the batches of all ranks, rank after rank.
+    """Concatenate the batches of all ranks in order of rank.
 
-    The samplers deal a batch out in contiguous slices, so that this is the batch which one
-    process would have had, and order-dependent writes give the same banks.
+    The samplers split a batch into contiguous slices, so the result is the batch of a
+    single-process run, and order-dependent writes give the same banks.
 
     Args:
-        tensor: This rank's part, shape ``(b, ...)``; b may differ between ranks.
+        tensor: Part of this rank, shape ``(b, ...)``; b may differ between ranks.
 
     Returns:
         Shape ``(sum of b, ...)``, the same on every rank.
@@ -45,10 +45,10 @@ def gather_batch(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def share_buffers(*modules: nn.Module | None) -> None:
-    """Give the buffers of rank 0, such as running statistics, to all ranks.
+    """Broadcast the buffers of rank 0, such as running statistics, to all ranks.
 
     Args:
-        *modules: The same modules on every rank; None is passed over.
+        *modules: The same modules on every rank; None is skipped.
     """
     if world_size() == 1:
         return
@@ -60,12 +60,12 @@ def share_buffers(*modules: nn.Module | None) -> None:
 def broadcast_tensor(
     tensor: Tensor | None, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Give a vector of rank 0 to all ranks.
+    """Broadcast a vector of rank 0 to all ranks.
 
     Args:
-        tensor: The vector on rank 0, of any length; None elsewhere.
-        dtype: Its type, known everywhere.
-        device: Where the process group's tensors live.
+        tensor: Vector on rank 0, of any length; None on other ranks.
+        dtype: Data type of the vector, given on every rank.
+        device: Device of the process group's tensors.
 
     Returns:
         The vector, on the CPU of every rank.
@@ -81,20 +81,20 @@ def broadcast_tensor(
 
 
 def group_device() -> torch.device:
-    """Return where the process group's tensors live; the CPU without a group."""
+    """Return the device of the process group's tensors; the CPU without a group."""
     if world_size() > 1 and dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def on_any_rank(mask: Tensor) -> Tensor:
-    """Return what is true on at least one rank.
+    """Compute the elementwise logical or of a mask over all ranks.
 
     Args:
-        mask: bool, of the same shape on every rank, on the CPU.
+        mask: Bool tensor of the same shape on every rank, on the CPU.
 
     Returns:
-        bool, the same on every rank, on the CPU.
+        Bool tensor, the same on every rank, on the CPU.
     """
     if world_size() == 1:
         return mask

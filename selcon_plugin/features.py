@@ -1,4 +1,4 @@
-"""From a feature map to embeddings: one global vector and S horizontal part vectors.
+"""Embedding heads: from a feature map to a global vector and S horizontal part vectors.
 
 Shape shorthand in this module:
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 
 class Embeddings(NamedTuple):
-    """What a head says about a batch of images; every vector is L2-normalized.
+    """L2-normalized embeddings of a batch of images.
 
     Attributes:
         global_features: One vector per image, shape ``(B, C)``.
@@ -32,7 +32,7 @@ class Embeddings(NamedTuple):
     part_features: Tensor | None = None
 
     def detach(self) -> Embeddings:
-        """Return the same values outside the autograd graph."""
+        """Return the embeddings detached from the autograd graph."""
         parts = self.part_features
         return Embeddings(
             self.global_features.detach(), None if parts is None else parts.detach()
@@ -40,13 +40,13 @@ class Embeddings(NamedTuple):
 
     @classmethod
     def cat(cls, batches: Sequence[Embeddings]) -> Embeddings:
-        """Join batches along the first axis.
+        """Concatenate batches along the first axis.
 
         Args:
-            batches: At least one; all with parts, or all without.
+            batches: At least one batch; all with parts, or all without.
 
         Returns:
-            One batch with the images of all.
+            One batch with all images.
         """
         parts = [batch.part_features for batch in batches]
         present = [part for part in parts if part is not None]
@@ -57,29 +57,29 @@ class Embeddings(NamedTuple):
 
 
 def check_parts_fit(num_rows: int, num_parts: int) -> None:
-    """Raise an error if a feature map has fewer rows than parts.
+    """Check that a feature map has at least as many rows as parts.
 
     Args:
         num_rows: Height h of the map.
-        num_parts: Parts S.
+        num_parts: Number of parts S.
 
     Raises:
-        ValueError: If h < S; says what to change.
+        ValueError: If h < S; the message gives the remedy.
     """
     if num_rows < num_parts:
         raise ValueError(
-            f"cannot cut a feature map of {num_rows} rows into {num_parts} horizontal "
+            f"cannot split a feature map of {num_rows} rows into {num_parts} horizontal "
             f"parts: use at most {num_rows} parts (NUM_PARTS), a smaller stride of the "
             "last stage (LAST_STRIDE 1) or a larger input"
         )
 
 
 def split_stripes(feature_map: Tensor, num_parts: int) -> list[Tensor]:
-    """Cut a feature map into horizontal stripes of (nearly) equal height.
+    """Split a feature map into horizontal stripes of (nearly) equal height.
 
-    Stripe s holds the rows ``floor(s*h/S)`` to ``ceil((s+1)*h/S)``. If S divides h these
-    are the disjoint stripes of the paper; otherwise neighboring stripes share a row, where
-    the released code would leave the last rows (the feet) out.
+    Stripe s holds the rows ``floor(s*h/S)`` to ``ceil((s+1)*h/S)``. If S divides h, these
+    are the disjoint stripes of the paper; otherwise adjacent stripes share a row, while the
+    released code would omit the last rows (the feet).
 
     Args:
         feature_map: Shape ``(B, F, h, w)``.
@@ -99,15 +99,15 @@ def split_stripes(feature_map: Tensor, num_parts: int) -> list[Tensor]:
 
 
 class GeneralizedMeanPool(nn.Module):
-    r"""Pool a feature map by :math:`(\operatorname{mean} x^p)^{1/p}` with a learnt p.
+    r"""Generalized-mean pooling :math:`(\operatorname{mean} x^p)^{1/p}` with learnable p.
 
-    p = 1 is average pooling; the larger p, the nearer to max pooling. Radenović et al.,
+    p = 1 is average pooling; larger p is closer to max pooling. Radenović et al.,
     "Fine-tuning CNN Image Retrieval with No Human Annotation", 2018.
     https://arxiv.org/abs/1711.02512
 
     Args:
-        exponent: p at the start.
-        floor: Values below it are raised to it, since powers need positive ones.
+        exponent: Initial value of p.
+        floor: Lower bound to which inputs are clamped, since powers need positive values.
     """
 
     def __init__(self, exponent: float = 3.0, floor: float = 1e-6) -> None:
@@ -122,21 +122,22 @@ class GeneralizedMeanPool(nn.Module):
 
 
 class GlobalPartEmbedding(nn.Module):
-    """Pool a feature map into L2-normalized global and part features.
+    """Head that turns a feature map into L2-normalized global and part features.
 
-    Global: pool → linear F→C → norm → L2. Part s: pool stripe s → its own linear F→D → norm
-    → L2, with D = C / S, so that the concatenated parts are as long as the global vector:
-    both are compared with the same mixture bank.
+    Global: pool → linear F→C → norm → L2. Part s: pool stripe s → separate linear F→D →
+    norm → L2, with D = C / S, so the concatenated parts have the dimension of the global
+    vector: both are compared with the same mixture bank.
 
     Args:
         feature_dim: Channels F of the feature map.
         embedding_dim: Global feature dimension C.
-        num_parts: Number of horizontal parts S; 0 leaves the part branch out.
-        project_global: Whether the global branch has its linear layer; without it C must
+        num_parts: Number of horizontal parts S; 0 disables the part branch.
+        project_global: Whether the global branch has a linear layer; without it C must
             equal F.
-        pool: Makes a layer ``(B, F, h, w)`` → ``(B, F, 1, 1)``; called once, since the
-            global vector and the stripes share it. Average pooling by default.
-        norm: Makes a normalization layer for ``(B, channels, 1, 1)``. BatchNorm with
+        pool: Factory of a pooling layer ``(B, F, h, w)`` → ``(B, F, 1, 1)``; called once,
+            since the global vector and the stripes share the layer. Average pooling by
+            default.
+        norm: Factory of a normalization layer for ``(B, channels, 1, 1)``. BatchNorm with
             learnable scale and shift by default.
 
     Raises:
@@ -177,8 +178,8 @@ class GlobalPartEmbedding(nn.Module):
         )
         self.global_norm = make_norm(embedding_dim)
         if num_parts:
-            # One unshared F -> D layer per part, kept in one tensor so that all parts are
-            # one batched product.
+            # One separate F -> D layer per part, stored in one tensor so that all parts
+            # need only one batched product.
             self.part_weight = nn.Parameter(
                 torch.empty(num_parts, self.part_dim, feature_dim)
             )
@@ -187,13 +188,13 @@ class GlobalPartEmbedding(nn.Module):
         self.reset_parameters()
 
     def drop_parts(self) -> None:
-        """Take the part branch out, for a method that has no use for it."""
+        """Remove the part branch, for a method that does not use it."""
         if self.num_parts:
             self.num_parts = self.part_dim = 0
             del self.part_weight, self.part_bias, self.part_norm
 
     def reset_parameters(self) -> None:
-        """Draw the linear layers anew: Kaiming-normal in fan-out mode, zero bias."""
+        """Reinitialize the linear layers: Kaiming-normal in fan-out mode, zero bias."""
         if isinstance(self.global_projection, nn.Linear):
             nn.init.kaiming_normal_(self.global_projection.weight, mode="fan_out")
             nn.init.zeros_(self.global_projection.bias)
@@ -206,7 +207,7 @@ class GlobalPartEmbedding(nn.Module):
         """Embed a batch of feature maps.
 
         Args:
-            feature_map: Shape ``(B, F, h, w)``, any h of at least S rows.
+            feature_map: Shape ``(B, F, h, w)`` with h at least S.
 
         Returns:
             Unit vectors in float32: global ``(B, C)`` and parts ``(B, S, D)`` or None.
@@ -227,8 +228,8 @@ class GlobalPartEmbedding(nn.Module):
 
     @staticmethod
     def _normalize(norm: nn.Module, vectors: Tensor) -> Tensor:
-        # Unit length is taken in float32: under autocast a half-precision norm is off by
-        # 1e-3, which the temperature would magnify.
+        # The normalization runs in float32: under autocast a half-precision norm has an
+        # error of 1e-3, which the temperature would amplify.
         normed: Tensor = norm(vectors[..., None, None]).flatten(1)
         return F.normalize(normed.float(), dim=1)
 
@@ -237,9 +238,9 @@ def fused_feature(embeddings: Embeddings, *, global_distance_weight: float = 0.5
     r"""Concatenate global and part features so that cosine ranks like the fused distance.
 
     With weights :math:`\sqrt{w}` on the global vector and :math:`\sqrt{(1-w)/S}` on each
-    part the result has unit length and ``2 - 2 * cosine`` equals the distance of
+    part, the result has unit length and ``2 - 2 * cosine`` equals the distance of
     :func:`selcon_plugin.distance.fused_distance` without its camera term. A host's
-    evaluator therefore ranks by the training distance without knowing of it.
+    evaluator therefore ranks by the training distance without any change.
 
     Args:
         embeddings: Global ``(B, C)`` and parts ``(B, S, D)`` or None.

@@ -49,7 +49,7 @@ class Interval:
     below: bool = False
 
     def contains(self, value: float) -> bool:
-        """Tell whether ``value`` is legal; NaN is not."""
+        """Return whether ``value`` is legal; NaN is not."""
         from_low = value > self.low if self.above else value >= self.low
         if self.high is None:
             return from_low
@@ -64,16 +64,16 @@ class Interval:
 
 @dataclass(frozen=True)
 class Choice:
-    """Legal values of a word."""
+    """Legal values of a string option."""
 
     values: tuple[str, ...]
 
     def contains(self, value: str) -> bool:
-        """Tell whether ``value`` is one of the words."""
+        """Return whether ``value`` is one of the legal values."""
         return value in self.values
 
     def closest(self, value: str) -> str:
-        """Ask whether a similar word was meant; ``""`` if none is similar."""
+        """Return a hint with the most similar legal value; ``""`` if none is similar."""
         by_lower = {word.lower(): word for word in self.values}
         close = difflib.get_close_matches(value.lower(), by_lower, n=1)
         return f": did you mean {by_lower[close[0]]!r}?" if close else ""
@@ -91,8 +91,8 @@ class Option:
         default: Its default.
         kind: ``int``, ``float``, ``bool`` or ``str``.
         legal: Range or choice; None if every value of the type is legal.
-        words: Words that are legal besides, such as "auto" for a number to be found.
-        meaning: What it does, in Markdown, without a full stop.
+        words: Special values that are also legal, such as "auto" for automatic selection.
+        meaning: Description in Markdown, without a full stop.
     """
 
     name: str
@@ -103,17 +103,18 @@ class Option:
     meaning: str = field(default="", compare=False)
 
     def check(self, value: Any, *, label: str | None = None) -> Any:
-        """Return ``value`` in the option's type, or say what would be legal.
+        """Return ``value`` in the option's type, or raise an error with the legal range.
 
         Args:
-            value: What the user wrote.
-            label: Name of the setting in the error, for instance the config key.
+            value: Value set by the user.
+            label: Name of the option in the error, for instance the config key.
 
         Returns:
-            The value; whole numbers are widened to float where the option is a float.
+            The value; integers are converted to float if the option is a float.
 
         Raises:
-            ValueError: If type or range do not fit; names setting, value and legal range.
+            ValueError: If type or range do not match; the message holds the option, the
+                value and the legal range.
         """
         label = label or self.name
         if isinstance(value, str) and value in self.words:
@@ -131,13 +132,13 @@ class Option:
         return value
 
     def describe(self) -> str:
-        """Say in words what is legal."""
+        """Return a description of the legal values."""
         kind = KINDS[self.kind]
         legal = kind if self.legal is None else f"{kind} {self.legal}"
         return " or ".join([legal, *map(repr, self.words)])
 
     def describe_legal(self) -> str:
-        """Say what is legal as briefly as a table wants it: ``>= 0``, ``a, b``."""
+        """Return the legal values in short form for tables: ``>= 0``, ``a, b``."""
         if self.kind is bool:
             return "True, False"
         if isinstance(self.legal, Choice):
@@ -150,8 +151,8 @@ class Option:
 def options_of(constructor: Callable[..., Any]) -> dict[str, Option]:
     """Read the keyword-only options of a class or function.
 
-    A class whose constructor takes ``**options`` hands them to its base class: the base's
-    options are then its own as well.
+    A class whose constructor takes ``**options`` passes them to its base class, so it also
+    has the options of the base class.
 
     Args:
         constructor: A class, or a function; options are its keyword-only arguments.
@@ -190,15 +191,15 @@ def _with_meanings(
 
 
 def described_names(docstring: str | None, section: str = "Args") -> dict[str, str]:
-    r"""Read what a docstring says of each argument, or attribute.
+    r"""Parse the descriptions of arguments, or attributes, from a docstring.
 
     Args:
-        docstring: Docstring in Google's style, or None.
+        docstring: Docstring in Google style, or None.
         section: Heading of the section.
 
     Returns:
-        By name the description: Markdown that begins with a small letter and ends without
-        a full stop.
+        Descriptions by name, in Markdown, starting with a lowercase letter and without a
+        full stop at the end.
 
     Example:
         >>> described_names("Draw.\n\nArgs:\n    form: Either ``\"a\"`` or ``\"b\"``.")
@@ -213,7 +214,7 @@ def described_names(docstring: str | None, section: str = "Args") -> dict[str, s
 def _as_markdown(description: str) -> str:
     text = " ".join(description.split()).removesuffix(".")
     text = _LITERAL.sub(r"`\1`", _ROLE.sub(r"`\1`", text))
-    # "K, neighbors ..." begins with a symbol.
+    # "K, neighbors ..." starts with a symbol.
     begins_with_word = text[:1].isupper() and text[1:2].islower()
     return text[:1].lower() + text[1:] if begins_with_word else text
 
@@ -236,7 +237,7 @@ def _options_of_function(function: Callable[..., Any]) -> dict[str, Option]:
 
 
 def _split_words(hint: Any) -> tuple[type, tuple[str, ...]]:
-    """Split ``float | Literal["auto"]`` into its type and its words."""
+    """Split ``float | Literal["auto"]`` into its type and its special values."""
     if get_origin(hint) not in (Union, UnionType):
         return hint, ()
     kind, literal = get_args(hint)
@@ -249,8 +250,8 @@ def check_options(
     """Check values against options.
 
     Args:
-        options: What ``owner`` understands.
-        values: What the user set.
+        options: Options of ``owner``.
+        values: Values set by the user.
         owner: Name in the error for an unknown option.
 
     Returns:

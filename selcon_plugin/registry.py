@@ -1,4 +1,4 @@
-"""Names for what users choose by name: methods, labelers, samplers' planners."""
+"""Registry of entries that users select by name: methods, labelers and planners."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ Registered = TypeVar("Registered")
 
 
 class Registry(dict[str, Entry]):
-    """Entries by name; an unknown name says which are known.
+    """Dictionary of entries by name, with errors that list the known names.
 
     Args:
-        kind: What an entry is called in an error, for instance ``"method"``.
+        kind: Kind of the entries in error messages, for instance ``"method"``.
 
     Example:
         >>> shapes = Registry("shape")
@@ -29,13 +29,13 @@ class Registry(dict[str, Entry]):
         self.kind = kind
 
     def register(self, name: str) -> Callable[[Registered], Registered]:
-        """Make a decorator that registers what it decorates.
+        """Create a decorator that registers its argument.
 
         Args:
-            name: A name that is not taken; another is a ValueError.
+            name: Unused name; the decorator raises a ValueError for a name in use.
 
         Returns:
-            The decorator; it returns its argument.
+            The decorator, which returns its argument.
         """
 
         def decorate(entry: Registered) -> Registered:
@@ -47,7 +47,7 @@ class Registry(dict[str, Entry]):
         return decorate
 
     def names(self) -> list[str]:
-        """Return the registered names in order."""
+        """Return the registered names in alphabetical order."""
         return sorted(self)
 
     def __missing__(self, name: str) -> Entry:

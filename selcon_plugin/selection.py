@@ -1,4 +1,4 @@
-"""Which bank rows an image is pulled towards and which it is pushed away from.
+"""Selection of positive and negative memory-bank rows for each image of a batch.
 
 Shape shorthand in this module:
 
@@ -23,28 +23,30 @@ logger = logging.getLogger(__name__)
 
 
 @functools.lru_cache(maxsize=32)
-def _warn_clamped(asked: tuple[int, int], used: tuple[int, int], num_images: int) -> None:
-    # The cache makes this once per process and combination, not once per batch.
+def _warn_clamped(
+    requested: tuple[int, int], used: tuple[int, int], num_images: int
+) -> None:
+    # The cache limits this to one warning per process and combination.
     logger.warning(
-        "%d training images leave room for %d neighbors and %d negatives per image, "
-        "not for the %d and %d asked for (NUM_NEIGHBORS, NUM_NEGATIVES)",
+        "%d training images allow only %d neighbors and %d negatives per image, not the "
+        "requested %d and %d (NUM_NEIGHBORS, NUM_NEGATIVES)",
         num_images,
         *used,
-        *asked,
+        *requested,
     )
 
 
 def clamp_counts(
     num_images: int, num_neighbors: int, num_negatives: int
 ) -> tuple[int, int]:
-    """Fit K and N to a bank of M rows: K ≤ M - 1, then N ≤ M - 1 - K; 0 without rows.
+    """Clamp K and N to a bank of M rows: K ≤ M - 1, then N ≤ M - 1 - K; 0 without rows.
 
-    Warns once per process when the bank is too small for what was asked.
+    It warns once per process if the bank is too small for the requested counts.
 
     Args:
         num_images: Bank rows M.
-        num_neighbors: Neighbors K asked for.
-        num_negatives: Negatives N asked for.
+        num_neighbors: Requested neighbors K.
+        num_negatives: Requested negatives N.
 
     Returns:
         The counts that fit, ``(K, N)``.
@@ -58,14 +60,15 @@ def clamp_counts(
 
 
 class Selection(NamedTuple):
-    """Bank rows chosen for a batch.
+    """Bank rows selected for a batch.
 
     Attributes:
-        positive_index: Int64 ``(B, 1 + K)``; column 0 is the own row.
-        negative_index: Int64 ``(B, N)``.
-        positive_mask: False where a positive is absent and its entry means nothing, bool
-            ``(B, 1 + K)``; None if none is absent.
-        negative_mask: The same for the negatives, ``(B, N)``.
+        positive_index: Rows of the positives, int64 ``(B, 1 + K)``; column 0 is the own
+            row.
+        negative_index: Rows of the negatives, int64 ``(B, N)``.
+        positive_mask: Validity of the positives, bool ``(B, 1 + K)``; False marks an absent
+            one, whose row is meaningless. None if none is absent.
+        negative_mask: Validity of the negatives, bool ``(B, N)``.
     """
 
     positive_index: Tensor
@@ -78,11 +81,11 @@ class Selection(NamedTuple):
 def select_neighbors(
     distance: Tensor, index: Tensor, *, num_neighbors: int, num_negatives: int
 ) -> tuple[Tensor, Tensor]:
-    """Take the K nearest rows as positives and the next N as negatives.
+    """Select the K nearest rows as positives and the next N as negatives.
 
-    The rows beyond rank K + N play no part: the hardest non-neighbors are the negatives.
-    An image's own row is always positive column 0 and nowhere else, whatever its distance,
-    so exact duplicates of the image compete for the ranks like any other row.
+    The hardest non-neighbors are the negatives; rows beyond rank K + N are not used. An
+    image's own row is always positive column 0 and nowhere else, whatever its distance, so
+    exact duplicates of the image compete for the ranks like any other row.
 
     Args:
         distance: Smaller is closer, shape ``(B, M)``. Not modified.
@@ -92,7 +95,7 @@ def select_neighbors(
 
     Returns:
         ``positive_index`` of shape ``(B, 1 + K)`` and ``negative_index`` of shape ``(B,
-        N)``, int64, both in order of distance after column 0.
+        N)``, int64, both sorted by distance after column 0.
 
     Example:
         >>> distance = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
@@ -101,7 +104,7 @@ def select_neighbors(
     """
     neighbors, negatives = clamp_counts(distance.shape[1], num_neighbors, num_negatives)
     others = distance.scatter(1, index[:, None], float("inf"))
-    # topk, not a full sort: 507 of 12,936 are needed.
+    # topk instead of a full sort: only 507 of 12,936 are needed.
     nearest = others.topk(neighbors + negatives, dim=1, largest=False, sorted=True).indices
     positive_index = torch.cat([index[:, None], nearest[:, :neighbors]], dim=1)
     return positive_index, nearest[:, neighbors:]
@@ -117,11 +120,11 @@ def select_within_clusters(
     num_negatives: int,
     allowed_negatives: Tensor | None = None,
 ) -> Selection:
-    """Take positives from the own cluster and negatives from outside, the nearest of each.
+    """Select the nearest positives in the own cluster and the nearest negatives outside.
 
-    A cluster smaller than 1 + K leaves positives absent. An outlier has no positive but
-    itself; its K nearest rows that may be negatives, which may well show the same person,
-    are neither, and the next N are its negatives.
+    In a cluster smaller than 1 + K some positives are absent. The only positive of an
+    outlier is itself; its K nearest allowed rows, which are likely to show the same person,
+    are neither positives nor negatives, and the next N are its negatives.
 
     Args:
         distance: Smaller is closer, shape ``(B, M)``. Not modified.
@@ -129,7 +132,8 @@ def select_within_clusters(
         labels: Cluster of each bank row, -1 for outliers, int64, shape ``(M,)``.
         num_neighbors: Neighbors K, at least 0; clamped to M - 1.
         num_negatives: Negatives N, at least 0; clamped to M - 1 - K.
-        allowed_negatives: Rows that may be negatives, bool, shape ``(B, M)``; None for all.
+        allowed_negatives: Mask of rows allowed as negatives, bool, shape ``(B, M)``; None
+            allows all.
 
     Returns:
         Positives and negatives, nearest first, with their masks.
@@ -168,12 +172,12 @@ def select_within_clusters(
 def select_among(
     distance: Tensor, positive_index: Tensor, allowed: Tensor, *, num_negatives: int
 ) -> Selection:
-    """Take the nearest allowed rows that are no positives as negatives.
+    """Select the nearest allowed rows that are not positives as negatives.
 
     Args:
         distance: Smaller is closer, shape ``(B, M)``. Not modified.
         positive_index: Positives, int64, shape ``(B, P)``.
-        allowed: Rows that may be negatives, bool, shape ``(B, M)``.
+        allowed: Mask of rows allowed as negatives, bool, shape ``(B, M)``.
         num_negatives: Negatives N, at least 0; clamped to M - P.
 
     Returns:
@@ -198,13 +202,13 @@ def select_among(
 def prefer_listed(
     distance: Tensor, listed_index: Tensor, listed_distance: Tensor
 ) -> Tensor:
-    """Put listed rows before all others, by their listed distance.
+    """Rank listed rows before all others, by their listed distance.
 
     Args:
-        distance: Distances in [0, 5], shape ``(B, M)``: they rank the rows that are not
-            listed. Not modified.
-        listed_index: Rows listed for each image, int64, shape ``(B, L)``.
-        listed_distance: Their distances in [0, 5], shape ``(B, L)``.
+        distance: Distances in [0, 5] that rank the rows that are not listed, shape
+            ``(B, M)``. Not modified.
+        listed_index: Listed rows of each image, int64, shape ``(B, L)``.
+        listed_distance: Distances of the listed rows in [0, 5], shape ``(B, L)``.
 
     Returns:
         Distances that rank the listed rows first, shape ``(B, M)``.
@@ -213,17 +217,17 @@ def prefer_listed(
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
-    """Make the random numbers of one training step.
+    """Create the random generator of one training step.
 
-    Seeded by the step and not by a running stream: a resumed run, and every rank of a
-    distributed one, draws what the unbroken single run would.
+    It is seeded by the step instead of continuing a stream: a resumed run, and every rank
+    of a distributed run, samples the same as an uninterrupted single-process run.
 
     Args:
         seed: Seed of the run.
-        step: Steps done so far.
+        step: Number of completed steps.
 
     Returns:
-        A CPU generator, so that CPU and GPU runs draw the same.
+        A CPU generator, so that CPU and GPU runs sample the same.
     """
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
@@ -231,47 +235,46 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 def draw_random_negatives(
     index: Tensor, *, num_images: int, num_negatives: int, generator: torch.Generator
 ) -> Tensor:
-    """Draw negatives at random, the same for the whole batch but never an image's own row.
+    """Sample random negatives, shared by the batch except for each image's own row.
 
-    One draw of N + 1 distinct rows serves all images: each leaves out its own row if it was
-    drawn, else the last one. The draw does not depend on the batch, so that several
-    processes with equally seeded generators draw what one process would.
+    One sample of N + 1 distinct rows serves all images: each image omits its own row if it
+    was sampled, and the last row otherwise. The sample does not depend on the batch, so
+    several processes with equally seeded generators sample the same as a single process.
 
     Args:
         index: Own bank row of each image, int64, shape ``(B,)``.
         num_images: Bank rows M.
         num_negatives: Negatives N; clamped to M - 1.
-        generator: CPU generator; CPU and GPU runs draw the same rows.
+        generator: CPU generator; CPU and GPU runs sample the same rows.
 
     Returns:
         Bank rows, int64, shape ``(B, N)``, on the device of ``index``.
     """
     count = min(num_negatives, num_images - 1)
-    drawn = torch.randperm(num_images, generator=generator)[: count + 1].to(index.device)
-    is_own = drawn[None, :] == index[:, None]  # (B, N + 1)
-    # Column of the row to leave out: the own one, or the last where the own was not drawn.
-    left_out = torch.where(is_own.any(dim=1), is_own.int().argmax(dim=1), count)
+    rows = torch.randperm(num_images, generator=generator)[: count + 1].to(index.device)
+    is_own = rows[None, :] == index[:, None]  # (B, N + 1)
+    # Column of the row to omit: the own row, or the last one if the own was not sampled.
+    omitted = torch.where(is_own.any(dim=1), is_own.int().argmax(dim=1), count)
     column = torch.arange(count, device=index.device)[None, :]
-    return drawn[column + (column >= left_out[:, None])]
+    return rows[column + (column >= omitted[:, None])]
 
 
 def draw_members(
     labels: Tensor, count: int, *, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Draw images of each cluster at random, none twice while others are left.
+    """Sample images of each cluster at random, without replacement as far as possible.
 
-    The order in which images are drawn does not depend on the clusters' numbers.
+    The sampling order does not depend on the numbering of the clusters.
 
     Args:
         labels: Cluster of each image, int64, shape ``(B,)``; -1 for an outlier, which is
-            not drawn.
-        count: Images per cluster; a cluster of fewer gives all of its images, again and
-            again.
-        generator: CPU generator; CPU and GPU runs draw the same images.
+            not sampled.
+        count: Images per cluster; the images of a smaller cluster are repeated cyclically.
+        generator: CPU generator; CPU and GPU runs sample the same images.
 
     Returns:
-        The clusters present in ascending order, int64 ``(P,)``, and the positions of their
-        images in ``labels``, int64 ``(P, count)``.
+        The clusters in the batch in ascending order, int64 ``(P,)``, and the positions of
+        their sampled images in ``labels``, int64 ``(P, count)``.
 
     Example:
         >>> labels = torch.tensor([4, 1, -1, 4])

@@ -65,7 +65,7 @@ def test_paper_weights_are_the_defaults(case: dict[str, Tensor]) -> None:
     torch.testing.assert_close(fused_distance(**case), expected, rtol=0, atol=2e-6)
 
 
-def test_without_parts_the_global_distance_stands_alone(case: dict[str, Tensor]) -> None:
+def test_without_parts_only_the_global_distance_is_used(case: dict[str, Tensor]) -> None:
     case |= {"part_features": None, "part_bank": None}  # type: ignore[dict-item]
     whole = torch.cdist(case["global_features"], case["global_bank"]) ** 2
     same = (case["camids"][:, None] == case["bank_camids"]) & (case["camids"] >= 0)[:, None]
@@ -123,6 +123,6 @@ def test_half_precision_bank_is_close_to_float32(
     found = bank_product(features, bank.to(dtype))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, features @ bank.T, rtol=0, atol=tolerance)
-    if device == "cpu":  # the bank's rounding is the only one
+    if device == "cpu":  # only the bank is rounded
         widened = features @ bank.to(dtype).float().T
         torch.testing.assert_close(found, widened, rtol=0, atol=1e-6)

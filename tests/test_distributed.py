@@ -20,7 +20,7 @@ from selcon_plugin.methods.selective_contrastive import SelectiveContrastive
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_IMAGES, DIM, NUM_PARTS, PART_DIM = 24, 8, 2, 4
-# Two steps in warm-up, two after it; the last is odd: rank 1 has an image less.
+# Two steps in warm-up, two after it; the last is odd: rank 1 has one image fewer.
 BATCHES = ([3, 9, 4, 20], [1, 5, 9, 9], [0, 23, 11, 3], [7, 2, 13])
 WARMUP_STEPS = 2
 
@@ -32,7 +32,7 @@ def features_of(generator: torch.Generator, count: int) -> Embeddings:
 
 
 def train(process: int, num_processes: int) -> dict[str, torch.Tensor]:
-    """Four steps on this process's share of every batch; returns the method's state."""
+    """Train four steps on this process's shard of every batch; return the state."""
     generator = torch.Generator().manual_seed(0)
     method = build_method(
         "SelectiveContrastive",
@@ -51,9 +51,9 @@ def train(process: int, num_processes: int) -> dict[str, torch.Tensor]:
         method.start_epoch(step // WARMUP_STEPS)
         whole = features_of(generator, len(rows))
         assert whole.part_features is not None
-        share = torch.arange(len(rows)).tensor_split(num_processes)[process]
-        index = torch.tensor(rows)[share]
-        embeddings = Embeddings(whole.global_features[share], whole.part_features[share])
+        shard = torch.arange(len(rows)).tensor_split(num_processes)[process]
+        index = torch.tensor(rows)[shard]
+        embeddings = Embeddings(whole.global_features[shard], whole.part_features[shard])
         method.loss(embeddings, index, camids[index])
         method.update(index, embeddings)
     return method.state_dict()
@@ -100,11 +100,11 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     finally:
         for process in processes:
             process.kill()
-            process.communicate()  # closes the pipe of one that the other's failure left
+            process.communicate()  # closes the pipe of the remaining process
     return [torch.load(folder / f"{process}.pt") for process in range(2)]
 
 
-def test_single_process_shares_nothing() -> None:
+def test_single_process_needs_no_communication() -> None:
     batch = torch.arange(4)
     assert (rank(), world_size()) == (0, 1)
     assert gather_batch(batch) is batch

@@ -43,14 +43,14 @@ def test_stripes_hold_their_rows(
 
 
 @pytest.mark.parametrize("height", range(8, 33))
-def test_no_row_is_left_out_and_stripes_are_of_nearly_equal_height(height: int) -> None:
+def test_no_row_is_omitted_and_stripes_are_of_nearly_equal_height(height: int) -> None:
     stripes = rows_of_stripes(height, 8)
     assert sorted({row for stripe in stripes for row in stripe}) == list(range(height))
     sizes = [len(stripe) for stripe in stripes]
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_too_few_rows_is_an_error_that_says_what_to_change() -> None:
+def test_too_few_rows_is_an_error_with_the_remedy() -> None:
     head = GlobalPartEmbedding(4, 16, 8)
     with pytest.raises(ValueError, match=r"7 rows into 8 horizontal parts") as error:
         head(feature_map(2, 4, 7, 3))
@@ -127,7 +127,7 @@ def test_autocast_stays_close_to_float32() -> None:
 
 
 class PowerPool(nn.Module):
-    """A pool with a learnable exponent, shared by the global vector and the stripes."""
+    """Pooling layer with a learnable exponent for the global vector and the stripes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,8 +164,8 @@ def test_norm_is_made_for_the_channels_it_gets() -> None:
     assert made == [8, 8]
 
 
-def test_no_parts_leaves_the_part_branch_out() -> None:
-    head = GlobalPartEmbedding(5, 7, 0)  # 7 is a multiple of nothing: no constraint
+def test_no_parts_disables_the_part_branch() -> None:
+    head = GlobalPartEmbedding(5, 7, 0)  # without parts 7 need not be a multiple
     embeddings = head(feature_map(3, 5, 1, 1))
     assert embeddings.part_features is None
     assert embeddings.global_features.shape == (3, 7)

@@ -1,4 +1,4 @@
-"""Parity with arrays recorded from the methods' released codes (tests/golden).
+"""Parity with arrays recorded from the methods' released code (tests/golden).
 
 Recorded part arrays are parts-first; tolerances are those of the recording.
 """

@@ -36,7 +36,7 @@ def selection_by_loops(
 def test_equals_definition_by_loops(neighbors: int, negatives: int) -> None:
     generator = torch.Generator().manual_seed(0)
     distance = torch.rand(6, 20, generator=generator)
-    index = torch.tensor([4, 0, 19, 4, 7, 11])  # one row twice in the batch
+    index = torch.tensor([4, 0, 19, 4, 7, 11])  # a row occurs twice in the batch
     before = distance.clone()
     found = select_neighbors(
         distance, index, num_neighbors=neighbors, num_negatives=negatives
@@ -59,7 +59,7 @@ def test_own_row_is_column_0_and_nowhere_else_even_when_farthest() -> None:
 
 
 def test_duplicate_images_are_neighbors_of_each_other() -> None:
-    # Rows 0 and 1 are one image twice: equal distances to everything, zero to each other.
+    # Rows 0 and 1 are the same image: equal distances to everything, zero to each other.
     distance = torch.tensor([[0.0, 0.0, 1.0, 2.0], [0.0, 0.0, 1.0, 2.0]])
     index = torch.tensor([0, 1])
     positives, negatives = select_neighbors(
@@ -136,11 +136,11 @@ def test_random_negatives_are_distinct_and_never_the_own_row(num_negatives: int)
 
 
 def test_random_negatives_depend_on_the_seed_and_not_on_the_batch() -> None:
-    alone = [draw([own], 50, 12) for own in range(50)]
+    single = [draw([own], 50, 12) for own in range(50)]
     together = draw(list(range(50)), 50, 12)
-    assert torch.equal(torch.cat(alone), together)
+    assert torch.equal(torch.cat(single), together)
     assert torch.equal(draw([3, 3, 9], 50, 12), together[[3, 3, 9]])
-    assert not torch.equal(draw([3], 50, 12, seed=1), alone[3])
+    assert not torch.equal(draw([3], 50, 12, seed=1), single[3])
 
 
 def test_random_negatives_are_uniform() -> None:
@@ -153,7 +153,7 @@ def test_random_negatives_are_uniform() -> None:
     expected = draws * num_negatives / (num_images - 1)
     chi_square = ((others - expected) ** 2 / expected).sum().item()
     # 18 degrees of freedom: 42.3 is exceeded with probability 0.001 (less here, since a
-    # draw without replacement varies less); far too even would be as wrong.
+    # sample without replacement varies less); far too uniform would be as wrong.
     assert 3.0 < chi_square < 42.3
 
 
@@ -227,15 +227,15 @@ def test_listed_rows_come_first_by_their_own_distance() -> None:
     positives, negatives = select_neighbors(
         ranked, torch.tensor([0]), num_neighbors=3, num_negatives=1
     )
-    # 4 and 2 are listed; then the nearest of the rest. The own row, listed as padding,
-    # stays out.
+    # 4 and 2 are listed; then the nearest others follow. The own row, listed as padding,
+    # is excluded.
     assert positives.tolist() == [[0, 4, 2, 1]]
     assert negatives.tolist() == [[3]]
     assert distance[0, 4] == pytest.approx(3.9)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
-def test_members_drawn_are_distinct_and_of_their_cluster(count: int, device: str) -> None:
+def test_sampled_members_are_distinct_and_of_their_cluster(count: int, device: str) -> None:
     labels = torch.tensor([7, -1, 2, 7, 7, 2, -1, 5])
     clusters, positions = draw_members(
         labels.to(device), count, generator=step_generator(0, 3)
@@ -248,7 +248,7 @@ def test_members_drawn_are_distinct_and_of_their_cluster(count: int, device: str
         assert len(set(drawn)) == min(count, len(members))
 
 
-def test_every_member_is_drawn_in_its_turn() -> None:
+def test_every_member_is_sampled_once_before_any_repeats() -> None:
     labels = torch.tensor([0, 1, 0, 0, 1])
     counts = torch.zeros(5, dtype=torch.int64)
     for step in range(600):
@@ -257,7 +257,7 @@ def test_every_member_is_drawn_in_its_turn() -> None:
     assert counts.tolist() == pytest.approx([200, 300, 200, 200, 300], abs=50)
 
 
-def test_draws_do_not_depend_on_the_clusters_numbers() -> None:
+def test_samples_do_not_depend_on_the_cluster_numbers() -> None:
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 2, 0])
     renamed = torch.tensor([2, 0, 1])[labels]
     _, first = draw_members(labels, 4, generator=step_generator(0, 5))
@@ -265,7 +265,7 @@ def test_draws_do_not_depend_on_the_clusters_numbers() -> None:
     assert torch.equal(first[[1, 2, 0]], second)
 
 
-def test_without_a_cluster_nobody_is_drawn() -> None:
+def test_without_clusters_no_image_is_sampled() -> None:
     clusters, positions = draw_members(
         torch.tensor([-1, -1]), 3, generator=step_generator(0, 0)
     )

@@ -1,10 +1,10 @@
-"""Train without identity labels in torchreid: a script to copy and change.
+"""Train without identity labels in torchreid: a script to copy and adapt.
 
     python tools/train_torchreid.py                                   # the embedded data
     python tools/train_torchreid.py --root reid-data --data market1501 --height 256
     python tools/train_torchreid.py --root my/crops --data imagefolderreid --no-test
 
-It is what one writes around torchreid's ImageSoftmaxEngine, with another engine.
+It is the usual script around torchreid's ImageSoftmaxEngine, with a different engine.
 """
 
 import argparse
@@ -23,12 +23,12 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--root", default="datasets", help="folder of the data sets")
-    parser.add_argument("--data", default="syntheticpersons", nargs="+", help="to train on")
+    parser.add_argument("--data", default="syntheticpersons", nargs="+", help="data sets")
     parser.add_argument("--no-test", action="store_true", help="the data has no test set")
     parser.add_argument("--height", type=int, default=128)
     parser.add_argument("--model", default="osnet_x1_0", help="of torchreid, or timm:NAME")
     parser.add_argument("--weights", default="", help="file; torchreid's download if empty")
-    parser.add_argument("--untrained", action="store_true", help="begin without weights")
+    parser.add_argument("--untrained", action="store_true", help="random weights")
     parser.add_argument("--method", default="ClusterContrast")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=20)
@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--output", default="logs/train_torchreid")
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint"
+        "--resume", action="store_true", help="resume from the last checkpoint"
     )
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Clusters of the training images, from features alone."""
+"""Clustering of the training images by their features, without identity labels."""
 
 import importlib
 import pkgutil
@@ -38,7 +38,7 @@ from selcon_plugin.clustering.neighbors import Neighbors
 from selcon_plugin.clustering.pseudo_labels import OUTLIER, PseudoLabels
 from selcon_plugin.clustering.quality import cluster_quality, label_stability
 
-# Importing a labeler's file registers it: adding a labeler touches no other file.
+# Importing a labeler's module registers it, so a new labeler changes no other file.
 for _module in pkgutil.iter_modules(__path__):
     if not _module.name.startswith("_"):  # kernels need numba, which may be missing
         importlib.import_module(f"{__name__}.{_module.name}")

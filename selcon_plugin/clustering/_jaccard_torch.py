@@ -1,14 +1,14 @@
-"""The Jaccard distance by tensor operations: on a GPU, and on the CPU without numba.
+"""Jaccard distance by tensor operations, for GPUs and for CPUs without numba.
 
-Work is cut into pieces of bounded size; no tensor grows with the square of the number of
-images.
+The work is split into pieces of bounded size; no tensor grows with the square of the number
+of images.
 
 Shape shorthand in this module:
 
     M: images
-    k1: ranks looked at
+    k1: ranks of the k-reciprocal lists
     h: ranks of the half lists
-    R: rows handled at a time
+    R: rows processed at a time
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from torch import Tensor
 
 Array = NDArray[Any]
 
-# Numbers in the largest tensor of a piece, by type of device.
+# Elements in the largest tensor of a piece, by device type.
 PIECE = {"cuda": 2**25}
 PIECE_ELSEWHERE = 2**22
-SUMS = {"cuda": 2**28}  # the dense sums of the join need no tensors beside them
+SUMS = {"cuda": 2**28}  # the dense sums of the join need no other tensors of their size
 SUMS_ELSEWHERE = 2**24
 
 
 class _Rows(NamedTuple):
-    """Sparse rows, one after the other.
+    """Sparse matrix in CSR form.
 
     Attributes:
-        offsets: Where each row's entries start, int64 ``(M + 1,)``.
-        columns: Their columns, int64, ascending within a row.
-        weights: Their weights, float32.
+        offsets: Start of each row's entries, int64 ``(M + 1,)``.
+        columns: Columns of the entries, int64, ascending within a row.
+        weights: Weights of the entries, float32.
     """
 
     offsets: Tensor
@@ -45,12 +45,12 @@ class _Rows(NamedTuple):
 
     @classmethod
     def joined(cls, pieces: list[tuple[Tensor, Tensor, Tensor]]) -> _Rows:
-        """Join pieces of counts per row, columns and weights."""
+        """Concatenate pieces of counts per row, columns and weights."""
         counts, columns, weights = (torch.cat(part) for part in zip(*pieces, strict=True))
         return cls(_offsets(counts), columns, weights)
 
     def transposed(self) -> _Rows:
-        """Turn rows into columns."""
+        """Return the transposed matrix."""
         num_rows = len(self.offsets) - 1
         order = self.columns.argsort(stable=True)
         row = _repeated(torch.arange(num_rows, device=order.device), self.offsets.diff())
@@ -66,17 +66,17 @@ def jaccard_rows(
     k2: int,
     max_distance: float,
 ) -> tuple[Array, Array, Array]:
-    """Take the sparse Jaccard distances from the neighbors.
+    """Compute the sparse Jaccard distances from the nearest neighbors.
 
     Args:
         features: Unit vectors, float32 ``(M, C)``.
         index: Neighbors by rank, the image itself first, int64 ``(M, k1)``.
         half: Ranks of the half lists, at most k1.
         k2: Ranks of the query expansion, at most k1.
-        max_distance: Keep what is at most this, and below 1.
+        max_distance: Largest distance to store; distances of 1 are never stored.
 
     Returns:
-        ``indptr``, ``indices`` and ``data`` of the matrix in CSR form, in main memory.
+        ``indptr``, ``indices`` and ``data`` of the matrix in CSR form, in CPU memory.
     """
     index = index.to(features.device)
     rows = _membership(features, index, half)
@@ -102,7 +102,7 @@ def _repeated(values: Tensor, counts: Tensor) -> Tensor:
 
 
 def _positions(starts: Tensor, counts: Tensor) -> Tensor:
-    """List the positions of runs: ``starts[i], starts[i] + 1, ...``, run after run."""
+    """Concatenate the ranges ``starts[i] .. starts[i] + counts[i] - 1``."""
     ends = counts.cumsum(dim=0)
     total = int(ends[-1]) if len(ends) else 0
     run = torch.arange(total, device=starts.device)
@@ -110,7 +110,7 @@ def _positions(starts: Tensor, counts: Tensor) -> Tensor:
 
 
 def _ranges(work: Tensor, limit: int, max_rows: int) -> Iterator[tuple[int, int]]:
-    """Cut rows into ranges whose work adds up to at most ``limit``, or of one row."""
+    """Split rows into ranges with at most ``limit`` work each, or of a single row."""
     total = work.cumsum(dim=0).cpu().numpy()
     start, done = 0, 0
     while start < len(total):
@@ -121,7 +121,7 @@ def _ranges(work: Tensor, limit: int, max_rows: int) -> Iterator[tuple[int, int]
 
 
 def _reciprocal(index: Tensor, width: int) -> Tensor:
-    """Keep the first ``width`` neighbors that are mutual; -1 in place of the others."""
+    """Keep the mutual ones among the first ``width`` neighbors; -1 marks the others."""
     index = index[:, :width]
     limit = _size(PIECE, PIECE_ELSEWHERE, index.device)
     pieces = []
@@ -134,7 +134,7 @@ def _reciprocal(index: Tensor, width: int) -> Tensor:
 
 
 def _membership(features: Tensor, index: Tensor, half: int) -> _Rows:
-    """Weigh the members of each image's expanded reciprocal list."""
+    """Compute the weights of the members of each image's expanded reciprocal list."""
     num_images, k1 = index.shape
     lists, half_lists = _reciprocal(index, k1), _reciprocal(index, half)
     half_sizes = (half_lists >= 0).sum(dim=1)
@@ -152,17 +152,17 @@ def _membership(features: Tensor, index: Tensor, half: int) -> _Rows:
 
 
 def _expand(lists: Tensor, half_lists: Tensor, half_sizes: Tensor) -> Tensor:
-    """Join to each list the half lists that lie in it by more than two thirds.
+    """Expand each list by the half lists that overlap it by more than two thirds.
 
     Args:
-        lists: Reciprocal lists, -1 for no member, ``(R, k1)``.
-        half_lists: Half lists of all images, -1 for no member, ``(M, h)``.
-        half_sizes: Their sizes, ``(M,)``.
+        lists: Reciprocal lists, padded with -1, ``(R, k1)``.
+        half_lists: Half lists of all images, padded with -1, ``(M, h)``.
+        half_sizes: Lengths of the half lists, ``(M,)``.
 
     Returns:
-        The members, each once, ascending, -1 for no member, ``(R, k1 + k1 * h)``.
+        The distinct members in ascending order, with -1 elsewhere, ``(R, k1 + k1 * h)``.
     """
-    others = half_lists[lists]  # those of image M - 1 for no member: left out below
+    others = half_lists[lists]  # padding reads the list of image M - 1; masked below
     inside = (others[:, :, :, None] == lists[:, None, None, :]).any(dim=3) & (others >= 0)
     joins = (lists >= 0) & (3 * inside.sum(dim=2) > 2 * half_sizes[lists])
     others = torch.where(joins[:, :, None], others, -1)
@@ -184,7 +184,7 @@ def _softmax(
 
 
 def _expand_queries(index: Tensor, rows: _Rows) -> _Rows:
-    """Average each row over the image's neighbors ``(M, k2)``."""
+    """Average the rows of each image's neighbors ``(M, k2)``."""
     num_images, k2 = index.shape
     counts = rows.offsets.diff()
     limit = _size(PIECE, PIECE_ELSEWHERE, index.device)
@@ -202,7 +202,7 @@ def _expand_queries(index: Tensor, rows: _Rows) -> _Rows:
 
 
 def _join(rows: _Rows, max_distance: float) -> Iterator[tuple[Array, Array, Array]]:
-    """Find the pairs within the distance: counts per row, columns and distances."""
+    """Yield counts per row, columns and distances of the pairs within the distance."""
     num_images = len(rows.offsets) - 1
     device = rows.columns.device
     columns = rows.transposed()
@@ -216,11 +216,11 @@ def _join(rows: _Rows, max_distance: float) -> Iterator[tuple[Array, Array, Arra
         row = _repeated(
             torch.arange(stop - start, device=device), rows.offsets[start : stop + 1].diff()
         )
-        met = _positions(columns.offsets[column], length[column])
-        place = _repeated(row * num_images, length[column]) + columns.columns[met]
-        least = torch.minimum(_repeated(weight, length[column]), columns.weights[met])
+        entry = _positions(columns.offsets[column], length[column])
+        place = _repeated(row * num_images, length[column]) + columns.columns[entry]
+        smaller = torch.minimum(_repeated(weight, length[column]), columns.weights[entry])
         shared = weight.new_zeros((stop - start) * num_images)
-        shared = shared.index_add_(0, place, least).view(stop - start, num_images)
+        shared = shared.index_add_(0, place, smaller).view(stop - start, num_images)
         distance = shared.div_(2 - shared).neg_().add_(1)
         own = torch.arange(start, stop, device=device)
         distance[own - start, own] = 0

@@ -1,19 +1,19 @@
 """Agglomerative clustering with average linkage on sparse Jaccard distances.
 
-The two clusters whose images are closest on average are merged, again and again, until none
-are closer than a threshold: hierarchical clustering as in HCT (Zeng et al., CVPR 2020).
+The two clusters with the smallest average distance are merged repeatedly until no pair is
+closer than a threshold: hierarchical clustering as in HCT (Zeng et al., CVPR 2020).
 
-A distance that is not stored is 1, so that the average distance of two clusters is
+A distance that is not stored is 1, so the average distance of two clusters is
 ``1 - S(A, B) / (|A| |B|)`` with S the sum of ``1 - distance`` over the stored pairs between
-them, and S adds up when clusters merge: no other pair is ever needed. Two clusters that are
-each other's nearest can be merged at once, in any order and together with other such pairs,
-since with average linkage a merged cluster is never closer to a third than the nearer of
-its halves was (reciprocal agglomerative clustering, Sumengen et al., arXiv 2105.11653). So
-a few dozen rounds of array operations do the work of one merge after the other, with the
-same result.
+them. S is additive when clusters merge, so no other pair is needed. Two clusters that are
+each other's nearest can be merged immediately, in any order and together with other such
+pairs, since with average linkage a merged cluster is never closer to a third one than the
+nearer of its two parts was (reciprocal agglomerative clustering, Sumengen et al., arXiv
+2105.11653). A few dozen rounds of array operations therefore replace the sequence of single
+merges and give the same result.
 
-The default threshold of 0.8 gave about as many clusters on synthetic features as DBSCAN
-with an eps of 0.6, the field's common setting.
+On synthetic features the default threshold of 0.8 gave about as many clusters as DBSCAN
+with an eps of 0.6, the most common setting in the literature.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from selcon_plugin.clustering.jaccard import jaccard_distance
 from selcon_plugin.clustering.pseudo_labels import OUTLIER, PseudoLabels
 from selcon_plugin.options import Interval
 
-# Similarities are counted in whole steps of 2^-24, float32's own between 0.5 and 1: sums of
-# whole numbers do not depend on their order, so that both directions of a pair stay equal.
-# The sum between two halves of a set fits int64 up to 1.4 million images.
+# Similarities are integers in units of 2^-24, the spacing of float32 between 0.5 and 1:
+# integer sums do not depend on their order, so both directions of a pair stay equal. The
+# sum between two halves of a set fits into int64 up to 1.4 million images.
 _STEPS = 2**24
 
 
 def _pair_code(
     first: NDArray[np.integer[Any]], second: NDArray[np.integer[Any]]
 ) -> NDArray[np.uint64]:
-    """Give each pair a number of its own, whatever its order, as if drawn at random."""
+    """Return a pseudo-random number for each unordered pair, unique per pair."""
     low = np.minimum(first, second).astype(np.uint64)
     high = np.maximum(first, second).astype(np.uint64)
     code: NDArray[np.uint64] = (low << np.uint64(32)) | high
-    # Multiplying by an odd number and folding down are one-to-one.
+    # Multiplication by an odd number and the shifted xor are bijective.
     code ^= code >> np.uint64(31)
     code *= np.uint64(0x9E3779B97F4A7C15)
     code ^= code >> np.uint64(29)
@@ -54,19 +54,17 @@ def _pair_code(
 def _nearest_clusters(
     graph: scipy.sparse.csr_array, size: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Find each cluster's nearest one.
+    """Find the nearest other cluster of each cluster.
 
-    Of several that are equally near it takes that with the smallest pair code, so that
-    among equals, too, many pairs choose each other.
+    Ties are broken by the smallest pair code, so that many tied pairs choose each other.
 
     Args:
-        graph: Summed similarity of each pair of clusters; that of a cluster with itself is
-            set to 0 here.
-        size: Images of each cluster.
+        graph: Summed similarity of each pair of clusters; the diagonal is set to 0 here.
+        size: Number of images in each cluster.
 
     Returns:
-        Largest average similarity of each cluster, 0 for one without a neighbor, and the
-        cluster it belongs to.
+        Largest average similarity of each cluster, 0 for a cluster without neighbors, and
+        the index of the nearest cluster.
     """
     counts = np.diff(graph.indptr)
     present = np.flatnonzero(counts)
@@ -91,14 +89,15 @@ def average_linkage_labels(
 ) -> NDArray[np.int64]:
     """Merge clusters while their average distance is at most a threshold.
 
-    Up to the order of equal distances this is the partition that SciPy's ``linkage(...,
-    "average")`` and ``fcluster(..., threshold, "distance")`` find on the dense array.
+    Except for the order of equal distances, this is the partition that SciPy's
+    ``linkage(..., "average")`` and ``fcluster(..., threshold, "distance")`` find on the
+    dense array.
 
     Args:
-        distance: Symmetric, shape ``(M, M)``; what is not stored is 1. Distances are
-            rounded to 2^-24.
-        threshold: Largest average distance of clusters to merge. Clusters without a stored
-            pair between them are never merged.
+        distance: Symmetric matrix, shape ``(M, M)``; entries that are not stored are 1.
+            Distances are rounded to multiples of 2^-24.
+        threshold: Largest average distance at which clusters are merged. Clusters without a
+            stored pair between them are never merged.
 
     Returns:
         Cluster of each image, 0, 1, ..., ``(M,)``; there are no outliers.
@@ -112,12 +111,12 @@ def average_linkage_labels(
     graph = scipy.sparse.csr_array(
         (total, distance.indices, distance.indptr), shape=distance.shape
     )
-    active = np.arange(distance.shape[0])  # an image for each cluster that is still open
+    active = np.arange(distance.shape[0])  # one image of each cluster still in play
     size = np.ones_like(active)
-    merges = [np.empty((2, 0), dtype=np.int64)]  # images whose clusters became one
+    merges = [np.empty((2, 0), dtype=np.int64)]  # image pairs whose clusters were merged
     while graph.nnz:
         best, nearest = _nearest_clusters(graph, size)
-        # What cannot be merged now never can: it leaves, and its pairs with it.
+        # A cluster that cannot be merged now never can: it is removed with its pairs.
         is_open = (best > 0) & (1 - best <= threshold)
         own = np.arange(len(active))
         first = np.flatnonzero(is_open & (nearest[nearest] == own) & (own < nearest))
@@ -129,7 +128,7 @@ def average_linkage_labels(
         is_open[second] = False
         stays = np.flatnonzero(is_open)
         active, size = active[stays], size[stays]
-        # Row i of `join` says which of the new clusters the old cluster i is part of.
+        # Row i of `join` marks the new cluster that contains the old cluster i.
         new = np.arange(len(stays))
         old, new = np.r_[stays, second], np.r_[new, np.searchsorted(stays, first)]
         join = scipy.sparse.coo_array(
@@ -149,10 +148,11 @@ class AgglomerativeLabeler(Labeler):
     """Average linkage on the k-reciprocal Jaccard distance.
 
     Args:
-        threshold: Largest average Jaccard distance of clusters to merge.
-        min_cluster_size: Images of the smallest cluster; smaller ones are outliers.
+        threshold: Largest average Jaccard distance at which clusters are merged.
+        min_cluster_size: Images in the smallest cluster; images of smaller ones are
+            outliers.
         k1: Neighbors in the Jaccard distance.
-        k2: Neighbors averaged by its query expansion, 1 for none.
+        k2: Neighbors averaged by query expansion, 1 for none.
     """
 
     def __init__(
@@ -169,13 +169,13 @@ class AgglomerativeLabeler(Labeler):
         self.k2 = k2
 
     def cluster(self, features: Tensor) -> PseudoLabels:
-        """Compute the distances, merge, and drop small clusters.
+        """Compute the distances, merge clusters, and drop small ones.
 
         Args:
             features: Unit vectors ``(M, C)``.
 
         Returns:
-            Labels and the graph, which holds every distance below 1.
+            The labels and the graph, which stores every distance below 1.
         """
         distance = jaccard_distance(features, k1=self.k1, k2=self.k2)
         labels = average_linkage_labels(distance, self.threshold)

@@ -1,4 +1,4 @@
-"""Labelers turn features into pseudo-labels; a registry finds them by name."""
+"""Base class and registry of labelers, which turn features into pseudo-labels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LabelerClass = TypeVar("LabelerClass", bound="type[Labeler]")
 
 
 class LabelFilter(Protocol):
-    """Corrects labels after clustering; filters run one after the other."""
+    """Correction of pseudo-labels after clustering; filters run in sequence."""
 
     def __call__(
         self,
@@ -37,34 +37,34 @@ class LabelFilter(Protocol):
         camids: Tensor | None,
         labeler: Labeler,
     ) -> PseudoLabels:
-        """Correct labels.
+        """Correct pseudo-labels.
 
         Args:
-            pseudo_labels: What the labeler, or the filter before, found.
-            features: Unit features, float32 ``(M, C)``, on any device.
+            pseudo_labels: Output of the labeler or of the previous filter.
+            features: L2-normalized features, float32 ``(M, C)``, on any device.
             camids: Camera of each image, int64 ``(M,)`` on the CPU, or None.
-            labeler: Who found the labels.
+            labeler: Labeler that produced the pseudo-labels.
 
         Returns:
-            Corrected labels; ``distance``, ``labelings`` and ``measured`` are carried on.
+            Corrected labels; ``distance``, ``labelings`` and ``measured`` are kept.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the filter must remember between epochs."""
+        """Return the state that the filter keeps between epochs."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Restore a state returned by :meth:`state_dict`."""
 
 
 class Labeler(ABC):
-    """Base of all labelers: features in, pseudo-labels out; never an identity.
+    """Base class of all labelers; a labeler sees features, never ground-truth identities.
 
-    Options are the constructor's keyword-only arguments, as for methods.
+    The options are the constructor's keyword-only arguments, as for methods.
 
     Attributes:
-        center_cameras: Whether features are first made alike in their means over the
-            images of each camera, where cameras are known.
-        filters: Run on the labels in this order.
+        center_cameras: Whether features are first centered per camera, where cameras are
+            known.
+        filters: Filters applied to the labels, in this order.
     """
 
     center_cameras: bool = False
@@ -72,23 +72,23 @@ class Labeler(ABC):
 
     @abstractmethod
     def cluster(self, features: Tensor) -> PseudoLabels:
-        """Cluster images by their features; cameras are for centering and filters.
+        """Cluster images by their features; only centering and filters use cameras.
 
         Args:
             features: Finite unit vectors, float32 ``(M, C)``, on any device; M may be 0.
 
         Returns:
-            The labels, with the sparse distances where the labeler has them.
+            The labels, with the sparse distances if the labeler computes them.
         """
 
     def num_neighbors(self, num_images: int) -> int:
-        """Tell how many neighbors of each image are looked up, for estimates.
+        """Return the number of neighbors searched per image, for cost estimates.
 
         Args:
-            num_images: Images M.
+            num_images: Number of images M.
 
         Returns:
-            The option k1, or k; 0 for a labeler without.
+            The option k1 or k; 0 for a labeler that has neither.
         """
         found: int = getattr(self, "k1", getattr(self, "k", 0))
         return found
@@ -97,23 +97,23 @@ class Labeler(ABC):
         """Refuse a change of eps that :meth:`labels_at` cannot follow.
 
         Args:
-            eps_change: Largest change that will be asked for.
+            eps_change: Largest change that will be requested.
 
         Raises:
-            ValueError: If it is out of reach, or the labeler has no eps.
+            ValueError: If the change is too large, or the labeler has no eps.
         """
         if type(self).labels_at is Labeler.labels_at:
             raise ValueError(
                 f"{type(self).__name__} has no eps to change: use the DBSCAN labeler, or "
-                "leave out the filter that asks for it (ReliabilityFilter, RELIABILITY)"
+                "remove the filter that needs it (ReliabilityFilter, RELIABILITY)"
             )
 
     def labels_at(self, pseudo_labels: PseudoLabels, eps_change: float) -> Tensor:
-        """Cluster the same distances again, to int64 ``(M,)``, with another eps.
+        """Cluster the same distances with a different eps and return int64 ``(M,)``.
 
         Args:
-            pseudo_labels: What :meth:`cluster` found.
-            eps_change: Added to the eps that it was found with.
+            pseudo_labels: Output of :meth:`cluster`.
+            eps_change: Value added to the eps of that output.
 
         Raises:
             NotImplementedError: In this base class; see :meth:`check_reach`.
@@ -125,16 +125,16 @@ class Labeler(ABC):
     def __call__(
         self, features: Tensor | NDArray[np.floating[Any]], camids: Tensor | None = None
     ) -> PseudoLabels:
-        """Cluster, filter, measure and log.
+        """Cluster the images, filter the labels, measure their quality and log it.
 
         Args:
-            features: Features of images 0..M-1, shape ``(M, C)``, on any device; scaled to
-                unit length here.
+            features: Features of images 0..M-1, shape ``(M, C)``, on any device; they are
+                L2-normalized here.
             camids: Camera of each image, int64 ``(M,)``, -1 where unknown, or None.
 
         Returns:
-            The labels, with the sparse distances where the labeler has them; ``measured``
-            holds the label-free quality of the filtered labels besides.
+            The labels, with the sparse distances if the labeler computes them;
+            ``measured`` also holds the label-free quality of the filtered labels.
         """
         started = time.perf_counter()
         features = unit_features(features)
@@ -159,11 +159,11 @@ class Labeler(ABC):
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the filters must remember between epochs."""
+        """Return the state that the filters keep between epochs."""
         return {str(i): f.state_dict() for i, f in enumerate(self.filters)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Restore a state returned by :meth:`state_dict`."""
         for i, label_filter in enumerate(self.filters):
             label_filter.load_state_dict(state.get(str(i), {}))
 
@@ -174,14 +174,14 @@ def _checked_camids(camids: Tensor | None, num_images: int) -> Tensor | None:
     camids = torch.as_tensor(camids).to(device="cpu", dtype=torch.int64)
     if camids.shape != (num_images,):
         raise ValueError(
-            f"camids must hold one camera for each of the {num_images} images, got shape "
+            f"camids must hold one camera per image, shape ({num_images},), got shape "
             f"{tuple(camids.shape)}"
         )
     return camids
 
 
 def register_labeler(name: str) -> Callable[[LabelerClass], LabelerClass]:
-    """Class decorator: make a labeler available to :func:`build_labeler` under ``name``."""
+    """Return a class decorator that registers a labeler for :func:`build_labeler`."""
     return _LABELERS.register(name)
 
 
@@ -202,13 +202,13 @@ def build_labeler(
     filters: Sequence[LabelFilter] = (),
     **options: Any,
 ) -> Labeler:
-    """Build a labeler by name, with its options checked.
+    """Build a labeler by name and check its options.
 
     Args:
         name: Registered name, for instance ``"DBSCAN"``.
-        center_cameras: Whether the cameras' means are made alike first.
-        filters: Run on its labels in this order.
-        **options: The labeler's keyword options; those left out keep their defaults.
+        center_cameras: Whether features are first centered per camera.
+        filters: Filters applied to the labels, in this order.
+        **options: The labeler's keyword options; omitted ones keep their defaults.
 
     Returns:
         The labeler.

@@ -1,4 +1,4 @@
-"""Features without what is common to all images of a camera."""
+"""Per-camera feature centering: it removes the offset shared by a camera's images."""
 
 from __future__ import annotations
 
@@ -8,47 +8,49 @@ from torch import Tensor
 
 from selcon_plugin.memory.writes import cluster_means
 
-# The mean of few images is more about who is on them than about the camera. A camera of
-# fewer stays as it is: trained on 304 crops by six cameras, centering cost 5 and 9 mAP.
-FEWEST_IMAGES = 100
-# Images of a camera whose mean is half believed.
+# The mean of few images depends more on the persons in them than on the camera. A camera
+# with fewer images is not centered: when training on 304 crops from six cameras, centering
+# cost 5 and 9 mAP.
+MIN_IMAGES_PER_CAMERA = 100
+# Strength of the shrinkage prior, in images: the offset of a camera with this many images
+# is halved.
 PRIOR_IMAGES = 50
 _ROWS_AT_ONCE = 65_536
 
 
 def num_centered(camids: Tensor) -> int:
-    """Return how many cameras :func:`center_cameras` moves; 0 where nothing changes.
+    """Return how many cameras :func:`center_cameras` centers; 0 if nothing changes.
 
     Args:
         camids: Camera of each image, int64 ``(M,)``, -1 where unknown.
     """
-    return int(_are_moved(*torch.unique(camids, return_counts=True)).sum())
+    return int(_is_centered(*torch.unique(camids, return_counts=True)).sum())
 
 
-def _are_moved(cameras: Tensor, counts: Tensor) -> Tensor:
-    """Return which cameras are moved, of their numbers and their images' counts."""
-    large = (cameras >= 0) & (counts >= FEWEST_IMAGES)
-    return large & (large.sum() > 1)  # one alone has nothing to agree with
+def _is_centered(cameras: Tensor, counts: Tensor) -> Tensor:
+    """Return which cameras are centered, given their ids and their image counts."""
+    large = (cameras >= 0) & (counts >= MIN_IMAGES_PER_CAMERA)
+    return large & (large.sum() > 1)  # a single camera has no other mean to match
 
 
 def center_cameras(features: Tensor, camids: Tensor) -> Tensor:
-    """Move the images of each camera so that the cameras' means agree.
+    """Shift the features of each camera so that all cameras have the same mean.
 
-    Light, tint and background make images of one camera alike whoever is on them, and the
-    neighbors of an image are then mostly its camera's. To every image is added
+    Illumination, tint and background make images of one camera similar regardless of the
+    person, so most neighbors of an image come from its own camera. The offset
 
         n / (n + 50) · (mean of all images - mean of its camera's n images)
 
-    and the result is scaled to unit length; with one camera nothing changes. Cameras of
-    fewer than 100 images are left as they are, like unknown ones. As in the camera-based
-    batch normalization of Zhuang et al., ECCV 2020 (https://arxiv.org/abs/2001.08680),
-    cameras are made alike in their first moment; their variances hardly differ in unit
-    features.
+    is added to every feature, and the result is L2-normalized; with one camera nothing
+    changes. Cameras with fewer than 100 images are left unchanged, as are images of unknown
+    camera. As in the camera-based batch normalization of Zhuang et al., ECCV 2020
+    (https://arxiv.org/abs/2001.08680), the first moments of the cameras are aligned; their
+    variances hardly differ in unit features.
 
     Args:
         features: Unit vectors ``(M, C)``, on any device.
         camids: Camera of each image, int64 ``(M,)``, -1 where unknown; images of unknown
-            or small cameras are left as they are and count in no mean.
+            or small cameras are left unchanged and enter no mean.
 
     Returns:
         Unit vectors ``(M, C)``.
@@ -56,20 +58,20 @@ def center_cameras(features: Tensor, camids: Tensor) -> Tensor:
     cameras, camera_of, counts = torch.unique(
         camids.to(features.device), return_inverse=True, return_counts=True
     )
-    moved = _are_moved(cameras, counts)
-    if not moved.any():
+    centered = _is_centered(cameras, counts)
+    if not centered.any():
         return features
-    # Numbered anew, -1 for the cameras that stay.
-    number = torch.where(moved, moved.cumsum(dim=0) - 1, -1)
-    camera_of, counts = number[camera_of], counts[moved].to(features)[:, None]
+    # Cameras are renumbered; those left unchanged get -1.
+    number = torch.where(centered, centered.cumsum(dim=0) - 1, -1)
+    camera_of, counts = number[camera_of], counts[centered].to(features)[:, None]
     means = cluster_means(
         features, camera_of, num_clusters=len(counts), normalize=False
     )  # (cameras, C)
-    everywhere = (means * counts).sum(dim=0) / counts.sum()
-    shift = (everywhere - means) * counts / (counts + PRIOR_IMAGES)
-    shift = F.pad(shift, (0, 0, 0, 1))  # row -1 stays
-    centered = torch.empty_like(features)
-    for start in range(0, len(features), _ROWS_AT_ONCE):  # no further copy of all
+    global_mean = (means * counts).sum(dim=0) / counts.sum()
+    shift = (global_mean - means) * counts / (counts + PRIOR_IMAGES)
+    shift = F.pad(shift, (0, 0, 0, 1))  # row -1 adds nothing
+    result = torch.empty_like(features)
+    for start in range(0, len(features), _ROWS_AT_ONCE):  # avoids another full copy
         rows = slice(start, start + _ROWS_AT_ONCE)
-        centered[rows] = F.normalize(features[rows] + shift[camera_of[rows]], dim=1)
-    return centered
+        result[rows] = F.normalize(features[rows] + shift[camera_of[rows]], dim=1)
+    return result

@@ -1,4 +1,4 @@
-"""DBSCAN on sparse Jaccard distances, as in SpCL, Cluster Contrast and their kin."""
+"""DBSCAN on sparse Jaccard distances, as in SpCL, Cluster Contrast and related methods."""
 
 from __future__ import annotations
 
@@ -26,20 +26,22 @@ def dbscan_labels(
 ) -> NDArray[np.int64]:
     """Cluster with DBSCAN (Ester et al., KDD 1996) on sparse distances.
 
-    An image is a core image if at least ``min_samples`` images, itself among them, lie
-    within ``eps``. Core images within ``eps`` of each other share a cluster; another image
-    joins the first numbered of the clusters with a core image within ``eps``. Clusters are
-    numbered by their first core image. Equals scikit-learn's ``DBSCAN(eps=eps,
-    min_samples=min_samples, metric="precomputed")`` on the same array, numbers included.
+    An image is a core image if at least ``min_samples`` images, including itself, lie
+    within ``eps``. Core images within ``eps`` of each other share a cluster; any other
+    image joins the lowest-numbered cluster that has a core image within ``eps``. Clusters
+    are numbered by their first core image. The result equals that of scikit-learn's
+    ``DBSCAN(eps=eps, min_samples=min_samples, metric="precomputed")`` on the same array,
+    including the cluster numbers.
 
     Args:
-        distance: Symmetric, shape ``(M, M)``; what is not stored is farther than ``eps``,
-            but for the diagonal, which need not be stored.
-        eps: Largest distance of neighbors, at least 0.
-        min_samples: Neighbors, itself included, that make a core image; at least 1.
+        distance: Symmetric matrix, shape ``(M, M)``; entries that are not stored lie beyond
+            ``eps``, except on the diagonal, which need not be stored.
+        eps: Largest distance between neighbors, at least 0.
+        min_samples: Neighbors, including the image itself, that make a core image; at
+            least 1.
 
     Returns:
-        Labels 0, 1, ..., -1 for an outlier, ``(M,)``.
+        Labels 0, 1, ..., and -1 for outliers, ``(M,)``.
 
     Raises:
         ValueError: If ``eps`` or ``min_samples`` is out of range.
@@ -54,7 +56,7 @@ def dbscan_labels(
     if min_samples < 1:
         raise ValueError(f"min_samples must be 1 or more, got {min_samples}")
     num_images = distance.shape[0]
-    # A Python number is compared in the data's precision, a NumPy scalar in its own.
+    # A Python float is compared in the data's precision, a NumPy scalar in its own.
     kept = np.flatnonzero(distance.data <= float(eps))
     row = np.searchsorted(distance.indptr, kept, side="right") - 1
     column = distance.indices[kept]
@@ -80,7 +82,7 @@ def dbscan_labels(
 
 
 def _number_by_first(names: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Number names 0, 1, ... in the order in which they first occur."""
+    """Renumber ``names`` 0, 1, ... in order of first occurrence."""
     _, first, inverse = np.unique(names, return_index=True, return_inverse=True)
     rank = np.empty(len(first), dtype=np.int64)
     rank[np.argsort(first)] = np.arange(len(first))
@@ -95,17 +97,17 @@ class DBSCANLabeler(Labeler):
     holds the eps that was used.
 
     Args:
-        eps: Largest Jaccard distance of neighbors, or "auto" to find it without labels,
-            see :func:`~selcon_plugin.clustering.auto_eps.choose_eps`.
-        min_samples: Neighbors, itself included, that make a core image; "auto" for 3 below
-            1,000 images and 4 from there on.
-        k1: Neighbors in the Jaccard distance; "auto" for a tenth of the images, but 8 to
-            15, below 1,000 images and 30 from there on.
-        k2: Neighbors averaged by its query expansion, 1 for none; "auto" for a fifth of
-            what is "auto" for k1.
-        graph_margin: The graph in ``PseudoLabels.distance`` keeps distances up to ``eps +
-            graph_margin`` (with "auto" the largest eps tried); filters and silhouette see
-            larger ones as 1.
+        eps: Largest Jaccard distance between neighbors, or "auto" for unsupervised
+            selection, see :func:`~selcon_plugin.clustering.auto_eps.choose_eps`.
+        min_samples: Neighbors, including the image itself, that make a core image; "auto"
+            means 3 below 1,000 images and 4 otherwise.
+        k1: Neighbors in the Jaccard distance; "auto" means a tenth of the images, clamped
+            to 8..15, below 1,000 images and 30 otherwise.
+        k2: Neighbors averaged by query expansion, 1 for none; "auto" means a fifth of the
+            "auto" value of k1.
+        graph_margin: Width by which the graph in ``PseudoLabels.distance`` extends beyond
+            ``eps`` (with "auto" beyond the largest eps tried); filters and silhouette treat
+            larger distances as 1.
     """
 
     def __init__(
@@ -124,13 +126,13 @@ class DBSCANLabeler(Labeler):
         self.graph_margin = graph_margin
 
     def cluster(self, features: Tensor) -> PseudoLabels:
-        """Compute the distances, find eps if asked to, and cluster.
+        """Compute the distances, choose eps if it is "auto", and cluster.
 
         Args:
             features: Unit vectors ``(M, C)``.
 
         Returns:
-            Labels, the graph, and ``eps`` in ``measured``.
+            The labels, the graph, and ``eps`` in ``measured``.
         """
         reach = self.graph_margin + (EPS_GRID[-1] if self.eps == "auto" else self.eps)
         sizes = self._sizes(len(features))
@@ -144,42 +146,41 @@ class DBSCANLabeler(Labeler):
         return PseudoLabels.numbered(labels, distance=distance, measured={"eps": eps})
 
     def num_neighbors(self, num_images: int) -> int:
-        """Tell how many neighbors of each image are looked up, for estimates.
+        """Return the number of neighbors searched per image, for cost estimates.
 
         Args:
-            num_images: Images M.
+            num_images: Number of images M.
 
         Returns:
-            The option k1, or what it is for that many images.
+            The option k1, or its "auto" value for that many images.
         """
         return self._sizes(num_images).k1
 
     def check_reach(self, eps_change: float) -> None:
-        """Refuse a change of eps beyond the graph.
+        """Refuse a change of eps that exceeds the graph margin.
 
         Args:
-            eps_change: Largest change that will be asked for.
+            eps_change: Largest change that will be requested.
 
         Raises:
-            ValueError: If the graph does not reach that far.
+            ValueError: If the graph does not store distances that large.
         """
         if eps_change > self.graph_margin:
             raise ValueError(
-                f"the graph holds distances up to eps + {self.graph_margin:g}, but eps + "
-                f"{eps_change:g} is asked for: raise graph_margin to {eps_change:g} "
-                "(GRAPH_MARGIN; the filter of RELIABILITY asks)"
+                f"the graph stores distances up to eps + {self.graph_margin:g}, but the "
+                f"filter of RELIABILITY needs them up to eps + {eps_change:g}: raise "
+                f"graph_margin (GRAPH_MARGIN) to {eps_change:g}"
             )
 
     def labels_at(self, pseudo_labels: PseudoLabels, eps_change: float) -> Tensor:
-        """Cluster the same graph again with another eps, see the base class.
+        """Cluster the same graph with a different eps; see the base class.
 
         Args:
-            pseudo_labels: What :meth:`cluster` found.
-            eps_change: Added to its eps.
+            pseudo_labels: Output of :meth:`cluster`.
+            eps_change: Value added to its eps.
 
         Returns:
             Labels, int64 ``(M,)``.
-
         """
         self.check_reach(eps_change)
         eps = max(0.0, pseudo_labels.measured["eps"] + eps_change)

@@ -1,14 +1,14 @@
-"""Several clusterings of the same images, and where they agree.
+"""Cluster ensembles: several clusterings of the same images and their agreement.
 
 MGCE-HCL (Sun, Li and Li, "Hybrid Contrastive Learning with Cluster Ensemble", ACPR 2021,
 arXiv 2201.11995) clusters the same features at several granularities: the more clusterings
-put two images together, the more the pair counts. Its abstract says no more than that; the
-middle eps is Cluster Contrast's, the step of 0.02 SpCL's.
+put two images together, the more weight the pair gets. Its abstract gives no more details;
+the middle eps is that of Cluster Contrast, the step of 0.02 that of SpCL.
 
-The co-association of two images is the share of the clusterings in which they share a
-cluster. It is never written down for all pairs: it exceeds a limit exactly where the images
-share a cluster in each of the fewest clusterings that suffice, so that grouping the images
-by their labels in those is enough.
+The co-association of two images is the fraction of the clusterings in which they share a
+cluster. It is never stored for all pairs: it exceeds a limit exactly if the images share a
+cluster in every member of some smallest sufficient subset of the clusterings, so it is
+enough to group the images by their labels in those subsets.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from selcon_plugin.options import Interval
 
 Labelings = Sequence[ArrayLike] | NDArray[np.int64]
 
-# The graph reaches as far as the DBSCAN labeler's, so that their silhouettes compare.
+# The graph extends as far as that of the DBSCAN labeler: silhouettes stay comparable.
 _GRAPH_MARGIN = 0.1
 
 
@@ -42,14 +42,14 @@ def _as_array(labelings: Labelings) -> NDArray[np.int64]:
     array = np.asarray(labelings, dtype=np.int64)
     if array.ndim != 2 or not len(array):
         raise ValueError(
-            "labelings must be one or more clusterings of the same images, (T, M), got "
-            f"shape {array.shape}"
+            "labelings must hold one or more clusterings of the same images, shape (T, M), "
+            f"got shape {array.shape}"
         )
     return array
 
 
 def _number_tuples(columns: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Number the columns, none negative, so that equal ones get equal numbers."""
+    """Number the columns, which hold no negatives, so that equal ones share a number."""
     number = np.zeros(columns.shape[1], dtype=np.int64)
     for row in columns:
         key = number * (row.max(initial=0) + 1) + row
@@ -60,18 +60,18 @@ def _number_tuples(columns: NDArray[np.int64]) -> NDArray[np.int64]:
 def co_association(
     labelings: Labelings, first: ArrayLike, second: ArrayLike
 ) -> NDArray[np.float64]:
-    """Take the share of clusterings in which two images share a cluster.
+    """Return the fraction of clusterings in which two images share a cluster.
 
     An outlier shares a cluster with no image.
 
     Args:
         labelings: T clusterings, -1 for an outlier, shape ``(T, M)``.
-        first: Images, of any shape.
-        second: Images that ``first`` is compared with; shapes are broadcast, so that
+        first: Image indices, of any shape.
+        second: Image indices to compare ``first`` with; shapes are broadcast, so
             ``batch[:, None], batch`` gives all pairs of a batch.
 
     Returns:
-        Shares in [0, 1], in the broadcast shape.
+        Fractions in [0, 1], in the broadcast shape.
 
     Example:
         >>> co_association([[0, 0, 1], [0, 0, 0]], [0, 0], [1, 2]).tolist()
@@ -85,15 +85,15 @@ def co_association(
 
 
 def agreement_labels(labelings: Labelings, agreement: float) -> NDArray[np.int64]:
-    """Join images whose co-association exceeds a limit, and what is joined through others.
+    """Connect images whose co-association exceeds a limit; return connected components.
 
     Args:
         labelings: T clusterings, -1 for an outlier, shape ``(T, M)``.
-        agreement: Limit, in [0, 1): 0.5 asks for more than half of the clusterings.
+        agreement: Limit, in [0, 1): 0.5 requires more than half of the clusterings.
 
     Returns:
         Connected components of the pairs above the limit, numbered with gaps; -1 for an
-        image that is in no pair, ``(M,)``.
+        image in no pair, ``(M,)``.
 
     Raises:
         ValueError: If ``agreement`` is out of range.
@@ -102,8 +102,8 @@ def agreement_labels(labelings: Labelings, agreement: float) -> NDArray[np.int64
     if not 0 <= agreement < 1:
         raise ValueError(f"agreement must be >= 0 and < 1, got {agreement}")
     num_labelings, num_images = array.shape
-    shares = np.arange(num_labelings + 1) / num_labelings
-    needed = int(np.argmax(shares > agreement))  # the fewest clusterings that suffice
+    fractions = np.arange(num_labelings + 1) / num_labelings
+    needed = int(np.argmax(fractions > agreement))  # size of the smallest subsets
     links = []  # from each image to one with the same labels
     for chosen in combinations(range(num_labelings), needed):
         inside = np.flatnonzero((array[list(chosen)] != OUTLIER).all(axis=0))
@@ -123,14 +123,14 @@ def agreement_labels(labelings: Labelings, agreement: float) -> NDArray[np.int64
 
 
 def cluster_agreement(labelings: Labelings, labels: ArrayLike) -> NDArray[np.float64]:
-    """Average each image's co-association with the others of its cluster.
+    """Average each image's co-association with the other images of its cluster.
 
     Args:
         labelings: T clusterings, -1 for an outlier, shape ``(T, M)``.
-        labels: The clusters to look at, -1 for an outlier, shape ``(M,)``.
+        labels: Clusters to evaluate, -1 for an outlier, shape ``(M,)``.
 
     Returns:
-        Shares in [0, 1], ``(M,)``; 0 for an outlier and for an image alone.
+        Fractions in [0, 1], ``(M,)``; 0 for an outlier and for a singleton.
     """
     array = _as_array(labelings)
     own = np.asarray(labels, dtype=np.int64)
@@ -148,24 +148,25 @@ def cluster_agreement(labelings: Labelings, labels: ArrayLike) -> NDArray[np.flo
 
 @register_labeler("Ensemble")
 class EnsembleLabeler(Labeler):
-    """DBSCAN with three eps on one graph of Jaccard distances, joined where they agree.
+    """Consensus of three DBSCAN clusterings with different eps on one Jaccard graph.
 
-    The clusterings themselves are the labels' ``labelings``, for :func:`co_association`.
+    The three clusterings are kept in ``labelings``, for :func:`co_association`.
     ``measured["agreement"]`` is the average co-association of clustered images with the
-    rest of their cluster: 1 where the three clusterings are the same.
+    rest of their cluster: 1 if the three clusterings are identical.
 
     Args:
-        eps: Middle eps; the others are ``eps - delta`` and ``eps + delta``. "auto" finds it
-            without labels, see :func:`~selcon_plugin.clustering.auto_eps.choose_eps`.
-        delta: Step between them.
-        min_samples: Neighbors, itself included, that make a core image.
-        agreement: Images are joined if they share a cluster in more than this share of the
-            clusterings, below 1.
+        eps: Middle eps; the others are ``eps - delta`` and ``eps + delta``. "auto" selects
+            it without labels, see :func:`~selcon_plugin.clustering.auto_eps.choose_eps`.
+        delta: Step between consecutive eps.
+        min_samples: Neighbors, including the image itself, that make a core image.
+        agreement: Limit below 1; images are connected if they share a cluster in more than
+            this fraction of the clusterings.
         k1: Neighbors in the Jaccard distance.
-        k2: Neighbors averaged by its query expansion, 1 for none.
+        k2: Neighbors averaged by query expansion, 1 for none.
 
     Raises:
-        ValueError: If ``agreement`` is 1, or ``delta`` leads below 0 or to 1 and beyond.
+        ValueError: If ``agreement`` is 1, or ``eps - delta`` or ``eps + delta`` leaves
+            (0, 1).
     """
 
     def __init__(
@@ -182,15 +183,15 @@ class EnsembleLabeler(Labeler):
         if not 0 < least - delta <= most + delta < 1:
             raise ValueError(
                 f"eps - delta and eps + delta must lie between 0 and 1, got eps {eps} and "
-                f"delta {delta}: make delta smaller"
+                f"delta {delta}: reduce delta"
             )
         if agreement == 1:
             raise ValueError(
-                "agreement must be below 1, since images are joined above it, got 1: just "
-                "below asks for all clusterings"
+                "agreement must be below 1, since only images above it are connected, got "
+                "1: a value just below 1 requires all clusterings"
             )
         self.eps = eps
-        self._reach = most + max(delta, _GRAPH_MARGIN)
+        self._max_distance = most + max(delta, _GRAPH_MARGIN)
         self.delta = delta
         self.min_samples = min_samples
         self.agreement = agreement
@@ -198,20 +199,20 @@ class EnsembleLabeler(Labeler):
         self.k2 = k2
 
     def cluster(self, features: Tensor) -> PseudoLabels:
-        """Compute the distances, find eps if asked to, cluster three times, and join.
+        """Compute the distances, choose eps if it is "auto", cluster thrice and combine.
 
         Args:
             features: Unit vectors ``(M, C)``.
 
         Returns:
-            Labels, the graph, the three clusterings in ``labelings``, and ``eps`` and
+            The labels, the graph, the three clusterings in ``labelings``, and ``eps`` and
             ``agreement`` in ``measured``.
         """
         distance: Any = jaccard_distance(
             features,
             k1=self.k1,
             k2=self.k2,
-            max_distance=self._reach if self._reach < 1 else None,
+            max_distance=self._max_distance if self._max_distance < 1 else None,
         )
         labels_at = partial(dbscan_labels, distance, min_samples=self.min_samples)
         eps = self.eps
@@ -222,8 +223,8 @@ class EnsembleLabeler(Labeler):
         )
         labels = agreement_labels(labelings, self.agreement)
         inside = labels != OUTLIER
-        shares = cluster_agreement(labelings, labels)[inside]
-        agreement = float(shares.mean()) if len(shares) else 0.0
+        fractions = cluster_agreement(labelings, labels)[inside]
+        agreement = float(fractions.mean()) if len(fractions) else 0.0
         return PseudoLabels.numbered(
             labels,
             distance=distance,

@@ -1,4 +1,4 @@
-"""Corrections of clusters: unreliable clusters, single-camera clusters, outliers."""
+"""Label filters for unreliable clusters, single-camera clusters and outliers."""
 
 from __future__ import annotations
 
@@ -12,50 +12,55 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from selcon_plugin.clustering.base import Labeler
-from selcon_plugin.clustering.pseudo_labels import OUTLIER, PseudoLabels, outliers_alone
+from selcon_plugin.clustering.pseudo_labels import (
+    OUTLIER,
+    PseudoLabels,
+    outliers_as_singletons,
+)
 from selcon_plugin.clustering.quality import contingency
 from selcon_plugin.memory.writes import cluster_means
 
 logger = logging.getLogger(__name__)
 
-# Similarities of outliers and clusters that are held at a time.
+# Largest number of outlier-to-cluster similarities held in memory at once.
 _CHUNK_ENTRIES = 20_000_000
 
 
 class _StatelessFilter:
-    """What filters share that remember nothing between epochs."""
+    """Base class of filters without state between epochs."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return an empty state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Do nothing."""
+        """Ignore the state."""
 
 
 class ReliabilityFilter:
-    """Keep what changes little with eps: SpCL's self-paced criterion (NeurIPS 2020).
+    """Self-paced reliability criterion of SpCL (NeurIPS 2020): keep clusters stable in eps.
 
-    Take the clusterings at eps, at eps - delta (tight) and at eps + delta (loose), each
-    outlier a cluster of its own, and for two of them the IoU of an image's clusters: images
-    in both over images in either. Then
+    The filter uses the clusterings at eps, at eps - delta (tight) and at eps + delta
+    (loose), with each outlier as a singleton cluster, and the IoU of an image's clusters in
+    two clusterings: images in both over images in either. Then
 
-    * R_comp(i) = 1 - IoU(cluster, tight cluster) of image i: large where the cluster falls
-      apart when eps shrinks. An image is kept if no other of its cluster has a smaller one;
-    * R_indep(c) = the smallest 1 - IoU(cluster, loose cluster) in cluster c: large where it
-      merges with others when eps grows. A cluster is kept up to a threshold, the
-      ``quantile`` of R_indep over the clusters found when the filter is first used (the
-      value of rank round(quantile * clusters)), which then stays as it is.
+    * R_comp(i) = 1 - IoU(cluster, tight cluster) of image i is large if the cluster falls
+      apart when eps decreases. An image is kept if no other image of its cluster has a
+      smaller value;
+    * R_indep(c) = the smallest 1 - IoU(cluster, loose cluster) in cluster c is large if the
+      cluster merges with others when eps increases. A cluster is kept up to a threshold:
+      the ``quantile`` of R_indep over the clusters found when the filter is first used (the
+      value of rank round(quantile * clusters)), which is fixed from then on.
 
-    The rest, and an image that is left alone in its cluster, becomes an outlier. Put this
-    filter first: it compares the labels it is given with the labeler's.
+    All other images, and images left alone in their cluster, become outliers. This filter
+    must come first: it compares its input labels with the clusterings of the labeler.
 
     Args:
         delta: Change of eps, above 0; with DBSCAN at most its ``graph_margin``.
-        quantile: Share of the clusters that pass at first, in (0, 1].
+        quantile: Fraction of the clusters kept at first use, in (0, 1].
 
     Attributes:
-        threshold: Largest R_indep of a kept cluster; None before the first clusters.
+        threshold: Largest R_indep of a kept cluster; None before the first use.
 
     Raises:
         ValueError: If an argument is out of range; when called, if the labeler has no eps.
@@ -77,13 +82,14 @@ class ReliabilityFilter:
         camids: Tensor | None,
         labeler: Labeler,
     ) -> PseudoLabels:
-        """Make unreliable images outliers.
+        """Turn unreliable images into outliers.
 
         Args:
-            pseudo_labels: What a labeler with eps found.
+            pseudo_labels: Output of a labeler with eps.
             features: Not used.
             camids: Not used.
-            labeler: Clusters the same distances at eps - delta and eps + delta.
+            labeler: Labeler that clusters the same distances at eps - delta and
+                eps + delta.
 
         Returns:
             Corrected labels.
@@ -101,7 +107,7 @@ class ReliabilityFilter:
             self.threshold = float(np.sort(merged)[rank - 1])
         keep = np.zeros_like(inside)
         own = labels[inside]
-        # Equal shares of whole numbers are equal floats: a plain comparison is exact.
+        # Equal ratios of integers are equal floats, so the plain comparison is exact.
         keep[inside] = (merged[own] <= self.threshold) & (
             apart[inside] <= _smallest(apart, labels)[own]
         )
@@ -114,16 +120,16 @@ class ReliabilityFilter:
         return {"threshold": self.threshold}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Restore a state returned by :meth:`state_dict`."""
         self.threshold = state.get("threshold")
 
 
 class SingleCameraFilter(_StatelessFilter):
-    """Make clusters outliers that a single camera sees (JCL, Remote Sensing 2024).
+    """Filter that drops clusters seen by a single camera (JCL, Remote Sensing 2024).
 
-    Such a cluster teaches what the camera looks like, not who the person is. A cluster with
-    an image of unknown camera (-1) is kept. Where fewer than two cameras are known nothing
-    is done but a warning, once.
+    Such a cluster teaches the appearance of the camera, not the identity of the person. A
+    cluster with an image of unknown camera (-1) is kept. If fewer than two cameras are
+    known, the filter only warns, once.
     """
 
     def __init__(self) -> None:
@@ -136,7 +142,7 @@ class SingleCameraFilter(_StatelessFilter):
         camids: Tensor | None,
         labeler: Labeler,
     ) -> PseudoLabels:
-        """Make single-camera clusters outliers.
+        """Turn the images of single-camera clusters into outliers.
 
         Args:
             pseudo_labels: Labels of M images.
@@ -150,8 +156,8 @@ class SingleCameraFilter(_StatelessFilter):
         if camids is None or len(torch.unique(camids[camids >= 0])) < 2:
             if not self._warned:
                 logger.warning(
-                    "fewer than two cameras are known: no cluster is left out for being "
-                    "seen by a single one"
+                    "fewer than two cameras are known: clusters seen by a single camera "
+                    "are kept"
                 )
                 self._warned = True
             return pseudo_labels
@@ -161,20 +167,20 @@ class SingleCameraFilter(_StatelessFilter):
         is_single = np.diff(counts.indptr) == 1
         unknown = labels[inside & (cameras < 0)]
         is_single[unknown] = False
-        gone = np.zeros_like(inside)
-        gone[inside] = is_single[labels[inside]]
-        return _relabeled(pseudo_labels, np.where(gone, OUTLIER, labels))
+        dropped = np.zeros_like(inside)
+        dropped[inside] = is_single[labels[inside]]
+        return _relabeled(pseudo_labels, np.where(dropped, OUTLIER, labels))
 
 
 class OutlierPolicy(_StatelessFilter):
-    """Decide what becomes of outliers; the last of the filters.
+    """Final filter that drops outliers, makes them singletons or assigns them to clusters.
 
-    ``measured["found_outlier_ratio"]`` keeps their share before.
+    ``measured["found_outlier_ratio"]`` keeps the outlier ratio before the policy.
 
     Args:
-        policy: ``"drop"`` leaves them out of training (Cluster Contrast), ``"singleton"``
-            makes each a cluster of its own, numbered after the others (SpCL),
-            ``"nearest"`` puts each into the cluster whose mean feature is most similar;
+        policy: ``"drop"`` excludes outliers from training (Cluster Contrast),
+            ``"singleton"`` makes each its own cluster, numbered after the others (SpCL),
+            ``"nearest"`` assigns each to the cluster with the most similar mean feature;
             without clusters they stay outliers.
 
     Raises:
@@ -204,25 +210,25 @@ class OutlierPolicy(_StatelessFilter):
             labeler: Not used.
 
         Returns:
-            Labels, without outliers unless they are dropped.
+            The labels; outliers remain only under ``"drop"`` or without clusters.
         """
         labels = pseudo_labels.labels.clone()
         outliers = (labels == OUTLIER).nonzero().flatten()
         if self.policy == "singleton":
-            labels = torch.from_numpy(outliers_alone(labels.numpy()))
+            labels = torch.from_numpy(outliers_as_singletons(labels.numpy()))
         elif self.policy == "nearest" and pseudo_labels.num_clusters:
             labels[outliers] = _nearest_cluster(pseudo_labels, features, outliers)
-        share = {"found_outlier_ratio": pseudo_labels.outlier_ratio}
+        found = {"found_outlier_ratio": pseudo_labels.outlier_ratio}
         return replace(
-            pseudo_labels, labels=labels, measured={**pseudo_labels.measured, **share}
+            pseudo_labels, labels=labels, measured={**pseudo_labels.measured, **found}
         )
 
 
 def _cluster_overlap(
     labels: NDArray[np.int64], other: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """IoU of every image's clusters in two labelings; an outlier is alone in its own."""
-    first, second = outliers_alone(labels), outliers_alone(other)
+    """Return the IoU of each image's clusters in two labelings; outliers are singletons."""
+    first, second = outliers_as_singletons(labels), outliers_as_singletons(other)
     pairs = first * len(labels) + second
     _, which, counts = np.unique(pairs, return_inverse=True, return_counts=True)
     shared = counts[which]
@@ -233,7 +239,7 @@ def _cluster_overlap(
 def _smallest(
     values: NDArray[np.float64], labels: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Smallest value in each cluster."""
+    """Return the smallest value in each cluster."""
     smallest = np.full(labels.max() + 1, np.inf)
     inside = labels != OUTLIER
     np.minimum.at(smallest, labels[inside], values[inside])
@@ -243,7 +249,7 @@ def _smallest(
 def _nearest_cluster(
     pseudo_labels: PseudoLabels, features: Tensor, images: Tensor
 ) -> Tensor:
-    """Cluster whose mean feature is most similar to each of the images."""
+    """Return, for each image, the cluster with the most similar mean feature."""
     means = cluster_means(features, pseudo_labels.labels)
     step = max(1, _CHUNK_ENTRIES // len(means))
     nearest = [
@@ -254,5 +260,5 @@ def _nearest_cluster(
 
 
 def _relabeled(pseudo_labels: PseudoLabels, labels: NDArray[np.int64]) -> PseudoLabels:
-    """Put other labels in place, numbered without a gap."""
+    """Replace the labels by others, renumbered without gaps."""
     return replace(pseudo_labels, labels=PseudoLabels.numbered(labels).labels)

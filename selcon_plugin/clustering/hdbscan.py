@@ -1,15 +1,15 @@
-"""HDBSCAN on sparse Jaccard distances: density clusters without one eps for all.
+"""HDBSCAN on sparse Jaccard distances: density-based clusters without a global eps.
 
 HDBSCAN (Campello, Moulavi and Sander, PAKDD 2013) runs DBSCAN at every eps at once and
-keeps, of the tree of clusters that this makes, those that last longest. All it needs of the
-distances is the minimum spanning tree of their mutual reachability. scikit-learn builds it
-from a sparse graph too, but refuses one with short rows or several components. Here the
-tree is made from the stored distances, and since one that is not stored is exactly 1, the
-edges that join its components are known: the result is that of the dense distances.
+keeps the most persistent clusters of the resulting tree. It needs only the minimum spanning
+tree of the mutual reachability distances. scikit-learn can build that tree from a sparse
+graph too, but refuses graphs with short rows or several components. Here the tree is built
+from the stored distances; since a distance that is not stored is exactly 1, the edges that
+connect its components are known, and the result equals that of the dense distances.
 
-``min_samples=4`` is what the field's DBSCAN recipes use. ``min_cluster_size=8`` suits
-people seen 10 to 30 times: on synthetic features of 300 people it found about 300 clusters,
-while 5, scikit-learn's default, found up to 540.
+``min_samples=4`` is the usual value in DBSCAN recipes for ReID. ``min_cluster_size=8``
+suits persons with 10 to 30 images each: on synthetic features of 300 persons it found about
+300 clusters, while 5, scikit-learn's default, found up to 540.
 """
 
 from __future__ import annotations
@@ -32,28 +32,29 @@ from selcon_plugin.options import Choice, Interval
 def mutual_reachability(
     distance: scipy.sparse.csr_array, min_samples: int
 ) -> scipy.sparse.csr_array:
-    """Raise distances to the core distances of both images.
+    """Compute the mutual reachability distances of all stored pairs.
 
-    The core distance of an image is that to its ``min_samples``-th nearest image, itself
-    counted; the mutual reachability of two images is the largest of their distance and
-    their two core distances.
+    The core distance of an image is the distance to its ``min_samples``-th nearest image,
+    counting itself; the mutual reachability distance of two images is the maximum of their
+    distance and their two core distances.
 
     Args:
-        distance: Symmetric, with a stored diagonal, shape ``(M, M)``; what is not stored
-            is 1.
-        min_samples: Neighbors, itself included, that set the core distance.
+        distance: Symmetric matrix with a stored diagonal, shape ``(M, M)``; entries that
+            are not stored are 1.
+        min_samples: Neighbors, including the image itself, that define the core distance.
 
     Returns:
-        Mutual reachability below 1, each pair once (row below column), float64 ``(M, M)``.
+        Mutual reachability distances below 1, each pair once (row < column), float64
+        ``(M, M)``.
     """
     data = distance.data.astype(np.float64)
     bounds = distance.indptr
     core = np.ones(len(bounds) - 1)
-    # Selection inside each row takes a hundredth of the time of sorting all rows at once.
+    # Partitioning each row takes a hundredth of the time of sorting all rows at once.
     for image in np.flatnonzero(np.diff(bounds) >= min_samples):
         near = data[bounds[image] : bounds[image + 1]]
         core[image] = np.partition(near, min_samples - 1)[min_samples - 1]
-    column = distance.indices.astype(np.int32, copy=False)  # as scipy's tree wants it
+    column = distance.indices.astype(np.int32, copy=False)  # required by scipy's tree
     row = np.repeat(np.arange(len(core), dtype=column.dtype), np.diff(bounds))
     reach = np.maximum(data, np.maximum(core[row], core[column]))
     kept = (reach < 1) & (row < column)
@@ -71,21 +72,22 @@ def hdbscan_labels(
 ) -> NDArray[np.int64]:
     """Cluster with HDBSCAN on sparse distances.
 
-    Equals scikit-learn's ``HDBSCAN(metric="precomputed")`` on the dense array up to the
-    order of equal distances, which the definition leaves open. Among distances of 1 the
-    order here is such that images which share nothing never form a cluster: those that
-    fewer than ``min_cluster_size`` are reachable from below 1 are outliers.
+    The result equals that of scikit-learn's ``HDBSCAN(metric="precomputed")`` on the dense
+    array except for the order of equal distances, which the definition leaves open. Among
+    distances of 1 the order is chosen such that images with disjoint neighborhoods never
+    form a cluster: an image is an outlier if its connected component below distance 1 has
+    fewer than ``min_cluster_size`` images.
 
     Args:
-        distance: Symmetric, with a stored diagonal, shape ``(M, M)``; what is not stored
-            is 1.
-        min_cluster_size: Images of the smallest cluster, at least 2.
-        min_samples: Neighbors, itself included, that set the core distance.
-        cluster_selection: ``"eom"`` (excess of mass: the most lasting clusters) or
+        distance: Symmetric matrix with a stored diagonal, shape ``(M, M)``; entries that
+            are not stored are 1.
+        min_cluster_size: Images in the smallest cluster, at least 2.
+        min_samples: Neighbors, including the image itself, that define the core distance.
+        cluster_selection: ``"eom"`` (excess of mass: the most persistent clusters) or
             ``"leaf"`` (the smallest ones).
 
     Returns:
-        Labels 0, 1, ..., -1 for an outlier, ``(M,)``.
+        Labels 0, 1, ..., and -1 for outliers, ``(M,)``.
     """
     labels = np.full(distance.shape[0], OUTLIER, dtype=np.int64)
     if not len(labels):
@@ -102,7 +104,7 @@ def hdbscan_labels(
         (np.ones(len(first) - 1), (first[:-1], first[1:])), shape=(len(kept), len(kept))
     )
     tree = tree[kept][:, kept] + chain
-    # The core distances are in the tree already: min_samples=1 leaves it as it is.
+    # The tree already contains the core distances: min_samples=1 leaves it unchanged.
     model = HDBSCAN(
         min_cluster_size=min_cluster_size,
         min_samples=1,
@@ -119,12 +121,12 @@ class HDBSCANLabeler(Labeler):
     """HDBSCAN on the k-reciprocal Jaccard distance.
 
     Args:
-        min_cluster_size: Images of the smallest cluster.
-        min_samples: Neighbors, itself included, that make a dense place.
-        cluster_selection: ``"eom"`` keeps the clusters that last longest over eps,
-            ``"leaf"`` the smallest ones.
+        min_cluster_size: Images in the smallest cluster.
+        min_samples: Neighbors, including the image itself, that define the core distance.
+        cluster_selection: Choice of clusters from the tree: ``"eom"`` keeps the most
+            persistent ones over eps, ``"leaf"`` the smallest ones.
         k1: Neighbors in the Jaccard distance.
-        k2: Neighbors averaged by its query expansion, 1 for none.
+        k2: Neighbors averaged by query expansion, 1 for none.
     """
 
     def __init__(
@@ -149,7 +151,7 @@ class HDBSCANLabeler(Labeler):
             features: Unit vectors ``(M, C)``.
 
         Returns:
-            Labels and the graph.
+            The labels and the graph.
         """
         distance = jaccard_distance(features, k1=self.k1, k2=self.k2)
         labels = hdbscan_labels(

@@ -2,15 +2,15 @@
 
 The settings (15 neighbors by inner product, edges from a similarity of 0.5 on, directed
 two-level search, clusters of four images or fewer dropped) are those of the Infomap variant
-of Cluster Contrast (Dai et al., ACCV 2022), which CALR (2024) uses too. Infomap groups the
+of Cluster Contrast (Dai et al., ACCV 2022), which CALR (2024) also uses. Infomap groups the
 images among which a random walker on the graph stays longest (Rosvall and Bergstrom, PNAS
 2008).
 
-The search is done by the package ``infomap``, which is not installed with this one: its
-metadata gives the license GPL-3.0-or-later (release 2.16; early releases were under the
-AGPL-3.0), while this package is under Apache-2.0. It is run as a program, in a process of
-its own: infomap and faiss, which FastReID imports, are both wrapped by SWIG, whose iterator
-types get mixed up in one process, and Python crashes (swig/swig issue 2913).
+The package ``infomap`` runs the search. It is not installed with this one: its metadata
+gives the license GPL-3.0-or-later (release 2.16; early releases were under the AGPL-3.0),
+while this package is under Apache-2.0. It runs as a program in a separate process: infomap
+and faiss, which FastReID imports, are both wrapped by SWIG, whose iterator types clash in
+one process, so that Python crashes (swig/swig issue 2913).
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ def _run_infomap(
     """Run the program on a list of links.
 
     Args:
-        source: Image that each link starts from.
-        target: Image that it leads to.
-        weight: Its weight.
+        source: Source image of each link.
+        target: Target image of each link.
+        weight: Weight of each link.
 
     Returns:
-        The images that have links, and the module of each.
+        The images with links, and the module of each.
 
     Raises:
-        RuntimeError: If the program fails; holds what it printed.
+        RuntimeError: If the program fails; the message contains its output.
     """
     with tempfile.TemporaryDirectory(prefix="selcon_infomap_") as folder:
         links = np.rec.fromarrays([source, target, weight])
         np.savetxt(Path(folder) / "links.txt", links, fmt="%d %d %.9g")
-        # Names without a path: the program splits its arguments at spaces.
+        # File names without a folder: the program splits its arguments at spaces.
         run = subprocess.run(
             [sys.executable, "-m", "infomap", "links.txt", ".", *_ARGUMENTS],
             cwd=folder,
@@ -86,13 +86,13 @@ def infomap_labels(
 ) -> NDArray[np.int64]:
     """Cluster the directed graph of nearest neighbors with two-level Infomap.
 
-    Each image links to those of its neighbors that are similar enough, with the similarity
-    as weight.
+    Each image links to its sufficiently similar neighbors, with the similarity as weight.
 
     Args:
-        neighbors: Nearest neighbors, the image itself in column 0.
+        neighbors: Nearest neighbors, with the image itself in column 0.
         min_similarity: Smallest similarity of a link, above 0.
-        min_cluster_size: Images of the smallest cluster; smaller ones are outliers.
+        min_cluster_size: Images in the smallest cluster; images of smaller ones are
+            outliers.
 
     Returns:
         Labels, numbered with gaps, -1 for an outlier, ``(M,)``.
@@ -115,9 +115,10 @@ class InfomapLabeler(Labeler):
     """Infomap on the graph of nearest neighbors by inner product.
 
     Args:
-        k: Neighbors of each image, itself included.
+        k: Neighbors of each image, including itself.
         min_similarity: Smallest inner product of linked images.
-        min_cluster_size: Images of the smallest cluster; smaller ones are outliers.
+        min_cluster_size: Images in the smallest cluster; images of smaller ones are
+            outliers.
 
     Raises:
         ImportError: If the package ``infomap`` is not installed.
@@ -130,7 +131,7 @@ class InfomapLabeler(Labeler):
         min_similarity: Annotated[float, Interval(0, 1, above=True)] = 0.5,
         min_cluster_size: Annotated[int, Interval(1)] = 5,
     ) -> None:
-        _check_installed()  # said before features are extracted
+        _check_installed()  # fail before the features are extracted
         self.k = k
         self.min_similarity = min_similarity
         self.min_cluster_size = min_cluster_size
@@ -142,7 +143,7 @@ class InfomapLabeler(Labeler):
             features: Unit vectors ``(M, C)``.
 
         Returns:
-            Labels; there is no graph of distances.
+            The labels, without distances.
         """
         labels = infomap_labels(
             nearest_neighbors(features, self.k),

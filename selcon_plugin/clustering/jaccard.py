@@ -1,17 +1,17 @@
-"""k-reciprocal Jaccard distance between images, sparse from end to end.
+"""Sparse k-reciprocal Jaccard distance between images.
 
-Two images are close when their neighborhoods overlap. The definition is that of Zhong et
+Two images are close if their neighborhoods overlap. The definition is that of Zhong et
 al., "Re-ranking Person Re-identification with k-reciprocal Encoding", CVPR 2017, in the
-form that methods with clusters use, without the mixture with the original distance:
+form used by clustering-based methods, without the mixture with the original distance:
 
 1. R(i) holds those of the k1 nearest images of i (i itself is the first) that have i among
-   their own k1 nearest; the half list H(i) does the same with ``round(k1 / 2) + 1`` ranks.
-2. R(i) is joined by H(q) for each q in R(i) with more than two thirds of H(q) in R(i).
+   their own k1 nearest; the half list H(i) uses ``round(k1 / 2) + 1`` ranks instead.
+2. R(i) is expanded by H(q) for each q in R(i) with more than two thirds of H(q) in R(i).
 3. V_i is the softmax of the negative squared distances to the members, 0 elsewhere.
 4. V_i is replaced by the mean of V over the first k2 ranks of i.
 5. With s = sum of min(V_i, V_j), the distance is 1 - s / (2 - s).
 
-V has some dozens of entries in a row, and only images that share one are closer than 1.
+V has a few dozen entries per row, and only images that share an entry are closer than 1.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 
 JaccardBackend = Literal["auto", "numba", "torch"]
 
-ROUNDING = 1e-6  # distances up to this one are 0 but for rounding
-ZERO = 1e-7  # stored for them: a sparse matrix cannot tell 0 from absence
+ROUNDING = 1e-6  # smaller distances are 0 up to rounding
+ZERO = 1e-7  # value stored for them: a stored 0 looks like a missing entry
 
 
 @torch.no_grad()
@@ -48,30 +48,28 @@ def jaccard_distance(
     neighbors: Neighbors | None = None,
     backend: JaccardBackend = "auto",
 ) -> Any:
-    """Take the k-reciprocal Jaccard distance of all images to all images.
+    """Compute the k-reciprocal Jaccard distances between all images.
 
     Args:
-        features: Shape ``(M, C)``, on any device; scaled to unit length.
-        k1: Nearest images looked at, the image itself included; at least 1. Where there are
-            fewer images, all of them.
-        k2: Ranks of the query expansion, the image itself included, at most k1 count; 1
-            means none.
-        max_distance: Keep distances up to this one; None keeps all below 1. The smaller,
-            the faster.
-        neighbors: The ``k1`` or more nearest images if they are known already, else they
-            are searched for.
+        features: Shape ``(M, C)``, on any device; L2-normalized here.
+        k1: Nearest images used, including the image itself; at least 1, clamped to M.
+        k2: Ranks of the query expansion, including the image itself; clamped to k1, 1 means
+            none.
+        max_distance: Largest distance to store; None stores all below 1. Smaller values are
+            faster.
+        neighbors: The ``k1`` or more nearest images if they are already known; otherwise
+            they are searched.
         backend: ``"numba"``: compiled loops on the CPU; ``"torch"``: on the device of the
-            features; ``"auto"``: torch on a GPU or where numba is not installed.
+            features; ``"auto"``: torch on a GPU or if numba is not installed.
 
     Returns:
         ``scipy.sparse.csr_array`` of shape ``(M, M)``, float32, symmetric, with ascending
-        columns. What is not stored is further than ``max_distance``, 1 if that is None. A
-        distance of 0 (up to rounding), which the diagonal and exact duplicates have, is
-        stored as 1e-7.
+        columns. Entries that are not stored exceed ``max_distance``, or are 1 if that is
+        None. A distance of 0 (up to rounding), as on the diagonal and between exact
+        duplicates, is stored as 1e-7.
 
     Raises:
-        ValueError: If the features are no matrix or not finite, or an option is out of
-            range.
+        ValueError: If the features are not a finite matrix, or an option is out of range.
     """
     _check_options(k1, k2, max_distance, backend)
     features = unit_features(features)
@@ -98,7 +96,7 @@ def jaccard_distance(
         has_numba = importlib.util.find_spec("numba") is not None
         backend = "numba" if has_numba and not features.is_cuda else "torch"
         logger.info("Jaccard distance of %d images: %s", num_images, backend)
-    # Either is loaded only where it is used: numba may be missing.
+    # Each backend is imported only when used: numba may be missing.
     if backend == "numba":
         from selcon_plugin.clustering.compiled.jaccard_rows import jaccard_rows
 
@@ -114,14 +112,16 @@ def jaccard_distance(
         indptr, indices, data = _jaccard_torch.jaccard_rows(features, near.index, **options)
     data[data <= ROUNDING] = ZERO
     result = sparse.csr_array((data, indices, indptr), shape=(num_images, num_images))
-    result.has_canonical_format = True  # spares scipy the look
+    result.has_canonical_format = True  # saves scipy the check
     return result
 
 
 def _check_options(k1: int, k2: int, max_distance: float | None, backend: str) -> None:
     for name, value in (("k1", k1), ("k2", k2)):
         if value < 1:
-            raise ValueError(f"{name} counts the image itself: at least 1, got {value}")
+            raise ValueError(
+                f"{name} counts the image itself and must be at least 1, got {value}"
+            )
     if max_distance is not None and not max_distance >= 0:
         raise ValueError(f"max_distance must be 0 or more, or None, got {max_distance}")
     if backend not in get_args(JaccardBackend):
@@ -130,16 +130,16 @@ def _check_options(k1: int, k2: int, max_distance: float | None, backend: str) -
 
 
 def unit_features(features: Tensor | NDArray[np.floating[Any]]) -> Tensor:
-    """Scale features to unit length, unless they have it.
+    """L2-normalize features that are not yet normalized.
 
     Args:
         features: Shape ``(M, C)``, on any device.
 
     Returns:
-        Float32 ``(M, C)`` on the same device, without gradient; a vector of zeros stays.
+        Float32 ``(M, C)`` on the same device, without gradient; zero vectors stay zero.
 
     Raises:
-        ValueError: If the features are no matrix or not finite.
+        ValueError: If the features are not a finite matrix.
     """
     features = torch.as_tensor(features)
     if features.dim() != 2:

@@ -1,14 +1,14 @@
-"""k-means on unit features, for those who know about how many people there are.
+"""k-means on unit features, for data with a roughly known number of persons.
 
-The number of clusters is given, every image gets one, and no distances between images are
-needed, so that it stays cheap on large sets. 750 clusters is what 3C uses on Market-1501
-(1,000 on MSMT17 and VeRi-776).
+The number of clusters is an option, every image gets a cluster, and no distances between
+images are needed, so the cost stays low on large data sets. 3C uses 750 clusters on
+Market-1501 (and 1,000 on MSMT17 and VeRi-776).
 
-faiss does the iterations if it is installed, on the GPU if features and faiss are there
-(Johnson et al., "Billion-scale similarity search with GPUs", 2017), else scikit-learn. Both
-start from the same centers, drawn by greedy k-means++ (Arthur and Vassilvitskii, SODA
-2007): on features of hundreds of people faiss' own random start ends in clearly worse
-clusters.
+faiss runs the iterations if it is installed, on the GPU if the features are there and faiss
+supports it (Johnson et al., "Billion-scale similarity search with GPUs", 2017); otherwise
+scikit-learn does. Both start from the same centers, sampled by greedy k-means++ (Arthur and
+Vassilvitskii, SODA 2007): on features of hundreds of persons, faiss' own random
+initialization ends in clearly worse clusters.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from selcon_plugin.options import Interval
 logger = logging.getLogger(__name__)
 
 _SEED = 0
-_ITERATIONS = 25  # faiss' default; few images still move after that
-# The start reads all features once per cluster: beyond this a random sample must do.
+_ITERATIONS = 25  # faiss' default; few images still change cluster after that
+# The initialization reads all its images once per cluster: larger sets are subsampled.
 _START_IMAGES_PER_CLUSTER = 20
 
 
@@ -57,7 +57,7 @@ def _faiss_labels(
         seed=_SEED,
         spherical=True,
         gpu=gpu and faiss.get_num_gpus() > 0,
-        # Small clusters are what is asked for, and every image counts.
+        # Small clusters are intended, and every image is used.
         min_points_per_centroid=1,
         max_points_per_centroid=len(features),
     )
@@ -68,41 +68,39 @@ def _faiss_labels(
 def _sklearn_labels(features: NDArray[np.float32], centers: NDArray[np.float32]) -> Any:
     model = KMeans(len(centers), init=centers, n_init=1, max_iter=_ITERATIONS)
     with warnings.catch_warnings():
-        # Fewer distinct images than clusters: some stay empty, and that is allowed here.
+        # With fewer distinct images than clusters some stay empty, which is allowed here.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return model.fit(features).labels_
 
 
 @register_labeler("KMeans")
 class KMeansLabeler(Labeler):
-    """k-means: faiss' spherical one, else scikit-learn's.
+    """Spherical k-means by faiss, or k-means by scikit-learn.
 
-    faiss scales the centers to unit length after each iteration and scikit-learn does not,
-    so that their clusters differ a little. Each is seeded: equal features on the same
-    machine give equal labels. Clusters that end without an image are dropped; there are no
-    outliers.
+    faiss L2-normalizes the centers after each iteration and scikit-learn does not, so their
+    clusters differ slightly. Both are seeded: equal features on the same machine give equal
+    labels. Empty clusters are dropped; there are no outliers.
 
     Args:
-        num_clusters: Clusters; at most as many as images, with a warning where there are
-            fewer.
+        num_clusters: Number of clusters; clamped, with a warning, to the number of images.
     """
 
     def __init__(self, *, num_clusters: Annotated[int, Interval(1)] = 750) -> None:
         self.num_clusters = num_clusters
 
     def cluster(self, features: Tensor) -> PseudoLabels:
-        """Cluster.
+        """Run k-means.
 
         Args:
             features: Unit vectors ``(M, C)``.
 
         Returns:
-            Labels; there is no graph of distances.
+            The labels, without distances.
         """
         num_images = len(features)
         if num_images < self.num_clusters:
             logger.warning(
-                "%d images cannot form %d clusters (num_clusters): k-means looks for %d",
+                "%d images cannot form %d clusters (num_clusters): using %d clusters",
                 num_images,
                 self.num_clusters,
                 num_images,

@@ -4,8 +4,8 @@ Shape shorthand in this module:
 
     M: images
     C: feature dimension
-    k: neighbors per image, the image itself included
-    R: rows handled at a time
+    k: neighbors per image, including the image itself
+    R: rows processed at a time
 """
 
 from __future__ import annotations
@@ -25,36 +25,37 @@ logger = logging.getLogger(__name__)
 
 KnnBackend = Literal["auto", "torch", "shortlist", "faiss", "ivf"]
 
-SMALL = 2_000  # images up to which one plain product is quick enough
-HUGE = 2_000_000  # images from which an exact search on a CPU takes hours
+SMALL = 2_000  # up to this many images one plain matrix product is fast enough
+HUGE = 2_000_000  # beyond this many images an exact search on a CPU takes hours
 
 
 @torch.no_grad()
 def nearest_neighbors(
     features: Tensor, k: int, *, backend: KnnBackend = "auto"
 ) -> Neighbors:
-    """Find the k nearest images of each image, itself first.
+    """Find the k nearest images of each image; the first one is the image itself.
 
-    All backends but ``"ivf"`` are exact: they return what float32 inner products give,
-    whatever the number of threads; only images whose products differ by less than float32
-    rounding may swap places between backends. No backend holds M x M numbers.
+    All backends except ``"ivf"`` are exact: they return the result of float32 inner
+    products for any number of threads; only images whose products differ by less than
+    float32 rounding may be ordered differently by different backends. No backend holds
+    M x M values in memory.
 
     Args:
         features: Unit vectors, shape ``(M, C)``, on any device.
-        k: Neighbors per image, itself included, at least 1; clamped to M.
-        backend: ``"torch"``: products in pieces, on the device of the features.
-            ``"shortlist"``: on the CPU, every product of two images taken once, in bfloat16
-            where that is faster, and what a proven error bound leaves in doubt ranked again
-            in float32; needs numba. ``"faiss"``: faiss' flat index. ``"ivf"``: faiss'
-            inverted lists, approximate, for millions of images. With features on a GPU both
-            need a faiss that has GPUs, else torch takes over. ``"auto"`` chooses by device,
-            size and what is installed, and logs the choice.
+        k: Neighbors per image, including the image itself, at least 1; clamped to M.
+        backend: ``"torch"``: chunked products on the device of the features.
+            ``"shortlist"``: each product of two images is computed once on the CPU, in
+            bfloat16 where that is faster, and the candidates that a proven error bound
+            leaves are ranked again in float32; needs numba. ``"faiss"``: faiss' flat index.
+            ``"ivf"``: faiss' inverted lists, approximate, for millions of images. With
+            features on a GPU both need a faiss with GPU support; otherwise torch is used.
+            ``"auto"`` chooses by device, size and installed packages, and logs the choice.
 
     Returns:
-        Similarities and images, both ``(M, k)``, on the device of the features.
+        Similarities and image indices, both ``(M, k)``, on the device of the features.
 
     Raises:
-        ValueError: If the features are no matrix or not finite, k is less than 1 or the
+        ValueError: If the features are not a finite matrix, k is less than 1 or the
             backend is unknown.
     """
     if features.dim() != 2:
@@ -67,11 +68,11 @@ def nearest_neighbors(
     features = features.detach().float()
     check_finite(features)
     k = min(k, len(features))
-    chosen, reason = (backend, "asked for") if backend != "auto" else _choose(features)
+    chosen, reason = (backend, "requested") if backend != "auto" else _choose(features)
     if chosen in ("faiss", "ivf"):
         faiss = _import_faiss(chosen)
         if features.is_cuda and faiss.get_num_gpus() == 0:
-            chosen, reason = "torch", "the installed faiss has no GPUs"
+            chosen, reason = "torch", "the installed faiss has no GPU support"
     logger.info(
         "%d nearest neighbors of %d images: %s (%s)", k, len(features), chosen, reason
     )
@@ -87,19 +88,19 @@ def nearest_neighbors(
 
 
 def check_finite(features: Tensor) -> None:
-    """Refuse features that hold NaN or infinity.
+    """Refuse features with NaN or infinite values.
 
     Args:
         features: Shape ``(M, C)``.
 
     Raises:
-        ValueError: Names the first such image.
+        ValueError: If a feature is not finite; the message names the first such image.
     """
-    bad = (~features.norm(dim=1).isfinite()).nonzero()[:, 0]
-    if len(bad):
+    nonfinite = (~features.norm(dim=1).isfinite()).nonzero()[:, 0]
+    if len(nonfinite):
         raise ValueError(
-            f"features of image {int(bad[0])} are not finite ({len(bad)} such images of "
-            f"{len(features)}): the network has diverged, or the file is damaged"
+            f"features of image {int(nonfinite[0])} are not finite ({len(nonfinite)} of "
+            f"{len(features)} images): the network has diverged, or the file is damaged"
         )
 
 
@@ -120,7 +121,7 @@ def _choose(features: Tensor) -> tuple[str, str]:
 
 @contextmanager
 def _full_precision(device_type: str) -> Iterator[None]:
-    # Neither TF32 nor a surrounding autocast may touch the products.
+    # Neither TF32 nor an enclosing autocast may reduce the precision of the products.
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -131,7 +132,7 @@ def _full_precision(device_type: str) -> Iterator[None]:
 
 
 def _shortlist(features: Tensor, k: int) -> Neighbors:
-    # Compiled code is loaded only where it is used.
+    # Compiled code is imported only when used: numba may be missing.
     from selcon_plugin.clustering.compiled.shortlist import shortlist_neighbors
 
     found = shortlist_neighbors(features.cpu(), k)
@@ -155,7 +156,7 @@ def _faiss_neighbors(
     array = features.cpu().contiguous().numpy()
     index = faiss.IndexFlatIP(dim)
     if approximate:
-        # The usual 4 √M lists, fewer where they would hold less than faiss trains on.
+        # The usual 4 √M lists, fewer if faiss would have too few training points per list.
         num_lists = max(1, min(round(4 * num_images**0.5), num_images // 39))
         index = faiss.IndexIVFFlat(index, dim, num_lists, faiss.METRIC_INNER_PRODUCT)
         index.nprobe = max(1, min(64, num_lists))
@@ -166,7 +167,7 @@ def _faiss_neighbors(
     index.add(array)
     similarity, column = (torch.from_numpy(part) for part in index.search(array, k))
     found = _own_first(features.cpu(), similarity, column)
-    # An inverted list that is too short leaves places empty.
+    # Probed inverted lists with too few images leave empty results.
     short = (found.index < 0).any(dim=1).nonzero()[:, 0]
     if len(short):
         exact = torch_neighbors(features.cpu(), k, short)
@@ -175,9 +176,9 @@ def _faiss_neighbors(
 
 
 def _own_first(features: Tensor, similarity: Tensor, index: Tensor) -> Neighbors:
-    """Put each image into its column 0 and the rest into order."""
+    """Move each image into its column 0 and sort the others."""
     own = torch.arange(len(index))[:, None]
-    missing = ~(index == own).any(dim=1)  # many duplicates, none better than the others
+    missing = ~(index == own).any(dim=1)  # crowded out by exact duplicates
     index[missing, -1] = own[missing, 0]
     similarity[index == own] = torch.inf
     index, by_number = index.sort(dim=1)

@@ -1,4 +1,4 @@
-"""One round of clustering as training uses it: labels that a method can be trained on."""
+"""Clustering for one training epoch, with a fallback if the clusters are unusable."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ def label_images(
     min_clusters: int = 2,
     previous: Tensor | None = None,
 ) -> PseudoLabels:
-    """Cluster the training images, or make every image its own class where that fails.
+    """Cluster the training images, or fall back to instance-level labels.
 
-    Few clusters are usual in the first epochs of a run, and none or one may come of a badly
-    chosen eps. A cluster method cannot be trained on them: for this epoch every image is
-    its own class, which needs no clusters and moves the features for the next try.
+    Few clusters are common in the first epochs of a run, and a badly chosen eps may give
+    none or only one. A cluster-based method cannot be trained on them; for such an epoch
+    every image is its own class, which needs no clusters and updates the features for the
+    next clustering.
 
     Args:
-        labeler: Features to clusters.
+        labeler: Labeler that clusters the features.
         features: Features of images 0..M-1, shape ``(M, C)``.
         camids: Camera of each image, int64 ``(M,)``, -1 where unknown, or None.
-        min_clusters: Clusters a batch needs.
-        previous: Labels of the round before, int64 ``(M,)``, to compare with.
+        min_clusters: Number of clusters that a batch needs.
+        previous: Labels of the previous round, int64 ``(M,)``, for the stability metric.
 
     Returns:
-        Labels with at least ``min_clusters`` clusters, or ``instance_level`` ones.
+        Labels with at least ``min_clusters`` clusters, or instance-level labels.
     """
     found = labeler(features, camids)
     measured = dict(found.measured)
@@ -49,7 +50,7 @@ def label_images(
     if found.num_clusters >= max(2, min_clusters):
         return dataclasses.replace(found, measured=measured)
     logger.warning(
-        "%s, and a batch needs %d: in this epoch every image is its own class. %s",
+        "%s, but a batch needs %d: in this epoch every image is its own class. %s",
         _summary(found),
         max(2, min_clusters),
         _remedy(found),
@@ -63,30 +64,30 @@ def _summary(found: PseudoLabels) -> str:
     clusters = {0: "No cluster was", 1: "One cluster was"}.get(
         found.num_clusters, f"{found.num_clusters} clusters were"
     )
-    share = 100.0 * found.outlier_ratio
-    return f"{clusters} found ({share:.0f} % of {found.num_images} images are outliers)"
+    percent = 100.0 * found.outlier_ratio
+    return f"{clusters} found ({percent:.0f} % of {found.num_images} images are outliers)"
 
 
 def _remedy(found: PseudoLabels) -> str:
     if found.outlier_ratio > 0.5:
-        return "If this goes on, raise eps, lower min_samples, or set eps to auto"
+        return "If this persists, raise eps, lower min_samples, or set eps to auto"
     if found.num_clusters == 1:
-        return "If this goes on, lower eps, or set it to auto"
-    return "If this goes on, lower the batch size or raise the images per cluster in it"
+        return "If this persists, lower eps, or set it to auto"
+    return "If this persists, lower the batch size or raise the images per cluster in it"
 
 
 def share_pseudo_labels(
     pseudo_labels: PseudoLabels | None, device: torch.device
 ) -> PseudoLabels:
-    """Give the labels of rank 0 to all ranks.
+    """Broadcast the labels of rank 0 to all ranks.
 
     Args:
-        pseudo_labels: The labels on rank 0, None elsewhere.
-        device: Where the process group's tensors live.
+        pseudo_labels: The labels on rank 0, None on other ranks.
+        device: Device of the process group's tensors.
 
     Returns:
-        The same labels, distances and ``labelings`` on every rank; what was measured stays
-        on rank 0.
+        The same labels, distances and ``labelings`` on every rank; ``measured`` is only on
+        rank 0.
     """
     if world_size() == 1:
         assert pseudo_labels is not None
@@ -120,15 +121,15 @@ def share_pseudo_labels(
 
 
 def nearest_by_distance(pseudo_labels: PseudoLabels, count: int) -> tuple[Tensor, Tensor]:
-    """List every image's nearest others by the sparse distance of its labels.
+    """Return the nearest other images of each image by the stored sparse distances.
 
     Args:
         pseudo_labels: Labels with a ``distance``.
-        count: Neighbors L to list, at least 1.
+        count: Number of neighbors L, at least 1.
 
     Returns:
         ``index`` int64 and ``distance`` float32, both ``(M, L)``, nearest first, on the
-        CPU. Where an image has fewer stored distances the row ends with its own index at
+        CPU. If an image has fewer stored distances, its row is padded with its own index at
         distance 1.
 
     Raises:
@@ -137,8 +138,8 @@ def nearest_by_distance(pseudo_labels: PseudoLabels, count: int) -> tuple[Tensor
     graph = pseudo_labels.distance
     if graph is None:
         raise ValueError(
-            "the labels carry no distances between images: choose a labeler that works on "
-            "the Jaccard distance, such as DBSCAN"
+            "the labels carry no distances between images: choose a labeler that uses the "
+            "Jaccard distance, such as DBSCAN"
         )
     rows = pseudo_labels.num_images
     own = torch.arange(rows)
@@ -147,7 +148,7 @@ def nearest_by_distance(pseudo_labels: PseudoLabels, count: int) -> tuple[Tensor
     distance = torch.from_numpy(graph.data).float()
     others = row != columns
     row, columns, distance = row[others], columns[others], distance[others]
-    # By row, then distance, then column: the stored columns ascend, both sorts are stable.
+    # Sorted by row, distance and column: stored columns ascend and both sorts are stable.
     order = torch.argsort(distance, stable=True)
     order = order[torch.argsort(row[order], stable=True)]
     row, columns, distance = row[order], columns[order], distance[order]

@@ -1,11 +1,11 @@
-"""Exact nearest neighbors in chunks, and the type that every search returns.
+"""Exact chunked nearest-neighbor search, and the result type of all searches.
 
 Shape shorthand in this module:
 
     M: images
     C: feature dimension
-    k: neighbors per image, the image itself included
-    R: rows handled at a time
+    k: neighbors per image, including the image itself
+    R: rows processed at a time
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ import torch
 from torch import Tensor
 
 ROWS = 1_024  # rows of one product
-PRODUCTS = {"cuda": 2**28}  # products held at a time, by type of device
+PRODUCTS = {"cuda": 2**28}  # inner products held at once, by device type
 PRODUCTS_ELSEWHERE = 2**24
-GROUP = 32  # products whose maximum stands for them in the first round of a top-k
+GROUP = 32  # columns represented by their maximum in the first stage of a top-k
 
 
 class Neighbors(NamedTuple):
-    """Nearest neighbors of each image, itself first.
+    """Nearest neighbors of each image; the first one is the image itself.
 
     Attributes:
-        similarity: Inner products, float32 ``(M, k)``, falling along a row from column 1.
-        index: The images, int64 ``(M, k)``. Column 0 is the image itself, also among exact
-            duplicates; images of equal similarity stand in order of their number.
+        similarity: Inner products, float32 ``(M, k)``, descending from column 1 on.
+        index: Image indices, int64 ``(M, k)``. Column 0 is the image itself, even among
+            exact duplicates; ties are ordered by ascending index.
     """
 
     similarity: Tensor
-    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs
+    index: Tensor  # type: ignore[assignment]  # hides the unused tuple.index
 
 
 def _largest_of_few(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Take the largest of each row by one top-k; ties by the smaller column."""
+    """Return the largest values of each row by one top-k; ties go to the smaller column."""
     if count >= values.shape[1]:
         return values.sort(dim=1, descending=True, stable=True)
     top, column = values.topk(count + 1, dim=1)
     tied = (top[:, count - 1] == top[:, count]).nonzero()[:, 0]
     top, column = top[:, :count], column[:, :count].clone()
-    if len(tied):  # top-k took any of those equal to the last: take the first ones
+    if len(tied):  # top-k breaks ties arbitrarily: take the first columns instead
         rows, last = values[tied], top[tied, -1:]
         equal = rows == last
         missing = count - (rows > last).sum(dim=1, keepdim=True)
@@ -53,14 +53,14 @@ def _largest_of_few(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Take the largest of each row, in falling order; ties by the smaller column.
+    """Return the largest values of each row in descending order.
 
-    The largest few lie in those groups of columns with the largest maxima, which leaves
-    the top-k little to look at.
+    Ties go to the smaller column. The largest values lie in the groups of columns with the
+    largest maxima, so the final top-k sees only few columns.
 
     Args:
         values: Shape ``(R, N)``.
-        count: How many, at least 1.
+        count: Number of values per row, at least 1.
 
     Returns:
         Values and columns, both ``(R, min(count, N))``.
@@ -80,15 +80,15 @@ def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def torch_neighbors(features: Tensor, k: int, rows: Tensor | None = None) -> Neighbors:
-    """Find neighbors by products in pieces, on the device of the features.
+    """Find neighbors by chunked matrix products on the device of the features.
 
     Args:
         features: Unit vectors, float32 ``(M, C)``.
-        k: Neighbors per image, itself included, 1 to M.
-        rows: Images to find the neighbors of, int64 ``(R,)``; all if None.
+        k: Neighbors per image, including itself, 1 to M.
+        rows: Query images, int64 ``(R,)``; all images if None.
 
     Returns:
-        Their neighbors, ``(R, k)``.
+        The neighbors of the query images, ``(R, k)``.
     """
     if rows is None:
         rows = torch.arange(len(features), device=features.device)

@@ -1,4 +1,4 @@
-"""What clustering tells a method: a label for every training image."""
+"""Pseudo-labels: the result of clustering that a method trains on."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ OUTLIER = -1
 
 @dataclass(frozen=True, eq=False)
 class PseudoLabels:
-    """Clusters of the training images, and what was measured while making them.
+    """Cluster labels of the training images, with measurements of the clustering.
 
     Attributes:
-        labels: Cluster of each image, int64 ``(M,)`` on the CPU: 0..num_clusters - 1, every
-            number in use, -1 for an outlier.
-        distance: Sparse distances between images, ``scipy.sparse.csr_array (M, M)``, which
-            the labels were read from; what is not stored is 1. None where the labeler works
-            without.
-        measured: Numbers to report: settings found on the way (``eps``) and label-free
-            quality.
-        instance_level: Whether these are not clusters, but every image its own class: what
-            a run falls back to for an epoch whose clusters cannot be trained on.
-        labelings: The T clusterings that an ensemble was joined from, int64 ``(T, M)`` on
-            the CPU, -1 for an outlier; None from a labeler that makes only one.
+        labels: Cluster of each image, int64 ``(M,)`` on the CPU: 0..num_clusters - 1
+            without gaps, and -1 for outliers.
+        distance: Sparse distances between images, ``scipy.sparse.csr_array (M, M)``, that
+            were clustered; entries that are not stored are 1. None if the labeler computes
+            no distances.
+        measured: Values to report: automatically chosen settings (``eps``) and label-free
+            quality metrics.
+        instance_level: Whether every image is its own class instead of a cluster member:
+            the fallback for an epoch whose clusters cannot be trained on.
+        labelings: The T clusterings combined by an ensemble, int64 ``(T, M)`` on the CPU,
+            -1 for an outlier; None from a labeler that makes only one.
     """
 
     labels: Tensor
@@ -49,27 +49,27 @@ class PseudoLabels:
         given = self.labelings
         if given is not None and (given.dim() != 2 or given.shape[1] != len(labels)):
             raise ValueError(
-                f"labelings must hold clusterings of the {len(labels)} images, (T, M), got "
-                f"shape {tuple(given.shape)}"
+                f"labelings must hold clusterings of the {len(labels)} images, shape "
+                f"(T, M), got shape {tuple(given.shape)}"
             )
         used = torch.unique(labels)
         used = used[used != OUTLIER]
         if not torch.equal(used, torch.arange(len(used))):
             raise ValueError(
-                "labels must be -1 or number the clusters 0, 1, ... without a gap; "
-                "PseudoLabels.numbered() numbers them"
+                "labels must be -1 or number the clusters 0, 1, ... without a gap: use "
+                "PseudoLabels.numbered() to renumber them"
             )
 
     @classmethod
     def numbered(cls, labels: ArrayLike, **other: Any) -> PseudoLabels:
-        """Number any labels 0, 1, ... by the first image of each cluster.
+        """Renumber labels 0, 1, ... in the order of each cluster's first image.
 
         Args:
-            labels: Whole numbers, negative for outliers, shape ``(M,)``.
+            labels: Integers, negative for outliers, shape ``(M,)``.
             **other: The other attributes.
 
         Returns:
-            Labels that differ from the given ones by names alone.
+            The same partition with consecutive cluster numbers.
 
         Example:
             >>> PseudoLabels.numbered([7, -1, 3, 7]).labels.tolist()
@@ -86,10 +86,10 @@ class PseudoLabels:
 
     @classmethod
     def each_its_own(cls, num_images: int, **other: Any) -> PseudoLabels:
-        """Make every image its own class.
+        """Create instance-level labels: every image is its own class.
 
         Args:
-            num_images: Images M.
+            num_images: Number of images M.
             **other: The other attributes.
 
         Returns:
@@ -98,14 +98,14 @@ class PseudoLabels:
         return cls(torch.arange(num_images), instance_level=True, **other)
 
     def among(self, kept: Tensor) -> PseudoLabels:
-        """Return the labels of all images, from labels of some.
+        """Extend labels of a subset to all images.
 
         Args:
-            kept: Which images these are labels of, bool ``(M,)``.
+            kept: Mask of the images that have labels here, bool ``(M,)``.
 
         Returns:
-            The same labels; of the others each is an outlier, far from everything. Where
-            every image is its own class, so are the others.
+            The labels of all images; the added images are outliers without stored
+            distances, or classes of their own if the labels are instance-level.
         """
         graph = self.distance
         if graph is not None:
@@ -127,33 +127,33 @@ class PseudoLabels:
 
     @property
     def num_images(self) -> int:
-        """Images M."""
+        """Number of images M."""
         return len(self.labels)
 
     @property
     def num_clusters(self) -> int:
-        """Clusters; outliers are none."""
+        """Number of clusters; outliers are not counted."""
         return int(self.labels.max()) + 1 if len(self.labels) else 0
 
     @property
     def num_outliers(self) -> int:
-        """Images without a cluster."""
+        """Number of images without a cluster."""
         return int((self.labels == OUTLIER).sum())
 
     @property
     def outlier_ratio(self) -> float:
-        """Share of images without a cluster, 0 where there are no images."""
+        """Fraction of images without a cluster; 0 if there are no images."""
         return self.num_outliers / max(1, self.num_images)
 
     @property
     def sizes(self) -> Tensor:
-        """Images of each cluster, int64 ``(num_clusters,)``."""
+        """Number of images in each cluster, int64 ``(num_clusters,)``."""
         inside = self.labels[self.labels != OUTLIER]
         return torch.bincount(inside, minlength=self.num_clusters)
 
 
-def outliers_alone(labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Make each outlier a cluster of its own, numbered after the others.
+def outliers_as_singletons(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Turn each outlier into a singleton cluster, numbered after the others.
 
     Args:
         labels: Clusters, -1 for an outlier, ``(M,)``.
@@ -162,10 +162,10 @@ def outliers_alone(labels: NDArray[np.int64]) -> NDArray[np.int64]:
         Labels without outliers, int64 ``(M,)``.
 
     Example:
-        >>> outliers_alone(np.array([-1, 0, 0, -1])).tolist()
+        >>> outliers_as_singletons(np.array([-1, 0, 0, -1])).tolist()
         [1, 0, 0, 2]
     """
     outliers = labels == OUTLIER
-    alone = labels.copy()
-    alone[outliers] = labels.max(initial=OUTLIER) + 1 + np.arange(outliers.sum())
-    return alone
+    result = labels.copy()
+    result[outliers] = labels.max(initial=OUTLIER) + 1 + np.arange(outliers.sum())
+    return result

@@ -1,4 +1,4 @@
-"""How good clusters are, told without a single identity."""
+"""Label-free quality metrics of clusterings."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from torch import Tensor
 
 from selcon_plugin.clustering.pseudo_labels import OUTLIER, PseudoLabels
 
-# Entries that a product of distances and cluster memberships may hold at a time.
+# Largest number of entries in a product of distances and cluster memberships.
 _CHUNK_ENTRIES = 20_000_000
 
 
 def cluster_quality(
     pseudo_labels: PseudoLabels, previous: Tensor | None = None
 ) -> dict[str, float]:
-    """Measure clusters without identities.
+    """Measure the quality of a clustering without identities.
 
     Args:
         pseudo_labels: Clusters of M images.
-        previous: The last epoch's labels of the same images, int64 ``(M,)``, or None.
+        previous: Labels of the same images from the previous epoch, int64 ``(M,)``, or
+            None.
 
     Returns:
         ``num_clusters``, ``outlier_ratio``, ``mean_cluster_size``,
         ``median_cluster_size``, ``max_cluster_size`` (0 without clusters); ``silhouette``
-        where there are distances and at least 2 clusters; ``stability`` where there are
-        previous labels, see :func:`label_stability`.
+        if there are distances and at least 2 clusters; ``stability`` if there are previous
+        labels, see :func:`label_stability`.
     """
     sizes = pseudo_labels.sizes.numpy()
     if not len(sizes):
@@ -52,16 +53,17 @@ def cluster_quality(
 def silhouette_samples(
     distance: scipy.sparse.csr_array, labels: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Silhouette of every image on sparse distances; what is not stored is 1.
+    """Compute the silhouette of every image on sparse distances.
 
     With a the mean distance to the other images of the own cluster and b the smallest mean
     distance to the images of another cluster, the silhouette is (b - a) / max(a, b), in
-    [-1, 1]; 0 in a cluster of one. Equals scikit-learn's on the dense distances between the
-    clustered images, but the work grows with the stored entries, never with M².
+    [-1, 1]; it is 0 in a singleton. The result equals that of scikit-learn on the dense
+    distances between the clustered images, but the cost grows with the stored entries, not
+    with M².
 
     Args:
-        distance: Symmetric, shape ``(M, M)``.
-        labels: Cluster 0, 1, ... of each image without a gap, -1 for an outlier, ``(M,)``;
+        distance: Symmetric matrix, shape ``(M, M)``; entries that are not stored are 1.
+        labels: Cluster 0, 1, ... of each image without gaps, -1 for an outlier, ``(M,)``;
             at least 2 clusters.
 
     Returns:
@@ -75,7 +77,7 @@ def silhouette_samples(
     inside = np.flatnonzero(labels >= 0)
     own = labels[inside]
     sizes = np.bincount(own)
-    # Closeness 1 - d is 0 where nothing is stored: sums over a cluster are sparse products.
+    # Closeness 1 - d is 0 for missing entries, so cluster sums are sparse products.
     membership = scipy.sparse.csr_array(
         (np.ones(len(inside)), (inside, own)), shape=(len(labels), len(sizes))
     )
@@ -95,12 +97,12 @@ def _silhouettes(
     membership: scipy.sparse.csr_array,
     sizes: NDArray[np.int64],
 ) -> NDArray[np.float64]:
-    """Silhouettes of the images ``rows`` from their rows of the distance matrix."""
+    """Compute the silhouettes of the images ``rows`` from their distance matrix rows."""
     closeness = distance.astype(np.float64)
     closeness.data = 1 - closeness.data
-    # An image is no pair with itself, whatever the diagonal holds.
+    # Self-pairs do not count, whatever the diagonal stores.
     closeness.data[closeness.indices == np.repeat(rows, np.diff(closeness.indptr))] = 0
-    sums = (closeness @ membership).tocoo()  # (rows, clusters), where a pair is stored
+    sums = (closeness @ membership).tocoo()  # (rows, clusters), only for stored pairs
     is_own = sums.col == own[sums.row]
     within = np.zeros(len(rows))
     within[sums.row[is_own]] = sums.data[is_own]
@@ -115,14 +117,14 @@ def _silhouettes(
 
 
 def label_stability(labels: Tensor, previous: Tensor) -> float:
-    """Agreement of two epochs' clusters, over the images clustered in both.
+    """Compute the agreement of two epochs' clusters over the images clustered in both.
 
     Args:
-        labels: This epoch's labels, int64 ``(M,)`` on the CPU, -1 for an outlier.
-        previous: The last epoch's, int64 ``(M,)``.
+        labels: Labels of this epoch, int64 ``(M,)`` on the CPU, -1 for an outlier.
+        previous: Labels of the previous epoch, int64 ``(M,)``.
 
     Returns:
-        Adjusted mutual information: 1 for equal clusters, about 0 for chance; NaN where no
+        Adjusted mutual information: 1 for equal clusters, about 0 for chance; NaN if no
         image is clustered in both.
 
     Raises:
@@ -140,14 +142,14 @@ def label_stability(labels: Tensor, previous: Tensor) -> float:
 
 
 def adjusted_mutual_info(first: NDArray[np.int64], second: NDArray[np.int64]) -> float:
-    """Mutual information of two partitions, corrected for chance (Vinh et al., JMLR 2010).
+    """Compute mutual information corrected for chance (Vinh et al., JMLR 2010).
 
-    Equals scikit-learn's ``adjusted_mutual_info_score``. The expected mutual information
-    depends on the cluster sizes alone, so that it is summed over the distinct sizes:
+    The result equals scikit-learn's ``adjusted_mutual_info_score``. The expected mutual
+    information depends only on the cluster sizes, so it is summed over the distinct sizes:
     thousands of clusters take no longer than dozens.
 
     Args:
-        first: Cluster of each item, any whole numbers, ``(N,)``, N at least 1.
+        first: Cluster of each item, any integers, ``(N,)``, N at least 1.
         second: The other partition, ``(N,)``.
 
     Returns:
@@ -157,7 +159,7 @@ def adjusted_mutual_info(first: NDArray[np.int64], second: NDArray[np.int64]) ->
     rows = np.asarray(table.sum(axis=1)).ravel()
     columns = np.asarray(table.sum(axis=0)).ravel()
     if len(rows) == len(columns) == table.nnz:
-        return 1.0  # the same partition; the ratio below could be 0 / 0
+        return 1.0  # identical partitions; the ratio below could be 0 / 0
     total = len(first)
     joint = table.tocoo()
     information = float(
@@ -172,21 +174,21 @@ def adjusted_mutual_info(first: NDArray[np.int64], second: NDArray[np.int64]) ->
 def contingency(
     first: NDArray[np.int64], second: NDArray[np.int64]
 ) -> scipy.sparse.csr_array:
-    """Count how many items each pair of clusters shares.
+    """Compute the contingency table of two partitions.
 
     Args:
-        first: Cluster of each item, any whole numbers, ``(N,)``.
+        first: Cluster of each item, any integers, ``(N,)``.
         second: The other partition, ``(N,)``.
 
     Returns:
-        Float64 counts, one row for each cluster of ``first``, one column for each of
-        ``second``; what is not stored is 0.
+        Float64 counts, one row per cluster of ``first`` and one column per cluster of
+        ``second``; entries that are not stored are 0.
     """
     _, row = np.unique(first, return_inverse=True)
     _, column = np.unique(second, return_inverse=True)
     shape = (int(row.max(initial=-1)) + 1, int(column.max(initial=-1)) + 1)
     counts = scipy.sparse.coo_array((np.ones(len(row)), (row, column)), shape=shape)
-    return counts.tocsr()  # adds up what lies in the same place
+    return counts.tocsr()  # sums duplicate entries
 
 
 def _entropy(sizes: NDArray[np.float64], total: int) -> float:
@@ -196,13 +198,13 @@ def _entropy(sizes: NDArray[np.float64], total: int) -> float:
 def _expected_information(
     rows: NDArray[np.float64], columns: NDArray[np.float64], total: int
 ) -> float:
-    """Mean mutual information over all partitions with these cluster sizes."""
+    """Return the mean mutual information over all partitions with these cluster sizes."""
     row_sizes, row_counts = np.unique(rows.astype(np.int64), return_counts=True)
     column_sizes, column_counts = np.unique(columns.astype(np.int64), return_counts=True)
     log_factorial = gammaln(np.arange(total + 2) + 1.0)
     expected = 0.0
     for size, count in zip(row_sizes.tolist(), row_counts.tolist(), strict=True):
-        # All legal overlaps with each column size, end to end.
+        # All possible overlaps with each column size, concatenated.
         low = np.maximum(1, size + column_sizes - total)
         lengths = np.minimum(size, column_sizes) - low + 1
         which = np.repeat(np.arange(len(column_sizes)), lengths)

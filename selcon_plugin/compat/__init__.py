@@ -1,14 +1,14 @@
-"""Let FastReID and torchreid import and run on current Python and PyTorch.
+"""Compatibility patches that let FastReID and torchreid run on current Python and PyTorch.
 
-Both hosts predate what people install today. Each shim below mends one fault, and:
+Both hosts predate current versions of their dependencies. Each patch fixes one fault, and:
 
-* says what breaks without it and when it can be deleted;
-* changes nothing on a machine where that fault is absent;
-* may be applied any number of times;
-* touches objects in memory only, never a file on disk.
+* documents what fails without it and when it can be deleted;
+* changes nothing on a machine without that fault;
+* is idempotent;
+* changes only objects in memory, never a file on disk.
 
 Only the adapters (``fastreid_ext``, ``torchreid_ext``), the command line and the tests
-import this module; the core knows nothing of the hosts.
+import this module; the core is independent of the hosts.
 """
 
 from selcon_plugin.compat.fastreid import FASTREID_INSTALL, prepare_fastreid

@@ -1,6 +1,6 @@
-"""Shims that let FastReID 1.4.0 run on current Python, PyTorch and NumPy.
+"""Patches that let FastReID 1.4.0 run on current Python, PyTorch and NumPy.
 
-Each says what fails without it and when it can go.
+Each one documents what fails without it and when it can be removed.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ FASTREID_INSTALL = "pip install --no-deps fastreid==1.4.0"
 
 
 def prepare_fastreid() -> None:
-    """Make ``import fastreid`` and everything below it work.
+    """Make ``import fastreid`` and its subpackages work.
 
-    Imports FastReID's data, evaluation and utility packages in order to mend them.
+    This imports FastReID's data, evaluation and utility packages in order to patch them.
     FastReID reads its data set root from the environment variable ``FASTREID_DATASETS``
     at that moment: set it before the first call.
 
@@ -70,11 +70,11 @@ def _restore_torch_six() -> None:
 
     Without it: ``fastreid.data.build`` of the PyPI release raises
     ``ModuleNotFoundError: No module named 'torch._six'``; torch 2.0 removed the module.
-    Can go when: FastReID on PyPI no longer imports it (its GitHub master does not).
+    Can be removed when: FastReID on PyPI no longer imports it (its GitHub master does not).
     """
     if importlib.util.find_spec("torch._six") is not None:
         return
-    module = types.ModuleType("torch._six", "Stand-in for the module torch 2.0 removed.")
+    module = types.ModuleType("torch._six", "Replacement of the module torch 2.0 removed.")
     module.__spec__ = importlib.machinery.ModuleSpec("torch._six", loader=None)
     module.__dict__["string_classes"] = (str, bytes)
     sys.modules["torch._six"] = module
@@ -87,28 +87,28 @@ def _restore_collections_mapping() -> None:
     Without it: ``fastreid.data.build`` and ``fastreid.evaluation.testing`` raise
     ``ImportError: cannot import name 'Mapping' from 'collections'``; Python 3.10 removed
     the alias. Both FastReID's PyPI release and its GitHub master are affected.
-    Can go when: FastReID imports it from ``collections.abc``.
+    Can be removed when: FastReID imports it from ``collections.abc``.
     """
     if not hasattr(collections, "Mapping"):
         collections.__dict__["Mapping"] = collections.abc.Mapping
 
 
 def _translate_random_affine() -> None:
-    """Let FastReID's affine augmentation call torchvision by its old argument names.
+    """Let FastReID's affine augmentation call torchvision with its old argument names.
 
     Without it: ``INPUT.AFFINE.ENABLED`` raises ``TypeError: RandomAffine.__init__() got an
     unexpected keyword argument 'resample'``; torchvision 0.15 removed ``resample`` and
-    ``fillcolor``. Only FastReID's own view of torchvision changes.
-    Can go when: FastReID passes ``interpolation`` and ``fill``.
+    ``fillcolor``. The patch affects only FastReID's reference to torchvision.
+    Can be removed when: FastReID passes ``interpolation`` and ``fill``.
     """
     build: Any = importlib.import_module("fastreid.data.transforms.build")
     original: Callable[..., Any] = build.T.RandomAffine
     if "resample" in inspect.signature(original).parameters:
-        return  # an old torchvision, or mended already
+        return  # an old torchvision, or already patched
 
     def random_affine(*, resample: int = 0, fillcolor: int = 0, **kwargs: Any) -> Any:
         modes = build.T.InterpolationMode
-        mode = modes.BILINEAR if resample == 2 else modes.NEAREST  # numbers as in Pillow
+        mode = modes.BILINEAR if resample == 2 else modes.NEAREST  # Pillow's constants
         return original(**kwargs, interpolation=mode, fill=fillcolor)
 
     view = types.ModuleType(build.T.__name__)
@@ -117,37 +117,37 @@ def _translate_random_affine() -> None:
 
 
 def _let_data_loader_run_without_cuda() -> None:
-    """Make FastReID's ``DataLoaderX`` a plain ``DataLoader`` where there is no CUDA.
+    """Make FastReID's ``DataLoaderX`` a plain ``DataLoader`` on machines without CUDA.
 
     Without it: building any loader raises ``RuntimeError`` or ``AssertionError`` on a
     machine without CUDA, because ``DataLoaderX`` opens a CUDA stream and a thread that
-    copies batches to the GPU. With CUDA the class is left alone.
-    Can go when: FastReID's loader checks ``torch.cuda.is_available()``.
+    copies batches to the GPU. With CUDA the class is not changed.
+    Can be removed when: FastReID's loader checks ``torch.cuda.is_available()``.
     """
     loader: Any = importlib.import_module("fastreid.data.data_utils").DataLoaderX
     if torch.cuda.is_available() or "__next__" not in vars(loader):
         return
 
     def __init__(self: Any, local_rank: int, **kwargs: Any) -> None:  # noqa: N807
-        kwargs["pin_memory"] = False  # pinned memory exists for copies to a GPU only
+        kwargs["pin_memory"] = False  # pinned memory only serves copies to a GPU
         DataLoader.__init__(self, **kwargs)
         self.local_rank = local_rank
 
     def shutdown(self: Any) -> None:
-        """Do nothing: there is no background thread to stop."""
+        """Return immediately, since there is no background thread to stop."""
 
     loader.__init__ = __init__
     loader.shutdown = shutdown
     for name in ("__iter__", "__next__", "preload", "_shutdown_background_thread"):
-        delattr(loader, name)  # what DataLoader itself does is right
+        delattr(loader, name)  # use the methods of DataLoader instead
 
 
 def _let_background_reader_fail() -> None:
-    """Let FastReID's loader raise what went wrong in the thread that fetches batches.
+    """Make FastReID's loader raise the errors of the thread that fetches batches.
 
-    Without it: with CUDA a run whose images cannot be read (or whose transform fails)
-    neither goes on nor ends. The thread dies, and the training waits for its next batch.
-    Can go when: FastReID's ``BackgroundGenerator`` hands errors on.
+    Without it: with CUDA a run with unreadable images (or a failing transform) hangs
+    forever. The thread dies, and the training waits for its next batch.
+    Can be removed when: FastReID's ``BackgroundGenerator`` propagates errors.
     """
     generator: Any = importlib.import_module("fastreid.data.data_utils").BackgroundGenerator
     original = generator.run
@@ -174,26 +174,26 @@ def _let_background_reader_fail() -> None:
 
 
 def _let_optimizers_keep_their_gradients() -> None:
-    """Make FastReID's optimizers zero gradients in place rather than drop them.
+    """Make FastReID's optimizers zero gradients in place instead of deleting them.
 
-    Without it: **nothing is learned, and nothing says so**. FastReID packs all weights into
-    a few buffers (``ContiguousParams``) and gives the optimizer those, with gradients that
+    Without it: **training silently has no effect**. FastReID packs all weights into a few
+    buffers (``ContiguousParams``) and passes those to the optimizer, with gradients that
     share memory with the weights' own. Since torch 2.0 ``optimizer.zero_grad()`` sets the
     buffers' gradients to None by default: the optimizer then skips every step, while the
-    gradients of the weights pile up unseen.
-    Can go when: FastReID calls ``zero_grad(set_to_none=False)``.
+    gradients of the weights accumulate unused.
+    Can be removed when: FastReID calls ``zero_grad(set_to_none=False)``.
     """
     build: Any = importlib.import_module("fastreid.solver.build")
     original: Callable[..., Any] = build.maybe_add_freeze_layer
     if hasattr(original, _PATCHED) or not _zero_grad_drops_gradients():
         return
 
-    # The last thing FastReID does to an optimizer's class, whichever that is.
+    # FastReID calls this function last on any optimizer class.
     @functools.wraps(original)
     def maybe_add_freeze_layer(*args: Any, **kwargs: Any) -> Any:
         optimizer = original(*args, **kwargs)
         if not inspect.isclass(optimizer):
-            return optimizer  # a caller's own, whose parameters are the caller's affair
+            return optimizer  # an instance from the caller, who controls its parameters
         base: Any = optimizer
 
         def zero_grad(self: Any, set_to_none: bool = False) -> None:
@@ -213,13 +213,13 @@ def _zero_grad_drops_gradients() -> bool:
 
 
 def _keep_running_without_compiler() -> None:
-    """Fall back to FastReID's Python ranking where its Cython one cannot be compiled.
+    """Fall back to FastReID's Python ranking if its Cython version cannot be compiled.
 
-    Without it: ``ReidEvaluator`` runs ``make`` inside the installed package when it is
-    built and calls ``sys.exit(1)`` if that fails: no Cython or compiler, a read-only
-    installation, or a ``python3`` on the path that is not the one running. Also without
-    ``make`` itself: ``FileNotFoundError``.
-    Can go when: FastReID catches the failure itself.
+    Without it: the constructor of ``ReidEvaluator`` runs ``make`` inside the installed
+    package and calls ``sys.exit(1)`` if that fails: without Cython or a compiler, in a
+    read-only installation, or if ``python3`` on the path is another interpreter. Without
+    ``make`` itself it raises ``FileNotFoundError``.
+    Can be removed when: FastReID catches the failure itself.
     """
     rank_cylib = importlib.import_module("fastreid.evaluation.rank_cylib")
     evaluation = importlib.import_module("fastreid.evaluation.reid_evaluation")
@@ -238,18 +238,19 @@ def _compile_or_fall_back(compile_helper: Callable[[], None]) -> Callable[[], No
     @functools.wraps(compile_helper)
     def guarded() -> None:
         nonlocal attempted
-        if attempted:  # a second try in the same process fails, or is done, like the first
+        if attempted:  # a second attempt in the same process would end like the first
             return
         attempted = True
         path = os.environ.get("PATH", "")
         own_directory = os.path.dirname(sys.executable)
-        os.environ["PATH"] = os.pathsep.join((own_directory, path))  # its Makefile: python3
+        # FastReID's Makefile calls python3.
+        os.environ["PATH"] = os.pathsep.join((own_directory, path))
         try:
             compile_helper()
         except (SystemExit, OSError, subprocess.SubprocessError):
             logger.warning(
-                "FastReID's compiled ranking cannot be built here; ranking runs in Python, "
-                "with equal results but slower. `selcon doctor` says what is missing."
+                "FastReID's compiled ranking cannot be built here; ranking runs in Python "
+                "with the same results, but slower. `selcon doctor` lists what is missing."
             )
         finally:
             os.environ["PATH"] = path
@@ -259,12 +260,12 @@ def _compile_or_fall_back(compile_helper: Callable[[], None]) -> Callable[[], No
 
 
 def _let_reranking_run_without_gpu_faiss() -> None:
-    """Let FastReID's re-ranking search on the CPU where faiss cannot use a GPU.
+    """Let FastReID's re-ranking search on the CPU if faiss cannot use a GPU.
 
     Without it: ``TEST.RERANK.ENABLED`` fails on ``features.cuda()`` without CUDA, and on
-    ``faiss.StandardGpuResources`` with CUDA next to ``faiss-cpu``. FastReID has the CPU
-    search (``search_option=3``) but its evaluator never asks for it.
-    Can go when: FastReID's ``build_dist`` chooses the search by what is available.
+    ``faiss.StandardGpuResources`` with CUDA next to ``faiss-cpu``. FastReID has a CPU
+    search (``search_option=3``), but its evaluator never uses it.
+    Can be removed when: FastReID's ``build_dist`` chooses an available search.
     """
     module: Any = importlib.import_module("fastreid.utils.compute_dist")
     original = module.compute_jaccard_distance
@@ -286,11 +287,11 @@ def _let_reranking_run_without_gpu_faiss() -> None:
 
 
 def _load_fastreid_checkpoints_as_data() -> None:
-    """Let FastReID's checkpointer read files of tensors without running code from them.
+    """Make FastReID's checkpointer read tensor files without running code from them.
 
-    Without it: a checkpoint from a stranger runs code under torch < 2.6, where
-    ``torch.load`` does so by default; under later versions the error advises to let it.
-    Can go when: FastReID passes ``weights_only=True``.
+    Without it: an untrusted checkpoint can run code under torch < 2.6, where ``torch.load``
+    allows it by default; under later versions the error message advises allowing it.
+    Can be removed when: FastReID passes ``weights_only=True``.
     """
     module: Any = importlib.import_module("fastreid.utils.checkpoint")
 
@@ -301,7 +302,7 @@ def _load_fastreid_checkpoints_as_data() -> None:
 
 
 class _DataExchange:
-    """Stands for the module ``pickle`` where processes send each other values."""
+    """Replacement of the module ``pickle`` for values exchanged between processes."""
 
     @staticmethod
     def dumps(value: Any) -> bytes:
@@ -315,17 +316,18 @@ class _DataExchange:
 
 
 def _exchange_data_without_code() -> None:
-    """Let FastReID's processes read what others send as data alone.
+    """Make FastReID's processes read received values only as data.
 
     Without it: ``comm.gather`` and ``comm.all_gather``, with which FastReID collects losses
-    and features, unpickle whatever comes from the network: who reaches the port runs code.
-    Can go when: FastReID gathers tensors.
+    and features, unpickle everything from the network: anyone with access to the port can
+    run code.
+    Can be removed when: FastReID gathers tensors.
     """
     comm: Any = importlib.import_module("fastreid.utils.comm")
     comm.pickle = _DataExchange
 
 
 def _faiss_searches_on_gpu(faiss: Any) -> bool:
-    # The names FastReID's search_option=0 calls; later faiss releases dropped the second.
+    # Names used by FastReID's search_option=0; later faiss releases removed the second.
     needed = ("StandardGpuResources", "cast_integer_to_long_ptr", "bruteForceKnn")
     return torch.cuda.is_available() and all(hasattr(faiss, name) for name in needed)

@@ -1,4 +1,4 @@
-"""What both hosts need: operators of torchvision, types of NumPy, safe checkpoints."""
+"""Patches for both hosts: torchvision operators, NumPy types and safe checkpoints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-# Set on functions that replace a host's: the sign not to replace them again.
+# Attribute of functions that replace a host's; it prevents a second replacement.
 _PATCHED = "_selcon_patched"
 
 # Schemas as torchvision's C++ library registers them.
@@ -34,7 +34,7 @@ _TORCHVISION_SCHEMAS = (
 
 
 class HostMissingError(ImportError):
-    """A host is not installed; the message holds the command that installs it."""
+    """Error for a host that is not installed; the message holds the install command."""
 
     def __init__(self, host: str, install_command: str) -> None:
         super().__init__(
@@ -45,25 +45,25 @@ class HostMissingError(ImportError):
 
 # --- before a host is imported -----------------------------------------------------------
 
-# Kept for the life of the process: dropping it would undefine its operators.
+# Kept until the process ends: deleting it would unregister its operators.
 _torchvision_library: Any = None
 
 
 def prepare_torchvision() -> None:
-    """Let torchvision import when its compiled part cannot be loaded.
+    """Make torchvision importable if its compiled extension cannot be loaded.
 
     Without it: ``import torchvision`` raises ``operator torchvision::nms does not exist``
-    (then ``qnms``) where the wheel's compiled part was built for another torch, as with
-    the PyPI wheel (CUDA) next to a CPU build of torch. The hosts use torchvision's
-    transforms and model definitions only, so declaring the operators is enough.
-    Can go when: torchvision imports without its compiled part.
+    (then ``qnms``) if the wheel's compiled extension was built for another torch, as with
+    the PyPI wheel (CUDA) next to a CPU build of torch. The hosts use only torchvision's
+    transforms and model definitions, so declaring the operators is enough.
+    Can be removed when: torchvision imports without its compiled extension.
     """
     global _torchvision_library
     if "torchvision" in sys.modules or _torchvision_operators_load():
         return
     for schema in _TORCHVISION_SCHEMAS:
         if hasattr(torch.ops.torchvision, schema.partition("(")[0]):
-            continue  # somebody else has declared it
+            continue  # another library has already declared it
         if _torchvision_library is None:
             library: Any = torch.library.Library
             _torchvision_library = library("torchvision", "FRAGMENT")
@@ -71,15 +71,15 @@ def prepare_torchvision() -> None:
 
 
 def torchvision_is_patched() -> bool:
-    """Tell whether torchvision runs without its compiled part in this process."""
+    """Return whether torchvision runs without its compiled extension in this process."""
     return _torchvision_library is not None
 
 
 def _torchvision_operators_load() -> bool:
-    """Try to load torchvision's compiled part, found the way torchvision finds it."""
+    """Return whether torchvision's compiled extension loads, if torchvision has one."""
     package = importlib.util.find_spec("torchvision")
     if package is None or package.submodule_search_locations is None:
-        return True  # nothing to mend
+        return True  # nothing to patch
     locations = list(package.submodule_search_locations)
     extension = importlib.machinery.PathFinder.find_spec("_C", locations)
     if extension is None or extension.origin is None:
@@ -98,27 +98,25 @@ def _restore_numpy_bool() -> None:
     Without it: the CUHK03 protocol of both hosts (``eval_cuhk03``) raises
     ``AttributeError: module 'numpy' has no attribute 'bool'`` under NumPy 1.24 to 1.26.
     NumPy 2 has the name again.
-    Can go when: NumPy 1 is no longer supported here.
+    Can be removed when: NumPy 1 is no longer supported here.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # NumPy 1.20 to 1.23 have it and warn of its removal
+        # NumPy 1.20 to 1.23 have the name and warn about its removal.
+        warnings.simplefilter("ignore")
         present = hasattr(np, "bool")
     if not present:
         np.__dict__["bool"] = np.bool_
 
 
 def _allow_numpy_in_checkpoints() -> None:
-    """Let ``torch.load`` read the NumPy numbers that the hosts write into checkpoints.
+    """Let ``torch.load`` read the NumPy scalars that the hosts write into checkpoints.
 
     Without it: resuming raises ``WeightsUnpickler error: Unsupported global`` under
-    torch >= 2.6, whose ``torch.load`` refuses everything but tensors and plain Python
-    values unless told otherwise. torchreid stores Rank-1 as ``numpy.float32`` in every
-    checkpoint, and FastReID's checkpointer takes weights stored as arrays. Only the classes
-    needed to rebuild numbers and plain arrays are allowed: a checkpoint from a stranger
-    still cannot run code.
-    Can go when: the hosts store floats and tensors only.
+    torch >= 2.6, whose ``torch.load`` by default accepts only tensors and plain Python
+    values. torchreid stores Rank-1 as ``numpy.float32`` in every checkpoint, and FastReID's
+    checkpointer accepts weights stored as arrays. Only the classes needed to rebuild
+    scalars and plain arrays are allowed: an untrusted checkpoint still cannot run code.
+    Can be removed when: the hosts store only floats and tensors.
     """
     if not hasattr(torch.serialization, "add_safe_globals") or _loads_numpy_numbers():
         return
@@ -126,7 +124,7 @@ def _allow_numpy_in_checkpoints() -> None:
     allowed: list[Any] = [np.dtype, np.ndarray]
     allowed += [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8")]
     allowed += [type(np.dtype(kind)) for kind in ("u1", "u2", "u4", "u8", "?")]
-    # NumPy 2 renamed numpy.core to numpy._core; a file may come from either side.
+    # NumPy 2 renamed numpy.core to numpy._core; a file may use either name.
     for core in ("numpy.core", "numpy._core"):
         allowed.append((multiarray.scalar, f"{core}.multiarray.scalar"))
         allowed.append((multiarray._reconstruct, f"{core}.multiarray._reconstruct"))
@@ -146,9 +144,3 @@ def _loads_numpy_numbers() -> bool:
     except Exception:  # torch raises pickle's or its own error, by version
         return False
     return True
-
-
-# --- after FastReID is imported ----------------------------------------------------------
-
-
-# --- after torchreid is imported ---------------------------------------------------------

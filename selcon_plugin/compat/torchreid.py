@@ -1,6 +1,6 @@
-"""Shims that let torchreid run on current PyTorch, from PyPI or from GitHub.
+"""Patches that let torchreid, from PyPI or GitHub, run on current PyTorch.
 
-Each says what fails without it and when it can go.
+Each one documents what fails without it and when it can be removed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TORCHREID_INSTALL = "pip install --no-deps torchreid==0.2.5"
 
 
 def prepare_torchreid() -> None:
-    """Make ``import torchreid`` work, whichever of its two layouts is installed.
+    """Make ``import torchreid`` work for either of its two layouts.
 
     Raises:
         HostMissingError: If torchreid is not installed.
@@ -41,15 +41,15 @@ def prepare_torchreid() -> None:
 
 
 def import_torchreid() -> types.ModuleType:
-    """Import torchreid and return the module under which its parts are reachable.
+    """Import torchreid and return the module that contains its subpackages.
 
-    The PyPI release keeps everything under ``torchreid.reid``, the GitHub release
-    directly under ``torchreid``. Where it is not installed, ``HostMissingError`` says how
-    to install it.
+    The PyPI release has its subpackages under ``torchreid.reid``, the GitHub release
+    directly under ``torchreid``. If torchreid is not installed, the ``HostMissingError``
+    contains the install command.
 
     Returns:
-        The module that has ``data``, ``engine``, ``losses``, ``metrics``, ``models``,
-        ``optim`` and ``utils`` as attributes.
+        The module with the attributes ``data``, ``engine``, ``losses``, ``metrics``,
+        ``models``, ``optim`` and ``utils``.
     """
     prepare_torchreid()
     root = "torchreid"
@@ -61,22 +61,22 @@ def import_torchreid() -> types.ModuleType:
     return module
 
 
-_READ_PAUSES = (0.0, 1.0, 2.0)  # seconds before each try
+_READ_PAUSES = (0.0, 1.0, 2.0)  # seconds before each attempt
 
 
 def _let_unreadable_images_fail(torchreid: types.ModuleType) -> None:
-    """Let torchreid give up on an image that cannot be read.
+    """Make torchreid raise an error for an unreadable image.
 
-    Without it: a run that meets a broken image file, in a test set for instance, neither
-    goes on nor ends. ``read_image`` tries again without a pause until it succeeds, and
-    prints a line each time. A file on a network drive still gets three tries.
-    Can go when: torchreid's ``read_image`` raises its error.
+    Without it: a run that encounters a broken image file, for instance in a test set, hangs
+    forever. ``read_image`` retries without a pause until it succeeds, and prints a line
+    each time. A file on a network drive still gets three attempts.
+    Can be removed when: torchreid's ``read_image`` raises its error.
     """
     original = getattr(torchreid.utils, "read_image", None)
     if original is None or hasattr(original, _PATCHED):
         return
     if "while not " not in inspect.getsource(original):
-        return  # a reader that does not wait for success
+        return  # this version does not retry
 
     @functools.wraps(original)
     def read_image(path: str) -> Any:
@@ -94,12 +94,12 @@ def _let_unreadable_images_fail(torchreid: types.ModuleType) -> None:
 
 
 def _load_torchreid_checkpoints_as_data(torchreid: types.ModuleType) -> None:
-    """Let torchreid read checkpoints and weights without running code from them.
+    """Make torchreid read checkpoints and weights without running code from them.
 
-    Without it: ``load_checkpoint``, and with it ``load_pretrained_weights``,
-    ``resume_from_checkpoint`` and ``FeatureExtractor``, run code that a file brings along
-    under torch < 2.6, where ``torch.load`` does so by default.
-    Can go when: torchreid passes ``weights_only=True``.
+    Without it: ``load_checkpoint``, and thereby ``load_pretrained_weights``,
+    ``resume_from_checkpoint`` and ``FeatureExtractor``, run code contained in a file under
+    torch < 2.6, where ``torch.load`` does so by default.
+    Can be removed when: torchreid passes ``weights_only=True``.
     """
     original = getattr(torchreid.utils, "load_checkpoint", None)
     if original is None or hasattr(original, _PATCHED):

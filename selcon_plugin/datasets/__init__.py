@@ -1,4 +1,4 @@
-"""Data without identities to learn from: drawn people, and folders of crops."""
+"""Training data without identities: synthetic persons, and folders of person crops."""
 
 from selcon_plugin.datasets.image_folder import ImageItem, read_image_folder
 from selcon_plugin.datasets.market_folder import (

@@ -1,4 +1,4 @@
-"""Reads folders of pictures named as in Market-1501."""
+"""Reading of image folders with file names as in Market-1501."""
 
 import logging
 import re
@@ -16,12 +16,12 @@ _IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp"})
 
 
 class MarketSplits(NamedTuple):
-    """A data set in the layout of Market-1501; each entry is ``(path, pid, camid)``.
+    """Data set in the layout of Market-1501; each entry is ``(path, pid, camid)``.
 
     Attributes:
-        train: Pictures to train on.
-        query: Pictures to look for.
-        gallery: Pictures to find them in.
+        train: Training images.
+        query: Query images.
+        gallery: Gallery images.
     """
 
     train: list[tuple[str, int, int]]
@@ -30,10 +30,10 @@ class MarketSplits(NamedTuple):
 
 
 def read_market_splits(folder: str | Path) -> MarketSplits:
-    """List the pictures of a whole data set; see :func:`read_market_folder`.
+    """List the images of a whole data set; see :func:`read_market_folder`.
 
     Args:
-        folder: The folder that holds ``bounding_box_train``, ``query`` and
+        folder: Folder with the sub-folders ``bounding_box_train``, ``query`` and
             ``bounding_box_test``.
 
     Returns:
@@ -48,20 +48,20 @@ def read_market_splits(folder: str | Path) -> MarketSplits:
 
 
 def read_market_folder(folder: str | Path) -> list[tuple[str, int, int]]:
-    """List the pictures of one split, sorted by file name.
+    """List the images of one split, sorted by file name.
 
-    All pictures are listed, junk (identity -1) and distractors (identity 0) among them.
-    Files that are no pictures are left out and reported in the log.
+    All images are listed, including junk (identity -1) and distractors (identity 0). Files
+    that are not images are skipped with a warning.
 
     Args:
-        folder: A folder such as ``bounding_box_train``.
+        folder: Folder of the split, such as ``bounding_box_train``.
 
     Returns:
-        ``(path, pid, camid)`` for each picture; cameras count from 0.
+        ``(path, pid, camid)`` for each image; cameras are numbered from 0.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
-        ValueError: If a picture's name does not start with identity and camera, as in
+        ValueError: If an image's name does not start with identity and camera, as in
             ``0002_c1s1_000451_03.jpg``.
     """
     folder = Path(folder)
@@ -70,13 +70,13 @@ def read_market_folder(folder: str | Path) -> list[tuple[str, int, int]]:
     entries: list[tuple[str, int, int]] = []
     for path in sorted(folder.iterdir(), key=lambda path: path.name):
         if path.suffix.lower() not in _IMAGE_SUFFIXES:
-            logger.warning("%s is not a picture and is left out", path)
+            logger.warning("%s is not an image and is skipped", path)
             continue
         match = _NAME.match(path.name)
         if match is None or match[2] == "0":
             raise ValueError(
-                f"{path}: expected a name like 0002_c1s1_000451_03.jpg, "
-                "identity first, then the camera from 1"
+                f"{path}: expected a name like 0002_c1s1_000451_03.jpg, with the identity "
+                "followed by the camera, numbered from 1"
             )
         entries.append((str(path), int(match[1]), int(match[2]) - 1))
     return entries

@@ -1,4 +1,4 @@
-"""One reader of images for both hosts, and a check of many files at once."""
+"""Image reader for both hosts, and a parallel check of many image files."""
 
 from __future__ import annotations
 
@@ -22,47 +22,47 @@ from selcon_plugin.io.atomic import write_atomically
 
 logger = logging.getLogger(__name__)
 
-# What Pillow warns of by default: 256 MiB in RGB. A larger image would take the memory of
-# every process that reads it, and is no crop of a person.
+# Pillow's default limit for a warning: 256 MiB in RGB. A larger image would exhaust the
+# memory of every process that reads it, and cannot be a person crop.
 MAX_PIXELS = 89_478_485
 
-# The machine's faults, not the file's: no other image would be read either.
-_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+# Faults of the machine, not of the file: no other image could be read either.
+_RESOURCE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _READERS = 8
-# Below, a check takes less than a second and is not worth a file.
-_WORTH_REMEMBERING = 1000
+# Checking fewer files takes less than a second and is not worth a cache file.
+_MIN_CACHED_FILES = 1000
 
 
 class ImageReadError(OSError):
-    """An image file cannot be used; the message holds path and reason."""
+    """Error for an unusable image file; the message holds the path and the reason."""
 
 
 def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
     """Read any image file as 8-bit RGB.
 
-    Rotated as its EXIF data says. Gray, palette and CMYK are converted, 16 bits of gray
-    become the 8 upper ones, transparency lies on black, of an animation the first frame is
-    taken. What cannot be used is refused: truncated or empty files, files of another kind
-    whatever their name, folders and pipes, floating-point images, and more than
-    :data:`MAX_PIXELS`.
+    The image is rotated according to its EXIF data. Gray, palette and CMYK images are
+    converted, 16-bit gray values keep their upper 8 bits, transparency is composited onto
+    black, and only the first frame of an animation is read. Unusable files are refused:
+    truncated or empty files, files of another type whatever their name, folders and pipes,
+    floating-point images, and images of more than :data:`MAX_PIXELS`.
 
     Args:
-        path: The file.
+        path: Path of the image file.
 
     Returns:
         The image.
 
     Raises:
-        ImageReadError: If the file cannot be used; names it and says why.
+        ImageReadError: If the file cannot be used; the message holds path and reason.
         MemoryError: If the machine is out of memory.
-        OSError: If it is out of memory or file handles.
+        OSError: If the machine is out of memory or file handles.
     """
     try:
         return _read(path)
     except MemoryError:
         raise
     except OSError as error:
-        if error.errno in _EXHAUSTED:
+        if error.errno in _RESOURCE_ERRORS:
             raise
         raise ImageReadError(f"{os.fspath(path)}: {_reason(error)}") from error
     except Exception as error:
@@ -83,7 +83,7 @@ def _read(path: str | os.PathLike[str]) -> Image.Image:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror  # without the path, which stands there already
+        return error.strerror  # without the path, which is already in the message
     if type(error).__name__ == "UnidentifiedImageError":
         return "not an image, or of an unknown format"
     return str(error) or type(error).__name__
@@ -95,12 +95,12 @@ def _as_rgb(image: Image.Image) -> Image.Image:
             f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}"
         )
     image.load()
-    with contextlib.suppress(Exception):  # damaged EXIF data: the pixels are still good
+    with contextlib.suppress(Exception):  # with damaged EXIF data the pixels are usable
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known white")
     if image.mode.startswith("I"):
-        # Pillow would cut the values off at 255: all white.
+        # Pillow would clip the values at 255, which gives a white image.
         pixels = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
         image = Image.fromarray(pixels.astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -110,13 +110,13 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def fault_of(path: str | os.PathLike[str]) -> str:
-    """Say why a file cannot be used as an image.
+    """Return why a file cannot be used as an image.
 
     Args:
-        path: The file.
+        path: Path of the image file.
 
     Returns:
-        Path and reason; ``""`` for a good file.
+        Path and reason; ``""`` for a usable file.
     """
     try:
         read_rgb(path)
@@ -126,29 +126,29 @@ def fault_of(path: str | os.PathLike[str]) -> str:
 
 
 def find_unreadable(paths: Sequence[str], *, progress: bool = True) -> dict[str, str]:
-    """Decode many files once, several at a time.
+    """Find unreadable image files by decoding all files in parallel.
 
-    Of 1,000 files and more it is remembered, in ``$XDG_CACHE_HOME/selcon_plugin`` or
-    ``~/.cache/selcon_plugin``, which were good: as long as names, sizes and times of change
-    are the same, only the others are looked at again.
+    For 1,000 files or more the result is cached in ``$XDG_CACHE_HOME/selcon_plugin`` or
+    ``~/.cache/selcon_plugin``: as long as names, sizes and modification times are the same,
+    only the unreadable files are checked again.
 
     Args:
-        paths: Files.
-        progress: Whether to draw a progress bar on a terminal.
+        paths: Paths of the image files.
+        progress: Whether to show a progress bar on a terminal.
 
     Returns:
-        Path and reason by path, of those that cannot be used; in the given order.
+        Path and reason by path for the unreadable files, in the given order.
     """
-    memory = None
+    cache_file = None
     suspects = paths
-    if len(paths) >= _WORTH_REMEMBERING:
-        memory = _memory_of(paths)
-        suspects = _remembered(memory, paths)
-    # Set here, not in each thread: the filters are the whole process's.
+    if len(paths) >= _MIN_CACHED_FILES:
+        cache_file = _cache_file(paths)
+        suspects = _read_cache(cache_file, paths)
+    # Set here instead of in each thread: warning filters apply to the whole process.
     with warnings.catch_warnings(), ThreadPoolExecutor(_READERS) as pool:
-        warnings.simplefilter("ignore")  # oddities of metadata do not matter here
+        warnings.simplefilter("ignore")  # unusual metadata do not matter here
         bar = tqdm(
-            pool.map(fault_of, suspects),  # Pillow decodes outside the interpreter lock
+            pool.map(fault_of, suspects),  # Pillow releases the GIL while decoding
             total=len(suspects),
             desc="checking images",
             unit="img",
@@ -156,20 +156,20 @@ def find_unreadable(paths: Sequence[str], *, progress: bool = True) -> dict[str,
             disable=None if progress else True,
         )
         faults = {path: fault for path, fault in zip(suspects, bar, strict=True) if fault}
-    if memory is not None:
-        _remember(memory, list(faults))
+    if cache_file is not None:
+        _write_cache(cache_file, list(faults))
     return faults
 
 
 def describe_faults(faults: Sequence[str], limit: int = 20) -> str:
-    """List what cannot be used, a line each.
+    """Format a list of unusable files, one per line.
 
     Args:
         faults: Path and reason of each file.
-        limit: Lines at most.
+        limit: Largest number of files to list.
 
     Returns:
-        Lines for a log or an error.
+        Lines for a log or an error message.
     """
     lines = [f"  {fault}" for fault in faults[:limit]]
     if len(faults) > limit:
@@ -177,8 +177,8 @@ def describe_faults(faults: Sequence[str], limit: int = 20) -> str:
     return "\n".join(lines)
 
 
-def _memory_of(paths: Sequence[str]) -> Path:
-    """Return where it is kept which of these very files were good."""
+def _cache_file(paths: Sequence[str]) -> Path:
+    """Return the cache file for the check of exactly these files."""
     digest = hashlib.sha256()
     for path in paths:
         try:
@@ -191,20 +191,18 @@ def _memory_of(paths: Sequence[str]) -> Path:
     return Path(root, "selcon_plugin", "checked_images", digest.hexdigest()[:32] + ".json")
 
 
-def _remembered(memory: Path, paths: Sequence[str]) -> Sequence[str]:
-    """Return the files that have to be looked at: all where nothing is known of them."""
+def _read_cache(cache_file: Path, paths: Sequence[str]) -> Sequence[str]:
+    """Return the files to check: the cached unreadable ones, or all without a cache."""
     try:
-        known = json.loads(memory.read_text())
+        known = json.loads(cache_file.read_text())
     except (OSError, ValueError):
         return paths
     return known if isinstance(known, list) and set(known) <= set(paths) else paths
 
 
-def _remember(memory: Path, unreadable: list[str]) -> None:
-    # Two processes that check the same images at once write the same content, and a file
-    # that is cut off is read as none.
+def _write_cache(cache_file: Path, unreadable: list[str]) -> None:
     try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(json.dumps(unreadable), memory)
-    except OSError as error:  # a home that cannot be written to
-        logger.debug("the check of the images is not remembered: %s", error)
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(json.dumps(unreadable), cache_file)
+    except OSError as error:  # a read-only home folder
+        logger.debug("the result of the image check is not cached: %s", error)

@@ -1,4 +1,1 @@
-"""Files: atomic writes and safe loading.
-
-Nothing here knows what a file means.
-"""
+"""Atomic writes and safe loading of files, independent of their content."""

@@ -1,4 +1,4 @@
-"""Files that appear under their name only when they are complete, and stay."""
+"""Atomic, durable writes: a file gets its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _PARTIAL = ".partial"
 
 @contextlib.contextmanager
 def replacing(file: str | Path) -> Iterator[IO[bytes]]:
-    """Write a file such that a kill or a crash at any moment leaves an earlier one intact.
+    """Write a file such that a kill or a crash leaves the previous file intact.
 
-    The bytes are on the disk before the file gets its name, and the name is before this
-    returns: a machine that loses power loses neither.
+    The content is on disk before the file gets its name, and the name is on disk before
+    this returns, so a power failure loses neither.
 
     Args:
-        file: The file to write or replace.
+        file: File to write or replace.
 
     Yields:
         The stream to write to.
@@ -34,7 +34,7 @@ def replacing(file: str | Path) -> Iterator[IO[bytes]]:
             os.fsync(stream.fileno())
         os.replace(partial, file)
     except BaseException:
-        # On a full disk its room is needed.
+        # On a full disk its space is needed.
         with contextlib.suppress(OSError):
             os.unlink(partial)
         raise
@@ -42,29 +42,31 @@ def replacing(file: str | Path) -> Iterator[IO[bytes]]:
 
 
 def save_atomically(data: Any, file: str | Path) -> None:
-    """Save as ``torch.save`` does, by way of :func:`replacing`.
+    """Save data like ``torch.save``, using :func:`replacing`.
 
     Args:
-        data: What to save.
-        file: The file to write or replace.
+        data: Data to save.
+        file: File to write or replace.
     """
     with replacing(file) as stream:
         torch.save(data, stream)
 
 
 def write_atomically(text: str, file: str | Path) -> None:
-    """Write a text, by way of :func:`replacing`.
+    """Write a text file, using :func:`replacing`.
 
     Args:
-        text: What to write.
-        file: The file to write or replace.
+        text: Text to write.
+        file: File to write or replace.
     """
     with replacing(file) as stream:
         stream.write(text.encode())
 
 
 def remove_partial_files(folder: str | Path) -> None:
-    """Remove what a kill left half written; no other process may be writing there.
+    """Remove partial files left by killed processes.
+
+    No other process may be writing in the folder.
 
     Args:
         folder: Folder of a run; may be missing.
@@ -75,7 +77,7 @@ def remove_partial_files(folder: str | Path) -> None:
 
 
 def _sync_folder(folder: str) -> None:
-    with contextlib.suppress(OSError):  # not every system and file system can
+    with contextlib.suppress(OSError):  # not every file system supports this
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

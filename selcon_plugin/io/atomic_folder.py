@@ -1,4 +1,4 @@
-"""Fill a folder so that others see it complete or not at all."""
+"""Atomic creation of folders: other processes see a complete folder or none."""
 
 import contextlib
 import logging
@@ -16,16 +16,16 @@ _PARTIAL_SUFFIX = ".partial"
 def publish_folder(
     folder: Path, fill: Callable[[Path], None], is_complete: Callable[[Path], bool]
 ) -> Path:
-    """Return `folder`, filling it first if it is absent or incomplete.
+    """Return `folder`, filling it first if it is missing or incomplete.
 
-    The content is written to a hidden sibling and renamed at the end. Processes that ask
-    at the same time wait for the first one. What a killed process left behind is removed.
-    An incomplete `folder` is replaced, so it must be one that only this function writes.
+    The content is written to a hidden sibling, which is renamed at the end. Concurrent
+    processes wait for the first one. Leftovers of killed processes are removed. An
+    incomplete `folder` is replaced, so only this function may write it.
 
     Args:
-        folder: The folder to have; its parents are created.
-        fill: Writes the content into the empty folder it is given.
-        is_complete: Tells whether an existing folder is finished and usable.
+        folder: Folder to create; its parents are created too.
+        fill: Function that writes the content into the given empty folder.
+        is_complete: Function that returns whether an existing folder is complete.
 
     Returns:
         `folder`.
@@ -34,10 +34,10 @@ def publish_folder(
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     stem = folder.name.rsplit("-", 1)[0]
-    with exclusive(folder.parent / f".{stem}.lock") as alone:
+    with exclusive(folder.parent / f".{stem}.lock") as is_locked:
         if is_complete(folder):
             return folder
-        if alone:
+        if is_locked:
             _remove_partial_folders(folder.parent, stem)
         partial = folder.parent / f".{stem}-{uuid.uuid4().hex}{_PARTIAL_SUFFIX}"
         try:
@@ -50,7 +50,7 @@ def publish_folder(
 
 
 def _move(partial: Path, folder: Path, is_complete: Callable[[Path], bool]) -> None:
-    """Rename `partial` to `folder`, putting away what is there and not complete."""
+    """Rename `partial` to `folder`, replacing an incomplete folder."""
     if folder.exists() and not is_complete(folder):
         logger.warning("%s is incomplete and is written again", folder)
         broken = partial.with_name(f"{partial.stem}-replaced{_PARTIAL_SUFFIX}")
@@ -59,12 +59,12 @@ def _move(partial: Path, folder: Path, is_complete: Callable[[Path], bool]) -> N
     try:
         partial.rename(folder)
     except OSError:
-        if not is_complete(folder):  # else another process was faster, without locks
+        if not is_complete(folder):  # without locks another process may be first
             raise
 
 
 def _remove_partial_folders(parent: Path, stem: str) -> None:
-    """Remove what killed processes left; only for the holder of the lock."""
+    """Remove leftovers of killed processes; only the holder of the lock may call this."""
     for stale in parent.glob(f".{stem}-*{_PARTIAL_SUFFIX}"):
         logger.info("removing %s, left by an interrupted run", stale)
         shutil.rmtree(stale, ignore_errors=True)
@@ -72,14 +72,15 @@ def _remove_partial_folders(parent: Path, stem: str) -> None:
 
 @contextlib.contextmanager
 def exclusive(path: Path) -> Iterator[bool]:
-    """Hold a lock that the system frees when the process ends, however it ends.
+    """Hold a lock that the operating system releases when the process ends.
 
     Args:
-        path: File that stands for the lock; it is there while the lock is held.
+        path: Lock file; it exists while the lock is held.
 
     Yields:
-        Whether the lock is held. It is not where the system or the file system has no
-        such locks; then processes may do the same work twice, and the last rename loses.
+        Whether the lock is held. It is False if the operating system or the file system
+        has no such locks; then several processes may do the same work, and the first one
+        to rename its result wins.
     """
     try:
         import fcntl
@@ -96,7 +97,7 @@ def exclusive(path: Path) -> Iterator[bool]:
             return
         if _is_open_file(descriptor, path):
             break
-        os.close(descriptor)  # the former holder removed this file: lock the new one
+        os.close(descriptor)  # the previous holder removed this file: lock the new one
     try:
         yield True
     finally:
@@ -105,7 +106,7 @@ def exclusive(path: Path) -> Iterator[bool]:
 
 
 def _is_open_file(descriptor: int, path: Path) -> bool:
-    """Tell whether `path` still names the open file."""
+    """Return whether `path` still refers to the open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""Files of tensors, read as data: a pickle that would run code is refused.
+"""Safe loading of untrusted tensor files: a pickle that would run code is refused.
 
-``torch.load(weights_only=True)`` builds tensors, numbers, text and containers and nothing
-else. It is the default only from torch 2.6 on, and the hosts call ``torch.load`` without it
-in many places: :func:`data_only` holds for whatever is called inside.
+``torch.load(weights_only=True)`` builds only tensors, numbers, text and containers. It is
+the default only from torch 2.6 on, and the hosts call ``torch.load`` without it in many
+places: :func:`data_only` enforces it for every call inside its context.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import nn
 
 __all__ = ["data_only", "load_data", "loading_noted", "safe_extraction"]
 
-# Below this share of the model's tensors a file is taken to belong to another model.
+# A file with less than this fraction of the model's tensors belongs to another model.
 MIN_LOADED_RATIO = 0.5
 
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
@@ -29,18 +29,19 @@ _torch_load = torch.load
 
 
 def load_data(file: Any, map_location: Any = "cpu") -> Any:
-    """Read what ``torch.save`` wrote, without running code from it.
+    """Read a file written by ``torch.save`` without running code from it.
 
     Args:
         file: Path, or an open binary file.
-        map_location: As of ``torch.load``.
+        map_location: Argument of ``torch.load``.
 
     Returns:
         Tensors, numbers, text and containers of them.
 
     Raises:
-        ValueError: If the file holds anything else, or is damaged; names the file.
-        OSError: If it cannot be opened.
+        ValueError: If the file contains anything else, or is damaged; the message names
+            the file.
+        OSError: If the file cannot be opened.
     """
     try:
         with _allow_command_lines():
@@ -48,7 +49,7 @@ def load_data(file: Any, map_location: Any = "cpu") -> Any:
     except OSError:
         raise
     except Exception as error:
-        # A damaged stream leads the reader to an error of any kind.
+        # A damaged stream may raise any kind of error.
         raise ValueError(
             f"{_name(file)} cannot be read safely as weights or a checkpoint: "
             f"{_reason(error)}"
@@ -57,7 +58,7 @@ def load_data(file: Any, map_location: Any = "cpu") -> Any:
 
 @contextmanager
 def data_only() -> Iterator[None]:
-    """Make each ``torch.load`` inside read data alone, whoever calls it and how.
+    """Make every ``torch.load`` inside the context read only data, whatever its arguments.
 
     Yields:
         Nothing.
@@ -76,32 +77,32 @@ def data_only() -> Iterator[None]:
 
 @contextmanager
 def loading_noted() -> Iterator[list[float]]:
-    """Note how well weights fit that are loaded inside, by a host that does not care.
+    """Record how well the weights fit that a host loads inside without a check.
 
     Yields:
-        For each ``load_state_dict`` inside, the share of the module's tensors that were
-        found by name.
+        For each ``load_state_dict`` inside, the fraction of the module's tensors found by
+        name.
     """
-    shares: list[float] = []
+    ratios: list[float] = []
     original = nn.Module.load_state_dict
 
     def load_state_dict(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         result = original(module, *args, **kwargs)
-        shares.append(1 - len(result.missing_keys) / max(1, len(module.state_dict())))
+        ratios.append(1 - len(result.missing_keys) / max(1, len(module.state_dict())))
         return result
 
     nn.Module.load_state_dict = load_state_dict  # type: ignore[assignment, method-assign]
     try:
-        yield shares
+        yield ratios
     finally:
         nn.Module.load_state_dict = original  # type: ignore[method-assign]
 
 
 @contextmanager
 def safe_extraction() -> Iterator[None]:
-    """Keep tar archives that are unpacked inside below the folder they are unpacked into.
+    """Confine tar archives extracted inside the context to their target folder.
 
-    Python has the means since 3.10.12 and 3.11.4.
+    Python supports this since 3.10.12 and 3.11.4.
 
     Yields:
         Nothing.
@@ -116,7 +117,7 @@ def safe_extraction() -> Iterator[None]:
 
 
 def _allow_command_lines() -> AbstractContextManager[Any]:
-    """Let a checkpoint carry its command line along, as those of MAE and DINO do."""
+    """Allow checkpoints that contain their command line, such as those of MAE and DINO."""
     if not hasattr(torch.serialization, "safe_globals"):  # torch < 2.5
         return contextlib.nullcontext()
     return torch.serialization.safe_globals([argparse.Namespace])
@@ -127,11 +128,11 @@ def _name(file: Any) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Say why in a few words; torch's own advice is to switch the check off."""
+    """Return a short reason; torch's own message advises disabling the check."""
     named = _GLOBAL.search(str(error))
     if named:
         return (
-            f"it names {named[1]}, which is no data: such a file can run code when it is "
-            "loaded. Use a file of tensors alone"
+            f"it names {named[1]}, which is not data: such a file can run code when it is "
+            "loaded. Use a file that contains only tensors"
         )
     return "it is damaged, incomplete or another kind of file"

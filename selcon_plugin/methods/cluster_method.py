@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from selcon_plugin.clustering import PseudoLabels
-from selcon_plugin.clustering.pseudo_labels import outliers_alone
+from selcon_plugin.clustering.pseudo_labels import outliers_as_singletons
 from selcon_plugin.distributed import gather_batch
 from selcon_plugin.features import Embeddings
 from selcon_plugin.losses import cluster_contrastive_loss
@@ -80,7 +80,7 @@ class ClusterMethod(Method):
     def _read_labels(self) -> None:
         super()._read_labels()
         if self.outliers_are_classes:
-            classes = torch.from_numpy(outliers_alone(self.labels.cpu().numpy()))
+            classes = torch.from_numpy(outliers_as_singletons(self.labels.cpu().numpy()))
             self.classes.copy_(classes)
         else:
             self.classes.copy_(self.labels)

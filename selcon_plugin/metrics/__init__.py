@@ -1,4 +1,4 @@
-"""Measures of features and pseudo-labels.
+"""Metrics of features and pseudo-labels; none of them is used for training.
 
-``identities`` is the only module that sees ground-truth identities; nothing here trains.
+``identities`` is the only module that uses ground-truth identities.
 """

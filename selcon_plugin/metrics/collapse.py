@@ -1,7 +1,8 @@
-"""Has the representation collapsed? What the features of all images tell, without labels.
+"""Label-free detection of representation collapse.
 
-A network collapses when it maps all images to nearly one vector, or to few directions: the
-loss may still fall, while ranking becomes chance. The measures below need no identities.
+A network has collapsed if it maps all images to nearly the same vector, or to few
+directions: the loss may still decrease, while the ranking becomes random. The metrics below
+need no identities.
 """
 
 from __future__ import annotations
@@ -15,39 +16,40 @@ from torch import Tensor
 
 from selcon_plugin.clustering import PseudoLabels
 
-# Images whose nearest neighbors and spectrum are looked at: enough for two digits.
+# Images sampled for nearest neighbors and spectrum: enough for two significant digits.
 _SAMPLE = 1024
 _ROWS_AT_ONCE = 4096
 
-# Beyond these a run is warned about. In healthy runs on SyntheticPersons (1,000 images) the
-# variance was 0.89 or more and the effective rank 92 or more (9 networks of 5 methods), and
-# the largest cluster held 21 % of the images or less (209 clusterings in 52 runs). The rank
-# is set low, for folders that show a few people.
+# Values beyond these limits cause a warning. In healthy runs on SyntheticPersons (1,000
+# images) the variance was 0.89 or more and the effective rank 92 or more (9 networks of 5
+# methods), and the largest cluster held 21 % of the images or less (209 clusterings in 52
+# runs). The limit of the rank is low because some folders show only a few persons.
 MIN_VARIANCE = 0.05
 MIN_EFFECTIVE_RANK = 4.0
 MAX_CLUSTER_RATIO = 0.5
-# Fewer images have a low rank, and large clusters, by themselves.
+# Smaller sets have a low rank and large clusters even without a collapse.
 _MIN_IMAGES = 32
 
 
 @torch.no_grad()
 def measure_spread(features: Tensor) -> dict[str, float]:
-    """Measure how far apart the features of all images lie.
+    """Measure the spread of the features of all images.
 
-    Neighbors and spectrum are those of up to 1024 images, evenly spaced over the list; the
-    neighbors are sought among all images.
+    Neighbors and spectrum are computed for up to 1024 images, evenly spaced over the list;
+    the neighbors are searched among all images.
 
     Args:
-        features: Features of images 0..M-1, shape ``(M, C)``, M at least 2; scaled to unit
-            length here.
+        features: Features of images 0..M-1, shape ``(M, C)``, M at least 2; L2-normalized
+            here.
 
     Returns:
-        ``embedding_variance``: mean squared distance from the mean feature, 1 - |mean|², 0
-        where all are equal and 1 where they cancel out. ``effective_rank``: exponential of
-        the entropy of the covariance's eigenvalues, 1 where all vary along one direction
-        and at most C (Roy and Vetterli, "The effective rank", 2007; as a sign of collapse:
-        Garrido et al., "RankMe", 2023, https://arxiv.org/abs/2210.02885).
-        ``nearest_similarity``: mean cosine of an image and its nearest neighbor.
+        ``embedding_variance``: mean squared distance from the mean feature, 1 - |mean|²; 0
+        if all features are equal and 1 if their mean is zero. ``effective_rank``:
+        exponential of the entropy of the covariance's eigenvalues, 1 if all features vary
+        along one direction and at most C (Roy and Vetterli, "The effective rank", 2007; as
+        a sign of collapse: Garrido et al., "RankMe", 2023,
+        https://arxiv.org/abs/2210.02885). ``nearest_similarity``: mean cosine similarity of
+        an image and its nearest neighbor.
 
     Raises:
         ValueError: If there are fewer than 2 images.
@@ -59,13 +61,13 @@ def measure_spread(features: Tensor) -> dict[str, float]:
     """
     if features.dim() != 2 or len(features) < 2:
         raise ValueError(
-            "features must be those of 2 images or more, (M, C), got shape "
+            "features must have shape (M, C) with 2 images or more, got shape "
             f"{tuple(features.shape)}"
         )
     unit = F.normalize(features.float(), dim=1)
     count = min(_SAMPLE, len(unit))
     sample = torch.arange(count, device=unit.device) * len(unit) // count
-    figures = torch.stack(
+    values = torch.stack(
         [
             (1.0 - unit.mean(dim=0).square().sum()).clamp(min=0.0),
             _effective_rank(unit[sample]),
@@ -73,17 +75,17 @@ def measure_spread(features: Tensor) -> dict[str, float]:
         ]
     )
     names = ("embedding_variance", "effective_rank", "nearest_similarity")
-    return dict(zip(names, figures.tolist(), strict=True))
+    return dict(zip(names, values.tolist(), strict=True))
 
 
 def _effective_rank(unit: Tensor) -> Tensor:
     centered = unit - unit.mean(dim=0)
-    # Of the two products with the same non-zero eigenvalues, the smaller.
+    # Both products have the same non-zero eigenvalues: use the smaller one.
     tall = centered.shape[0] > centered.shape[1]
     product = centered.T @ centered if tall else centered @ centered.T
     values = torch.linalg.eigvalsh(product.double()).clamp(min=0.0)
-    shares = values / values.sum().clamp(min=1e-30)
-    entropy: Tensor = torch.special.entr(shares).sum()
+    weights = values / values.sum().clamp(min=1e-30)
+    entropy: Tensor = torch.special.entr(weights).sum()
     return entropy.exp().float()
 
 
@@ -100,15 +102,15 @@ def _nearest_similarity(unit: Tensor, sample: Tensor) -> Tensor:
 
 
 def measure_clusters(found: PseudoLabels) -> dict[str, float]:
-    """Measure how much of the images one cluster holds.
+    """Measure the relative size of the largest cluster.
 
     Args:
         found: Clusters of all images.
 
     Returns:
-        ``largest_cluster_ratio``: share of all images, outliers counted, that are in the
-        largest cluster. Of clusters that every image being its own class stands in for,
-        what their labeler measured counts.
+        ``largest_cluster_ratio``: fraction of all images, including outliers, in the
+        largest cluster. For instance-level labels it refers to the clusters that the
+        labeler found before the fallback.
     """
     if found.instance_level:
         largest = found.measured.get("max_cluster_size", 0.0)
@@ -119,11 +121,11 @@ def measure_clusters(found: PseudoLabels) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class CollapseSigns:
-    """What speaks for a collapse, in words.
+    """Descriptions of the signs of a collapse.
 
     Attributes:
-        features: Of the features: too alike, or in too few directions.
-        clusters: Of the clusters: too much in one.
+        features: Signs in the features: too similar, or in too few directions.
+        clusters: Signs in the clusters: too many images in one.
     """
 
     features: list[str]
@@ -137,15 +139,14 @@ class CollapseSigns:
 
 
 def find_collapse_signs(measured: Mapping[str, float], num_images: int) -> CollapseSigns:
-    """Compare what was measured with healthy runs.
+    """Compare measured values with the limits of healthy runs.
 
     Args:
-        measured: What :func:`measure_spread` and :func:`measure_clusters` returned, either
-            or both.
-        num_images: Images M.
+        measured: Results of :func:`measure_spread`, :func:`measure_clusters`, or both.
+        num_images: Number of images M.
 
     Returns:
-        The signs; none for a healthy representation, and for fewer images than can tell.
+        The signs of a collapse; none for a healthy representation, or for too few images.
 
     Example:
         >>> print(find_collapse_signs({"largest_cluster_ratio": 0.9}, num_images=100))
@@ -162,12 +163,12 @@ def find_collapse_signs(measured: Mapping[str, float], num_images: int) -> Colla
     rank = measured.get("effective_rank", MIN_EFFECTIVE_RANK)
     if rank < MIN_EFFECTIVE_RANK:
         features.append(
-            f"features differ in few directions (effective rank {rank:.1f}, below "
+            f"the features vary in few directions (effective rank {rank:.1f}, below "
             f"{MIN_EFFECTIVE_RANK:g})"
         )
-    share = measured.get("largest_cluster_ratio", 0.0)
-    if share > MAX_CLUSTER_RATIO:
-        clusters.append(f"one cluster holds {100 * share:.0f} % of the images")
+    ratio = measured.get("largest_cluster_ratio", 0.0)
+    if ratio > MAX_CLUSTER_RATIO:
+        clusters.append(f"one cluster holds {100 * ratio:.0f} % of the images")
     if num_images < _MIN_IMAGES:
         return CollapseSigns([], [])
     return CollapseSigns(features, clusters)

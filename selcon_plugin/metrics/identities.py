@@ -1,6 +1,6 @@
-"""How good neighbors and clusters are. The only core module that knows identities.
+"""Metrics of neighbors and clusters against ground-truth identities.
 
-Nothing here is used for training.
+This is the only core module that uses identities; nothing here is used for training.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from selcon_plugin.clustering.pseudo_labels import OUTLIER, outliers_alone
+from selcon_plugin.clustering.pseudo_labels import OUTLIER, outliers_as_singletons
 from selcon_plugin.clustering.quality import adjusted_mutual_info, contingency
 
 
 def neighbor_precision(anchors: Tensor, neighbors: Tensor, pids: Tensor) -> float:
-    """Share of neighbors that show the same identity as their anchor.
+    """Compute the fraction of neighbors with the same identity as their anchor.
 
     Args:
         anchors: Image index of each anchor, shape ``(B,)``.
@@ -26,7 +26,7 @@ def neighbor_precision(anchors: Tensor, neighbors: Tensor, pids: Tensor) -> floa
             as no match.
 
     Returns:
-        Share in [0, 1].
+        Fraction in [0, 1].
 
     Example:
         >>> import torch
@@ -40,19 +40,19 @@ def neighbor_precision(anchors: Tensor, neighbors: Tensor, pids: Tensor) -> floa
 
 
 def cluster_diagnostics(labels: Tensor, pids: Tensor) -> dict[str, float]:
-    """Compare clusters with the identities, over the images whose identity is known.
+    """Compare clusters with identities over the images of known identity.
 
     Args:
         labels: Cluster of each image, int64 ``(M,)``, -1 for an outlier. Outliers are in no
-            pair, and each is a cluster of its own in ``ami``.
+            pair, and each is a singleton cluster in ``ami``.
         pids: Identity of each image, int64 ``(M,)``, -1 where unknown.
 
     Returns:
-        ``purity``: share of the clustered images that show the most frequent identity of
+        ``purity``: fraction of the clustered images with the most frequent identity of
         their cluster. ``ami``: adjusted mutual information of clusters and identities.
-        ``pair_precision``: share of the pairs in one cluster that show one identity;
-        ``pair_recall``: share of the pairs of one identity that are in one cluster. NaN
-        where there is nothing to take a share of.
+        ``pair_precision``: fraction of the pairs in a cluster with the same identity;
+        ``pair_recall``: fraction of the pairs of an identity in the same cluster. A
+        fraction of an empty set is NaN.
 
     Raises:
         ValueError: If the two differ in length.
@@ -66,7 +66,7 @@ def cluster_diagnostics(labels: Tensor, pids: Tensor) -> dict[str, float]:
     """
     if labels.shape != pids.shape:
         raise ValueError(
-            "labels and pids must be of the same images, got shapes "
+            "labels and pids must belong to the same images, got shapes "
             f"{tuple(labels.shape)} and {tuple(pids.shape)}"
         )
     known = pids >= 0
@@ -78,20 +78,20 @@ def cluster_diagnostics(labels: Tensor, pids: Tensor) -> dict[str, float]:
     clusters = np.bincount(found[inside]) if table.nnz else np.zeros(0)
     identities = np.unique(identity, return_counts=True)[1]
     return {
-        "purity": _share(most_frequent, inside.sum()),
-        "ami": adjusted_mutual_info(outliers_alone(found), identity)
+        "purity": _fraction(most_frequent, inside.sum()),
+        "ami": adjusted_mutual_info(outliers_as_singletons(found), identity)
         if len(identity)
         else math.nan,
-        "pair_precision": _share(same, _pairs(clusters)),
-        "pair_recall": _share(same, _pairs(identities)),
+        "pair_precision": _fraction(same, _pairs(clusters)),
+        "pair_recall": _fraction(same, _pairs(identities)),
     }
 
 
 def _pairs(counts: NDArray[np.floating[Any]] | NDArray[np.integer[Any]]) -> float:
-    """Number of pairs within groups of these sizes."""
+    """Return the number of pairs within groups of these sizes."""
     sizes = counts.astype(np.float64)
     return float((sizes * (sizes - 1)).sum() / 2)
 
 
-def _share(part: float, whole: float) -> float:
+def _fraction(part: float, whole: float) -> float:
     return float(part / whole) if whole else math.nan

@@ -1,6 +1,6 @@
-"""One figure for how well features tell people apart, without a single identity.
+"""Label-free criterion of how well features discriminate persons.
 
-For choosing between two networks on the same images, or two epochs of one run.
+It serves model selection between networks on the same images, or epochs of one run.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from selcon_plugin.metrics.collapse import find_collapse_signs, measure_spread
 
 __all__ = ["LabelFreeQuality", "label_free_quality"]
 
-# Distances that silhouette and coverage see, as when DBSCAN's eps is "auto".
-_REACH = EPS_GRID[-1] + 0.1
+# Largest distance in silhouette and coverage, the same as for DBSCAN's eps "auto".
+_MAX_DISTANCE = EPS_GRID[-1] + 0.1
 
 
 @dataclass(frozen=True)
 class LabelFreeQuality:
-    """How well the images fall into clusters.
+    """Label-free quality of features, measured by clustering them.
 
     Attributes:
-        value: ``silhouette * sqrt(coverage) * stability``, in 0..1, at the eps that makes
-            it largest; see :class:`~selcon_plugin.clustering.auto_eps.EpsTrial`.
-        silhouette: Mean silhouette, outliers counted 0.
-        coverage: Share of the images' closeness that lies inside clusters.
-        stability: Agreement with the clusters at the next smaller and larger eps.
-        eps: That eps of DBSCAN; 0 where no eps makes two clusters.
-        num_clusters: Its clusters.
-        outlier_ratio: Share of the images in none.
-        collapse: In words, what speaks for collapsed features, whose clusters mean nothing:
-            ``value`` is then 0; see :mod:`selcon_plugin.metrics.collapse`.
+        value: ``silhouette * sqrt(coverage) * stability``, in 0..1, at the eps that
+            maximizes it; see :class:`~selcon_plugin.clustering.auto_eps.EpsTrial`.
+        silhouette: Mean silhouette, in which outliers count as 0.
+        coverage: Fraction of the closeness between images that lies inside clusters.
+        stability: Agreement with the clusterings at the next smaller and larger eps.
+        eps: Selected eps of DBSCAN; 0 if no eps gives two clusters.
+        num_clusters: Number of clusters at that eps.
+        outlier_ratio: Fraction of outliers at that eps.
+        collapse: Description of signs of collapsed features, whose clusters are
+            meaningless: ``value`` is then 0; see :mod:`selcon_plugin.metrics.collapse`.
     """
 
     value: float
@@ -55,30 +55,34 @@ class LabelFreeQuality:
 def label_free_quality(
     features: Tensor | NDArray[np.floating[Any]], *, sizes: NeighborhoodSizes | None = None
 ) -> LabelFreeQuality:
-    """Measure how well features fall into clusters: the larger, the better.
+    """Measure how well features form clusters; larger is better.
 
-    It is what ``eps: auto`` maximizes: DBSCAN on the k-reciprocal Jaccard distance, at the
-    best eps of a grid. That distance depends on who is near whom, hardly on how near, so
-    that networks with other scales and lengths of features compare. Compare only networks
-    on the same images with the same sizes: the figure depends on both.
+    The criterion is the one that ``eps: auto`` maximizes: the quality of DBSCAN on the
+    k-reciprocal Jaccard distance, at the best eps of a grid. That distance depends on the
+    order of neighbors and hardly on their distances, so networks with different scales and
+    dimensions of features are comparable. Only results for the same images and the same
+    sizes are comparable, since the criterion depends on both.
 
     Args:
-        features: Of images 0..M-1, shape ``(M, C)``, on any device; scaled to unit length.
-        sizes: Neighbors looked at; by default those for M images.
+        features: Features of images 0..M-1, shape ``(M, C)``, on any device; L2-normalized
+            here.
+        sizes: Neighborhood sizes; by default those for M images.
 
     Returns:
-        The figure and what it is made of; 0 where no eps makes two clusters, and where the
+        The criterion and its factors; it is 0 if no eps gives two clusters, or if the
         features have collapsed.
 
     Raises:
-        ValueError: If the features are no matrix or not finite.
-    """  # noqa: DOC502  (raised by what this calls)
+        ValueError: If the features are not a finite matrix.
+    """  # noqa: DOC502  (raised by a function called here)
     features = unit_features(features)
     collapse = ""
     if len(features) > 1:
         collapse = str(find_collapse_signs(measure_spread(features), len(features)))
     sizes = sizes or NeighborhoodSizes.for_images(len(features))
-    distance = jaccard_distance(features, k1=sizes.k1, k2=sizes.k2, max_distance=_REACH)
+    distance = jaccard_distance(
+        features, k1=sizes.k1, k2=sizes.k2, max_distance=_MAX_DISTANCE
+    )
     labels_at = partial(dbscan_labels, distance, min_samples=sizes.min_samples)
     best = best_trial(try_eps(distance, labels_at, sizes.min_samples))
     if best is None:

@@ -1,4 +1,4 @@
-"""The files of a run's folder: results, metrics, ranked lists, embeddings, checkpoints.
+"""Files in the folder of a run: results, metrics, ranked lists, embeddings, checkpoints.
 
-Reading and writing only: no training and no HTML.
+These modules only read and write files: no training and no HTML.
 """

@@ -1,4 +1,4 @@
-"""Checkpoints read back: what is broken or foreign is refused by name."""
+"""Reading of checkpoints; broken or foreign files are refused with their name."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ logger = logging.getLogger(__name__)
 
 
 class BadCheckpointError(ValueError):
-    """A file is no checkpoint that can be read; the message names it and says why."""
+    """Error for an unreadable checkpoint; the message holds the file and the reason."""
 
 
 def read_checkpoint(file: str | Path, required: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a checkpoint, without running code from it.
+    """Read a checkpoint without running code from it.
 
     Args:
-        file: The file.
-        required: Entries without which it is not a checkpoint of the kind wanted.
+        file: Checkpoint file.
+        required: Names of the entries that the checkpoint must have.
 
     Returns:
-        Its entries by name, tensors on the CPU.
+        The entries by name, with tensors on the CPU.
 
     Raises:
-        BadCheckpointError: If it is empty, cut off, damaged, holds more than tensors and
-            plain values, or lacks an entry.
-        FileNotFoundError: If there is none.
+        BadCheckpointError: If the file is empty, truncated or damaged, contains more than
+            tensors and plain values, or lacks a required entry.
+        FileNotFoundError: If the file does not exist.
     """
     file = Path(file)
     if not file.exists():
         raise FileNotFoundError(f"there is no checkpoint {file}")
     if file.is_file() and file.stat().st_size == 0:
-        raise BadCheckpointError(f"{file} is empty: no checkpoint")
+        raise BadCheckpointError(f"{file} is empty, not a checkpoint")
     try:
         content = load_data(file, "cpu")
     except (ValueError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadCheckpointError(
-            f"{file} cannot be read as a checkpoint: it is cut off, damaged or something "
-            f"else ({reason})"
+            f"{file} cannot be read as a checkpoint: it is truncated, damaged or another "
+            f"kind of file ({reason})"
         ) from error
     entries: dict[str, Any] = content if isinstance(content, dict) else {}
     missing = [key for key in required if key not in entries]
@@ -56,17 +56,17 @@ def read_checkpoint(file: str | Path, required: Sequence[str] = ()) -> dict[str,
 def first_readable(
     files: Sequence[Path], required: Sequence[str]
 ) -> tuple[Path, dict[str, Any]]:
-    """Read the first of several checkpoints that can be read; warn of those passed over.
+    """Read the first readable one of several checkpoints and warn about skipped ones.
 
     Args:
-        files: The best first; at least one.
-        required: As for :func:`read_checkpoint`.
+        files: Checkpoint files in order of preference; at least one.
+        required: See :func:`read_checkpoint`.
 
     Returns:
         The file and its entries.
 
     Raises:
-        BadCheckpointError: If none can be read.
+        BadCheckpointError: If no file can be read.
     """
     refused = []
     for file in files:
@@ -76,21 +76,23 @@ def first_readable(
             refused.append(str(error))
             continue
         for reason in refused:
-            logger.warning("%s. Going on from %s in its place", reason, file)
+            logger.warning("%s. Resuming from %s instead", reason, file)
         return file, checkpoint
     raise BadCheckpointError(
-        f"cannot resume: {'; '.join(refused)}. Put back a copy, or remove the file"
-        f"{'s' if len(refused) > 1 else ''} and begin anew"
+        f"cannot resume: {'; '.join(refused)}. Restore a copy, or remove the file"
+        f"{'s' if len(refused) > 1 else ''} to start over"
     )
 
 
 def newest_first(files: Sequence[Path]) -> list[Path]:
-    """Order files by when they were written, the last one first.
+    """Sort files by modification time, newest first.
+
+    The order is not by epoch, since a folder may contain files of an earlier, longer run.
 
     Args:
         files: Existing files.
 
     Returns:
-        All of them. Not by their epoch: a folder may hold what an earlier, longer run left.
+        All files, newest first.
     """
     return sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True)

@@ -1,9 +1,9 @@
-"""What a report shows of the features and the clusters, kept in the run's folder.
+"""Compact record of the features and clusters in a run's folder, for its report.
 
-Features of all images would fill a disk. What is kept is measured on all of them and small:
-a label and a silhouette per image, principal components of at most 2,000 images for a map,
-counts of distances, the nearest neighbors of a few images. A report can be built from it
-again without weights, images in memory or a GPU.
+The features of all images would take too much disk space. The record is computed from all
+of them, but small: a label and a silhouette per image, principal components of at most
+2,000 images for a map, histograms of distances, and the nearest neighbors of a few images.
+A report can be rebuilt from it without weights, images in memory or a GPU.
 """
 
 from __future__ import annotations
@@ -37,25 +37,26 @@ _ROWS_AT_ONCE = 4096
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingRecord:
-    """Features and clusters of the M training images, as far as a report shows them.
+    """Features and clusters of the M training images in the form that a report needs.
 
     Attributes:
-        epoch: Epochs trained when the features were computed.
+        epoch: Number of epochs trained when the features were computed.
         clustered: Whether the images were clustered, with at least one cluster.
         labels: Cluster of each image, -1 for an outlier, int32 ``(M,)``.
-        silhouette: How much nearer each image is to its own cluster than to the nearest
-            other, -1 to 1, float16 ``(M,)``; NaN where undefined.
+        silhouette: Silhouette of each image, -1 to 1, float16 ``(M,)``; NaN if undefined.
         sample: Images on the map, int32 ``(K,)``.
-        points: Their leading principal components, float16 ``(K, P)``.
-        distance: ``"Jaccard"`` or ``"cosine"``: what is counted.
-        reach: Distances beyond it were not computed.
-        eps: Distance within which DBSCAN takes images for neighbors; NaN without.
-        edges: Limits of the bins, ``(N + 1,)``.
-        counts: Pairs by distance, int64 ``(4, N)``: from one camera, from two, of unknown
-            cameras, and in one cluster. One image of each pair is in the sample.
-        anchors: Images with neighbors, int32 ``(A,)``.
-        neighbors: Their nearest others by cosine, int32 ``(A, L)``, nearest first.
-        similarity: Their cosines, float16 ``(A, L)``.
+        points: Leading principal components of the sample, float16 ``(K, P)``.
+        distance: Kind of distance in the histograms, ``"Jaccard"`` or ``"cosine"``.
+        reach: Largest computed distance.
+        eps: DBSCAN's eps; NaN without DBSCAN.
+        edges: Bin edges of the histograms, ``(N + 1,)``.
+        counts: Histograms of pairs by distance, int64 ``(4, N)``: from the same camera,
+            from different cameras, of unknown cameras, and in the same cluster. One image
+            of each pair is in the sample.
+        anchors: Images with listed neighbors, int32 ``(A,)``.
+        neighbors: Nearest other images of the anchors by cosine, int32 ``(A, L)``, nearest
+            first.
+        similarity: Cosine similarities of the neighbors, float16 ``(A, L)``.
     """
 
     epoch: int
@@ -78,7 +79,7 @@ class EmbeddingRecord:
         for name in ("sample", "anchors", "neighbors"):
             index = getattr(self, name)
             if index.size and not 0 <= index.min() <= index.max() < num_images:
-                raise ValueError(f"{name} names images that are not among {num_images}")
+                raise ValueError(f"{name} holds images outside of 0..{num_images - 1}")
         same_length = (
             (self.silhouette, self.labels),
             (self.points, self.sample),
@@ -92,43 +93,43 @@ class EmbeddingRecord:
 
     @property
     def num_clusters(self) -> int:
-        """Clusters; outliers are none."""
+        """Number of clusters; outliers are not counted."""
         return int(self.labels.max(initial=-1)) + 1
 
     def save(self, folder: str | Path) -> Path:
         """Write the record into a run's folder.
 
         Args:
-            folder: The folder, which exists.
+            folder: Existing folder of the run.
 
         Returns:
-            The file.
+            The written file.
         """
         file = Path(folder, EMBEDDING_RECORD)
         with replacing(file) as stream:
-            # The stubs take the first keyword for a switch.
+            # The type stubs take the first keyword for a flag.
             np.savez_compressed(stream, **dataclasses.asdict(self))
         return file
 
     @classmethod
     def load(cls, folder: str | Path) -> EmbeddingRecord:
-        """Read the record in a run's folder.
+        """Read the record from a run's folder.
 
         Args:
-            folder: The folder.
+            folder: Folder of the run.
 
         Returns:
             The record.
 
         Raises:
-            FileNotFoundError: If there is none.
-            ValueError: If it is broken.
+            FileNotFoundError: If there is no record.
+            ValueError: If the record is broken.
         """
         file = Path(folder, EMBEDDING_RECORD)
         if not file.is_file():
             raise FileNotFoundError(f"there is no {file}")
         try:
-            # NumPy leaves a file that it opened open where the archive is broken.
+            # NumPy does not close a file that it opened if the archive is broken.
             with (
                 file.open("rb") as stream,
                 np.load(stream, allow_pickle=False) as arrays,
@@ -147,14 +148,14 @@ class EmbeddingRecord:
 def record_embedding(
     features: Tensor, camids: Tensor, found: PseudoLabels | None, *, epoch: int
 ) -> EmbeddingRecord:
-    """Measure what a report shows.
+    """Compute the record of features and clusters.
 
     Args:
-        features: Features of the M images, ``(M, C)``, on any device; a row of zeros where
-            an image could not be read.
+        features: Features of the M images, ``(M, C)``, on any device; a row of zeros for
+            an unreadable image.
         camids: Camera of each image, int64 ``(M,)``, -1 where unknown.
-        found: Clusters of the images; None from a method without.
-        epoch: Epochs trained so far.
+        found: Clusters of the images; None for a method without clusters.
+        epoch: Number of epochs trained so far.
 
     Returns:
         The record.
@@ -197,7 +198,7 @@ def record_embedding(
 
 
 def _spread(among: Tensor, count: int) -> Tensor:
-    """Take so many images, evenly spaced over the list."""
+    """Select ``count`` images, evenly spaced over the list."""
     count = min(count, len(among))
     return among[torch.arange(count) * len(among) // max(1, count)]
 
@@ -206,7 +207,7 @@ def _principal_components(unit: NDArray[np.float32]) -> NDArray[np.float16]:
     count = min(_COMPONENTS, *unit.shape)
     if not count:
         return np.zeros((len(unit), 0), dtype=np.float16)
-    # Its own random stream: the training's must not notice.
+    # A fixed seed leaves the random streams of the training unchanged.
     left, values, _ = randomized_svd(unit - unit.mean(axis=0), count, random_state=0)
     points: NDArray[np.float16] = (left * values).astype(np.float16)
     return points
@@ -222,7 +223,7 @@ def _nearest(unit: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _silhouettes(unit: Tensor, labels: Tensor, graph: object) -> NDArray[np.floating]:
-    """Silhouette on the stored distances; without them, on cosines to the centroids."""
+    """Compute silhouettes from stored distances, or from cosines to the centroids."""
     num_clusters = int(labels.max()) + 1 if len(labels) else 0
     if num_clusters < 2:
         return np.full(len(labels), np.nan)
@@ -239,9 +240,9 @@ def _silhouettes(unit: Tensor, labels: Tensor, graph: object) -> NDArray[np.floa
         distance = 1.0 - unit[part] @ centroids.T
         column = own[part].clamp(min=0)[:, None]
         within = distance.gather(1, column)[:, 0]
-        beyond = distance.scatter(1, column, torch.inf).min(dim=1).values
-        larger = torch.maximum(within, beyond).clamp(min=1e-12)
-        result[part] = ((beyond - within) / larger).clamp(-1.0, 1.0)
+        between = distance.scatter(1, column, torch.inf).min(dim=1).values
+        larger = torch.maximum(within, between).clamp(min=1e-12)
+        result[part] = ((between - within) / larger).clamp(-1.0, 1.0)
     result[~inside] = torch.nan
     return result.cpu().numpy()
 

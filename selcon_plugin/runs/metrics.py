@@ -1,6 +1,6 @@
-"""``metrics.json`` of a run, a JSON object per line: FastReID's form, for other hosts.
+"""Reading and writing of a run's ``metrics.json``, one JSON object per line.
 
-:func:`selcon_plugin.runs.metrics.read_metrics` reads it.
+The format is FastReID's; it is also used with torchreid.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from pathlib import Path
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """Read the metrics that FastReID wrote during training.
+    """Read the metrics written during training.
 
-    Lines that are no JSON object are skipped: a killed run leaves its last line half
-    written. Where a resumed run repeated iterations, what was written last counts.
+    Lines that are not JSON objects are skipped: a killed run may leave a partial last line.
+    If a resumed run repeated iterations, the values written last are used.
 
     Args:
-        path: ``metrics.json``: one JSON object per line, with ``iteration``.
+        path: Path of ``metrics.json``, with one JSON object with ``iteration`` per line.
 
     Returns:
-        One dict per iteration, in rising order.
+        One dict per iteration, by increasing iteration.
 
     Raises:
         FileNotFoundError: If there is no such file.
     """
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"there are no metrics at {file}: was anything trained?")
+        raise FileNotFoundError(f"there are no metrics at {file}: train a run first")
     by_iteration: dict[int, dict[str, float]] = {}
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -44,12 +44,12 @@ METRICS_FILE = "metrics.json"
 
 
 def append_metrics(folder: str | Path, step: int, measured: Mapping[str, float]) -> None:
-    """Add a line with what was measured.
+    """Append a line with measured values.
 
     Args:
         folder: Folder of the run; nothing is written if it is empty.
-        step: Optimizer step, from 0, at which it was measured.
-        measured: Figures by name; those that are no finite number are left out.
+        step: Optimizer step of the measurement, from 0.
+        measured: Values by name; non-finite values are omitted.
     """
     finite = {name: float(v) for name, v in measured.items() if math.isfinite(v)}
     if not folder or not finite:
@@ -65,21 +65,21 @@ def delete_metrics(folder: str | Path) -> None:
 
 
 class LossAverage:
-    """Means of the losses of the steps since they were last taken."""
+    """Mean losses over the steps since the last call of :meth:`take`."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
         self._steps = 0
 
     def add(self, losses: Mapping[str, float]) -> None:
-        """Count the losses of a step; their sum is the one named ``loss``."""
+        """Add the losses of a step; the entry ``loss`` is the total loss."""
         for name, value in losses.items():
             key = "total_loss" if name == "loss" else name
             self._sums[key] = self._sums.get(key, 0.0) + value
         self._steps += 1
 
     def take(self) -> dict[str, float]:
-        """Return the means by name, none without a step, and begin anew."""
+        """Return the means by name and reset them; empty without steps."""
         means = {name: total / self._steps for name, total in self._sums.items()}
         self._sums, self._steps = {}, 0
         return means

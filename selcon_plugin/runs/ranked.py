@@ -1,4 +1,4 @@
-"""Some queries of the last evaluation with what was ranked first, in the run's folder."""
+"""Record of sample queries of the last evaluation with their top-ranked gallery images."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from selcon_plugin.io.atomic import write_atomically
 
 @dataclass(frozen=True)
 class LabeledImages:
-    """Images of one side of a test set.
+    """Query or gallery images of a test set.
 
     Attributes:
-        paths: Image files, N of them.
+        paths: Paths of the N image files.
         pids: Identity of each image, shape ``(N,)``.
         camids: Camera of each image, shape ``(N,)``.
 
@@ -34,7 +34,7 @@ class LabeledImages:
     def __post_init__(self) -> None:
         if not len(self.paths) == len(self.pids) == len(self.camids):
             raise ValueError(
-                f"paths, pids and camids must be equally many, got {len(self.paths)}, "
+                f"paths, pids and camids must have the same length, got {len(self.paths)}, "
                 f"{len(self.pids)} and {len(self.camids)}"
             )
 
@@ -45,20 +45,20 @@ class LabeledImages:
 def rank_gallery(
     distance: ArrayLike, pid: int, camid: int, gallery: LabeledImages, *, top: int = 10
 ) -> NDArray[np.int64]:
-    """List the gallery images nearest to a query, as Market-1501's protocol counts them.
+    """Rank the gallery images for a query by Market-1501's protocol.
 
-    Images of the query's identity from the query's own camera are left out: the protocol
-    counts them neither as right nor as wrong.
+    Images of the query's identity from the query's camera are omitted: the protocol counts
+    them neither as matches nor as mismatches.
 
     Args:
         distance: Distance of the query to every gallery image, shape ``(G,)``.
-        pid: The query's identity.
-        camid: The query's camera.
-        gallery: The gallery.
-        top: How many to list, at least 1.
+        pid: Identity of the query.
+        camid: Camera of the query.
+        gallery: Gallery images.
+        top: Largest number of results, at least 1.
 
     Returns:
-        Gallery indices, nearest first, shape ``(min(top, what is left),)``.
+        Gallery indices, nearest first, shape ``(min(top, remaining images),)``.
 
     Raises:
         ValueError: If there is not one distance per gallery image, or ``top`` is below 1.
@@ -90,12 +90,12 @@ _QUERIES, _RESULTS = 12, 10
 
 @dataclass(frozen=True)
 class RankedImage:
-    """An image of a gallery, as ranked for a query.
+    """Gallery image in the ranked list of a query.
 
     Attributes:
-        path: Its file.
-        camid: Its camera.
-        distance: To the query.
+        path: Path of the image file.
+        camid: Camera of the image.
+        distance: Distance to the query.
         right: Whether it shows the query's identity.
     """
 
@@ -107,15 +107,15 @@ class RankedImage:
 
 @dataclass(frozen=True)
 class RankedQuery:
-    """A query and the gallery images nearest to it.
+    """Query with its nearest gallery images.
 
     Attributes:
-        path: Its file.
-        pid: Its identity.
-        camid: Its camera.
-        average_precision: Of the whole gallery, by Market-1501's protocol; NaN where the
-            gallery has no image of the identity from another camera.
-        results: The nearest images, nearest first.
+        path: Path of the image file.
+        pid: Identity of the query.
+        camid: Camera of the query.
+        average_precision: Average precision over the whole gallery by Market-1501's
+            protocol; NaN if the gallery has no image of the identity from another camera.
+        results: Nearest gallery images, nearest first.
     """
 
     path: str
@@ -134,8 +134,9 @@ def rank_queries(
 
     Args:
         distance: Distances ``(Q, G)``.
-        query: Path, identity and camera of the Q queries; what follows is ignored.
-        gallery: The same of the G gallery images.
+        query: Path, identity and camera of each of the Q queries; further entries are
+            ignored.
+        gallery: Path, identity and camera of each of the G gallery images.
 
     Returns:
         At most 12 queries with at most 10 results each.
@@ -146,7 +147,7 @@ def rank_queries(
         np.array([item[1] for item in gallery]),
         np.array([item[2] for item in gallery]),
     )
-    # Evenly spaced, so that nobody can pick the nice ones.
+    # Evenly spaced, so that the selection is unbiased.
     count = min(_QUERIES, len(query))
     chosen = np.arange(count) * len(query) // max(1, count)
     return [_rank(table[number], query[number], images) for number in chosen.tolist()]
@@ -171,12 +172,12 @@ def _rank(distances: Any, item: tuple[Any, ...], gallery: LabeledImages) -> Rank
 
 
 def write_ranked(folder: str | Path, name: str, queries: Sequence[RankedQuery]) -> None:
-    """Write the queries of a test set into a run's folder; other test sets' stay.
+    """Write the queries of a test set into a run's folder and keep other test sets.
 
     Args:
-        folder: The folder, which exists; nothing is written if it is empty.
-        name: The test set's name.
-        queries: Its queries.
+        folder: Existing folder of the run; nothing is written if it is empty.
+        name: Name of the test set.
+        queries: Queries of the test set.
     """
     if not folder:
         return
@@ -190,13 +191,13 @@ def write_ranked(folder: str | Path, name: str, queries: Sequence[RankedQuery]) 
 
 
 def read_ranked(folder: str | Path) -> dict[str, list[RankedQuery]]:
-    """Read what :func:`write_ranked` wrote.
+    """Read the queries written by :func:`write_ranked`.
 
     Args:
         folder: Folder of a run.
 
     Returns:
-        Queries by test set; empty where there is no file.
+        Queries by test set; empty if there is no file.
 
     Raises:
         ValueError: If the file is broken.

@@ -1,4 +1,4 @@
-"""What a finished run leaves for others to read: ``results.json`` in its folder."""
+"""Results of a finished run, written to ``results.json`` in its folder."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _Result = TypeVar("_Result")
 
 
 class RunMeter:
-    """Seconds of training and peak memory of a run, over all its parts.
+    """Training time and peak memory of a run, including resumed parts.
 
-    Its state is saved with each checkpoint. Work that was lost after the last checkpoint of
-    a killed part, and is done again, is counted once.
+    The state is saved with each checkpoint. Work that was lost after the last checkpoint
+    of a killed run and is repeated after resuming is counted once.
     """
 
     def __init__(self) -> None:
@@ -42,19 +42,19 @@ class RunMeter:
 
     @property
     def seconds(self) -> float:
-        """Seconds counted so far."""
+        """Training time so far, in seconds."""
         running = 0.0 if self._since is None else time.perf_counter() - self._since
         return self._seconds + running
 
     @property
     def peak_memory_mib(self) -> float:
-        """Largest resident memory so far, of the training process alone, in MiB."""
+        """Peak resident memory of the training process only, in MiB."""
         self._peak_memory = max(self._peak_memory, peak_memory_mib())
         return self._peak_memory
 
     @property
     def peak_gpu_memory_mib(self) -> float:
-        """Most memory that tensors took on a GPU so far, in MiB; 0 without a GPU."""
+        """Peak memory of tensors on a GPU so far, in MiB; 0 without a GPU."""
         self._peak_gpu_memory = max(self._peak_gpu_memory, peak_gpu_memory_mib())
         return self._peak_gpu_memory
 
@@ -68,7 +68,7 @@ class RunMeter:
             self._stop()
 
     def excluding(self, function: Callable[..., _Result]) -> Callable[..., _Result]:
-        """Wrap a function whose seconds are not to be counted, such as evaluation."""
+        """Wrap a function whose time is not counted, such as evaluation."""
 
         @functools.wraps(function)
         def uncounted(*args: Any, **kwargs: Any) -> _Result:
@@ -86,7 +86,7 @@ class RunMeter:
         self._seconds, self._since = self.seconds, None
 
     def state_dict(self) -> dict[str, float]:
-        """Return what has been measured."""
+        """Return the measurements."""
         return {
             "seconds": self.seconds,
             "peak_memory_mib": self.peak_memory_mib,
@@ -94,10 +94,10 @@ class RunMeter:
         }
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Go on from what was measured until a checkpoint.
+        """Restore the measurements of a checkpoint.
 
         Args:
-            state: What :meth:`state_dict` returned when the checkpoint was written.
+            state: Result of :meth:`state_dict` when the checkpoint was written.
         """
         self._seconds = state["seconds"]
         self._peak_memory = max(self._peak_memory, state["peak_memory_mib"])
@@ -105,9 +105,8 @@ class RunMeter:
 
 
 def peak_memory_mib() -> float:
-    """Return the largest resident memory of this process so far, in MiB."""
-    # Not ru_maxrss where it can be helped: on Linux a new process inherits the peak of the
-    # one that started it.
+    """Return the peak resident memory of this process so far, in MiB."""
+    # ru_maxrss is only the fallback: on Linux a new process inherits its parent's peak.
     if _PROCESS_STATUS.exists():
         for line in _PROCESS_STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -117,7 +116,7 @@ def peak_memory_mib() -> float:
 
 
 def peak_gpu_memory_mib() -> float:
-    """Return the most memory that tensors took on a GPU so far, in MiB; 0 without one."""
+    """Return the peak memory of tensors on a GPU so far, in MiB; 0 without a GPU."""
     if not torch.cuda.is_available():
         return 0.0
     devices = range(torch.cuda.device_count())
@@ -144,20 +143,20 @@ def write_results(
     device: torch.device,
     host: str,
 ) -> None:
-    """Write ``results.json`` into the run's folder; on the main process alone.
+    """Write ``results.json`` into the run's folder, only on the main process.
 
     Args:
         folder: Folder of the run; nothing is written if it is empty.
-        method: Registered name.
+        method: Registered name of the method.
         seed: Seed of the run.
-        num_images: Training images.
-        epochs: Epochs trained.
-        steps: Optimizer steps trained.
-        metrics: Percent by metric, by test set; empty without a test set.
-        meter: What the run took.
-        num_clusters: Clusters of the last clustering, None without.
-        device: What computed.
-        host: Package of the host framework.
+        num_images: Number of training images.
+        epochs: Number of epochs trained.
+        steps: Number of optimizer steps.
+        metrics: Metrics in percent by name, by test set; empty without a test set.
+        meter: Time and memory of the run.
+        num_clusters: Number of clusters of the last clustering; None without clustering.
+        device: Device of the training.
+        host: Package name of the host framework.
     """
     if not folder or rank() > 0:
         return
@@ -181,7 +180,7 @@ def write_results(
 
 
 def describe_device(device: torch.device) -> str:
-    """Name what computes: the GPU, or the processor and the number of threads."""
+    """Return the name of the GPU, or of the processor with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()

@@ -1,44 +1,44 @@
-"""What a run is besides its weights."""
+"""Metadata of a run that a resumed run must match."""
 
 from __future__ import annotations
 
 
 class RunState:
-    """What a run is besides its weights: the order of its images and its random streams.
+    """Metadata of a run that define the order of its images and its random streams.
 
-    All randomness of a run follows from its seed and the iteration (sampler position, the
-    augmentation of each sample, warm-up negatives, per-epoch seeds of every rank), so that
-    a seed, a batch size and a list of images are the whole state. Resuming with another one
-    would silently mix two runs: it is refused.
+    All randomness of a run is a function of its seed and the iteration (sampler position,
+    the augmentation of each sample, warm-up negatives, per-epoch seeds of every rank), so
+    a seed, a batch size and a list of images are the complete state. Resuming with
+    different values would silently mix two runs, so it is refused.
 
     Args:
-        facts: What must not change between the parts of a run.
+        metadata: Values that must not change when a run is resumed.
     """
 
-    def __init__(self, **facts: str | int) -> None:
-        self.facts = facts
+    def __init__(self, **metadata: str | int) -> None:
+        self.metadata = metadata
 
     def state_dict(self) -> dict[str, str | int]:
-        """Return the facts."""
-        return dict(self.facts)
+        """Return the metadata."""
+        return dict(self.metadata)
 
     def load_state_dict(self, state: dict[str, str | int]) -> None:
-        """Compare a checkpoint's facts with this run's.
+        """Compare the metadata of a checkpoint with those of this run.
 
         Args:
-            state: What :meth:`state_dict` returned when the checkpoint was written.
+            state: Result of :meth:`state_dict` when the checkpoint was written.
 
         Raises:
-            ValueError: If a fact differs; names it with both values.
+            ValueError: If a value differs; the message holds its name and both values.
         """
         differing = [
             f"{name} was {state[name]!r} and is {value!r}"
-            for name, value in self.facts.items()
+            for name, value in self.metadata.items()
             if name in state and state[name] != value
         ]
         if differing:
             raise ValueError(
                 f"cannot resume: {'; '.join(differing)}. Resume with the settings and "
-                "images of the interrupted run, or begin a new one in another folder, with "
+                "images of the interrupted run, or start a new run in another folder with "
                 "the old checkpoint as its weights"
             )

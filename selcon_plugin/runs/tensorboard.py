@@ -1,4 +1,4 @@
-"""Pictures of what was learned, for TensorBoard: contact sheet, embedding projector.
+"""Visualization in TensorBoard: contact sheet of clusters and embedding projector.
 
 Shape shorthand in this module:
 
@@ -23,7 +23,7 @@ from selcon_plugin.datasets.reading import ImageReadError, read_rgb
 
 logger = logging.getLogger(__name__)
 
-# What bounds the files, to a few MB.
+# These limits keep the files below a few MB.
 _MAX_POINTS = 1000
 _MAX_DIMENSIONS = 64
 _SPRITE = (32, 64)  # width, height
@@ -33,16 +33,18 @@ _GAP = 4
 
 
 def cluster_sheet(paths: Sequence[str], features: Tensor, labels: Tensor) -> Image.Image:
-    """Draw the largest clusters, a row each, from the image nearest to its mean outwards.
+    """Render a contact sheet of the largest clusters, one per row.
+
+    The images in a row are sorted by decreasing similarity to the mean of the cluster.
 
     Args:
-        paths: The M images.
-        features: Unit features, ``(M, C)``.
+        paths: Paths of the M images.
+        features: L2-normalized features, ``(M, C)``.
         labels: Cluster of each image, int64 ``(M,)``, -1 for an outlier.
 
     Returns:
-        At most 8 rows of at most 8 images, evenly spread over each cluster; a blank picture
-        where there is no cluster.
+        At most 8 rows of at most 8 images, evenly spaced over each cluster; a blank image
+        without clusters.
     """
     rows = []
     sizes = torch.bincount(labels[labels != OUTLIER])
@@ -70,34 +72,35 @@ def _thumbnail(path: str, size: tuple[int, int]) -> Image.Image:
 
 
 def chosen_points(labels: Tensor, limit: int = _MAX_POINTS) -> Tensor:
-    """Choose the images that the projector shows: whole clusters, the largest first.
+    """Select the images for the projector: whole clusters first, by decreasing size.
 
     Args:
         labels: Cluster of each image, int64 ``(M,)``, -1 for an outlier.
-        limit: How many images at most.
+        limit: Largest number of images.
 
     Returns:
-        Indices in ascending order. Outliers come last; among them, evenly spread ones.
+        Image indices in ascending order. Remaining places are filled with evenly spaced
+        outliers.
     """
     sizes = torch.bincount(labels[labels != OUTLIER], minlength=1)
     size = torch.where(labels == OUTLIER, 0, sizes[labels.clamp(min=0)])
     inside = (-size).argsort(stable=True)[: int((labels != OUTLIER).sum())][:limit]
     outliers = (labels == OUTLIER).nonzero().flatten()
-    room = min(limit - len(inside), len(outliers))
-    spread = np.linspace(0, max(0, len(outliers) - 1), room).round().astype(int)
+    num_outliers = min(limit - len(inside), len(outliers))
+    spread = np.linspace(0, max(0, len(outliers) - 1), num_outliers).round().astype(int)
     return torch.cat([inside, outliers[spread]]).sort().values
 
 
 def reduced(features: Tensor, dimensions: int = _MAX_DIMENSIONS) -> Tensor:
-    """Project features on their principal axes, so that the projector's file stays small.
+    """Project features onto their principal axes to keep the projector's file small.
 
     Args:
         features: Shape ``(M, C)``.
-        dimensions: Axes to keep at most.
+        dimensions: Largest number of axes.
 
     Returns:
-        Shape ``(M, min(C, M, dimensions))``, centered: the distances are kept as well
-        as that many axes can keep them.
+        Centered projections, shape ``(M, min(C, M, dimensions))``: the best approximation
+        of the features with that many axes.
     """
     centered = features.double() - features.double().mean(dim=0)
     _, _, axes = torch.linalg.svd(centered, full_matrices=False)
@@ -116,17 +119,17 @@ def write_pictures(
 ) -> None:
     """Write a contact sheet of clusters and the embedding to a run's TensorBoard files.
 
-    Of the embedding at most 1,000 images are shown, with 64 principal axes, cluster,
-    camera, file name and a small crop. A failure to write is a warning: the run is worth
-    more.
+    The embedding contains at most 1,000 images, with 64 principal axes, cluster, camera,
+    file name and a small crop. A failure to write causes only a warning, so that the run
+    continues.
 
     Args:
         folder: Folder of the run.
-        paths: The M images.
+        paths: Paths of the M images.
         camids: Camera of each image, -1 where unknown.
-        features: Unit features, ``(M, C)``.
+        features: L2-normalized features, ``(M, C)``.
         labels: Cluster of each image, int64 ``(M,)``, -1 for an outlier.
-        step: Optimizer steps done.
+        step: Number of completed optimizer steps.
     """
     features, labels = features.detach().float().cpu(), labels.cpu()
     points = chosen_points(labels)
@@ -149,9 +152,9 @@ def write_pictures(
                 tag="training_images",
             )
     except (OSError, ImportError) as error:
-        logger.warning("No pictures were written to TensorBoard: %s", error)
+        logger.warning("Contact sheet and embedding not written to TensorBoard: %s", error)
         return
-    logger.info("Pictures of clusters and embedding written to TensorBoard in %s", folder)
+    logger.info("Contact sheet and embedding written to TensorBoard in %s", folder)
 
 
 def _cluster_name(label: Tensor) -> str:
@@ -159,7 +162,7 @@ def _cluster_name(label: Tensor) -> str:
 
 
 def _sprites(paths: Sequence[str]) -> Tensor:
-    """Read small crops, (N, 3, side, side) in 0..1: the projector wants square ones."""
+    """Return square crops for the projector, ``(N, 3, side, side)`` in 0..1."""
     side = max(_SPRITE)
     sprites = np.full((len(paths), side, side, 3), 255, dtype=np.uint8)
     left = (side - _SPRITE[0]) // 2

@@ -1,23 +1,22 @@
-"""Samplers: which images make up a batch. Seeded, resumable and right under DDP.
+"""Batch samplers that are seeded, resumable and correct under DDP.
 
-A sampler is an endless stream of *global* batches, those of all processes together. Batch n
-is a function of the settings, the labels and n alone, so that neither the number of loader
-workers, nor the number of processes, nor a resumed run changes what the model sees. Of each
-batch, rank r of W gets the r-th of W contiguous slices: the K images of a cluster, which
-lie side by side, and the groups of batch normalization stay on one rank, if its slice is a
-multiple of them.
+A sampler is an endless stream of *global* batches, each shared by all processes. Batch n
+depends only on the settings, the labels and n, so the number of loader workers, the number
+of processes and a resumed run do not change the training samples. Of each batch, rank r of
+W gets the r-th of W contiguous slices: the K images of a cluster, which are contiguous, and
+the groups of batch normalization stay on one rank if its slice is a multiple of them.
 
-What a sampler yields is a :class:`SampleKey` and not a bare index: the place in the stream
-seeds the augmentation of that very sample.
+A sampler yields a :class:`SampleKey` instead of a bare index: the position in the stream
+seeds the augmentation of the sample.
 
-:class:`ClusterSampler` leaves the make-up of a batch to a *planner*, found by its name:
+:class:`ClusterSampler` composes batches by a *planner*, selected by name:
 
 =============  =======================================================================
-``pk_camera``  P clusters x K images, of each cluster from different cameras
+``pk_camera``  P clusters x K images, with the K images from different cameras
 ``pk``         P clusters x K images
 ``proxy``      P (cluster, camera) pairs x K images
 ``group``      whole clusters, one after the other (GroupSampling)
-``shuffle``    all images, outliers too, whatever their cluster
+``shuffle``    all images including outliers, regardless of their cluster
 =============  =======================================================================
 
 Shape shorthand in this module:

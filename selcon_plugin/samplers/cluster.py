@@ -1,4 +1,4 @@
-"""``ClusterSampler``: batches composed from pseudo-labels by a planner."""
+"""Sampler that composes batches from pseudo-labels by a planner."""
 
 from __future__ import annotations
 
@@ -18,68 +18,69 @@ from selcon_plugin.samplers.stream import (
     _whole_numbers,
 )
 
-# Values of the option "sampler" besides the names of the planners.
+# Values of the option "sampler" in addition to the names of the planners.
 AUTO, STREAM_SAMPLER = "auto", "stream"
-# Planners that take K images of each of P clusters.
+# Planners that sample K images of each of P clusters.
 _CLUSTERS_TIMES_INSTANCES = ("pk", "pk_camera", "proxy")
 
 
 def clusters_per_batch(sampler: str, batch_size: int, num_instances: int) -> int:
-    """Return how many clusters a batch needs at least.
+    """Return the minimum number of clusters that a batch needs.
 
     Args:
         sampler: Name of the sampler, not "auto".
         batch_size: Images in a batch.
-        num_instances: Images of each cluster in it.
+        num_instances: Images of each cluster in a batch.
 
     Returns:
-        P for samplers of P x K images, else 2.
+        P for samplers of P x K images, otherwise 2.
     """
     return batch_size // num_instances if sampler in _CLUSTERS_TIMES_INSTANCES else 2
 
 
 @dataclass(frozen=True)
 class _Epoch:
-    """What the batches of an epoch are made from; never changed, only replaced."""
+    """Immutable inputs from which the batches of an epoch are composed."""
 
-    labels: Indices  # of the images that the planner draws from
+    labels: Indices  # of the images that the planner samples from
     camids: Indices | None
-    images: Indices  # the images these are
-    outliers: Indices  # drawn by the quota, if any
+    images: Indices  # indices of those images
+    outliers: Indices  # sampled by the quota, if any
     start_batch: int
     planner: Planner
 
 
 class ClusterSampler(BatchStream):
-    """Batches made up from pseudo-labels, renewed each epoch by :meth:`set_labels`.
+    """Sampler of batches from pseudo-labels, which :meth:`set_labels` updates each epoch.
 
-    An epoch is a run of passes, each planned by the planner with randomness seeded by
-    ``(seed, start_batch, pass)``: a resumed run that sets the same labels draws the same
+    An epoch consists of passes, each planned by the planner with randomness seeded by
+    ``(seed, start_batch, pass)``: a resumed run that sets the same labels samples the same
     batches.
 
-    With ``outlier_ratio``, that share of each batch are outliers: each once, then all again
-    in another order; few outliers come several times in a batch. They come in blocks of
-    ``num_instances``, spread evenly over the batch, so that ranks and groups of batch
-    normalization have like shares. The planner fills the rest from the clustered images. In
-    an epoch without outliers, or without clusters, the planner fills all.
+    With ``outlier_ratio``, each batch contains that fraction of outliers, sampled in
+    shuffled passes; if there are few, an outlier occurs several times in a batch. Outliers
+    form blocks of ``num_instances``, spread evenly over the batch, so that ranks and groups
+    of batch normalization get similar fractions. The planner fills the rest from the
+    clustered images. In an epoch without outliers, or without clusters, the planner fills
+    the whole batch.
 
     Args:
         batch_size: Images B in a batch, over all processes; a multiple of
             ``num_instances``.
         planner: Registered name; see :func:`planner_names`.
         num_instances: Images K of each cluster in a batch.
-        group_size: For the planner ``group``: images of a cluster that stay together, at
-            most.
-        outlier_ratio: Share of outliers in each batch, in [0, 1); rounded to blocks of
+        group_size: Largest number of images of a cluster that the planner ``group`` keeps
+            together.
+        outlier_ratio: Fraction of outliers in each batch, in [0, 1); rounded to blocks of
             ``num_instances``, at least one block and at most all but one.
-        seed: Seed of all draws, equal on all ranks.
-        rank: This process.
+        seed: Random seed, equal on all ranks.
+        rank: Rank of this process.
         world_size: Number of processes.
 
     Attributes:
-        start: Number of the batch at which the next iteration begins; :meth:`set_labels`
-            sets it, set it to a later one to resume inside an epoch.
-        outliers_per_batch: Images in a batch that ``outlier_ratio`` asks for.
+        start: Number of the batch at which the next iteration starts; :meth:`set_labels`
+            sets it, and a later value resumes inside an epoch.
+        outliers_per_batch: Number of outliers in a batch by ``outlier_ratio``.
 
     Raises:
         ValueError: If a setting is out of range, or the batch is not a multiple of
@@ -130,36 +131,36 @@ class ClusterSampler(BatchStream):
         *,
         planner: str | None = None,
     ) -> None:
-        """Begin an epoch: its batches follow from these labels.
+        """Start an epoch with new labels.
 
-        Iterators that have begun keep the labels they began with.
+        Iterators that have already started keep their labels.
 
         Args:
-            labels: Cluster of each image, whole numbers of shape ``(M,)``; negative for an
+            labels: Cluster of each image, integers of shape ``(M,)``; negative for an
                 outlier. Copied.
             camids: Camera of each image, shape ``(M,)``, -1 where unknown, or None. Copied.
             start_batch: Number of the epoch's first batch, counted over the whole run.
-            planner: Registered name of a planner for this epoch alone, for instance
-                ``"shuffle"`` where there are no clusters to learn from.
+            planner: Registered name of a planner for this epoch only, for instance
+                ``"shuffle"`` if there are no clusters to learn from.
 
         Raises:
-            ValueError: If the labels or cameras are not ``(M,)`` whole numbers, or the
-                planner finds no image to draw.
+            ValueError: If the labels or cameras are not integers of shape ``(M,)``, or the
+                planner finds no image to sample.
         """
         labels = _whole_numbers("labels", labels)
         if camids is not None:
             camids = _whole_numbers("camids", camids)
             if len(camids) != len(labels):
                 raise ValueError(
-                    f"camids ({len(camids)}) and labels ({len(labels)}) must be of the "
-                    "same images"
+                    f"camids ({len(camids)}) and labels ({len(labels)}) must have the same "
+                    "length"
                 )
         if not len(labels):
             raise ValueError("there are no images to sample from")
         clustered, outliers = np.flatnonzero(labels >= 0), np.flatnonzero(labels < 0)
         images = np.arange(len(labels))
         if self.outliers_per_batch and len(clustered) and len(outliers):
-            images = clustered  # the outliers come by quota
+            images = clustered  # outliers are sampled by quota
         else:
             outliers = outliers[:0]
         epoch = _Epoch(
@@ -170,30 +171,30 @@ class ClusterSampler(BatchStream):
             start_batch,
             self.planner if planner is None else planner_named(planner),
         )
-        next(self._batches_of(epoch))  # what cannot be planned fails here, not in a loader
+        next(self._batches_of(epoch))  # fail here instead of in a data loader
         self._epoch = epoch
         self.start = start_batch
 
     def batches(self, start: int) -> Iterator[Indices]:
-        """Draw the global batches ``start``, ``start + 1``, ...; see the base class.
+        """Sample the global batches ``start``, ``start + 1``, ...; see the base class.
 
         Args:
-            start: Number of the first batch, in the epoch of the last labels set.
+            start: Number of the first batch, within the epoch of the current labels.
 
         Returns:
-            The batches.
+            An iterator over the batches.
 
         Raises:
             RuntimeError: If no labels have been set.
-            ValueError: If the batch lies before the epoch.
+            ValueError: If the batch precedes the epoch.
         """
         epoch = self._epoch
         if epoch is None:
-            raise RuntimeError("call set_labels() before drawing the first batch")
+            raise RuntimeError("call set_labels() before sampling the first batch")
         if start < epoch.start_batch:
             raise ValueError(
-                f"batch {start} lies before batch {epoch.start_batch}, at which the "
-                "labels were set: set the labels of its epoch"
+                f"batch {start} precedes batch {epoch.start_batch}, at which the labels "
+                "were set: call set_labels() with the labels of its epoch"
             )
         return itertools.islice(self._batches_of(epoch), start - epoch.start_batch, None)
 
@@ -204,15 +205,15 @@ class ClusterSampler(BatchStream):
 
     def _with_outliers(self, epoch: _Epoch) -> Iterator[Indices]:
         num_outliers = self.outliers_per_batch
-        drawn = _shuffled_passes(
+        sampled = _shuffled_passes(
             len(epoch.outliers),
             num_outliers,
             0,
-            # The 1 keeps this stream apart from the planner's.
+            # The 1 makes this random stream differ from the planner's.
             lambda number: np.random.default_rng((self.seed, epoch.start_batch, number, 1)),
         )
         for planned in self._planned(epoch, self.batch_size - num_outliers):
-            both = np.concatenate([planned, epoch.outliers[next(drawn)]])
+            both = np.concatenate([planned, epoch.outliers[next(sampled)]])
             yield both.reshape(-1, self.num_instances)[self._block_order].reshape(-1)
 
     def _planned(self, epoch: _Epoch, batch_size: int) -> Iterator[Indices]:
@@ -221,12 +222,12 @@ class ClusterSampler(BatchStream):
             rng = np.random.default_rng((self.seed, epoch.start_batch, number))
             plan = epoch.planner(epoch.labels, epoch.camids, settings, rng)
             if not len(plan):
-                raise ValueError("the planner made a pass without a batch")
+                raise ValueError("the planner returned a pass without batches")
             yield from epoch.images[plan]
 
 
 def _quota(outlier_ratio: float, batch_size: int, num_instances: int) -> int:
-    """Return the outliers in a batch: whole blocks, at least one, not all."""
+    """Return the number of outliers in a batch: whole blocks, at least one, not all."""
     if not 0 <= outlier_ratio < 1:
         raise ValueError(f"outlier_ratio must lie in [0, 1), got {outlier_ratio}")
     if outlier_ratio == 0:
@@ -242,7 +243,7 @@ def _quota(outlier_ratio: float, batch_size: int, num_instances: int) -> int:
 
 
 def _spread(num_blocks: int, num_last: int) -> Indices:
-    """Order blocks such that the last ones are spread evenly among the others."""
+    """Return an order of blocks that spreads the last ones evenly among the others."""
     bounds = np.arange(num_blocks + 1) * num_last // num_blocks
     is_last = np.diff(bounds) > 0
     order = np.empty(num_blocks, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Planners: how the images of each cluster are divided into batches."""
+"""Planners, which divide the images of the clusters into batches."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from selcon_plugin.samplers.stream import Indices
 
 @dataclass(frozen=True, slots=True)
 class PlanSettings:
-    """Sizes that a planner keeps to.
+    """Batch sizes for a planner.
 
     Attributes:
         batch_size: Images in a batch, a multiple of ``num_instances``.
         num_instances: Images K of each cluster in a batch.
-        group_size: Images of a cluster that ``group`` keeps together, at most.
+        group_size: Largest number of images of a cluster that ``group`` keeps together.
     """
 
     batch_size: int
@@ -28,7 +28,7 @@ class PlanSettings:
 
 
 class Planner(Protocol):
-    """Plans one pass over the images: a pure function of its arguments."""
+    """Function that plans one pass over the images and depends only on its arguments."""
 
     def __call__(
         self,
@@ -38,19 +38,19 @@ class Planner(Protocol):
         rng: np.random.Generator,
         /,
     ) -> Indices:
-        """Make up the batches of a pass.
+        """Compose the batches of a pass.
 
         Args:
             labels: Cluster of each image, shape ``(M,)``; negative for an outlier.
             camids: Camera of each image, shape ``(M,)``, -1 where unknown, or None.
-            settings: Sizes.
-            rng: All randomness comes from it.
+            settings: Batch sizes.
+            rng: Only source of randomness.
 
         Returns:
-            Images, shape ``(number of batches, batch_size)``, at least one batch.
+            Image indices, shape ``(number of batches, batch_size)``, at least one batch.
 
         Raises:
-            ValueError: If no image can be drawn.
+            ValueError: If no image can be sampled.
         """
 
 
@@ -61,7 +61,7 @@ PlannerFunction = TypeVar("PlannerFunction", bound=Planner)
 
 
 def register_planner(name: str) -> Callable[[PlannerFunction], PlannerFunction]:
-    """Decorator: make a planner available to :class:`ClusterSampler` under ``name``."""
+    """Return a decorator that registers a planner for :class:`ClusterSampler`."""
     return _PLANNERS.register(name)
 
 
@@ -78,10 +78,10 @@ def planner_named(name: str) -> Planner:
 def _shuffled_clusters(
     labels: Indices, rng: np.random.Generator
 ) -> tuple[Indices, Indices, Indices]:
-    """Shuffle the images inside each cluster and the clusters among themselves.
+    """Shuffle the images within each cluster, and the order of the clusters.
 
     Returns:
-        The images, cluster after cluster; and of each cluster its first place and its size.
+        The images by cluster, and the start and size of each cluster.
 
     Raises:
         ValueError: If there are only outliers.
@@ -89,8 +89,8 @@ def _shuffled_clusters(
     members = np.flatnonzero(labels >= 0)
     if not len(members):
         raise ValueError(
-            f"all {len(labels)} images are outliers (label -1), and this planner draws "
-            "from clusters alone: the planner 'shuffle' draws them all"
+            f"all {len(labels)} images are outliers (label -1), and this planner samples "
+            "only clustered images: use the planner 'shuffle', which samples all images"
         )
     rng.shuffle(members)
     _, cluster = np.unique(labels[members], return_inverse=True)
@@ -107,46 +107,46 @@ def _identities_across_cameras(
     settings: PlanSettings,
     rng: np.random.Generator,
 ) -> Indices:
-    """Plan batches of P clusters x K images, of each cluster from different cameras.
+    """Plan batches of P clusters x K images, with the K images from different cameras.
 
-    The rule of the field's cluster-based methods ("RandomMultipleGallerySampler"): of each
-    cluster a random image, the anchor, and K - 1 images from other cameras than the
-    anchor's. Where there are fewer than K - 1 of these, they come again in turn. A cluster
-    that has none, or whose anchor's camera is unknown, gives K of its images without regard
-    to cameras; fewer than K come again in turn. An image of unknown camera counts as being
-    from another camera than any known one. One thing differs: every cluster gives exactly K
-    images, where the common implementation takes one of a single-image cluster and so
-    shifts the boundaries of all later batches.
+    This is the rule of the usual cluster-based methods ("RandomMultipleGallerySampler"):
+    from each cluster it samples a random image, the anchor, and K - 1 images from cameras
+    other than the anchor's. If there are fewer than K - 1 of these, they are repeated
+    cyclically. From a cluster without such images, or with an anchor of unknown camera, K
+    images are sampled regardless of cameras; fewer than K are repeated cyclically. An image
+    of unknown camera counts as one from a different camera than any known one. There is one
+    difference: every cluster contributes exactly K images, while the common implementation
+    takes one image of a singleton and thereby shifts the boundaries of all later batches.
 
-    Clusters come in random order, each once a pass. The last batch is filled up with the
-    first clusters of the pass, and a batch wider than the number of clusters goes round
-    them several times; a cluster that comes again gives other images, as far as it has
+    Clusters are sampled in random order, each once per pass. The last batch is filled with
+    the first clusters of the pass, and a batch with more places than clusters repeats the
+    clusters cyclically; a repeated cluster contributes different images, as far as it has
     them.
 
     Returns:
-        Shape ``(ceil(clusters / P), batch_size)``; the K images of a cluster lie side by
-        side, the anchor first.
+        Shape ``(ceil(clusters / P), batch_size)``; the K images of a cluster are
+        contiguous, with the anchor first.
     """
     num_instances = settings.num_instances
     members, start, size = _shuffled_clusters(labels, rng)
     clusters_per_batch = settings.batch_size // num_instances
     num_slots = -(-len(size) // clusters_per_batch) * clusters_per_batch
-    # A slot is K places of a batch. Its candidates are all images of its cluster; when the
-    # cluster comes for the n-th time, they begin n * K further on.
+    # A slot is K places of a batch. Its candidates are all images of its cluster; at the
+    # n-th repetition of the cluster, they are rotated by n * K.
     turn, cluster = np.divmod(np.arange(num_slots), len(size))
     pool = size[cluster]
     first = np.cumsum(pool) - pool
     slot = np.repeat(np.arange(num_slots), pool)
     place = np.arange(len(slot)) - first[slot]
-    turned = (place + turn[slot] * num_instances) % pool[slot]
-    candidates = members[start[cluster][slot] + turned]
-    # The images are taken from the anchor on, or 1 behind it where all others are to come
+    rotated = (place + turn[slot] * num_instances) % pool[slot]
+    candidates = members[start[cluster][slot] + rotated]
+    # Images are taken from the anchor on, or from 1 behind it if the others have to come
     # from other cameras.
     behind = np.zeros(num_slots, dtype=np.int64)
     if camids is not None:
         anchor_camera = camids[candidates[first]][slot]
         other = (camids[candidates] != anchor_camera) & (anchor_camera >= 0)
-        # In each slot: the anchor, images of other cameras, images of its own.
+        # Order within a slot: the anchor, images of other cameras, images of its camera.
         kind = np.where(place == 0, 0, np.where(other, 1, 2))
         candidates = candidates[np.argsort(3 * slot + kind, kind="stable")]
         num_others = np.bincount(slot[other], minlength=num_slots)
@@ -166,7 +166,7 @@ def _identities(
     settings: PlanSettings,
     rng: np.random.Generator,
 ) -> Indices:
-    """Plan batches of P clusters x K images: ``pk_camera`` where no camera is known."""
+    """Plan batches of P clusters x K images: ``pk_camera`` without known cameras."""
     return _identities_across_cameras(labels, None, settings, rng)
 
 
@@ -179,9 +179,9 @@ def _proxies(
 ) -> Indices:
     """Plan batches of P camera proxies x K images (CAP, Wang et al., AAAI 2021).
 
-    A proxy is the images that one camera has of one cluster; each comes once a pass, as the
-    clusters do under ``pk``. The images of unknown camera are one proxy of their cluster;
-    without cameras every cluster is one.
+    A proxy consists of the images of one cluster from one camera; each proxy is sampled
+    once per pass, like the clusters under ``pk``. Images of unknown camera form one proxy
+    of their cluster; without cameras every cluster is a proxy.
 
     Returns:
         Shape ``(ceil(proxies / P), batch_size)``.
@@ -201,23 +201,22 @@ def _groups(
 ) -> Indices:
     """Plan batches of whole clusters (GroupSampling, Han et al., IEEE TIP 2022).
 
-    The images of each cluster are shuffled and cut into groups of at most ``group_size``;
-    the groups are shuffled and laid end to end, those of single-image clusters last; the
-    line is cut into batches, and the batches are shuffled. The line's last batch is filled
-    up from its beginning. Outliers are not drawn: those of the paper are single-image
-    clusters.
+    The images of each cluster are shuffled and split into groups of at most ``group_size``;
+    the groups are shuffled and concatenated, with singletons last; the sequence is split
+    into batches, and the batches are shuffled. The last batch of the sequence is filled
+    from its beginning. Outliers are not sampled: in the paper they are singletons.
 
     Returns:
         Shape ``(ceil(clustered images / batch_size), batch_size)``.
     """
     members, start, size = _shuffled_clusters(labels, rng)
     place = np.arange(len(members)) - np.repeat(start, size)
-    begins = place % settings.group_size == 0
-    group = np.cumsum(begins) - 1
+    is_first = place % settings.group_size == 0
+    group = np.cumsum(is_first) - 1
     rank = rng.permutation(group[-1] + 1)
-    rank[np.repeat(size, size)[begins] == 1] += len(rank)
-    line = members[np.argsort(rank[group], kind="stable")]
-    return rng.permutation(_cut(line, settings.batch_size))
+    rank[np.repeat(size, size)[is_first] == 1] += len(rank)
+    sequence = members[np.argsort(rank[group], kind="stable")]
+    return rng.permutation(_split_into_batches(sequence, settings.batch_size))
 
 
 @register_planner("shuffle")
@@ -227,16 +226,16 @@ def _all_images(
     settings: PlanSettings,
     rng: np.random.Generator,
 ) -> Indices:
-    """Plan batches of all images, outliers too, in random order.
+    """Plan batches of all images, including outliers, in random order.
 
-    The last batch is filled up with the first images of the pass.
+    The last batch is filled with the first images of the pass.
 
     Returns:
         Shape ``(ceil(M / batch_size), batch_size)``.
     """
-    return _cut(rng.permutation(len(labels)), settings.batch_size)
+    return _split_into_batches(rng.permutation(len(labels)), settings.batch_size)
 
 
-def _cut(line: Indices, batch_size: int) -> Indices:
-    """Cut into batches; the last one goes on at the beginning, round and round."""
-    return np.resize(line, (-(-len(line) // batch_size), batch_size))
+def _split_into_batches(sequence: Indices, batch_size: int) -> Indices:
+    """Split into batches; the last one is filled cyclically from the beginning."""
+    return np.resize(sequence, (-(-len(sequence) // batch_size), batch_size))

@@ -1,4 +1,4 @@
-"""Batch streams: batches as a function of the settings and the step."""
+"""Batch streams, in which each batch is a function of the settings and the step."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class SampleKey:
-    """One draw of a sampler.
+    """Sample of a sampler.
 
     Attributes:
-        index: Image, 0..M-1.
-        position: Place of the draw in the whole run's stream, counted over all processes:
-            B * number of the batch + place in the batch.
+        index: Image index, 0..M-1.
+        position: Position in the stream of the whole run, counted over all processes:
+            B * number of the batch + position in the batch.
     """
 
     index: int
@@ -29,16 +29,16 @@ class SampleKey:
 
 
 class BatchStream(Sampler[SampleKey], ABC):
-    """Base of the samplers: an endless stream of global batches, dealt to the ranks.
+    """Base class of samplers: an endless stream of global batches, split over the ranks.
 
     Args:
         batch_size: Images B in a batch, over all processes.
-        seed: Seed of all draws, equal on all ranks.
-        rank: This process.
+        seed: Random seed, equal on all ranks.
+        rank: Rank of this process.
         world_size: Number of processes W.
 
     Attributes:
-        start: Number of the batch at which the next iteration begins; set it to resume.
+        start: Number of the batch at which the next iteration starts; set it to resume.
 
     Raises:
         ValueError: If the batch is not a positive multiple of the number of processes.
@@ -60,22 +60,22 @@ class BatchStream(Sampler[SampleKey], ABC):
 
     @abstractmethod
     def batches(self, start: int) -> Iterator[Indices]:
-        """Draw the global batches ``start``, ``start + 1``, ... without end.
+        """Sample the global batches ``start``, ``start + 1``, ... endlessly.
 
         Args:
             start: Number of the first batch.
 
         Yields:
-            Images of one batch, shape ``(B,)``; the same on all ranks.
+            Image indices of one batch, shape ``(B,)``; the same on all ranks.
         """
 
     def __iter__(self) -> Iterator[SampleKey]:
-        share = self.batch_size // self.world_size
-        first = self.rank * share
+        per_rank = self.batch_size // self.world_size
+        first = self.rank * per_rank
         start = self.start
         for number, images in enumerate(self.batches(start), start):
             position = number * self.batch_size + first
-            for place, index in enumerate(images[first : first + share].tolist()):
+            for place, index in enumerate(images[first : first + per_rank].tolist()):
                 yield SampleKey(index, position + place)
 
 
@@ -83,32 +83,32 @@ def _shuffled_passes(
     num_images: int,
     batch_size: int,
     start: int,
-    generator_of_pass: Callable[[int], np.random.Generator],
+    pass_generator: Callable[[int], np.random.Generator],
 ) -> Iterator[Indices]:
-    """Cut endless shuffled passes over all images into batches; begin at any of them."""
+    """Split endless shuffled passes over all images into batches, from batch ``start``."""
     number, place = divmod(start * batch_size, num_images)
-    waiting = generator_of_pass(number).permutation(num_images)[place:]
+    pending = pass_generator(number).permutation(num_images)[place:]
     while True:
-        while len(waiting) < batch_size:
+        while len(pending) < batch_size:
             number += 1
-            order = generator_of_pass(number).permutation(num_images)
-            waiting = np.concatenate([waiting, order])
-        yield waiting[:batch_size]
-        waiting = waiting[batch_size:]
+            order = pass_generator(number).permutation(num_images)
+            pending = np.concatenate([pending, order])
+        yield pending[:batch_size]
+        pending = pending[batch_size:]
 
 
 class StreamSampler(BatchStream):
-    """Shuffled passes over all images, one after the other.
+    """Sampler of consecutive shuffled passes over all images.
 
-    Position n of the stream is place n % M of pass n // M, a permutation seeded by ``(seed,
-    pass)``: it is known without drawing what came before.
+    Position n of the stream is entry n % M of pass n // M, a permutation seeded by ``(seed,
+    pass)``, so any position can be computed without the previous ones.
 
     Args:
-        num_images: Images M.
-        batch_size: Images B in a batch, over all processes; 1 makes it a plain stream of
+        num_images: Number of images M.
+        batch_size: Images B in a batch, over all processes; 1 gives a plain stream of
             images.
         seed: Seed of the permutations, equal on all ranks.
-        rank: This process.
+        rank: Rank of this process.
         world_size: Number of processes.
 
     Raises:
@@ -136,7 +136,7 @@ class StreamSampler(BatchStream):
         self.num_images = num_images
 
     def batches(self, start: int) -> Iterator[Indices]:
-        """Draw the global batches ``start``, ``start + 1``, ...; see the base class."""
+        """Sample the global batches ``start``, ``start + 1``, ...; see the base class."""
         return _shuffled_passes(
             self.num_images,
             self.batch_size,
@@ -149,7 +149,7 @@ def _whole_numbers(name: str, values: Tensor | ArrayLike) -> Indices:
     array = np.asarray(values.cpu() if isinstance(values, Tensor) else values)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ValueError(
-            f"{name} must be whole numbers of shape (M,), got {array.dtype} of shape "
+            f"{name} must be integers of shape (M,), got {array.dtype} of shape "
             f"{array.shape}"
         )
     return array.astype(np.int64, copy=False)

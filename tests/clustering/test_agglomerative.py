@@ -15,7 +15,7 @@ from selcon_plugin.clustering.agglomerative import average_linkage_labels
 
 
 def sparse(dense: NDArray[np.float64]) -> scipy.sparse.csr_array:
-    """Store what is below 1; the diagonal as a tiny number."""
+    """Store entries below 1, and the diagonal as a tiny number."""
     kept = dense < 1
     np.fill_diagonal(kept, True)
     row, column = np.nonzero(kept)
@@ -23,12 +23,12 @@ def sparse(dense: NDArray[np.float64]) -> scipy.sparse.csr_array:
     return scipy.sparse.csr_array((data, (row, column)), shape=dense.shape)
 
 
-def random_distances(num_images: int, share: float, seed: int) -> NDArray[np.float64]:
+def random_distances(num_images: int, density: float, seed: int) -> NDArray[np.float64]:
     """Points in the plane; only some of their distances are below 1."""
     rng = np.random.default_rng(seed)
     points = rng.normal(size=(num_images, 2)) + rng.integers(0, 4, (num_images, 1))
     dense = np.linalg.norm(points[:, None] - points[None], axis=2)
-    dense /= np.quantile(dense, share)
+    dense /= np.quantile(dense, density)
     dropped = np.triu(rng.random(dense.shape) < 0.2)
     dense[(dense > 1) | dropped | dropped.T] = 1
     np.fill_diagonal(dense, 0)
@@ -39,11 +39,11 @@ def same_partition(found: NDArray[np.int64], expected: NDArray[np.int64]) -> boo
     return bool(adjusted_rand_score(found, expected) == 1)
 
 
-@pytest.mark.parametrize("share", [0.05, 0.3, 1.0])
-def test_equals_scipy_on_the_dense_distances(share: float) -> None:
+@pytest.mark.parametrize("density", [0.05, 0.3, 1.0])
+def test_equals_scipy_on_the_dense_distances(density: float) -> None:
     clusters = set()
     for seed in range(8):
-        dense = random_distances(120, share, seed)
+        dense = random_distances(120, density, seed)
         tree = linkage(squareform(dense), "average")
         for threshold in (0.1, 0.4, 0.6, 0.8, 0.95, 0.999):
             found = average_linkage_labels(sparse(dense), threshold)
@@ -71,7 +71,7 @@ def test_distances_that_are_not_stored_count_as_one() -> None:
     assert average_linkage_labels(sparse(dense), 0.76).tolist() == [0, 0, 0]
 
 
-def test_clusters_without_a_stored_pair_stay_apart() -> None:
+def test_clusters_without_a_stored_pair_are_not_merged() -> None:
     dense = np.ones((4, 4))
     dense[0, 1] = dense[1, 0] = dense[2, 3] = dense[3, 2] = 0.1
     assert average_linkage_labels(sparse(dense), 1.0).tolist() == [0, 0, 1, 1]
@@ -95,7 +95,7 @@ def test_equal_distances_merge_in_few_rounds(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(agglomerative, "_nearest_clusters", counted)
     assert not average_linkage_labels(sparse(np.full((300, 300), 0.5)), 0.5).any()
-    # One merge a round would take 299. Twice as many images take a round or two more.
+    # One merge per round would take 299 rounds. Twice as many images need one or two more.
     assert len(rounds) < 60
 
 
@@ -130,7 +130,7 @@ def test_identical_images_are_one_cluster() -> None:
     assert found.labels.tolist() == [0] * 25
 
 
-def test_separate_people_are_found(device: str) -> None:
+def test_separate_persons_are_found(device: str) -> None:
     generator = torch.Generator().manual_seed(0)
     people = torch.arange(15).repeat_interleave(12)
     centers = torch.randn(15, 64, generator=generator)

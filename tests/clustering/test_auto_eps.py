@@ -26,7 +26,7 @@ Data = Callable[[np.random.Generator], tuple[NDArray[np.float64], NDArray[np.int
 def tight_balanced(
     rng: np.random.Generator,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """50 identities of 12 images, well apart."""
+    """50 well separated identities of 12 images."""
     pids = np.repeat(np.arange(50), 12)
     return rng.normal(size=(50, DIM))[pids] + rng.normal(size=(len(pids), DIM)), pids
 
@@ -34,7 +34,7 @@ def tight_balanced(
 def imbalanced_with_cameras(
     rng: np.random.Generator,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """80 identities of 3 to 120 images, seen by 6 cameras that shift the features."""
+    """80 identities of 3 to 120 images from 6 cameras that shift the features."""
     sizes = np.clip(rng.pareto(1.2, 80) * 6 + 3, 3, 120).astype(int)
     pids = np.repeat(np.arange(80), sizes)
     camids = rng.integers(0, 6, len(pids))
@@ -46,7 +46,7 @@ def imbalanced_with_cameras(
 def overlapping_with_distractors(
     rng: np.random.Generator,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """60 noisy identities of 12 images that share 40 directions, and 200 single images."""
+    """60 noisy identities of 12 images in 40 directions, and 200 single images."""
     pids = np.concatenate([np.repeat(np.arange(60), 12), np.arange(60, 260)])
     centers = rng.normal(size=(260, 40)) @ rng.normal(size=(40, DIM)) / np.sqrt(40)
     shifts = 0.3 * rng.normal(size=(6, DIM))[rng.integers(0, 6, len(pids))]
@@ -56,7 +56,7 @@ def overlapping_with_distractors(
 def large_identities(
     rng: np.random.Generator,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """15 noisy identities of 100 images: most of its images share no neighbor."""
+    """15 noisy identities of 100 images, most of which share no neighbor."""
     pids = np.repeat(np.arange(15), 100)
     noise = 2.0 * rng.normal(size=(len(pids), DIM))
     return rng.normal(size=(15, DIM))[pids] + noise, pids
@@ -65,7 +65,7 @@ def large_identities(
 def agreement(
     graph: scipy.sparse.csr_array, pids: NDArray[np.int64], eps: float
 ) -> tuple[float, float]:
-    """AMI with the identities, and F1 of the pairs."""
+    """Return the AMI with the identities, and the F1 score of the pairs."""
     labels = torch.from_numpy(dbscan_labels(graph, eps, 4))
     found = cluster_diagnostics(labels, torch.from_numpy(pids))
     precision, recall = np.nan_to_num([found["pair_precision"], found["pair_recall"]])
@@ -75,7 +75,7 @@ def agreement(
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(
     ("make", "spread"),
-    [  # how much the AMI differs at least over the grid: any eps does for tight clusters
+    [  # smallest range of the AMI over the grid: tight clusters allow any eps
         (tight_balanced, 0.0),
         (imbalanced_with_cameras, 0.3),
         (overlapping_with_distractors, 0.8),
@@ -110,7 +110,7 @@ def two_groups(within: float, between: float) -> scipy.sparse.csr_array:
 
 
 def test_clusters_found_between_two_distances() -> None:
-    """Below 0.35 all are outliers, from 0.55 on there is one giant cluster."""
+    """Below 0.35 all images are outliers; from 0.55 on there is one giant cluster."""
     graph = two_groups(0.35, 0.55)
     eps = choose_eps(graph, partial(dbscan_labels, graph, min_samples=4), 4)
     assert 0.35 <= eps < 0.55
@@ -150,7 +150,7 @@ def test_an_eps_without_core_images_is_not_tried() -> None:
         pytest.param(scipy.sparse.csr_array((0, 0)), id="no image"),
     ],
 )
-def test_trivial_ends_fall_back_and_warn(
+def test_trivial_clusterings_fall_back_and_warn(
     graph: scipy.sparse.csr_array, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert choose_eps(graph, partial(dbscan_labels, graph, min_samples=4), 4) == 0.6

@@ -21,7 +21,7 @@ from selcon_plugin.options import Interval
 
 
 class ByFirstAxis(Labeler):
-    """Images whose first feature is largest are a cluster; the rest are outliers."""
+    """Labeler with one cluster: the images whose first feature is largest."""
 
     def __init__(self, *, size: Annotated[int, Interval(1)] = 3) -> None:
         self.size = size
@@ -34,7 +34,7 @@ class ByFirstAxis(Labeler):
 
 
 class Outlier:
-    """Makes one image an outlier and remembers how it was called."""
+    """Filter that turns one image into an outlier and records its calls."""
 
     def __init__(self, image: int) -> None:
         self.image = image
@@ -62,7 +62,7 @@ class Outlier:
 FEATURES = torch.tensor([[3.0, 0.0], [0.0, 2.0], [5.0, 0.1], [1.0, 0.0]])
 
 
-def test_features_are_scaled_to_unit_length_and_stay_where_they_are(device: str) -> None:
+def test_features_are_normalized_and_stay_on_their_device(device: str) -> None:
     labeler = ByFirstAxis()
     given = FEATURES.to(device, torch.float64)
     before = given.clone()
@@ -74,7 +74,7 @@ def test_features_are_scaled_to_unit_length_and_stay_where_they_are(device: str)
     assert torch.equal(given, before)
 
 
-def test_numpy_features_and_features_with_gradient_are_taken() -> None:
+def test_numpy_features_and_features_with_gradient_are_accepted() -> None:
     expected = ByFirstAxis()(FEATURES).labels
     assert torch.equal(ByFirstAxis()(FEATURES.numpy()).labels, expected)
     labeler = ByFirstAxis()
@@ -100,7 +100,7 @@ def test_filters_run_in_order_and_quality_is_that_of_the_result() -> None:
     assert found.measured["outlier_ratio"] == 0.75
 
 
-def test_state_of_the_filters_goes_round() -> None:
+def test_state_of_the_filters_round_trips() -> None:
     labeler, other = ByFirstAxis(), ByFirstAxis()
     labeler.filters = (Outlier(0), Outlier(2))
     other.filters = (Outlier(1), Outlier(1))
@@ -120,7 +120,7 @@ def test_one_line_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("num_images", [0, 1])
-def test_hardly_any_image_is_no_crash(num_images: int) -> None:
+def test_very_few_images_do_not_crash(num_images: int) -> None:
     found = ByFirstAxis()(torch.ones(num_images, 4), torch.zeros(num_images))
     assert found.num_images == num_images
     assert found.measured["num_clusters"] == found.num_clusters
@@ -133,9 +133,9 @@ def test_hardly_any_image_is_no_crash(num_images: int) -> None:
         (
             np.array([[1.0, 0.0], [1.0, np.nan], [np.inf, 0.0]]),
             None,
-            "image 1 are not finite .2 such images of 3",
+            "image 1 are not finite .2 of 3 images",
         ),
-        (FEATURES, torch.zeros(3), r"each of the 4 images, got shape \(3,\)"),
+        (FEATURES, torch.zeros(3), r"one camera per image, shape \(4,\), got shape \(3,\)"),
     ],
 )
 def test_wrong_input_is_named(features: Any, camids: Any, message: str) -> None:
@@ -143,7 +143,7 @@ def test_wrong_input_is_named(features: Any, camids: Any, message: str) -> None:
         ByFirstAxis()(features, camids)
 
 
-def test_a_labeler_without_eps_says_so() -> None:
+def test_a_labeler_without_eps_is_refused_by_name() -> None:
     labeler = ByFirstAxis()
     with pytest.raises(
         ValueError, match=r"ByFirstAxis has no eps .*use the DBSCAN labeler"
@@ -158,7 +158,7 @@ def test_all_labelers_are_found_by_name_and_their_defaults_are_legal() -> None:
         options = labeler_options(name)
         defaults = {key: option.default for key, option in options.items()}
         if name == "Infomap" and importlib.util.find_spec("infomap") is None:
-            continue  # an optional package, which has no release for Python 3.10
+            continue  # an optional package without a release for Python 3.10
         assert isinstance(build_labeler(name, **defaults), Labeler)
 
 
@@ -177,6 +177,6 @@ def test_build_checks_options_and_sets_filters() -> None:
         build_labeler("Dbscan")
 
 
-def test_a_name_is_registered_once() -> None:
+def test_a_name_cannot_be_registered_twice() -> None:
     with pytest.raises(ValueError, match="'DBSCAN' is already registered"):
         register_labeler("DBSCAN")(ByFirstAxis)

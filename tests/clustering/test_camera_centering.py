@@ -1,4 +1,4 @@
-"""Cameras made alike in their means: the definition in loops, invariants, real clusters."""
+"""Per-camera feature centering: definition by loops, invariants, real clusters."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor
 
 from selcon_plugin.clustering import build_labeler, camera_centering
 from selcon_plugin.clustering.camera_centering import (
-    FEWEST_IMAGES,
+    MIN_IMAGES_PER_CAMERA,
     PRIOR_IMAGES,
     center_cameras,
     num_centered,
 )
 from selcon_plugin.clustering.quality import adjusted_mutual_info
 
-# Two cameras are large enough, one lacks an image; some images are of an unknown one.
+# Two cameras are large enough, one is an image short; some cameras are unknown.
 SIZES = {3: 160, 0: 100, 7: 99, -1: 41}
 CAMERAS = torch.cat([torch.full((count,), camera) for camera, count in SIZES.items()])
 CAMERAS = CAMERAS[torch.randperm(400, generator=torch.Generator().manual_seed(4))]
@@ -33,7 +33,7 @@ def some_features(num_images: int = 400) -> Tensor:
 
 def by_loops(features: Tensor, camids: Tensor) -> Tensor:
     rows, cameras = features.tolist(), camids.tolist()
-    large = [c for c in cameras if c >= 0 and cameras.count(c) >= FEWEST_IMAGES]
+    large = [c for c in cameras if c >= 0 and cameras.count(c) >= MIN_IMAGES_PER_CAMERA]
     known = [i for i, camera in enumerate(cameras) if camera in large]
     result = []
     for row, camera in zip(rows, cameras, strict=True):
@@ -64,7 +64,7 @@ def test_images_of_unknown_and_of_small_cameras_stay() -> None:
     features = some_features()
     found = center_cameras(features, CAMERAS)
     torch.testing.assert_close(found[~MOVED], features[~MOVED])
-    # Nor do they move the others.
+    # They do not move the other images either.
     without = center_cameras(features[MOVED], CAMERAS[MOVED])
     torch.testing.assert_close(found[MOVED], without)
 
@@ -78,14 +78,14 @@ def test_one_camera_or_none_changes_nothing(num_images: int, camera: int) -> Non
     assert num_centered(torch.full((num_images,), camera)) == 0
 
 
-def test_rows_are_done_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_processed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = center_cameras(some_features(), CAMERAS)
     monkeypatch.setattr(camera_centering, "_ROWS_AT_ONCE", 7)
     assert torch.equal(center_cameras(some_features(), CAMERAS), whole)
 
 
 def people_seen_by_cameras(shift: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Twelve people, ten images each by three cameras that add ``shift`` of their own."""
+    """Twelve persons with ten images each from three cameras with different shifts."""
     generator = torch.Generator().manual_seed(0)
     people = torch.arange(12).repeat_interleave(30)
     camids = torch.arange(3).repeat_interleave(10).repeat(12)
@@ -100,9 +100,9 @@ def ami(features: Tensor, camids: Tensor, people: Tensor, *, center: bool) -> fl
     return adjusted_mutual_info(labeler(features, camids).labels, people)
 
 
-def test_people_are_found_across_cameras_that_look_different() -> None:
+def test_persons_are_found_across_cameras_that_look_different() -> None:
     data = people_seen_by_cameras(shift=1.0)
-    assert ami(*data, center=False) < 0.7  # cut by camera
+    assert ami(*data, center=False) < 0.7  # split by camera
     assert ami(*data, center=True) > 0.99
     alike = people_seen_by_cameras(shift=0.0)
     assert ami(*alike, center=False) > 0.99

@@ -18,7 +18,7 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 def sparse(dense: NDArray[np.float32], limit: float = 1.0) -> scipy.sparse.csr_array:
-    """Keep what is below the limit, and the diagonal."""
+    """Store entries below the limit, and the diagonal."""
     kept = dense < limit
     np.fill_diagonal(kept, True)
     row, column = np.nonzero(kept)
@@ -30,7 +30,7 @@ def random_graph(seed: int) -> scipy.sparse.csr_array:
     rng = np.random.default_rng(seed)
     num_images = int(rng.integers(1, 60))
     dense = rng.random((num_images, num_images), dtype=np.float32)
-    dense[rng.random(dense.shape) < 0.1] = 0.2  # many distances lie on eps exactly
+    dense[rng.random(dense.shape) < 0.1] = 0.2  # many distances equal eps exactly
     dense = np.minimum(dense, dense.T)
     np.fill_diagonal(dense, 0)
     return sparse(dense, limit=float(rng.choice([0.25, 0.6, 1.0])))
@@ -43,7 +43,9 @@ def reference(graph: scipy.sparse.csr_array, eps: float, min_samples: int) -> li
 
 @pytest.mark.parametrize("eps", [0.05, 0.2, 0.5])
 @pytest.mark.parametrize("min_samples", [1, 2, 4, 8])
-def test_equals_scikit_learn_numbers_included(eps: float, min_samples: int) -> None:
+def test_equals_scikit_learn_including_cluster_numbers(
+    eps: float, min_samples: int
+) -> None:
     clusters = 0
     for seed in range(25):
         graph = random_graph(seed)
@@ -54,7 +56,7 @@ def test_equals_scikit_learn_numbers_included(eps: float, min_samples: int) -> N
 
 
 def test_eps_is_compared_in_the_precision_of_the_distances() -> None:
-    # float32(0.6) is larger than 0.6: the pair is in, as it is for scikit-learn.
+    # float32(0.6) is larger than 0.6, but the pair counts, as for scikit-learn.
     graph = sparse(np.array([[0, 0.6], [0.6, 0]], dtype=np.float32))
     for eps in (0.6, float(np.float64(0.6))):
         assert dbscan_labels(graph, eps, 2).tolist() == [0, 0]
@@ -69,7 +71,7 @@ def test_border_image_joins_the_first_numbered_cluster_of_its_core_neighbors() -
         dense[np.ix_(group, group)] = 0.3
     dense[3, [2, 4]] = dense[[2, 4], 3] = 0.3
     np.fill_diagonal(dense, 0)
-    # With 4 images needed only 2 and 4 are core; with 3 all are, and 3 joins the triangles.
+    # If 4 images are required, only 2 and 4 are core; with 3, all are, and 3 joins both.
     assert dbscan_labels(sparse(dense), 0.5, 4).tolist() == [0, 0, 0, 0, 1, 1, 1]
     assert dbscan_labels(sparse(dense), 0.5, 3).tolist() == [0] * 7
 

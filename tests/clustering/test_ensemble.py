@@ -15,7 +15,7 @@ from selcon_plugin.clustering.ensemble import (
 
 
 def random_labelings(num_labelings: int, seed: int) -> NDArray[np.int64]:
-    """Variations of one clustering of 40 images, outliers included."""
+    """Return variations of one clustering of 40 images, including outliers."""
     rng = np.random.default_rng(seed)
     labels = np.tile(rng.integers(-1, 8, 40), (num_labelings, 1))
     changed = rng.random(labels.shape) < 0.3
@@ -24,14 +24,14 @@ def random_labelings(num_labelings: int, seed: int) -> NDArray[np.int64]:
 
 
 def pair_shares(labelings: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The definition, pair by pair."""
+    """Compute the co-association by its definition, pair by pair."""
     num_labelings, num_images = labelings.shape
-    shares = np.zeros((num_images, num_images))
+    fractions = np.zeros((num_images, num_images))
     for i in range(num_images):
         for j in range(num_images):
             for labels in labelings:
-                shares[i, j] += labels[i] == labels[j] != -1
-    return shares / num_labelings
+                fractions[i, j] += labels[i] == labels[j] != -1
+    return fractions / num_labelings
 
 
 @pytest.mark.parametrize("num_labelings", [1, 3, 4])
@@ -54,7 +54,7 @@ def test_clusters_are_the_components_of_agreeing_pairs(
         expected = np.full(40, -1)
         for start in range(40):
             reached, waiting = set(), [start]
-            while waiting:  # what can be reached over agreeing pairs
+            while waiting:  # images connected by agreeing pairs
                 image = waiting.pop()
                 if image not in reached:
                     reached.add(image)
@@ -71,13 +71,13 @@ def test_clusters_are_the_components_of_agreeing_pairs(
 def test_cluster_agreement_equals_its_definition(num_labelings: int) -> None:
     *labelings, labels = random_labelings(num_labelings + 1, seed=0)
     labels[labels == 5] = -1
-    labels[7] = 5  # an image alone
-    shares = pair_shares(np.stack(labelings))
+    labels[7] = 5  # a singleton
+    fractions = pair_shares(np.stack(labelings))
     expected = np.zeros(40)
     for i in range(40):
         others = [j for j in range(40) if j != i and labels[j] == labels[i] != -1]
         if others:
-            expected[i] = sum(shares[i, j] for j in others) / len(others)
+            expected[i] = sum(fractions[i, j] for j in others) / len(others)
     found = cluster_agreement(labelings, labels)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
     assert len(set(found.tolist())) > 3
@@ -95,7 +95,7 @@ def test_hand_worked_majority() -> None:
     np.testing.assert_allclose(co_association(labelings, 0, [1, 2, 4]), [1, 2 / 3, 1 / 3])
 
 
-def people(num: int, images: int, noise: float) -> torch.Tensor:
+def persons(num: int, images: int, noise: float) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     pids = torch.arange(num).repeat_interleave(images)
     centers = torch.randn(num, 16, generator=generator)
@@ -103,50 +103,48 @@ def people(num: int, images: int, noise: float) -> torch.Tensor:
 
 
 def test_one_eps_three_times_is_dbscan(device: str) -> None:
-    features = people(30, 12, noise=0.9).to(device)
-    alone = DBSCANLabeler(eps=0.5, k1=15)(features)
+    features = persons(30, 12, noise=0.9).to(device)
+    single = DBSCANLabeler(eps=0.5, k1=15)(features)
     found = EnsembleLabeler(eps=0.5, delta=0.0, k1=15)(features)
-    assert torch.equal(found.labels, alone.labels)
+    assert torch.equal(found.labels, single.labels)
     assert found.measured["agreement"] == 1
     assert found.num_clusters > 10
     assert found.num_outliers > 0
 
 
-def test_eps_is_found_as_dbscan_finds_it() -> None:
-    features = people(30, 12, noise=0.9)
-    alone = DBSCANLabeler(eps="auto", k1=15)(features)
+def test_auto_eps_equals_that_of_dbscan() -> None:
+    features = persons(30, 12, noise=0.9)
+    single = DBSCANLabeler(eps="auto", k1=15)(features)
     found = EnsembleLabeler(eps="auto", delta=0.04, k1=15)(features)
-    assert found.measured["eps"] == alone.measured["eps"]
+    assert found.measured["eps"] == single.measured["eps"]
     assert found.labelings is not None
     middle = PseudoLabels.numbered(found.labelings[1])
-    assert torch.equal(middle.labels, alone.labels)
-    with pytest.raises(
-        ValueError, match=r"got eps auto and delta 0\.2: make delta smaller"
-    ):
+    assert torch.equal(middle.labels, single.labels)
+    with pytest.raises(ValueError, match=r"got eps auto and delta 0\.2: reduce delta"):
         EnsembleLabeler(eps="auto", delta=0.2)
 
 
 def test_clusterings_are_those_of_three_eps() -> None:
-    features = people(30, 12, noise=0.9)
+    features = persons(30, 12, noise=0.9)
     labeler = EnsembleLabeler(eps=0.5, delta=0.15, k1=15)
     found = labeler(features)
     assert found.labelings is not None
     labelings = found.labelings.numpy()
     for labels, eps in zip(labelings, (0.35, 0.5, 0.65), strict=True):
-        alone = DBSCANLabeler(eps=eps, k1=15)(features)
-        assert torch.equal(PseudoLabels.numbered(labels).labels, alone.labels)
+        single = DBSCANLabeler(eps=eps, k1=15)(features)
+        assert torch.equal(PseudoLabels.numbered(labels).labels, single.labels)
     expected = agreement_labels(labelings, 0.5)
     assert torch.equal(found.labels, PseudoLabels.numbered(expected).labels)
-    shares = cluster_agreement(labelings, expected)[expected >= 0]
-    assert found.measured["agreement"] == pytest.approx(shares.mean())
+    fractions = cluster_agreement(labelings, expected)[expected >= 0]
+    assert found.measured["agreement"] == pytest.approx(fractions.mean())
     assert 0.5 < found.measured["agreement"] < 1
 
 
-def test_stricter_agreement_divides_clusters() -> None:
-    features = people(30, 12, noise=0.9)
+def test_stricter_agreement_splits_clusters() -> None:
+    features = persons(30, 12, noise=0.9)
     loose, strict = (
-        EnsembleLabeler(eps=0.5, delta=0.2, k1=15, agreement=share)(features).labels
-        for share in (0.0, 0.9)
+        EnsembleLabeler(eps=0.5, delta=0.2, k1=15, agreement=limit)(features).labels
+        for limit in (0.0, 0.9)
     )
     inside = strict >= 0
     owner = [set(loose[strict == cluster].tolist()) for cluster in strict[inside].unique()]

@@ -23,7 +23,7 @@ from selcon_plugin.clustering import filters as module
 
 
 class Fixed(Labeler):
-    """Gives set labels at eps, and at a smaller and a larger one."""
+    """Labeler with fixed labels at eps, and at a smaller and a larger eps."""
 
     def __init__(self, *labelings: Any) -> None:
         self.tight, self.at_eps, self.loose = (torch.as_tensor(x) for x in labelings)
@@ -62,7 +62,7 @@ def apply(
 
 
 def members(labels: NDArray[np.int64], image: int) -> set[int]:
-    """The images in one cluster with this one; an outlier is alone."""
+    """Return the images in the cluster of an image; an outlier is a singleton."""
     if labels[image] < 0:
         return {image}
     return set(np.flatnonzero(labels == labels[image]).tolist())
@@ -112,7 +112,7 @@ def test_reliability_equals_loops_over_three_epochs(quantile: float, seed: int) 
     for _ in range(3):
         labels = PseudoLabels.numbered(rng.integers(-1, 12, 60)).labels.numpy()
         tight = np.where(rng.random(60) < 0.1, -1, 2 * labels + rng.integers(0, 2, 60))
-        tight = np.maximum(tight, -1)  # clusters fall in two parts and lose images
+        tight = np.maximum(tight, -1)  # clusters split in two and lose images
         loose = np.where(labels >= 0, labels // rng.integers(1, 3), rng.integers(-1, 9, 60))
         labeler = Fixed(tight, labels, loose)
         expected, threshold = reliable_by_loops(tight, labels, loose, threshold, quantile)
@@ -125,7 +125,7 @@ def test_reliability_equals_loops_over_three_epochs(quantile: float, seed: int) 
 
 def test_reliability_by_hand() -> None:
     labels = [0, 0, 0, 0, 1, 1, 2, 2, 2]
-    # Cluster 0 loses image 3 when eps shrinks; clusters 1 and 2 merge when it grows.
+    # Cluster 0 loses image 3 when eps decreases; clusters 1 and 2 merge when it increases.
     labeler = Fixed([0, 0, 0, -1, 1, 1, 2, 2, 2], labels, [0, 0, 0, 0, 1, 1, 1, 1, 1])
     # R_indep: cluster 0: 0, cluster 1: 1 - 2/5, cluster 2: 1 - 3/5.
     label_filter = ReliabilityFilter(quantile=0.67)
@@ -134,13 +134,13 @@ def test_reliability_by_hand() -> None:
     assert found.labels.tolist() == [0, 0, 0, -1, -1, -1, 1, 1, 1]
 
 
-def test_an_image_left_alone_becomes_an_outlier() -> None:
+def test_a_remaining_singleton_becomes_an_outlier() -> None:
     labels = [0, 0, 0, 1, 1]
     # Cluster 0 falls apart into images 0-1 and image 2: IoU 2/3, 2/3 and 1/3; cluster 1
-    # stays whole. With loose clusters as they are, only image 2 goes ...
+    # stays whole. With unchanged loose clusters, only image 2 is dropped ...
     labeler = Fixed([0, 0, 1, 2, 2], labels, labels)
     assert apply(ReliabilityFilter(), labels, labeler=labeler).num_outliers == 1
-    # ... and when the tight clustering puts image 0 alone with a stranger nobody is left.
+    # ... and if the tight clustering groups image 0 only with another person, all are.
     labeler = Fixed([0, 1, 1, 2, 2], [0, 0, -1, 1, 1], [0, 0, -1, 1, 1])
     found = apply(ReliabilityFilter(), [0, 0, -1, 1, 1], labeler=labeler)
     assert found.labels.tolist() == [-1, -1, -1, 0, 0]
@@ -195,7 +195,7 @@ def test_clusters_of_one_camera_become_outliers() -> None:
     labels = [0, 0, 1, 1, 2, 2, -1, 3, 3]
     camids = torch.tensor([0, 0, 0, 1, 5, 5, 5, 5, -1])
     found = apply(SingleCameraFilter(), labels, camids=camids)
-    # Cluster 3 may have been seen by another camera as well.
+    # Cluster 3 has an unknown camera, which may be a second one.
     assert found.labels.tolist() == [-1, -1, 0, 0, -1, -1, -1, 1, 1]
 
 

@@ -14,7 +14,7 @@ from selcon_plugin.clustering.hdbscan import hdbscan_labels, mutual_reachability
 
 
 def sparse(dense: NDArray[np.float64]) -> scipy.sparse.csr_array:
-    """Store what is below 1; the diagonal as a tiny number."""
+    """Store entries below 1, and the diagonal as a tiny number."""
     kept = dense < 1
     np.fill_diagonal(kept, True)
     row, column = np.nonzero(kept)
@@ -28,7 +28,7 @@ def blobs(sizes: list[int], seed: int, *, stragglers: int = 0) -> NDArray[np.flo
     group = np.repeat(np.arange(len(sizes)), sizes)
     group = np.concatenate([group, len(sizes) + np.arange(stragglers)])
     points = rng.normal(size=(len(group), 2))
-    # Two dense places in each group, so that it has clusters inside.
+    # Each group has two dense regions, which form nested clusters.
     points[rng.random(len(points)) < 0.5] += 4
     dense = np.linalg.norm(points[:, None] - points[None], axis=2)
     dense = 0.9 * dense / dense.max()
@@ -52,7 +52,7 @@ def test_mutual_reachability_equals_its_definition(min_samples: int) -> None:
 
 
 # With one or two samples the core distance is never larger than a distance to another
-# image: no two edges are equally long but for those of length 1.
+# image, so only edges of length 1 have equal lengths.
 @pytest.mark.parametrize("min_samples", [1, 2])
 @pytest.mark.parametrize("selection", ["eom", "leaf"])
 def test_equals_scikit_learn_on_the_dense_distances(
@@ -60,7 +60,7 @@ def test_equals_scikit_learn_on_the_dense_distances(
 ) -> None:
     clusters = set()
     for seed in range(15):
-        # Four images alone: too few for a cluster, whatever they are joined with first.
+        # An isolated group of four images is too small for a cluster.
         dense = blobs([40, 25, 30], seed, stragglers=4)
         model = HDBSCAN(
             min_cluster_size=5,
@@ -96,13 +96,13 @@ def test_every_image_close_to_enough_others_is_clustered() -> None:
     )
 
 
-def test_images_that_share_nothing_are_no_cluster() -> None:
+def test_images_without_common_neighbors_form_no_cluster() -> None:
     dense = blobs([10, 10], seed=0, stragglers=20)
     labels = hdbscan_labels(sparse(dense), min_cluster_size=5, min_samples=2)
-    alone = (dense < 1).sum(axis=1) == 1
-    assert alone.sum() == 20
-    assert (labels[alone] == -1).all()
-    assert len(set(labels[~alone]) - {-1}) >= 2
+    isolated = (dense < 1).sum(axis=1) == 1
+    assert isolated.sum() == 20
+    assert (labels[isolated] == -1).all()
+    assert len(set(labels[~isolated]) - {-1}) >= 2
 
 
 @pytest.mark.parametrize("num_images", [0, 1, 2, 5])
@@ -115,7 +115,7 @@ def test_identical_images_do_not_fail() -> None:
     assert HDBSCANLabeler()(torch.ones(60, 8)).num_images == 60
 
 
-def test_separate_people_are_found(device: str) -> None:
+def test_separate_persons_are_found(device: str) -> None:
     generator = torch.Generator().manual_seed(0)
     people = torch.arange(15).repeat_interleave(12)
     centers = torch.randn(15, 64, generator=generator)

@@ -19,7 +19,7 @@ needs_infomap = pytest.mark.skipif(
     importlib.util.find_spec("infomap") is None, reason="infomap is not installed"
 )
 
-# In a process of its own, as the labeler does it.
+# Runs in a separate process, as in the labeler.
 LIBRARY_CALL = """
 import infomap, json, sys
 network = infomap.Infomap(directed=True, two_level=True, silent=True, seed=1)
@@ -39,7 +39,7 @@ def people(num: int, images: int, noise: float) -> tuple[Tensor, Tensor]:
 
 
 def cliques(sizes: list[int]) -> Neighbors:
-    """Groups in which all images are neighbors with similarity 0.9."""
+    """Return groups in which all images are neighbors with similarity 0.9."""
     num_images, width = sum(sizes), max(sizes)
     similarity = torch.zeros(num_images, width)
     index = torch.arange(num_images)[:, None].repeat(1, width)
@@ -55,7 +55,7 @@ def cliques(sizes: list[int]) -> Neighbors:
 
 @needs_infomap
 def test_equals_the_library_on_links_made_by_loops() -> None:
-    # Overlapping people: undirected links or more than two levels give other clusters.
+    # Overlapping persons: undirected links or more than two levels give other clusters.
     features, _ = people(12, 10, noise=1.5)
     similarity = features.double() @ features.double().T
     links = []
@@ -96,7 +96,7 @@ def test_the_smallest_similarity_is_included(limit: float, clusters: int) -> Non
 
 
 @needs_infomap
-def test_separate_people_are_found_beside_faiss(device: str) -> None:
+def test_separate_persons_are_found_beside_faiss(device: str) -> None:
     if importlib.util.find_spec("faiss"):
         import faiss  # noqa: F401  (both in one process would crash)
     features, pids = people(20, 12, noise=0.3)

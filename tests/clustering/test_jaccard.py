@@ -28,7 +28,7 @@ def units(*shape: int, seed: int = 0) -> Tensor:
 
 
 def people(num_images: int = 120, dim: int = 24, seed: int = 0) -> Tensor:
-    """Features around one center per twelve images, in random order."""
+    """Return features around one center per twelve images, in random order."""
     centers = units(max(1, num_images // 12), dim, seed=seed)
     drawn = torch.randint(
         0, len(centers), (num_images,), generator=torch.Generator().manual_seed(seed)
@@ -37,7 +37,7 @@ def people(num_images: int = 120, dim: int = 24, seed: int = 0) -> Tensor:
 
 
 def jaccard_by_loops(features: Tensor, k1: int, k2: int) -> Array:
-    """The definition, image by image, with sets and dictionaries."""
+    """Compute the distances by their definition, with sets and dictionaries."""
     vectors = F.normalize(features.double(), dim=1)
     cosine = (vectors @ vectors.T).tolist()
     images = range(len(features))
@@ -114,7 +114,7 @@ def test_each_device_gives_the_same(device: str) -> None:
     np.testing.assert_allclose(dense(found), expected, rtol=0, atol=2e-6)
 
 
-def test_torch_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_in_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     features = people(150)
     expected = jaccard_distance(features, k1=12, backend="torch")
     monkeypatch.setattr(_jaccard_torch, "PIECE_ELSEWHERE", 700)
@@ -127,7 +127,7 @@ def test_torch_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("limit", [0.1, 0.3, 0.6, 0.95, 1.0, 2.0])
-def test_max_distance_leaves_out_and_nothing_else(limit: float, backend: Any) -> None:
+def test_max_distance_only_removes_larger_distances(limit: float, backend: Any) -> None:
     features = people(400)
     whole = jaccard_distance(features, k1=20, backend=backend).tocoo()
     found = jaccard_distance(features, k1=20, max_distance=limit, backend=backend)
@@ -168,7 +168,7 @@ def test_exact_duplicates_are_stored(backend: Any) -> None:
     expected = jaccard_by_loops(features, 12, 6)
     for i in range(180):
         for j in range(i // 3 * 3, i // 3 * 3 + 3):
-            assert 0 < found[i, j] < 1  # stored: what is absent reads as 0
+            assert 0 < found[i, j] < 1  # stored: a missing entry reads as 0
     same = np.arange(180)[:, None] // 3 == np.arange(180)[None, :] // 3
     assert dense(found)[same].max() <= expected[same].max() + 1e-5
 
@@ -189,7 +189,7 @@ def test_identical_images(num_images: int, backend: Any) -> None:
     features = units(1, 8).repeat(num_images, 1)
     found = jaccard_distance(features, k1=30, backend=backend)
     assert (found.diagonal() == np.float32(ZERO)).all()
-    if num_images <= 30:  # all have the same neighborhood: everybody
+    if num_images <= 30:  # all images have the same neighborhood
         assert found.nnz == num_images**2
         assert found.data.max() < 1e-6
 
@@ -269,7 +269,7 @@ def test_features_that_are_not_finite_are_refused(value: float) -> None:
         ({"backend": "cupy"}, "backend must be one of auto, numba, torch, got 'cupy'"),
     ],
 )
-def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         jaccard_distance(people(10), **options)
     with pytest.raises(ValueError, match=r"features must be \(M, C\)"):

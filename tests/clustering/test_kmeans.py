@@ -36,14 +36,14 @@ def people(num: int, images: int, noise: float) -> tuple[Tensor, Tensor]:
     return F.normalize(features, dim=1), pids
 
 
-def test_separate_people_are_found(backend: str, device: str) -> None:
+def test_separate_persons_are_found(backend: str, device: str) -> None:
     features, pids = people(25, 12, noise=0.3)
     found = KMeansLabeler(num_clusters=25)(features.to(device))
     assert torch.equal(found.labels, pids)
 
 
 def test_every_image_is_nearest_to_its_own_center(backend: str) -> None:
-    # Overlapping people: what is left is the condition that k-means stops at.
+    # For overlapping persons, test the condition at which k-means converges.
     features, _ = people(12, 20, noise=1.5)
     labels = KMeansLabeler(num_clusters=10)(features).labels
     means = torch.stack([features[labels == cluster].mean(dim=0) for cluster in range(10)])

@@ -25,7 +25,7 @@ def units(*shape: int, seed: int = 0) -> Tensor:
 
 
 def clustered(num_images: int, dim: int, seed: int = 0) -> Tensor:
-    """Features that share a mean and gather around centers, as a network's do."""
+    """Return features with a common mean around centers, like those of a network."""
     centers = 2 + units(max(1, num_images // 12), dim, seed=seed)
     near = centers[torch.arange(num_images) % len(centers)]
     return F.normalize(near + 0.7 * units(num_images, dim, seed=seed + 1), dim=1)
@@ -43,7 +43,7 @@ def neighbors_by_loops(features: Tensor, k: int) -> Neighbors:
 
 
 def assert_nearest(found: Neighbors, features: Tensor, k: int) -> None:
-    """The loops' answer; images closer than float32 rounding may swap places."""
+    """Check against loops; images closer than float32 rounding may be swapped."""
     expected = neighbors_by_loops(features, k)
     assert found.similarity.dtype == torch.float32
     assert found.index.dtype == torch.int64
@@ -54,7 +54,7 @@ def assert_nearest(found: Neighbors, features: Tensor, k: int) -> None:
     products = (features.double() @ features.double().T).gather(1, found.index)
     torch.testing.assert_close(
         products, expected.similarity.double(), rtol=0, atol=2e-6
-    )  # the images named have the similarity of the images due
+    )  # the returned images have the expected similarities
     assert all(len(set(row)) == len(row) for row in found.index.tolist())
 
 
@@ -73,7 +73,7 @@ def test_torch_backend_equals_a_loop_on_each_device(device: str) -> None:
     assert_nearest(Neighbors(*(part.cpu() for part in found)), features, 20)
 
 
-def test_torch_backend_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_backend_in_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbors, "ROWS", 16)
     monkeypatch.setattr(neighbors, "PRODUCTS_ELSEWHERE", 16 * 70)  # 70 columns at a time
     monkeypatch.setattr(neighbors, "GROUP", 2)
@@ -108,11 +108,11 @@ def test_ties_go_to_the_smaller_index(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_shortlist_tells_apart_what_bfloat16_cannot(
+def test_shortlist_ranks_what_bfloat16_cannot_distinguish(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_shortlist, "BLOCK", 64)  # many blocks, the last one ragged
-    # 20 images of a group differ by less than bfloat16 can tell, and the k-th rank falls
+    monkeypatch.setattr(_shortlist, "BLOCK", 64)  # many blocks, the last one smaller
+    # 20 images of a group differ by less than bfloat16 resolves, and the k-th rank falls
     # into the group.
     centers = units(30, 64)
     features = F.normalize(centers.repeat_interleave(20, 0) + 2e-3 * units(600, 64), dim=1)
@@ -146,7 +146,7 @@ def test_shortlist_is_the_same_in_both_types_and_for_any_number_of_threads(
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-6])
-def test_shortlist_without_room_for_all_that_are_alike(scale: float) -> None:
+def test_shortlist_with_more_similar_images_than_capacity(scale: float) -> None:
     alike = units(1, 32) + scale * units(700, 32, seed=5)
     features = F.normalize(torch.cat([alike, units(100, 32, seed=6)]), dim=1)
     found = shortlist_neighbors(features, 10, dtype=torch.bfloat16)
@@ -170,16 +170,16 @@ def test_the_error_bound_holds_for_every_pair() -> None:
     error = (estimate - features.double() @ features.double().T).abs()
     bound = slack[:, None] + slack[None, :] + _shortlist.BFLOAT16_ROUNDOFF * products.abs()
     assert (error <= bound).all()
-    assert bound.mean() < 0.01  # and is worth having
+    assert bound.mean() < 0.01  # and is tight
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 3, 4, 7, 8])
-def test_every_block_meets_every_other_once(num_blocks: int) -> None:
+def test_every_block_is_paired_with_every_other_once(num_blocks: int) -> None:
     met = []
     for first, second in _shortlist._rounds(num_blocks):
         pairs = list(zip(first, second, strict=True))
         busy = [block for pair in pairs for block in set(pair)]
-        assert len(set(busy)) == len(busy)  # nobody is in two places at the same time
+        assert len(set(busy)) == len(busy)  # no block occurs twice in a round
         met += pairs
     everyone = range(num_blocks)
     assert sorted(met) == [(i, j) for i in everyone for j in everyone if i <= j]
@@ -195,7 +195,7 @@ def test_ivf_finds_most_neighbors() -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", "shortlist"])
-def test_precision_of_the_surroundings_plays_no_part(backend: str) -> None:
+def test_enclosing_precision_settings_have_no_effect(backend: str) -> None:
     features = clustered(300, 64)
     expected = nearest_neighbors(features, 10, backend=backend)  # type: ignore[arg-type]
     torch.set_float32_matmul_precision("medium")
@@ -248,7 +248,7 @@ def test_features_that_are_not_finite_are_refused(value: float) -> None:
         nearest_neighbors(features, 2)
 
 
-def test_bad_arguments_are_refused() -> None:
+def test_invalid_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match=r"features must be \(M, C\), got shape \(3,\)"):
         nearest_neighbors(torch.ones(3), 2)
     with pytest.raises(ValueError, match="k counts the image itself"):

@@ -21,7 +21,7 @@ from selcon_plugin.clustering import (
 
 
 class Fixed(Labeler):
-    """Gives the labels it was told to give."""
+    """Labeler that returns given labels."""
 
     def __init__(self, labels: list[int]) -> None:
         self.labels = labels
@@ -53,26 +53,26 @@ def test_clusters_pass_through() -> None:
         ([0, 0, -1, -1], "One cluster was found"),
     ],
 )
-def test_too_few_clusters_make_every_image_its_own(
+def test_too_few_clusters_give_instance_level_labels(
     labels: list[int], words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
     found = label_images(Fixed(labels), blobs(1, 4), None, min_clusters=3)
     assert found.instance_level
     assert found.labels.tolist() == [0, 1, 2, 3]
-    # What is reported is what was found, not what stands in for it.
+    # The report describes the clusters that were found, not the fallback.
     assert found.measured["num_clusters"] == len(set(labels) - {-1})
     assert len(caplog.records) == 1
     assert re.search(words, caplog.text)
 
 
 def test_one_cluster_is_too_few_whatever_the_batch() -> None:
-    """Contrast needs another cluster."""
+    """A contrastive loss needs a second cluster."""
     assert label_images(Fixed([0, 0]), blobs(1, 2), None, min_clusters=1).instance_level
 
 
 @pytest.mark.parametrize("features", [blobs(1, 1), blobs(1, 2), torch.ones(30, 4)])
-def test_impossible_sets_end_well(features: Tensor) -> None:
+def test_impossible_sets_do_not_fail(features: Tensor) -> None:
     found = label_images(DBSCANLabeler(), features, None)
     assert found.instance_level
     assert found.num_images == len(features)

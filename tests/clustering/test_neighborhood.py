@@ -1,4 +1,4 @@
-"""Neighborhoods by the number of images, alone and in DBSCAN."""
+"""Neighborhood sizes by the number of images, on their own and in DBSCAN."""
 
 from dataclasses import asdict
 
@@ -36,7 +36,7 @@ def test_auto_is_that_of_the_number_of_images(num_images):
         again = DBSCANLabeler(eps="auto", **auto).labels_at(found, change)
         wanted = DBSCANLabeler(eps="auto", **sizes).labels_at(expected, change)
         assert torch.equal(again, wanted)
-    # A number beside it counts.
+    # A number for another option is kept.
     mixed = DBSCANLabeler(eps=0.5, min_samples=2, k1="auto", k2="auto")(features)
     by_hand = DBSCANLabeler(eps=0.5, **{**sizes, "min_samples": 2})(features)
     assert torch.equal(mixed.labels, by_hand.labels)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.sparse import csr_array
 
-from selcon_plugin.clustering.pseudo_labels import PseudoLabels, outliers_alone
+from selcon_plugin.clustering.pseudo_labels import PseudoLabels, outliers_as_singletons
 
 
 def test_numbered_renames_by_first_image_and_keeps_the_partition() -> None:
@@ -16,7 +16,7 @@ def test_numbered_renames_by_first_image_and_keeps_the_partition() -> None:
         assert new == (-1 if old < 0 else names.setdefault(old, len(names)))
 
 
-def test_numbered_carries_on_what_comes_with_the_labels() -> None:
+def test_numbered_keeps_the_other_attributes() -> None:
     found = PseudoLabels.numbered([3], distance="graph", measured={"eps": 0.5})
     assert (found.distance, found.measured) == ("graph", {"eps": 0.5})
 
@@ -29,14 +29,14 @@ def test_counts_by_hand() -> None:
     assert not found.instance_level
 
 
-@pytest.mark.parametrize(("labels", "share"), [([], 0.0), ([-1, -1], 1.0)])
-def test_no_cluster(labels: list[int], share: float) -> None:
+@pytest.mark.parametrize(("labels", "ratio"), [([], 0.0), ([-1, -1], 1.0)])
+def test_no_cluster(labels: list[int], ratio: float) -> None:
     found = PseudoLabels.numbered(labels)
-    assert (found.num_clusters, found.outlier_ratio) == (0, share)
+    assert (found.num_clusters, found.outlier_ratio) == (0, ratio)
     assert found.sizes.tolist() == []
 
 
-def test_each_its_own() -> None:
+def test_instance_level_labels() -> None:
     found = PseudoLabels.each_its_own(3, measured={"eps": 0.1})
     assert found.labels.tolist() == [0, 1, 2]
     assert found.instance_level
@@ -58,15 +58,17 @@ def test_wrong_labels_are_refused(labels: torch.Tensor, message: str) -> None:
 
 
 @pytest.mark.parametrize("labels", [[], [-1], [-1, 1, 0, -1, 1], [-1, -1]])
-def test_outliers_alone_puts_each_outlier_after_the_clusters(labels: list[int]) -> None:
+def test_outliers_as_singletons_puts_each_outlier_after_the_clusters(
+    labels: list[int],
+) -> None:
     expected, clusters = [], max(labels, default=-1) + 1
     for label in labels:
         expected.append(label if label >= 0 else clusters)
         clusters += label < 0
-    assert outliers_alone(np.array(labels, dtype=np.int64)).tolist() == expected
+    assert outliers_as_singletons(np.array(labels, dtype=np.int64)).tolist() == expected
 
 
-def test_labels_of_some_images_among_all():
+def test_labels_of_a_subset_extend_to_all_images():
     distance = csr_array([[0, 0.5, 0], [0.5, 0, 0.25], [0, 0.25, 0]])
     some = PseudoLabels(
         torch.tensor([0, -1, 0]),
@@ -82,6 +84,6 @@ def test_labels_of_some_images_among_all():
     dense = np.zeros((5, 5))
     dense[np.ix_([1, 2, 4], [1, 2, 4])] = distance.toarray()
     assert np.array_equal(found.distance.toarray(), dense)
-    alone = PseudoLabels.each_its_own(3).among(kept)
-    assert alone.labels.tolist() == [0, 1, 2, 3, 4]
-    assert alone.instance_level
+    instances = PseudoLabels.each_its_own(3).among(kept)
+    assert instances.labels.tolist() == [0, 1, 2, 3, 4]
+    assert instances.instance_level

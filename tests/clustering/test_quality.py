@@ -23,7 +23,7 @@ from selcon_plugin.clustering.quality import (
 def random_distances(
     num_images: int, seed: int, stored: float = 0.3
 ) -> tuple[sparse.csr_array, NDArray[np.float64]]:
-    """The same symmetric distances sparse and dense; what is not stored is 1."""
+    """Return symmetric distances, sparse and dense; missing entries are 1."""
     rng = np.random.default_rng(seed)
     dense = rng.random((num_images, num_images))
     dense[rng.random(dense.shape) > stored] = 1
@@ -84,20 +84,24 @@ def test_adjusted_mutual_info_equals_scikit_learn(
 ) -> None:
     rng = np.random.default_rng(first_clusters)
     first = rng.integers(0, first_clusters, 200)
-    for share in (0.0, 0.7, 1.0):
+    for fraction in (0.0, 0.7, 1.0):
         second = rng.integers(0, second_clusters, 200)
-        second = np.where(rng.random(200) < share, first, second)
+        second = np.where(rng.random(200) < fraction, first, second)
         expected = adjusted_mutual_info_score(first, second)
         assert adjusted_mutual_info(first, second) == pytest.approx(expected, abs=1e-9)
 
 
 def test_adjusted_mutual_info_of_special_partitions() -> None:
-    three, alone, one = np.array([0, 0, 1, 2, 2]), np.arange(5), np.zeros(5, dtype=np.int64)
+    three, singletons, one = (
+        np.array([0, 0, 1, 2, 2]),
+        np.arange(5),
+        np.zeros(5, dtype=np.int64),
+    )
     assert adjusted_mutual_info(three, 7 - three) == 1.0
-    assert adjusted_mutual_info(alone, alone[::-1]) == 1.0
+    assert adjusted_mutual_info(singletons, singletons[::-1]) == 1.0
     assert adjusted_mutual_info(one, one) == 1.0
     assert adjusted_mutual_info(three, one) == pytest.approx(0, abs=1e-12)
-    assert adjusted_mutual_info(three, alone) == pytest.approx(0, abs=1e-12)
+    assert adjusted_mutual_info(three, singletons) == pytest.approx(0, abs=1e-12)
 
 
 def test_adjusted_mutual_info_of_thousands_of_clusters_is_fast() -> None:

@@ -49,7 +49,7 @@ def work(process: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def test_every_rank_gets_what_rank_0_has(tmp_path: Path) -> None:
+def test_every_rank_gets_the_labels_of_rank_0(tmp_path: Path) -> None:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     processes = [
         subprocess.Popen(
@@ -67,7 +67,7 @@ def test_every_rank_gets_what_rank_0_has(tmp_path: Path) -> None:
     finally:
         for process in processes:
             process.kill()
-            process.communicate()  # closes the pipe of one that the other's failure left
+            process.communicate()  # closes the pipe of the remaining process
 
 
 def test_one_process_keeps_its_labels() -> None:
@@ -76,7 +76,9 @@ def test_one_process_keeps_its_labels() -> None:
 
 
 def test_labelings_of_other_images_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"clusterings of the 2 images, \(T, M\), got"):
+    with pytest.raises(
+        ValueError, match=r"clusterings of the 2 images, shape \(T, M\), got"
+    ):
         PseudoLabels(torch.tensor([0, 1]), labelings=torch.zeros(3, 4, dtype=torch.int64))
 
 

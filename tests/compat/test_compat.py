@@ -1,4 +1,4 @@
-"""Every shim: the fault without it, none with it, and that it spares a healthy host."""
+"""Every patch: the fault without it, no fault with it, and no change of a healthy host."""
 
 import collections
 import importlib.util
@@ -258,8 +258,10 @@ def test_data_loader_is_untouched_with_cuda(monkeypatch):
 
 
 @needs_fastreid
-@pytest.mark.parametrize("mended", [False, True])
-def test_error_in_the_thread_that_fetches_batches_reaches_the_training(monkeypatch, mended):
+@pytest.mark.parametrize("patched", [False, True])
+def test_error_in_the_thread_that_fetches_batches_reaches_the_training(
+    monkeypatch, patched
+):
     compat.prepare_fastreid()
     from fastreid.data.data_utils import BackgroundGenerator
 
@@ -268,13 +270,13 @@ def test_error_in_the_thread_that_fetches_batches_reaches_the_training(monkeypat
         raise RuntimeError("the disk is gone")
 
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    if not mended:
+    if not patched:
         own = inspect.unwrap(BackgroundGenerator.run)
         monkeypatch.setattr(BackgroundGenerator, "run", own)
         monkeypatch.setattr(threading, "excepthook", lambda args: None)
     fetched = BackgroundGenerator(batches(), 0)
     assert next(fetched) == 1
-    if mended:
+    if patched:
         with pytest.raises(RuntimeError, match="the disk is gone"):
             next(fetched)
         assert list(BackgroundGenerator(iter([1, 2]), 0)) == [1, 2]
@@ -330,7 +332,7 @@ def fake_module(monkeypatch, name, **content):
 
 
 def fastreid_state():
-    """Collect every object a shim may have replaced."""
+    """Collect every object that a patch may have replaced."""
     compat.prepare_fastreid()
     from fastreid.data import data_utils
     from fastreid.data.transforms import build
@@ -387,9 +389,9 @@ class RunsOnLoad:
 )
 def test_checkpoints_still_cannot_run_code(tmp_path):
     compat.shared._allow_numpy_in_checkpoints()
-    torch.save(RunsOnLoad(), tmp_path / "hostile.pth")
+    torch.save(RunsOnLoad(), tmp_path / "malicious.pth")
     with pytest.raises(pickle.UnpicklingError):
-        torch.load(tmp_path / "hostile.pth")
+        torch.load(tmp_path / "malicious.pth")
 
 
 # --- the hosts at work -------------------------------------------------------------------
@@ -436,7 +438,7 @@ def small_fastreid_config(config):
 
 @pytest.fixture
 def one_thread():
-    """Tiny steps on a busy machine: more threads would only wait for each other."""
+    """Use one thread: for tiny steps on a busy machine more threads only wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -530,12 +532,12 @@ def test_torchreid_ranks_by_both_protocols():
 
 
 class TriedAgainError(Exception):
-    """Raised by the fifth line that torchreid prints about one file."""
+    """Error raised at the fifth line that torchreid prints about a file."""
 
 
 @pytest.fixture
 def torchreid_reader(monkeypatch):
-    """torchreid's own reader, put back into every place where it is called."""
+    """Restore torchreid's own reader in every module that calls it."""
     torchreid = compat.import_torchreid()
     tools = sys.modules[f"{torchreid.__name__}.utils.tools"]
     dataset = sys.modules[f"{torchreid.__name__}.data.datasets.dataset"]
@@ -568,7 +570,7 @@ def broken_image(request, tmp_path):
 
 @needs_torchreid
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # torchreid's own
-def test_broken_image_stops_torchreid_once_mended(torchreid_reader, broken_image):
+def test_broken_image_stops_torchreid_once_patched(torchreid_reader, broken_image):
     torchreid, places = torchreid_reader
     with pytest.raises(TriedAgainError):
         torchreid.utils.read_image(str(broken_image))
@@ -579,24 +581,24 @@ def test_broken_image_stops_torchreid_once_mended(torchreid_reader, broken_image
 
 
 @needs_torchreid
-def test_reader_is_mended_once(torchreid_reader):
+def test_reader_is_patched_once(torchreid_reader):
     torchreid, places = torchreid_reader
     compat.torchreid._let_unreadable_images_fail(torchreid)
-    mended = torchreid.utils.read_image
+    patched = torchreid.utils.read_image
     compat.torchreid._let_unreadable_images_fail(torchreid)
-    assert all(place.read_image is mended for place in places)
+    assert all(place.read_image is patched for place in places)
 
 
 @needs_torchreid
-def test_mended_reader_reads_what_torchreids_does(torchreid_reader, tmp_path):
+def test_patched_reader_equals_torchreids(torchreid_reader, tmp_path):
     torchreid, _ = torchreid_reader
     path = str(tmp_path / "palette.png")
     Image.effect_noise((8, 4), 50).convert("P").save(path)
     own = torchreid.utils.read_image(path)
     compat.torchreid._let_unreadable_images_fail(torchreid)
-    mended = torchreid.utils.read_image(path)
-    assert mended.mode == "RGB"
-    assert mended.tobytes() == own.tobytes()
+    patched = torchreid.utils.read_image(path)
+    assert patched.mode == "RGB"
+    assert patched.tobytes() == own.tobytes()
 
 
 @needs_torchreid

@@ -36,19 +36,19 @@ def test_first_sub_folder_is_the_camera(tmp_path):
     assert cameras(tmp_path) == {"a.jpg": "door", "b.jpg": "lobby", "c.jpg": None}
 
 
-def test_many_small_sub_folders_are_doubted(tmp_path, caplog):
+def test_many_small_sub_folders_cause_a_warning(tmp_path, caplog):
     for number in range(63):
         save_image(tmp_path / f"track{number % 21:02d}/{number}.jpg")
     read_image_folder(tmp_path)
-    assert "21 sub-folders, of 3 images in the middle, are taken for cameras" in caplog.text
+    assert "21 sub-folders with a median of 3 images are used as cameras" in caplog.text
     assert "--camera-pattern none" in caplog.text
     caplog.clear()
-    read_image_folder(tmp_path, camera_pattern=r"track(\d+)")  # said by the user
+    read_image_folder(tmp_path, camera_pattern=r"track(\d+)")  # chosen by the user
     read_image_folder(tmp_path, camera_pattern="none")
     for place in ("track20/20.jpg", "track20/41.jpg", "track20/62.jpg"):
         (tmp_path / place).unlink()
     read_image_folder(tmp_path)  # 20: they may be cameras
-    assert "taken for cameras" not in caplog.text
+    assert "used as cameras" not in caplog.text
 
 
 @pytest.mark.parametrize("pattern", ["", "none"])
@@ -74,22 +74,22 @@ def test_pattern_takes_first_group_or_whole_match(tmp_path, pattern):
     assert found["other.jpg"] is None
 
 
-def test_pattern_sees_the_folders_below_the_root_only(tmp_path):
+def test_pattern_sees_only_the_folders_below_the_root(tmp_path):
     save_image(tmp_path / "cam7" / "set" / "cam1" / "a.jpg")
     save_image(tmp_path / "cam7" / "set" / "cam2" / "a2.jpg")
     assert cameras(tmp_path / "cam7", r"cam(\d)") == {"a.jpg": "1", "a2.jpg": "2"}
 
 
-def test_pattern_that_fits_nothing_or_is_broken_is_an_error(tmp_path):
+def test_pattern_that_matches_nothing_or_is_broken_is_an_error(tmp_path):
     save_image(tmp_path / "a.jpg")
-    with pytest.raises(ValueError, match=r"'cam\(\\\\d\)' fits none of the 1 files"):
+    with pytest.raises(ValueError, match=r"'cam\(\\\\d\)' matches none of the 1 files"):
         read_image_folder(tmp_path, camera_pattern=r"cam(\d)")
-    with pytest.raises(ValueError, match=r"'\(' is no regular expression"):
+    with pytest.raises(ValueError, match=r"'\(' is not a regular expression"):
         read_image_folder(tmp_path, camera_pattern="(")
 
 
 def test_broken_files_are_listed_and_folders_are_not(tmp_path):
-    """Whether a file can be read is found out before the training, of all data sets."""
+    """Unreadable files of all data sets are found later, before the training."""
     save_image(tmp_path / "good.jpg")
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "gone.jpg").symlink_to("nowhere.jpg")

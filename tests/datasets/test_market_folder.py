@@ -1,4 +1,4 @@
-"""Folders named as in Market-1501."""
+"""Folders with file names as in Market-1501."""
 
 import pytest
 
@@ -34,7 +34,7 @@ def test_missing_split_is_named(tmp_path):
 def test_names_without_identity_and_camera_are_refused(tmp_path, caplog):
     (tmp_path / "notes.txt").touch()
     assert read_market_folder(tmp_path) == []
-    assert "notes.txt is not a picture" in caplog.text
+    assert "notes.txt is not an image" in caplog.text
     (tmp_path / "0001_c0s1.jpg").touch()  # cameras count from 1
     with pytest.raises(ValueError, match=r"0001_c0s1\.jpg: expected a name like"):
         read_market_folder(tmp_path)

@@ -1,4 +1,4 @@
-"""Real files of every kind: each is read as it should be, or refused with a reason."""
+"""Real files of every type: each is read correctly, or refused with a reason."""
 
 import errno
 import os
@@ -60,7 +60,7 @@ def test_cmyk(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
-def test_of_16_bits_the_upper_8_are_taken(tmp_path, name):
+def test_upper_8_of_16_bits_are_kept(tmp_path, name):
     values = np.array([[0, 255, 256, 0x1234, 0xFFFF]], dtype=np.uint16)
     file = write(tmp_path / name, Image.fromarray(values))
     assert pixels(file)[0].tolist() == [[v] * 3 for v in (0, 0, 1, 0x12, 255)]
@@ -82,7 +82,7 @@ def test_16_bit_color(tmp_path):
     assert pixels(tmp_path / "a.png").tolist() == [[[0x12, 0x80, 0xFF]]]
 
 
-def test_what_is_transparent_is_black(tmp_path):
+def test_transparency_is_black(tmp_path):
     half = Image.new("RGBA", (2, 1), (*COLOR, 255))
     half.putpixel((1, 0), (*COLOR, 0))
     assert pixels(write(tmp_path / "rgba.png", half)).tolist() == [[[*COLOR], [0, 0, 0]]]
@@ -101,11 +101,11 @@ def test_exif_rotation_is_used(tmp_path, name):
     image = plain((64, 32), (0, 0, 0))
     image.paste((255, 255, 255), (0, 0, 16, 32))  # white on the left
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn clockwise to show
-    turned = pixels(write(tmp_path / name, image, exif=exif))
-    assert turned.shape == (64, 32, 3)
-    assert turned[4].mean() > 240  # the left side is the top now
-    assert turned[-4].mean() < 15
+    exif[0x0112] = 6  # rotate clockwise for display
+    rotated = pixels(write(tmp_path / name, image, exif=exif))
+    assert rotated.shape == (64, 32, 3)
+    assert rotated[4].mean() > 240  # the left side is the top now
+    assert rotated[-4].mean() < 15
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
@@ -127,7 +127,7 @@ def test_smallest_and_widest(tmp_path, size):
     assert pixels(write(tmp_path / "a.png", plain(size))).shape == (*size[::-1], 3)
 
 
-def test_name_does_not_have_to_tell_the_type(tmp_path):
+def test_name_need_not_match_the_type(tmp_path):
     write(tmp_path / "a.png", plain())
     os.rename(tmp_path / "a.png", tmp_path / "a.jpg")
     assert np.array_equal(pixels(tmp_path / "a.jpg"), np.asarray(plain()))
@@ -169,7 +169,7 @@ def test_refused_with_path_and_reason(tmp_path, name):
     assert str(caught.value).startswith(f"{tmp_path / name}: ")
     assert reason in str(caught.value)
     assert str(caught.value).count(name) == 1
-    # It reaches the training from the processes that read.
+    # The error can be pickled, so it reaches the training from loader processes.
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
@@ -238,7 +238,7 @@ def test_good_files_are_not_decoded_again_while_they_are_the_same(
     files, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(reading, "_WORTH_REMEMBERING", 12)
+    monkeypatch.setattr(reading, "_MIN_CACHED_FILES", 12)
     read = []
     fault_of = reading.fault_of
     monkeypatch.setattr(
@@ -251,7 +251,7 @@ def test_good_files_are_not_decoded_again_while_they_are_the_same(
 
     assert check() == ([files[3], files[7]], 12)
     assert check() == ([files[3], files[7]], 2)
-    plain().save(files[3])  # mended: another size, all are looked at
+    plain().save(files[3])  # fixed: another size, so all files are checked
     assert check() == ([files[7]], 12)
     with open(files[5], "r+b") as stream:  # the same size
         stream.write(b"\0" * 20)
@@ -262,8 +262,8 @@ def test_good_files_are_not_decoded_again_while_they_are_the_same(
     assert check() == ([files[5], files[7]], 12)
 
 
-def test_check_does_without_a_folder_to_remember_in(files, tmp_path, monkeypatch):
+def test_check_works_without_a_cache_folder(files, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(reading, "_WORTH_REMEMBERING", 12)
+    monkeypatch.setattr(reading, "_MIN_CACHED_FILES", 12)
     assert len(find_unreadable(files)) == 2

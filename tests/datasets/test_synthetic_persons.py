@@ -1,4 +1,4 @@
-"""The synthetic people: reproducible, complete or absent, and a fair task to test on."""
+"""SyntheticPersons: reproducible, complete or absent, and a valid test set."""
 
 import json
 import multiprocessing
@@ -80,7 +80,7 @@ def test_shape_off_the_sheet_leaves_it_as_it_is() -> None:
     assert sheet.picture.getbbox() is None
 
 
-def test_other_seed_gives_other_people(tmp_path: Path) -> None:
+def test_another_seed_gives_other_persons(tmp_path: Path) -> None:
     first = generate_synthetic_persons(tmp_path, TINY)
     second = generate_synthetic_persons(
         tmp_path,
@@ -111,7 +111,7 @@ def test_names_and_sizes_are_those_of_market(small: Path) -> None:
                 assert (picture.size, picture.mode) == ((64, 128), "RGB")
 
 
-def test_pictures_show_something(small: Path) -> None:
+def test_images_are_not_uniform(small: Path) -> None:
     for path, _, _ in read_market_folder(small / TRAIN_FOLDER):
         with Image.open(path) as picture:
             assert np.asarray(picture).std() > 15.0
@@ -125,7 +125,7 @@ def test_counts_follow_the_specification(small: Path) -> None:
     assert sum(pid == 0 for _, pid, _ in gallery) == SMALL.num_distractors
 
 
-def test_defaults_are_about_a_thousand_pictures_each() -> None:
+def test_defaults_are_about_a_thousand_images_each() -> None:
     spec = SyntheticPersonsSpec()
     assert 900 <= spec.num_train_images <= 1100
     assert 900 <= spec.num_test_images <= 1100
@@ -178,7 +178,7 @@ def test_each_field_of_the_specification_changes_the_folder() -> None:
     assert len(names) == 7
 
 
-def test_processes_asking_at_once_share_one_complete_folder(tmp_path: Path) -> None:
+def test_concurrent_processes_get_one_complete_folder(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(2)
     processes = [
@@ -191,8 +191,8 @@ def test_processes_asking_at_once_share_one_complete_folder(tmp_path: Path) -> N
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
     assert [path.name for path in tmp_path.iterdir()] == [TINY.folder_name]
-    alone = generate_synthetic_persons(tmp_path / "alone", TINY)
-    assert contents(tmp_path / TINY.folder_name) == contents(alone)
+    single = generate_synthetic_persons(tmp_path / "single", TINY)
+    assert contents(tmp_path / TINY.folder_name) == contents(single)
 
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
 def _die_half_way(root: str) -> None:
     from selcon_plugin.datasets.synthetic import persons as synthetic_persons
 
-    original = synthetic_persons._draw_group
+    original = synthetic_persons._render_group
     calls = []
 
     def draw_one_then_die(*args: object) -> None:
@@ -219,7 +219,7 @@ def _die_half_way(root: str) -> None:
         calls.append(args)
         original(*args)  # type: ignore[arg-type]
 
-    synthetic_persons._draw_group = draw_one_then_die
+    synthetic_persons._render_group = draw_one_then_die
     generate_synthetic_persons(root, TINY)
 
 
@@ -229,7 +229,7 @@ def test_failure_leaves_nothing_behind(
     def fail(*args: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("selcon_plugin.datasets.synthetic.persons._draw_group", fail)
+    monkeypatch.setattr("selcon_plugin.datasets.synthetic.persons._render_group", fail)
     with pytest.raises(OSError, match="disk full"):
         generate_synthetic_persons(tmp_path, TINY)
     assert list(tmp_path.iterdir()) == []

@@ -370,7 +370,7 @@ def test_facts_of_a_run_survive_a_checkpoint():
     assert saved == {"num_images": 40, "seed": 0, "method": "Mine"}
     RunState(num_images=40, seed=0, method="Mine").load_state_dict(saved)
     saved["seed"] = 9  # a copy
-    assert state.facts["seed"] == 0
+    assert state.metadata["seed"] == 0
 
 
 def test_run_of_other_facts_is_refused_with_all_of_them():

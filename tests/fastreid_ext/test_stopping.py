@@ -166,7 +166,7 @@ def test_broken_last_checkpoint_gives_way(cfg, tmp_path, unbroken, content, capl
     with caplog.at_level(logging.WARNING):
         assert train(cfg, tmp_path).start_epoch == 1
     assert "model_0001.pth" in caplog.text
-    assert "Going on from" in caplog.text
+    assert "Resuming from" in caplog.text
     assert_equal(unbroken, checkpoint(tmp_path))
     assert not list(tmp_path.glob("*.partial"))
 
@@ -175,7 +175,7 @@ def test_nothing_readable_is_an_error_and_no_new_beginning(cfg, tmp_path):
     _cut_short(cfg, tmp_path)
     for file in tmp_path.glob("model_*.pth"):
         file.write_bytes(b"")
-    with pytest.raises(BadCheckpointError, match=r"model_0001\.pth is empty.*begin anew"):
+    with pytest.raises(BadCheckpointError, match=r"model_0001\.pth is empty.*start over"):
         train(cfg, tmp_path)
 
 

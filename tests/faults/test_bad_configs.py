@@ -1,7 +1,7 @@
-"""Wrong configs: each ends before any training, in one line that says what to do.
+"""Invalid configs: each fails before any training, with one line that names the remedy.
 
 A case is an id, what the user wrote (options by key on top of a config that trains, or a
-whole command line) and words that the line must hold: key, value, what is legal, remedy.
+whole command line) and strings that the line must contain: key, value, range, remedy.
 """
 
 import shlex
@@ -17,7 +17,7 @@ from selcon_plugin.datasets import SyntheticPersonsSpec, generate_synthetic_pers
 from selcon_plugin.fastreid_ext import SelConTrainer
 from selcon_plugin.torchreid_ext import ImageSelConEngine
 
-# Of this process alone. A case takes a fraction of one; the first of all imports packages.
+# CPU time of this process. A case takes a fraction of 1; the first imports packages.
 SECONDS = 20
 
 SPEC = SyntheticPersonsSpec(
@@ -82,7 +82,7 @@ FASTREID_CASES = [
     ("ghost-1", {S + "GHOST_BATCH_SIZE": 1}, "GHOST_BATCH_SIZE; 0; at least 2"),
     ("micro-batches", {S + "MICRO_BATCHES": 0}, "MICRO_BATCHES; >= 1; 0"),
     ("seed", {S + "SEED": -1}, "SEED; >= 0; -1"),
-    ("outlier-share", {S + "OUTLIER_RATIO": 1.0}, "OUTLIER_RATIO; < 1; 1.0"),
+    ("outlier-ratio", {S + "OUTLIER_RATIO": 1.0}, "OUTLIER_RATIO; < 1; 1.0"),
     ("eps", CLUSTERS | {C + "EPS": 1.5}, "CLUSTERING.EPS; <= 1; auto; 1.5"),
     ("period", CLUSTERS | {C + "PERIOD": 0}, "CLUSTERING.PERIOD; >= 1; 0"),
     ("batch-0", {"SOLVER.IMS_PER_BATCH": 0}, "SOLVER.IMS_PER_BATCH; >= 1; 0"),
@@ -396,52 +396,52 @@ def fails(place, data, capfd, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     names = {"place": str(place), "data": str(data)}
 
-    def run(command, words):
+    def run(command, parts):
         started = time.process_time()
         status = main([word.format(**names) for word in command])
         assert time.process_time() - started < SECONDS
         output = capfd.readouterr()
-        shown = [line for line in output.err.splitlines() if "error:" in line]
+        errors = [line for line in output.err.splitlines() if "error:" in line]
         assert status == 2, output.err
-        assert len(shown) == 1, output.err
-        assert shown[0].startswith(f"selcon {command[0]}: error: "), output.err
-        assert output.err.endswith(f"{shown[0]}\n"), output.err
+        assert len(errors) == 1, output.err
+        assert errors[0].startswith(f"selcon {command[0]}: error: "), output.err
+        assert output.err.endswith(f"{errors[0]}\n"), output.err
         assert "Traceback" not in output.out + output.err
-        missing = [word for word in words.split("; ") if word not in shown[0]]
-        assert not missing, f"{missing} not in: {shown[0]}"
+        missing = [part for part in parts.split("; ") if part not in errors[0]]
+        assert not missing, f"{missing} not in: {errors[0]}"
 
     return run
 
 
-def words_of(options):
+def arguments_of(options):
     return [word for key, value in options.items() for word in (key, str(value))]
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [pytest.param(*case[1:], id=case[0]) for case in FASTREID_CASES]
+    ("options", "parts"), [pytest.param(*case[1:], id=case[0]) for case in FASTREID_CASES]
 )
-def test_fastreid_config(fails, options, words):
-    fails(["train", *words_of(FASTREID | options)], words)
+def test_fastreid_config(fails, options, parts):
+    fails(["train", *arguments_of(FASTREID | options)], parts)
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [pytest.param(*case[1:], id=case[0]) for case in TORCHREID_CASES]
+    ("options", "parts"), [pytest.param(*case[1:], id=case[0]) for case in TORCHREID_CASES]
 )
-def test_torchreid_config(fails, options, words):
-    fails(["train", "--host", "torchreid", *words_of(TORCHREID | options)], words)
+def test_torchreid_config(fails, options, parts):
+    fails(["train", "--host", "torchreid", *arguments_of(TORCHREID | options)], parts)
 
 
 @pytest.mark.parametrize(
-    ("line", "words"), [pytest.param(*case[1:], id=case[0]) for case in COMMANDS]
+    ("line", "parts"), [pytest.param(*case[1:], id=case[0]) for case in COMMANDS]
 )
-def test_command(fails, line, words):
+def test_command(fails, line, parts):
     folder = {key: v for key, v in FASTREID.items() if not key.startswith("DATASETS")}
     placeholders = {
-        "{fastreid}": words_of(FASTREID),
-        "{folder}": words_of(folder),
-        "{torchreid}": ["--host", "torchreid", *words_of(TORCHREID)],
+        "{fastreid}": arguments_of(FASTREID),
+        "{folder}": arguments_of(folder),
+        "{torchreid}": ["--host", "torchreid", *arguments_of(TORCHREID)],
     }
     command = [
         part for word in shlex.split(line) for part in placeholders.get(word, [word])
     ]
-    fails(command, words)
+    fails(command, parts)

@@ -1,4 +1,4 @@
-"""Real processes that fail, are killed or hang: the others end, and say why."""
+"""Real processes that fail, are killed or hang: the others end with the reason."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from selcon_plugin.fastreid_ext.launch import (
 
 ROOT = Path(__file__).resolve().parents[2]
 HANG = 600.0  # seconds
-SOON = 300.0  # on a busy machine processes take their time to start
+SOON = 300.0  # processes start slowly on a busy machine
 
 
 def exchange(fault: str, folder: str) -> None:
-    """Add up ones with the other processes; the last process fails at the third time."""
+    """Sum ones over all processes; the last process fails in the third round."""
     torch.set_num_threads(1)
     is_last = dist.get_rank() == dist.get_world_size() - 1
     for step in range(5):
@@ -55,7 +55,7 @@ def ended(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    # Of a process whose parent has not asked for its status, the entry remains.
+    # A zombie process keeps its entry until its parent reads its status.
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
@@ -87,7 +87,7 @@ def test_one_process_that_fails_ends_the_others(
 
 
 class Failures(list):
-    """Stands in for the queue: what the processes reported, in order."""
+    """Fake queue with the reports of the processes, in order."""
 
     def empty(self) -> bool:
         return not self
@@ -109,7 +109,7 @@ ERROR, LOST = (5, False, "", "trace of 5"), (4, False, "", "connection closed")
         ([1, 143], [LOST], SystemExit, "143"),
     ],
 )
-def test_first_failure_is_told_from_those_that_follow(
+def test_first_failure_is_distinguished_from_later_ones(
     exit_codes: list[int], failures: list, error: type[BaseException], message: str
 ) -> None:
     processes = SimpleNamespace(processes=[SimpleNamespace(exitcode=c) for c in exit_codes])
@@ -138,7 +138,7 @@ def program(*arguments: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("fault", [pytest.param("error", marks=pytest.mark.slow), "killed"])
-def test_torchrun_ends_the_others_and_says_why(fault: str, tmp_path: Path) -> None:
+def test_torchrun_ends_the_others_with_the_reason(fault: str, tmp_path: Path) -> None:
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     process = program(*run, __file__, fault, str(tmp_path))
     _, errors = process.communicate(timeout=SOON)
@@ -151,7 +151,7 @@ def test_torchrun_ends_the_others_and_says_why(fault: str, tmp_path: Path) -> No
 
 
 def test_machine_that_vanishes_ends_the_other(tmp_path: Path) -> None:
-    """Two launchers as on two machines; the second is killed with its process."""
+    """Start two launchers, as on two machines; kill the second with its process."""
     meeting = f"tcp://127.0.0.1:{_free_port()}"
     first, second = (
         program(__file__, "hang", str(tmp_path), meeting, str(rank)) for rank in range(2)

@@ -13,7 +13,7 @@ pytest.importorskip("torchreid")
 TOOL = Path(__file__).parents[2] / "tools" / "faults" / "kill_and_resume.py"
 
 
-def test_killed_runs_end_as_the_unbroken_ones(tmp_path):
+def test_killed_runs_end_as_the_uninterrupted_ones(tmp_path):
     report = tmp_path / "report.md"
     finished = subprocess.run(
         [
@@ -26,8 +26,8 @@ def test_killed_runs_end_as_the_unbroken_ones(tmp_path):
         cwd=TOOL.parents[2],
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    figures = json.loads(report.with_suffix(".json").read_text())
-    assert figures["kills"] + figures["stops"] >= 6
-    assert figures["runs_compared"] >= 2
-    assert figures["problems"] == []
+    summary = json.loads(report.with_suffix(".json").read_text())
+    assert summary["kills"] + summary["stops"] >= 6
+    assert summary["runs_compared"] >= 2
+    assert summary["problems"] == []
     assert "| SelConCluster |" in report.read_text()

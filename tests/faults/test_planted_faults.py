@@ -1,4 +1,4 @@
-"""The mutation check: its list fits the code, and a short form of it."""
+"""Mutation check: its list matches the code, and a short run of it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tool() -> ModuleType:
     return module
 
 
-def test_every_fault_fits_the_code(tool: ModuleType) -> None:
+def test_every_fault_matches_the_code(tool: ModuleType) -> None:
     assert len({fault.name for fault in tool.FAULTS}) == len(tool.FAULTS) >= 15
     for fault in tool.FAULTS:
         source = (ROOT / "selcon_plugin" / fault.file).read_text()
@@ -71,12 +71,12 @@ for change in changes:
 """
 
 
-def test_verdicts_on_what_no_test_sees_and_on_what_cannot_run(tmp_path: Path) -> None:
+def test_verdicts_of_missed_and_of_broken_faults(tmp_path: Path) -> None:
     done = run("-c", VERDICTS, str(tmp_path))
     assert done.stdout.split() == ["missed", "broken"], done.stderr
 
 
-def test_fault_that_fits_no_more_is_refused(tool: ModuleType, tmp_path: Path) -> None:
+def test_fault_that_no_longer_matches_is_refused(tool: ModuleType, tmp_path: Path) -> None:
     tool.copy_repository(tmp_path)
     with pytest.raises(ValueError, match="must be there once"):
         tool.try_fault(

@@ -1,7 +1,7 @@
-"""Nothing that is loaded runs code: hostile checkpoints, configs, archives, messages.
+"""Untrusted checkpoints, configs, archives and messages never run code.
 
-Each hostile file would make a folder if its code ran. The environment asks ``torch.load``
-for its old, unsafe default, so that a call which does not say ``weights_only`` is found.
+Each malicious file would create a folder if its code ran. An environment variable gives
+``torch.load`` its old, unsafe default, so that calls without ``weights_only`` are found.
 """
 
 import contextlib
@@ -59,8 +59,8 @@ TORCHREID = {
 TOUCHED = "touched"
 
 
-class Hostile:
-    """Makes a folder where it is unpickled."""
+class Malicious:
+    """Object that creates a folder when it is unpickled."""
 
     def __reduce__(self):
         return os.mkdir, (TOUCHED,)
@@ -75,7 +75,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def place(tmp_path, data, monkeypatch):
-    """A working folder in which nobody may have made the folder by the end."""
+    """Working folder in which no code may have created the folder."""
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     monkeypatch.setenv("FASTREID_DATASETS", str(data))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
@@ -87,15 +87,15 @@ def place(tmp_path, data, monkeypatch):
     assert not (tmp_path / TOUCHED).exists(), "code was run"
 
 
-def write_hostile(file, form="zip"):
-    """Write a checkpoint that both hosts would accept, with a passenger."""
+def write_malicious(file, form="zip"):
+    """Write a checkpoint that both hosts would accept, with a malicious object."""
     weights = {"layer.weight": torch.zeros(2)}
     content = {
         "model": weights,
         "state_dict": weights,
         "selcon": {},
         "epoch": 1,
-        "passenger": Hostile(),
+        "extra": Malicious(),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     if form == "pickle":
@@ -106,14 +106,14 @@ def write_hostile(file, form="zip"):
     return file
 
 
-def words_of(options):
+def arguments_of(options):
     return [word for key, value in options.items() for word in (key, str(value))]
 
 
-def test_the_hostile_file_would_run_its_code(tmp_path, monkeypatch):
+def test_the_malicious_file_would_run_its_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for form in ("zip", "legacy", "pickle"):
-        file = write_hostile(tmp_path / "x.pth", form)
+        file = write_malicious(tmp_path / "x.pth", form)
         if form == "pickle":
             pickle.loads(file.read_bytes())
         else:
@@ -123,16 +123,16 @@ def test_the_hostile_file_would_run_its_code(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
 def test_load_data_names_file_and_reason(place, form):
-    file = write_hostile(place / "evil.pth", form)
+    file = write_malicious(place / "evil.pth", form)
     with pytest.raises(ValueError, match=r"evil\.pth cannot be read safely") as error:
         load_data(file)
-    if form != "pickle":  # of this form the reader understands too little to tell
+    if form != "pickle":  # the reader cannot parse this form far enough
         assert "names posix.mkdir" in str(error.value)
     assert "weights_only" not in str(error.value)
 
 
-def test_inside_data_only_nobody_can_ask_for_more(place):
-    file = write_hostile(place / "evil.pth")
+def test_data_only_cannot_be_overridden_inside(place):
+    file = write_malicious(place / "evil.pth")
     with data_only():
         for options in ({}, {"weights_only": False}, {"pickle_module": pickle}):
             with pytest.raises(ValueError, match=r"posix\.mkdir"):
@@ -179,34 +179,34 @@ HOST_NETWORKS = {
         ),
     ],
 )
-def test_fastreid_refuses_a_hostile_file(place, capsys, command, options):
-    write_hostile(place / "evil.pth")
-    assert main([*command, *words_of(FASTREID | options)]) == 2
+def test_fastreid_refuses_a_malicious_file(place, capsys, command, options):
+    write_malicious(place / "evil.pth")
+    assert main([*command, *arguments_of(FASTREID | options)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "evil.pth" in error
     assert "posix.mkdir" in error
 
 
-def test_fastreid_refuses_to_resume_from_a_hostile_file(place, capsys):
-    write_hostile(place / "out" / "model_0001.pth")
+def test_fastreid_refuses_to_resume_from_a_malicious_file(place, capsys):
+    write_malicious(place / "out" / "model_0001.pth")
     (place / "out" / "last_checkpoint").write_text("model_0001.pth")
-    assert main(["train", "--resume", *words_of(FASTREID)]) == 2
+    assert main(["train", "--resume", *arguments_of(FASTREID)]) == 2
     assert "model_0001.pth" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_extract_refuses_a_hostile_file(place, data, capsys):
-    write_hostile(place / "evil.pth")
+def test_extract_refuses_a_malicious_file(place, data, capsys):
+    write_malicious(place / "evil.pth")
     images = next(data.rglob("bounding_box_train"))
     command = ["extract", "--images", str(images), "--output", "x.npz"]
     options = {key: v for key, v in FASTREID.items() if not key.startswith("DATASETS")}
-    assert main([*command, *words_of(options | {"MODEL.WEIGHTS": "evil.pth"})]) == 2
+    assert main([*command, *arguments_of(options | {"MODEL.WEIGHTS": "evil.pth"})]) == 2
     assert "evil.pth" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_fastreids_own_checkpointer_refuses_a_hostile_file(place):
+def test_fastreids_own_checkpointer_refuses_a_malicious_file(place):
     from fastreid.utils.checkpoint import Checkpointer
 
-    file = write_hostile(place / "evil.pth")
+    file = write_malicious(place / "evil.pth")
     with pytest.raises(ValueError, match=r"posix\.mkdir"):
         Checkpointer(torch.nn.Linear(1, 1)).load(str(file))
 
@@ -232,16 +232,16 @@ def test_fastreids_own_checkpointer_refuses_a_hostile_file(place):
         ),
     ],
 )
-def test_torchreid_refuses_a_hostile_file(place, capsys, command, options):
-    write_hostile(place / "evil.pth")
-    assert main([command, "--host", "torchreid", *words_of(TORCHREID | options)]) == 2
+def test_torchreid_refuses_a_malicious_file(place, capsys, command, options):
+    write_malicious(place / "evil.pth")
+    assert main([command, "--host", "torchreid", *arguments_of(TORCHREID | options)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "evil.pth" in error
 
 
-def test_torchreid_refuses_to_resume_from_a_hostile_file(place, capsys):
-    write_hostile(place / "out" / "model" / "model.pth.tar-1")
-    command = ["train", "--host", "torchreid", "--resume", *words_of(TORCHREID)]
+def test_torchreid_refuses_to_resume_from_a_malicious_file(place, capsys):
+    write_malicious(place / "out" / "model" / "model.pth.tar-1")
+    command = ["train", "--host", "torchreid", "--resume", *arguments_of(TORCHREID)]
     assert main(command) == 2
     assert "model.pth.tar-1" in capsys.readouterr().err.splitlines()[-1]
 
@@ -255,8 +255,8 @@ def test_torchreid_refuses_to_resume_from_a_hostile_file(place, capsys):
     ],
     ids=["load_checkpoint", "load_pretrained_weights", "resume_from_checkpoint"],
 )
-def test_torchreids_own_functions_refuse_a_hostile_file(place, call):
-    file = write_hostile(place / "evil.pth")
+def test_torchreids_own_functions_refuse_a_malicious_file(place, call):
+    file = write_malicious(place / "evil.pth")
     with pytest.raises(ValueError, match=r"posix\.mkdir"):
         call(import_torchreid().utils, str(file))
 
@@ -270,18 +270,18 @@ def test_torchreids_own_functions_refuse_a_hostile_file(place, call):
     ],
 )
 def test_downloaded_weights_of_torchreid_are_read_as_data(place, name, cached):
-    write_hostile(place / "torch" / cached)
+    write_malicious(place / "torch" / cached)
     with pytest.raises(RuntimeError, match=r"posix\.mkdir"):
         create_torchreid_backbone(name, input_size=(64, 32), pretrained=True)
 
 
-HOSTILE_TAG = f"!!python/object/apply:os.mkdir [{TOUCHED}]"
+MALICIOUS_TAG = f"!!python/object/apply:os.mkdir [{TOUCHED}]"
 
 
 @pytest.mark.parametrize("host", ["fastreid", "torchreid", ""])
 @pytest.mark.parametrize("where", ["own", "base"])
 def test_a_config_that_makes_objects_is_refused(place, host, where):
-    (place / "evil.yml").write_text(f"MODEL:\n  DEVICE: {HOSTILE_TAG}\n")
+    (place / "evil.yml").write_text(f"MODEL:\n  DEVICE: {MALICIOUS_TAG}\n")
     (place / "upper.yml").write_text("_BASE_: evil.yml\nSOLVER:\n  MAX_EPOCH: 3\n")
     file = "evil.yml" if where == "own" else "upper.yml"
     with pytest.raises(ValueError, match=r"evil\.yml is refused: .*os\.mkdir.* line 2"):
@@ -289,13 +289,13 @@ def test_a_config_that_makes_objects_is_refused(place, host, where):
 
 
 def test_the_bench_refuses_a_config_that_makes_objects(place, capsys):
-    (place / "evil.yml").write_text(f"MODEL:\n  DEVICE: {HOSTILE_TAG}\n")
+    (place / "evil.yml").write_text(f"MODEL:\n  DEVICE: {MALICIOUS_TAG}\n")
     assert main(["bench", "--configs", "evil.yml", "--output", "bench"]) == 2
     assert "evil.yml is refused" in capsys.readouterr().err
 
 
 def test_a_program_is_no_config(place):
-    # yacs runs a .py file that is given to it as a config.
+    # yacs runs a .py file given as a config.
     (place / "evil.py").write_text(f"import os\nos.mkdir({TOUCHED!r})\ncfg = {{}}\n")
     with pytest.raises(ValueError, match=r"evil\.py' is a program"):
         load_config("evil.py", host="torchreid")
@@ -304,14 +304,14 @@ def test_a_program_is_no_config(place):
 @pytest.mark.parametrize("key", ["SOLVER.MAX_EPOCH", "OUTPUT_DIR"])
 def test_a_value_is_never_evaluated(place, key):
     text = f"__import__('os').mkdir({TOUCHED!r})"
-    with contextlib.suppress(ValueError):  # it is no number
+    with contextlib.suppress(ValueError):  # it is not a number
         load_config("", [key, text])
 
 
 def test_what_processes_send_each_other_is_data():
     from fastreid.utils import comm
 
-    import selcon_plugin.fastreid_ext  # noqa: F401  (mends it)
+    import selcon_plugin.fastreid_ext  # noqa: F401  (patches it)
 
     sent = [{"feats": torch.rand(3, 2), "pids": [1, 2], "loss": 0.5, "name": "a"}]
     got = comm.pickle.loads(comm.pickle.dumps(sent))
@@ -324,8 +324,8 @@ def test_what_others_send_runs_no_code(place, protocol):
     from fastreid.utils import comm
 
     stream = io.BytesIO()
-    torch.save(Hostile(), stream)
-    for message in (pickle.dumps(Hostile(), protocol), stream.getvalue()):
+    torch.save(Malicious(), stream)
+    for message in (pickle.dumps(Malicious(), protocol), stream.getvalue()):
         with pytest.raises(ValueError, match="cannot be read safely"):
             comm.pickle.loads(message)
 
@@ -353,7 +353,7 @@ def test_damaged_results_are_named(place, text):
 
 
 def test_no_source_unpickles_or_starts_a_shell():
-    """What is loaded goes through load_data; programs are started by lists of words."""
+    """Files are loaded only by load_data; programs are started by argument lists."""
     import ast
     from pathlib import Path
 
@@ -377,5 +377,5 @@ def test_no_source_unpickles_or_starts_a_shell():
             found += [
                 f"{file.name}:{node.lineno}" for k in node.keywords if k.arg == "shell"
             ]
-    # compat only asks whether torch reads NumPy's numbers, of bytes it made itself.
+    # compat only tests whether torch reads NumPy scalars, on bytes that it wrote itself.
     assert [place for place in found if not place.startswith("shared.py")] == []

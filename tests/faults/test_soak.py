@@ -1,4 +1,4 @@
-"""The soak tool: sees what grows, and a short run of it."""
+"""Soak tool: it detects growth, and a short run is flat."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def flat(soak: ModuleType, **changes: list[float]) -> dict[str, bool]:
         soak.Sample(**steady | {name: values[i] for name, values in changes.items()})
         for i in range(50)
     ]
-    return {growth.name: growth.is_flat for growth in soak.judge(samples)}
+    return {growth.name: growth.is_flat for growth in soak.find_growth(samples)}
 
 
-def test_what_is_steady_is_flat(soak: ModuleType) -> None:
+def test_steady_values_are_flat(soak: ModuleType) -> None:
     assert all(flat(soak).values())
-    # Start-up may take what it likes, and a single epoch may stand out.
+    # Start-up may use any amount, and a single epoch may be an outlier.
     assert all(flat(soak, memory_mib=[100.0] * 9 + [500.0] * 41).values())
     assert all(flat(soak, open_files=[9] * 45 + [30] + [9] * 4).values())
-    # A writer that has its file open in most of the epochs that are looked at.
+    # A writer has its file open in most of the checked epochs.
     assert all(flat(soak, open_files=[9] * 41 + [10, 10, 9] * 3).values())
 
 
@@ -46,7 +46,7 @@ def test_what_is_steady_is_flat(soak: ModuleType) -> None:
     ("name", "each_epoch"),
     [("memory_mib", 1.0), ("gpu_memory_mib", 0.1), ("open_files", 0.1), ("threads", 0.1)],
 )
-def test_a_leak_is_seen(soak: ModuleType, name: str, each_epoch: float) -> None:
+def test_a_leak_is_detected(soak: ModuleType, name: str, each_epoch: float) -> None:
     found = flat(soak, **{name: [10 + each_epoch * epoch for epoch in range(50)]})
     assert found.pop(name) is False
     assert all(found.values())
@@ -54,13 +54,13 @@ def test_a_leak_is_seen(soak: ModuleType, name: str, each_epoch: float) -> None:
 
 def test_too_few_epochs_are_refused(soak: ModuleType) -> None:
     with pytest.raises(ValueError, match="4 epochs are too few"):
-        soak.judge([soak.measure()] * 4)
+        soak.find_growth([soak.measure()] * 4)
 
 
 def test_a_short_run_is_flat(tmp_path: Path) -> None:
     pytest.importorskip("fastreid")
     report = tmp_path / "soak.md"
-    # A process of its own: what it holds is then the run's alone. In one that has run
+    # A separate process contains only the run's memory. In a process that has run
     # thousands of tests before, freed memory moves by as much as a leak would.
     options = ["--steps", "25", "--steps-per-epoch", "1", "--report", str(report)]
     run = subprocess.run(

@@ -1,4 +1,4 @@
-"""Three gloo processes whose shares differ, some empty; this file is also their program."""
+"""Three gloo processes with uneven, partly empty shards; this file is their program."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from selcon_plugin.models.preprocessing import Preprocessing
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_PROCESSES = 3
-# Images of a data set, and what FastReID's sampler deals to three ranks.
-SHARES = {1: (1, 0, 0), 2: (1, 1, 0), 4: (2, 2, 0), 7: (3, 3, 1)}
+# Images of a data set, and their split over three ranks by FastReID's sampler.
+SHARDS = {1: (1, 0, 0), 2: (1, 1, 0), 4: (2, 2, 0), 7: (3, 3, 1)}
 # A batch, and the rows of each rank.
 TARGETS, CAMIDS = torch.tensor([0, 0, 1, -1, 1, 0]), torch.tensor([0, 1, 2, 0, 2, -1])
-BATCH_SHARES = {"even": (2, 2, 2), "uneven": (3, 1, 2), "empty": (0, 4, 2)}
+BATCH_SHARDS = {"even": (2, 2, 2), "uneven": (3, 1, 2), "empty": (0, 4, 2)}
 
 
 def network(num_parts: int) -> EmbeddingNetwork:
@@ -40,9 +40,9 @@ def network(num_parts: int) -> EmbeddingNetwork:
     ).train()
 
 
-def extracted(num_images: int, num_parts: int, share: slice) -> dict[str, Any]:
+def extracted(num_images: int, num_parts: int, shard: slice) -> dict[str, Any]:
     images = torch.rand(num_images, 3, 8, 4, generator=torch.Generator().manual_seed(1))
-    rows = torch.arange(num_images)[share]
+    rows = torch.arange(num_images)[shard]
     batches = [(255 * images[part], part) for part in rows.split(2) if len(part)]
     net = network(num_parts)
     found = extract_embeddings(net, batches, num_images)
@@ -50,14 +50,14 @@ def extracted(num_images: int, num_parts: int, share: slice) -> dict[str, Any]:
     return {"global": found.global_features, "parts": found.part_features}
 
 
-def share_of(process: int, shares: tuple[int, ...]) -> slice:
-    first = sum(shares[:process])
-    return slice(first, first + shares[process])
+def shard_of(process: int, shards: tuple[int, ...]) -> slice:
+    first = sum(shards[:process])
+    return slice(first, first + shards[process])
 
 
-def batch_weights(share: slice) -> Tensor | None:
+def batch_weights(shard: slice) -> Tensor | None:
     weighting = CameraWeighting(len(TARGETS), "batch")
-    return weighting(torch.arange(len(TARGETS))[share], TARGETS[share], CAMIDS[share])
+    return weighting(torch.arange(len(TARGETS))[shard], TARGETS[shard], CAMIDS[shard])
 
 
 def work(process: int, folder: Path) -> None:
@@ -70,13 +70,13 @@ def work(process: int, folder: Path) -> None:
     torch.set_num_threads(1)
     results: dict[str, Any] = {
         f"extraction {num_images} {num_parts}": extracted(
-            num_images, num_parts, share_of(rank(), shares)
+            num_images, num_parts, shard_of(rank(), shards)
         )
-        for num_images, shares in SHARES.items()
+        for num_images, shards in SHARDS.items()
         for num_parts in (0, 2)
     }
-    for name, shares in BATCH_SHARES.items():
-        results[name] = batch_weights(share_of(process, shares))
+    for name, shards in BATCH_SHARDS.items():
+        results[name] = batch_weights(shard_of(process, shards))
     torch.save(results, folder / f"{process}.pt")
     dist.destroy_process_group()
 
@@ -106,12 +106,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("num_parts", [0, 2])
-@pytest.mark.parametrize("num_images", SHARES)
-def test_extraction_with_uneven_and_empty_shares_is_that_of_one_process(
+@pytest.mark.parametrize("num_images", SHARDS)
+def test_extraction_with_uneven_and_empty_shards_is_that_of_one_process(
     ranks: list[dict[str, Any]], num_images: int, num_parts: int
 ) -> None:
     expected = extracted(num_images, num_parts, slice(None))
-    assert expected["global"].norm(dim=1).min() > 0.99  # no row left out
+    assert expected["global"].norm(dim=1).min() > 0.99  # no row is missing
     assert (expected["parts"] is None) == (num_parts == 0)
     for results in ranks:
         torch.testing.assert_close(
@@ -119,16 +119,16 @@ def test_extraction_with_uneven_and_empty_shares_is_that_of_one_process(
         )
 
 
-@pytest.mark.parametrize("name", BATCH_SHARES)
-def test_camera_weights_of_uneven_shares_are_those_of_the_batch(
+@pytest.mark.parametrize("name", BATCH_SHARDS)
+def test_camera_weights_of_uneven_shards_are_those_of_the_batch(
     ranks: list[dict[str, Any]], name: str
 ) -> None:
     expected = camera_entropy_weights(TARGETS, CAMIDS, mode="batch")
-    expected[TARGETS < 0] = 1.0  # as CameraWeighting counts outliers
-    assert len(expected.unique()) == 3  # or a wrong slice could be right
+    expected[TARGETS < 0] = 1.0  # CameraWeighting gives outliers weight 1
+    assert len(expected.unique()) == 3  # otherwise a wrong slice could pass
     assert torch.equal(torch.cat([results[name] for results in ranks]), expected)
     for process, results in enumerate(ranks):
-        assert len(results[name]) == BATCH_SHARES[name][process]
+        assert len(results[name]) == BATCH_SHARDS[name][process]
 
 
 if __name__ == "__main__":

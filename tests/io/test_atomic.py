@@ -1,4 +1,4 @@
-"""Files that are complete or absent."""
+"""Atomic writes: files are complete or absent."""
 
 import os
 
@@ -13,7 +13,7 @@ from selcon_plugin.io.atomic import (
 )
 
 
-def test_what_was_saved_is_read_back(tmp_path):
+def test_saved_data_is_read_back(tmp_path):
     save_atomically({"bank": torch.arange(3)}, tmp_path / "a.pth")
     write_atomically("a.pth", tmp_path / "last")
     loaded = torch.load(tmp_path / "a.pth", weights_only=True)

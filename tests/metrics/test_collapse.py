@@ -1,4 +1,4 @@
-"""Measures of collapse: by their definition, by hand, and what is warned about."""
+"""Collapse metrics: by definition, by hand, and the warnings."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def by_definition(raw: torch.Tensor) -> dict[str, float]:
     unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
     mean = unit.mean(axis=0)
     values = np.linalg.svd(unit - mean, compute_uv=False) ** 2
-    shares = [value / values.sum() for value in values if value > 1e-12]
+    weights = [value / values.sum() for value in values if value > 1e-12]
     nearest = [
         max(float(a @ b) for j, b in enumerate(unit) if j != i) for i, a in enumerate(unit)
     ]
     return {
         "embedding_variance": float(np.mean(((unit - mean) ** 2).sum(axis=1))),
-        "effective_rank": math.exp(-sum(share * math.log(share) for share in shares)),
+        "effective_rank": math.exp(-sum(weight * math.log(weight) for weight in weights)),
         "nearest_similarity": sum(nearest) / len(nearest),
     }
 
@@ -54,7 +54,7 @@ def test_sample_of_many_is_spread_over_the_list_and_sees_all_neighbors(
 ) -> None:
     monkeypatch.setattr(collapse, "_SAMPLE", 4)
     first, second = features(4, 6), features(8, 6)
-    # Of 12 images 0, 3, 6 and 9 are looked at. Each has its twin beside it.
+    # Of 12 images 0, 3, 6 and 9 are sampled. The duplicate of each is next to it.
     rows = torch.stack([first, first, second[::2]], dim=1).flatten(0, 1)
     found = measure_spread(rows)
     assert found["nearest_similarity"] == pytest.approx(1.0, abs=1e-5)
@@ -76,7 +76,7 @@ def test_spread_of_equal_and_of_half_precision_features() -> None:
 
 
 def test_rank_counts_directions() -> None:
-    """Equal shares of k directions have effective rank k."""
+    """k equally strong directions have effective rank k."""
     for k in (1, 3, 8):
         axes = torch.eye(10)[:k]
         assert measure_spread(torch.cat([axes, -axes]))["effective_rank"] == pytest.approx(
@@ -85,21 +85,23 @@ def test_rank_counts_directions() -> None:
 
 
 def test_spread_needs_two_images() -> None:
-    with pytest.raises(ValueError, match=r"2 images or more, \(M, C\), got shape \(1, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"shape \(M, C\) with 2 images or more, got shape \(1, 4\)"
+    ):
         measure_spread(torch.ones(1, 4))
 
 
-def test_share_of_the_largest_cluster() -> None:
+def test_ratio_of_the_largest_cluster() -> None:
     found = PseudoLabels.numbered([0, 0, 0, 1, -1])
     assert measure_clusters(found) == {"largest_cluster_ratio": 0.6}
     for none in (PseudoLabels.numbered([-1, -1]), PseudoLabels.each_its_own(3)):
         assert measure_clusters(none) == {"largest_cluster_ratio": 0.0}
-    # One cluster of all is not trained on, and is what there is to say.
+    # A single cluster of all images is not trained on, but reported.
     fallen_back = PseudoLabels.each_its_own(4, measured={"max_cluster_size": 3.0})
     assert measure_clusters(fallen_back) == {"largest_cluster_ratio": 0.75}
 
 
-# Figures of finished runs on SyntheticPersons (1,000 images), the extremes of each.
+# Metrics of finished runs on SyntheticPersons (1,000 images), the extremes of each.
 HEALTHY = [
     {"embedding_variance": 0.895, "effective_rank": 195.0, "largest_cluster_ratio": 0.142},
     {"embedding_variance": 0.999, "effective_rank": 92.0, "largest_cluster_ratio": 0.0},
@@ -108,11 +110,11 @@ HEALTHY = [
 
 
 @pytest.mark.parametrize("measured", HEALTHY)
-def test_healthy_runs_are_left_in_peace(measured: dict[str, float]) -> None:
+def test_healthy_runs_cause_no_warning(measured: dict[str, float]) -> None:
     assert not find_collapse_signs(measured, 1000)
 
 
-def test_signs_say_what_is_wrong() -> None:
+def test_signs_describe_the_collapse() -> None:
     torch.manual_seed(0)
     point = F.normalize(torch.ones(100, 16) + 0.01 * torch.randn(100, 16), dim=1)
     signs = find_collapse_signs(measure_spread(point), 100)
@@ -128,6 +130,6 @@ def test_signs_say_what_is_wrong() -> None:
     assert not find_collapse_signs({"largest_cluster_ratio": 0.5}, 100)
 
 
-def test_a_handful_of_images_tells_nothing() -> None:
+def test_few_images_give_no_signs() -> None:
     assert not find_collapse_signs(measure_spread(torch.ones(31, 8)), 31)
     assert find_collapse_signs(measure_spread(torch.ones(32, 8)), 32)

@@ -14,7 +14,7 @@ from selcon_plugin.metrics.identities import cluster_diagnostics, neighbor_preci
 def test_neighbor_precision_by_hand() -> None:
     pids = torch.tensor([5, 5, 6, -1, -1])
     neighbors = torch.tensor([[1, 2], [0, 3], [4, 0]])
-    # Image 3 is of unknown identity: its neighbor 4 is no match.
+    # Image 3 is of unknown identity: its neighbor 4 is not a match.
     assert neighbor_precision(torch.tensor([0, 1, 3]), neighbors, pids) == pytest.approx(
         2 / 6
     )
@@ -37,13 +37,13 @@ def test_cluster_diagnostics_equal_loops(seed: int, device: str) -> None:
     for label in {labels[i] for i in clustered}:
         members = [pids[i] for i in clustered if labels[i] == label]
         most_frequent += max(members.count(pid) for pid in members)
-    alone = [labels[i] if labels[i] >= 0 else 100 + i for i in known]
+    singletons = [labels[i] if labels[i] >= 0 else 100 + i for i in known]
     found = cluster_diagnostics(
         torch.from_numpy(labels).to(device), torch.from_numpy(pids).to(device)
     )
     assert found == {
         "purity": pytest.approx(most_frequent / len(clustered)),
-        "ami": pytest.approx(adjusted_mutual_info_score(pids[known], alone)),
+        "ami": pytest.approx(adjusted_mutual_info_score(pids[known], singletons)),
         "pair_precision": pytest.approx(both / together),
         "pair_recall": pytest.approx(both / same),
     }

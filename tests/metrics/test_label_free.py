@@ -13,26 +13,26 @@ SIZES = NeighborhoodSizes(k1=8, k2=2, min_samples=3)
 
 
 def people(noise: float, *, num_people: int = 12, per_person: int = 8) -> torch.Tensor:
-    """Draw features of people: a direction each, and noise about it."""
+    """Sample features of persons: one direction each, with noise."""
     rng = torch.Generator().manual_seed(0)
     centers = torch.randn(num_people, 32, generator=rng)
     drawn = torch.randn(num_people * per_person, 32, generator=rng)
     return centers.repeat_interleave(per_person, dim=0) + noise * drawn
 
 
-def test_well_separated_people_score_high_and_are_found() -> None:
+def test_well_separated_persons_score_high_and_are_found() -> None:
     found = label_free_quality(people(0.1), sizes=SIZES)
     assert (found.num_clusters, found.outlier_ratio, found.collapse) == (12, 0.0, "")
     assert found.value > 0.8
 
 
-def test_the_figure_falls_with_the_noise() -> None:
+def test_the_criterion_decreases_with_the_noise() -> None:
     values = [label_free_quality(people(n), sizes=SIZES).value for n in (0.2, 0.6, 1.0)]
     assert values == sorted(values, reverse=True)
     assert values[0] > 1.3 * values[2] > 0
 
 
-def test_it_is_the_product_of_its_parts_each_as_defined() -> None:
+def test_it_is_the_product_of_its_factors_as_defined() -> None:
     features = people(0.7)
     found = label_free_quality(features, sizes=SIZES)
     labeler = build_labeler("DBSCAN", eps="auto", **vars(SIZES))
@@ -71,7 +71,7 @@ def test_neither_scale_nor_rotation_matters() -> None:
     assert turned.value == pytest.approx(plain.value, abs=1e-3)
 
 
-def test_collapsed_features_are_worth_nothing_however_tight_their_clusters() -> None:
+def test_collapsed_features_score_zero_however_tight_their_clusters() -> None:
     few_directions = people(1e-3, num_people=3, per_person=32)
     found = label_free_quality(few_directions, sizes=SIZES)
     assert found.value == 0.0

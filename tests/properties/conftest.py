@@ -1,6 +1,7 @@
-"""How the property tests draw: the same few examples each time, or many new ones.
+"""Profiles of the property tests: few fixed examples, or many new ones.
 
-``pytest tests/properties --hypothesis-profile thorough`` draws more, and others each time.
+``pytest tests/properties --hypothesis-profile thorough`` generates more examples, which
+differ each time.
 """
 
 from hypothesis import HealthCheck, settings

@@ -1,4 +1,4 @@
-"""The Jaccard distance of any images: none, one, duplicates, vectors of zeros."""
+"""Jaccard distance for any images: none, one, duplicates, zero vectors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def image_features(draw: Any, *, duplicates: bool = True) -> Tensor:
 
 
 def dense(distance: Any) -> Any:
-    """All pairs: 1 where nothing is stored, 0 where a distance is 0 but for rounding."""
+    """Return all pairs: 1 for missing entries, 0 for distances of 0 up to rounding."""
     full = np.ones(distance.shape)
     entries = distance.tocoo()
     full[entries.row, entries.col] = np.where(entries.data <= ROUNDING, 0, entries.data)

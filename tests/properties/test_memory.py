@@ -1,4 +1,4 @@
-"""What the banks hold for whatever is written: sizes from 0, duplicates, outliers."""
+"""Properties of the banks for any writes: sizes from 0, duplicates, outliers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ momenta = st.sampled_from([0.0, 0.2, 0.5, 0.9, 1.0])
 
 def units(*shape: int, seed: int) -> Tensor:
     values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-    # Of one sign: where a row and what is written all but cancel, rounding is magnified.
+    # All have the same sign: if a row and a write nearly cancel, rounding is amplified.
     return F.normalize(values.abs(), dim=-1)
 
 
 def choose(high: int, count: int, *, seed: int, low: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    # One value more than there are rows of a bank without rows: nothing but outliers.
+    # A bank without rows still needs one value: all labels are then outliers.
     return torch.randint(low, max(high, low + 1), (count,), generator=generator)
 
 
@@ -68,7 +68,7 @@ def test_writes_are_those_of_a_loop(
 
 @st.composite
 def cluster_batches(draw: Any) -> dict[str, Any]:
-    """A memory of 0 to 6 clusters, and a batch of 0 to 12 images with outliers."""
+    """Generate a memory of 0 to 6 clusters, and a batch of 0 to 12 images with outliers."""
     num_clusters, seed = draw(st.integers(0, 6)), draw(seeds)
     count = draw(st.integers(0, 12))
     dim = draw(st.integers(2, 5))

@@ -1,4 +1,4 @@
-"""What every sampler holds for any labels: resumed, dealt to ranks, one image, outliers."""
+"""Properties of all samplers for any labels: resuming, ranks, one image, outliers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def batches(sampler: BatchStream, start: int, count: int) -> Any:
 
 
 def dealt(build: Any, num_batches: int, start: int, world_size: int) -> list:
-    """Draw on every rank and put each batch together again, rank after rank."""
+    """Sample on every rank and concatenate the slices of each batch by rank."""
     shares = []
     for rank in range(world_size):
         sampler = build(rank, world_size)
@@ -44,7 +44,7 @@ def dealt(build: Any, num_batches: int, start: int, world_size: int) -> list:
     start=st.integers(0, 15),
     seed=seeds,
 )
-def test_stream_is_permutations_whoever_draws_it_from_wherever(
+def test_stream_is_permutations_for_any_rank_and_start(
     num_images: int, share: int, world_size: int, start: int, seed: int
 ) -> None:
     batch_size = share * world_size
@@ -92,15 +92,15 @@ def sampler_of(case: dict[str, Any], rank: int = 0, world_size: int = 1) -> Clus
     return sampler
 
 
-def can_be_drawn(case: dict[str, Any]) -> bool:
+def can_be_sampled(case: dict[str, Any]) -> bool:
     return case["settings"]["planner"] == "shuffle" or bool((case["labels"] >= 0).any())
 
 
 @given(cluster_settings(), st.integers(0, 5))
-def test_cluster_batches_are_the_same_whoever_draws_them_from_wherever(
+def test_cluster_batches_are_the_same_for_any_rank_and_start(
     case: dict[str, Any], later: int
 ) -> None:
-    assume(can_be_drawn(case))
+    assume(can_be_sampled(case))
     start, batch_size = case["start_batch"], case["settings"]["batch_size"]
     whole = keys(sampler_of(case), (later + 3) * batch_size)
     assert [position for _, position in whole] == list(
@@ -115,8 +115,8 @@ def test_cluster_batches_are_the_same_whoever_draws_them_from_wherever(
 
 
 @given(cluster_settings())
-def test_batches_hold_what_the_planner_says(case: dict[str, Any]) -> None:
-    assume(can_be_drawn(case))
+def test_batches_follow_the_planner(case: dict[str, Any]) -> None:
+    assume(can_be_sampled(case))
     labels, settings = case["labels"], case["settings"]
     sampler = sampler_of(case)
     drawn = batches(sampler, case["start_batch"], 8)
@@ -141,7 +141,7 @@ def test_a_pass_shows_every_cluster(case: dict[str, Any]) -> None:
     assume((case["labels"] >= 0).any())
     settings = case["settings"] | {"outlier_ratio": 0.0}
     sampler = sampler_of(case | {"settings": settings})
-    # No planner makes more images of a pass than K for each image, and what fills up.
+    # A pass has at most K images per image, and the images that fill the last batch.
     count = -(-len(case["labels"]) * settings["num_instances"] // settings["batch_size"])
     drawn = batches(sampler, case["start_batch"], count)
     seen = set(case["labels"][drawn].ravel().tolist())

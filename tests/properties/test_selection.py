@@ -1,4 +1,4 @@
-"""What every selection holds: sizes from 0, one image, duplicates and ties."""
+"""Properties of all selections: sizes from 0, one image, duplicates and ties."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ counts = st.integers(0, 14)
 
 @st.composite
 def distances(draw: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Distances of 0 to 5 images to 1 to 12 rows, own rows, and clusters of the rows."""
+    """Generate distances of 0 to 5 images to 1 to 12 rows, own rows, and clusters."""
     num_rows, count = draw(st.integers(1, 12)), draw(st.integers(0, 5))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     distance = torch.rand(count, num_rows, generator=generator) * 4
-    if draw(st.booleans()):  # as among duplicates: many are equal
+    if draw(st.booleans()):  # many are equal, as among duplicates
         distance = distance.round()
     index = torch.randint(num_rows, (count,), generator=generator)
     labels = torch.randint(-1, draw(st.integers(0, 4)), (num_rows,), generator=generator)
@@ -127,13 +127,13 @@ def test_random_negatives_are_distinct_and_never_the_own_row(
         assert own not in rows
         assert len(set(rows)) == len(rows)
         assert set(rows) <= set(range(num_images))
-    # Whatever the batch: a rank's part draws what the whole batch does.
+    # A rank's part of the batch samples the same rows as the whole batch.
     part = draw_random_negatives(index[1:], **options, generator=step_generator(seed, 1))
     assert torch.equal(part, drawn[1:])
 
 
 @given(st.lists(st.integers(-1, 4), max_size=16), st.integers(1, 6), st.integers(0, 99))
-def test_drawn_members_are_of_their_cluster_and_as_different_as_can_be(
+def test_sampled_members_are_of_their_cluster_and_as_different_as_possible(
     names: list[int], count: int, seed: int
 ) -> None:
     labels = torch.tensor(names, dtype=torch.int64)

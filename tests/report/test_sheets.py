@@ -239,7 +239,7 @@ def test_repeated_iterations_count_once_as_written_last(tmp_path):
 
 
 def test_absent_metrics_and_absent_loss_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="was anything trained"):
+    with pytest.raises(FileNotFoundError, match="there are no metrics at"):
         loss_curve(tmp_path / "metrics.json", tmp_path / "loss.png")
     metrics = write_metrics(tmp_path / "metrics.json", [{"iteration": 9, "lr": 0.1}])
     with pytest.raises(ValueError, match="no total_loss"):

@@ -1,4 +1,4 @@
-"""Broken and foreign checkpoints: refused by name, passed over where others are left."""
+"""Broken and foreign checkpoints are refused by name, or skipped if others exist."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ WHOLE = {"model": {"weight": torch.arange(2000.0)}, "epoch": 3}
 
 
 class Payload:
-    """Makes a file when it is unpickled."""
+    """Object that creates a file when it is unpickled."""
 
     def __init__(self, file):
         self.file = file
@@ -36,21 +36,21 @@ def whole(tmp_path):
     return file
 
 
-def test_whole_one_is_read(whole):
+def test_complete_checkpoint_is_read(whole):
     loaded = read_checkpoint(whole, REQUIRED)
     assert loaded["epoch"] == 3
     assert torch.equal(loaded["model"]["weight"], WHOLE["model"]["weight"])
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.3, 0.7, 0.99, 0.9999])
-def test_cut_off_one_is_refused_wherever_it_ends(whole, share):
-    os.truncate(whole, int(share * whole.stat().st_size))
+@pytest.mark.parametrize("fraction", [0.0, 0.001, 0.01, 0.3, 0.7, 0.99, 0.9999])
+def test_truncated_checkpoint_is_refused_wherever_it_ends(whole, fraction):
+    os.truncate(whole, int(fraction * whole.stat().st_size))
     with pytest.raises(BadCheckpointError, match=r"whole\.pth"):
         read_checkpoint(whole, REQUIRED)
 
 
 def test_zeros_in_place_of_the_end_are_refused(whole):
-    """What some file systems leave behind after a loss of power."""
+    """Some file systems leave such files after a power failure."""
     size = whole.stat().st_size
     os.truncate(whole, size // 2)
     os.truncate(whole, size)
@@ -97,7 +97,7 @@ def test_missing_file_and_folder(tmp_path):
         read_checkpoint(tmp_path)
 
 
-def test_last_one_gives_way_to_the_one_before_with_a_warning(whole, tmp_path, caplog):
+def test_previous_checkpoint_replaces_a_broken_one_with_a_warning(whole, tmp_path, caplog):
     cut, text = tmp_path / "cut.pth", tmp_path / "text.pth"
     cut.write_bytes(whole.read_bytes()[:-100])
     text.write_text("x")
@@ -109,8 +109,8 @@ def test_last_one_gives_way_to_the_one_before_with_a_warning(whole, tmp_path, ca
         "cut.pth",
         "text.pth",
     ]
-    assert f"Going on from {whole}" in caplog.text
-    with pytest.raises(BadCheckpointError, match=r"cut\.pth.*text\.pth.*begin anew"):
+    assert f"Resuming from {whole}" in caplog.text
+    with pytest.raises(BadCheckpointError, match=r"cut\.pth.*text\.pth.*start over"):
         first_readable([cut, text], REQUIRED)
 
 

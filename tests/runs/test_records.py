@@ -1,4 +1,4 @@
-"""What a run keeps for its report, against definitions in loops."""
+"""Records of a run for its report, against definitions by loops."""
 
 import math
 
@@ -56,7 +56,7 @@ def test_stored_distances_are_counted(features):
     assert (record.distance, record.epoch, record.clustered) == ("Jaccard", 3, True)
 
 
-def test_cosines_are_counted_and_judged_without_a_graph(features):
+def test_cosines_and_silhouettes_without_a_graph(features):
     labels = torch.arange(30) // 6
     labels[7] = -1
     record = record_embedding(features, CAMIDS, PseudoLabels(labels), epoch=0)
@@ -78,7 +78,7 @@ def test_cosines_are_counted_and_judged_without_a_graph(features):
 
 
 def test_neighbors_and_points_are_those_of_the_features(features):
-    features[4] = 0  # could not be read
+    features[4] = 0  # unreadable
     state = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
     record = record_embedding(features, CAMIDS, None, epoch=1)
     assert torch.equal(state[0], torch.get_rng_state())
@@ -90,7 +90,7 @@ def test_neighbors_and_points_are_those_of_the_features(features):
         cosines = unit @ unit[anchor]
         cosines[anchor] = -2
         assert row.tolist() == cosines.argsort(descending=True)[:10].tolist()
-    # All components are kept here: distances on the map's input are the features'.
+    # All components are kept here, so the distances equal those of the features.
     points = torch.from_numpy(record.points.astype(np.float32))
     kept = unit[record.sample.tolist()]
     assert torch.allclose(torch.cdist(points, points), torch.cdist(kept, kept), atol=5e-3)

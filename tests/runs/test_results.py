@@ -19,7 +19,7 @@ from selcon_plugin.runs.results import (
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that tests set."""
+    """Clock set by the tests."""
     now = SimpleNamespace(seconds=100.0)
     monkeypatch.setattr(time, "perf_counter", lambda: now.seconds)
     return now
@@ -84,14 +84,14 @@ def test_peaks_are_the_largest_of_all_parts(monkeypatch):
 
 
 def resident_mib(before):
-    """Memory of this process now; where it cannot be read, as much as its peak."""
+    """Return the current memory of this process, or its peak as a fallback."""
     status = run_record._PROCESS_STATUS
     text = status.read_text() if status.exists() else ""
     _, found, line = text.partition("VmRSS:")
     return int(line.split()[0]) / 1024 if found else before
 
 
-def test_peak_memory_grows_with_what_is_touched():
+def test_peak_memory_grows_with_allocated_memory():
     before = peak_memory_mib()
     expected = resident_mib(before) + before
     ballast = torch.ones(int(before / 4 * 2**20))  # four bytes each: as much as the peak
@@ -120,7 +120,7 @@ def test_peak_of_gpu_memory():
 
 @pytest.fixture
 def write(tmp_path):
-    """Write the results of a run; any of them may be another."""
+    """Return a function that writes the results of a run with changes."""
 
     def write_record(folder=tmp_path, **changes):
         record = {
@@ -140,7 +140,7 @@ def write(tmp_path):
     return write_record
 
 
-def test_record_says_what_ran_where(write, tmp_path, clock):
+def test_record_describes_run_and_machine(write, tmp_path, clock):
     meter = RunMeter()
     with meter.running():
         clock.seconds += 12
@@ -158,13 +158,13 @@ def test_record_says_what_ran_where(write, tmp_path, clock):
     assert list(tmp_path.iterdir()) == [tmp_path / "results.json"]
 
 
-def test_host_that_was_not_installed_has_no_known_version(write, tmp_path):
+def test_host_that_is_not_installed_has_no_known_version(write, tmp_path):
     write(host="a-clone-on-the-path")
     record = json.loads((tmp_path / "results.json").read_text())
     assert record["versions"]["a-clone-on-the-path"] == "unknown"
 
 
-def test_results_are_forgotten_when_another_run_begins(write, tmp_path):
+def test_results_are_deleted_when_another_run_starts(write, tmp_path):
     write()
     delete_results(tmp_path)
     assert not list(tmp_path.glob("results.json*"))
@@ -179,7 +179,7 @@ def test_run_without_a_folder_writes_nothing(write, tmp_path, monkeypatch):
     assert (tmp_path / "results.json").read_text() == "mine"
 
 
-def test_main_process_alone_writes_and_forgets(write, tmp_path, monkeypatch):
+def test_only_the_main_process_writes_and_deletes(write, tmp_path, monkeypatch):
     (tmp_path / "results.json").write_text("of the main process")
     monkeypatch.setattr(run_record, "rank", lambda: 1)
     write()

@@ -21,7 +21,7 @@ COLORS = ["red", "lime", "blue"]
 
 @pytest.fixture
 def images(tmp_path):
-    """Nine images: clusters of 4 and 3, whose colors tell them apart, and 2 outliers."""
+    """Return nine images: clusters of 4 and 3 in different colors, and 2 outliers."""
     labels = torch.tensor([0, 0, 0, 1, 1, 1, 1, -1, -1])
     paths = []
     for i, label in enumerate(labels.tolist()):
@@ -123,4 +123,4 @@ def test_failure_to_write_is_a_warning(images, tmp_path, caplog):
     file.write_text("in the way")
     with caplog.at_level(logging.WARNING):
         write_pictures(file / "run", paths, [0] * 9, features, labels, step=1)
-    assert "No pictures were written to TensorBoard" in caplog.text
+    assert "not written to TensorBoard" in caplog.text

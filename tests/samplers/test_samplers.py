@@ -28,7 +28,7 @@ def batches_of(sampler, start, count):
 
 
 def clusters(num_images=300, seed=0):
-    """Unequal clusters, three of one image; outliers; some cameras are unknown."""
+    """Return unequal clusters, three of them singletons, outliers, and unknown cameras."""
     rng = np.random.default_rng(seed)
     labels = np.minimum(rng.geometric(0.12, num_images), 21) - 2
     labels[:23] = np.arange(23)
@@ -55,13 +55,13 @@ def cluster_sampler(labels, camids=None, start_batch=0, **settings):
 
 
 def test_every_pass_shows_every_image_once_in_another_order():
-    drawn = [key.index for key in draw(StreamSampler(50, seed=1), 150)]
-    passes = [drawn[start : start + 50] for start in (0, 50, 100)]
+    sampled = [key.index for key in draw(StreamSampler(50, seed=1), 150)]
+    passes = [sampled[start : start + 50] for start in (0, 50, 100)]
     assert all(sorted(one) == list(range(50)) for one in passes)
     assert passes[0] != passes[1] != passes[2]
 
 
-def test_place_in_the_stream_is_known_without_what_came_before():
+def test_position_in_the_stream_does_not_need_the_previous_ones():
     stream = draw(StreamSampler(10, seed=3, batch_size=4), 35)
     for position, key in enumerate(stream):
         number, place = divmod(position, 10)
@@ -82,7 +82,7 @@ def test_same_seed_same_stream_other_seed_other_stream():
 
 @pytest.mark.parametrize("batch_size", [1, 8, 75])
 @pytest.mark.parametrize("start", [0, 1, 7, 50])
-def test_resumed_stream_goes_on_where_it_stopped(start, batch_size):
+def test_resumed_stream_continues_where_it_stopped(start, batch_size):
     sampler = StreamSampler(50, seed=4, batch_size=batch_size)
     skipped = start * batch_size
     expected = draw(sampler, skipped + 90)[skipped:]
@@ -95,7 +95,7 @@ def test_no_images_is_an_error():
         StreamSampler(0)
 
 
-# ---- What all samplers share ----
+# ---- all samplers ----
 
 
 def any_sampler(kind, **settings):
@@ -145,7 +145,7 @@ class Keys(Dataset):
 def test_loader_with_workers_sees_the_same_keys(kind):
     sampler = any_sampler(kind)
     expected = draw(sampler, 36)
-    # The way FastReID's train loader batches a sampler.
+    # FastReID's train loader batches a sampler this way.
     loader = DataLoader(
         Keys(), batch_sampler=BatchSampler(sampler, 12, True), num_workers=2
     )
@@ -162,15 +162,15 @@ def test_every_batch_is_p_clusters_of_k_images(name, seed):
     labels, camids = clusters(seed=seed)
     key = labels * 10 + camids if name == "proxy" else labels
     known = set(key[labels >= 0].tolist())
-    drawn = plan(name, labels, camids, seed=seed, batch_size=32)
-    assert drawn.dtype == np.int64
-    assert drawn.shape == (-(-len(known) // 8), 32)
-    assert (labels[drawn] >= 0).all()
-    blocks = key[drawn].reshape(len(drawn), 8, 4)
-    assert (blocks == blocks[:, :, :1]).all()  # K images of one cluster side by side
+    sampled = plan(name, labels, camids, seed=seed, batch_size=32)
+    assert sampled.dtype == np.int64
+    assert sampled.shape == (-(-len(known) // 8), 32)
+    assert (labels[sampled] >= 0).all()
+    blocks = key[sampled].reshape(len(sampled), 8, 4)
+    assert (blocks == blocks[:, :, :1]).all()  # the K images of a cluster are contiguous
     of_block = blocks[:, :, 0]
     assert all(len(set(batch)) == 8 for batch in of_block.tolist())
-    # All clusters, each once but for those that fill up the last batch.
+    # All clusters occur once, except those that fill the last batch.
     in_order = of_block.ravel().tolist()
     assert sorted(in_order[: len(known)]) == sorted(known)
     assert in_order[len(known) :] == in_order[: len(in_order) - len(known)]
@@ -186,7 +186,7 @@ def test_images_of_a_block_differ_where_there_are_enough(name):
         times = Counter(block.tolist())
         expected = min(4, size[key[block[0]]])
         assert len(times) == expected
-        # Copies are shared out evenly.
+        # Copies are distributed evenly.
         assert max(times.values()) == -(-4 // expected)
 
 
@@ -211,19 +211,19 @@ def test_camera_rule_block_by_block(seed):
 
 def test_cluster_of_one_image_gives_k_copies():
     labels = [0, 1, 1, 1, 1, 1]
-    drawn = plan("pk_camera", labels, [0, 0, 1, 2, 3, 4])
-    blocks = sorted(drawn.reshape(-1, 4).tolist())
+    sampled = plan("pk_camera", labels, [0, 0, 1, 2, 3, 4])
+    blocks = sorted(sampled.reshape(-1, 4).tolist())
     assert blocks[0] == [0, 0, 0, 0]
     assert len(set(blocks[1])) == 4
 
 
-def test_cluster_of_one_camera_draws_inside_it():
-    drawn = plan("pk_camera", [0] * 4, [2] * 4, batch_size=4)
-    assert sorted(drawn[0].tolist()) == [0, 1, 2, 3]
+def test_cluster_of_one_camera_is_sampled_within_the_camera():
+    sampled = plan("pk_camera", [0] * 4, [2] * 4, batch_size=4)
+    assert sorted(sampled[0].tolist()) == [0, 1, 2, 3]
 
 
-def test_few_images_of_other_cameras_come_again_in_turn():
-    # Whichever of images 0..3 is the anchor, image 4 alone is from elsewhere.
+def test_few_images_of_other_cameras_are_repeated_cyclically():
+    # Whichever of images 0..3 is the anchor, only image 4 is from another camera.
     for seed in range(10):
         [batch] = plan("pk_camera", [0] * 5, [1, 1, 1, 1, 2], seed=seed, batch_size=4)
         if batch[0] == 4:
@@ -238,7 +238,7 @@ def test_without_cameras_the_camera_rule_is_plain_pk(camids):
     assert np.array_equal(plan("pk_camera", labels, camids), plan("pk", labels))
 
 
-def test_every_image_is_anchor_and_mate_about_as_often():
+def test_images_are_anchors_and_positives_about_equally_often():
     camids = [0, 0, 0, 1, 1, 2]
     blocks = np.concatenate(
         [plan("pk_camera", [0] * 6, camids, seed=s, batch_size=4) for s in range(3000)]
@@ -251,10 +251,10 @@ def test_every_image_is_anchor_and_mate_about_as_often():
     assert share == pytest.approx([0.75, 0.75, 0.75, 0, 0, 0.75], abs=0.06)
 
 
-def test_fewer_clusters_than_p_come_again_with_other_images():
+def test_fewer_clusters_than_p_are_repeated_with_other_images():
     labels = np.repeat([0, 1, -1], 12)
     [batch] = plan("pk", labels, batch_size=24)
-    assert sorted(batch.tolist()) == list(range(24))  # 3 turns of 4 cover each cluster
+    assert sorted(batch.tolist()) == list(range(24))  # 3 times 4 images cover each cluster
     [batch] = plan("pk_camera", labels, np.arange(36) % 3, batch_size=24)
     assert Counter(labels[batch].tolist()) == {0: 12, 1: 12}
     assert len({block[0] for block in batch.reshape(-1, 4).tolist()}) == 6  # anchors
@@ -263,12 +263,12 @@ def test_fewer_clusters_than_p_come_again_with_other_images():
 # ---- Proxies ----
 
 
-def test_a_pass_draws_every_proxy_equally_often():
+def test_a_pass_samples_every_proxy_equally_often():
     # Camera 0 has ten images of cluster 0, camera 1 and cluster 1 have two each.
     labels = [0] * 12 + [1] * 2 + [-1]
     camids = [0] * 10 + [1] * 2 + [0] * 2 + [0]
-    drawn = plan("proxy", labels, camids, batch_size=12)
-    of_proxy = Counter((labels[i], camids[i]) for i in drawn.ravel())
+    sampled = plan("proxy", labels, camids, batch_size=12)
+    of_proxy = Counter((labels[i], camids[i]) for i in sampled.ravel())
     assert of_proxy == {(0, 0): 4, (0, 1): 4, (1, 0): 4}
 
 
@@ -282,15 +282,15 @@ def test_without_cameras_every_cluster_is_a_proxy():
 
 
 @pytest.mark.parametrize("group_size", [1, 5, 1000])
-def test_groups_are_chunks_of_clusters_laid_end_to_end(group_size):
+def test_groups_are_concatenated_chunks_of_clusters(group_size):
     labels, _ = clusters()
-    # One batch as long as the line shows the line itself.
+    # One batch as long as the sequence shows the sequence itself.
     length = int((labels >= 0).sum())
     [line] = plan("group", labels, batch_size=length, group_size=group_size)
     assert sorted(line.tolist()) == np.flatnonzero(labels >= 0).tolist()
     size = Counter(labels[line].tolist())
     runs = [(label, len(list(run))) for label, run in itertools.groupby(labels[line])]
-    # Full groups, and from each cluster one run with what these leave over.
+    # Full groups, and from each cluster one run of the remaining images.
     left_over = [(label, n % group_size) for label, n in runs if n % group_size]
     expected = [(label, n % group_size) for label, n in size.items() if n % group_size]
     assert sorted(left_over) == sorted(expected)
@@ -303,11 +303,11 @@ def test_groups_are_chunks_of_clusters_laid_end_to_end(group_size):
 
 def test_group_batches_hold_whole_clusters():
     labels = np.repeat(np.arange(10), 8)
-    drawn = plan("group", labels, batch_size=16, group_size=8)
-    for batch in drawn:
+    sampled = plan("group", labels, batch_size=16, group_size=8)
+    for batch in sampled:
         assert sorted(Counter(labels[batch].tolist()).values()) == [8, 8]
-    assert sorted(drawn.ravel().tolist()) == list(range(80))
-    assert (np.diff(drawn[0]) != 1).any()  # the images of a cluster are shuffled
+    assert sorted(sampled.ravel().tolist()) == list(range(80))
+    assert (np.diff(sampled[0]) != 1).any()  # the images of a cluster are shuffled
 
 
 def test_group_batches_come_in_random_order():
@@ -323,11 +323,11 @@ def test_group_batches_come_in_random_order():
 
 
 @pytest.mark.parametrize("name", ["group", "shuffle"])
-def test_last_batch_is_filled_up_and_no_image_left_out(name):
+def test_last_batch_is_filled_and_no_image_omitted(name):
     labels = np.repeat(np.arange(5), 5)  # 25 images: 3 batches of 10
-    drawn = plan(name, labels, batch_size=10, num_instances=1)
-    times = Counter(drawn.ravel().tolist())
-    assert drawn.shape == (3, 10)
+    sampled = plan(name, labels, batch_size=10, num_instances=1)
+    times = Counter(sampled.ravel().tolist())
+    assert sampled.shape == (3, 10)
     assert sorted(times) == list(range(25))
     assert sorted(times.values()) == [1] * 20 + [2] * 5
 
@@ -336,7 +336,7 @@ def test_last_batch_is_filled_up_and_no_image_left_out(name):
 
 
 @pytest.mark.parametrize("name", planner_names())
-def test_pass_depends_on_the_generator_alone(name):
+def test_pass_depends_only_on_the_generator(name):
     labels, camids = clusters()
     first = plan(name, labels, camids, seed=1)
     assert np.array_equal(plan(name, labels, camids, seed=1), first)
@@ -363,7 +363,7 @@ def test_many_images_in_many_clusters_are_planned_at_once(name):
     assert time.perf_counter() - started < 2  # about 0.05 s
 
 
-def test_shuffle_draws_outliers_too():
+def test_shuffle_samples_outliers_too():
     assert sorted(plan("shuffle", [-1] * 8)[0].tolist()) == list(range(8))
 
 
@@ -381,7 +381,7 @@ def test_planner_names_are_unique_and_unknown_ones_listed():
 @pytest.mark.parametrize("planner", planner_names())
 @pytest.mark.parametrize("outlier_ratio", [0, 0.25])
 @pytest.mark.parametrize("start", [3, 5, 24])
-def test_resumed_epoch_goes_on_where_it_stopped(planner, outlier_ratio, start):
+def test_resumed_epoch_continues_where_it_stopped(planner, outlier_ratio, start):
     labels, camids = clusters()
     settings = {"planner": planner, "outlier_ratio": outlier_ratio, "seed": 2}
     unbroken = draw(cluster_sampler(labels, camids, 3, **settings), 25 * 16)
@@ -426,34 +426,34 @@ def test_quota_of_outliers_is_exact_and_spread_evenly(planner):
         labels, camids, planner=planner, batch_size=64, outlier_ratio=0.25
     )
     assert sampler.outliers_per_batch == 16
-    drawn = batches_of(sampler, 0, 40)
-    is_outlier = labels[drawn] == -1
-    # Of any 16 places in a row that make up a rank's slice, 4 are outliers.
+    sampled = batches_of(sampler, 0, 40)
+    is_outlier = labels[sampled] == -1
+    # Of the 16 consecutive places of a rank's slice, 4 are outliers.
     assert (is_outlier.reshape(40, 4, 16).sum(axis=2) == 4).all()
-    # Each outlier once, then all again in another order.
+    # Each outlier occurs once, then all again in another order.
     outliers = np.flatnonzero(labels == -1)
-    shown = drawn[is_outlier]
+    shown = sampled[is_outlier]
     first, second = shown[: len(outliers)], shown[len(outliers) : 2 * len(outliers)]
     assert sorted(first.tolist()) == sorted(second.tolist()) == outliers.tolist()
     assert first.tolist() != second.tolist()
-    # The rest is what the planner makes of smaller batches.
+    # The rest equals the planner's smaller batches.
     inside = np.flatnonzero(labels >= 0)
     settings = PlanSettings(48, 4, 256)
     rng = np.random.default_rng((0, 0, 0))
     planned = planner_named(planner)(labels[inside], camids[inside], settings, rng)
-    rest = drawn[~is_outlier].reshape(40, 48)
+    rest = sampled[~is_outlier].reshape(40, 48)
     assert np.array_equal(rest[: len(planned)], inside[planned])
 
 
 @pytest.mark.parametrize(
-    ("share", "expected"), [(0, 0), (0.01, 4), (0.3, 4), (0.4, 8), (0.99, 12)]
+    ("ratio", "expected"), [(0, 0), (0.01, 4), (0.3, 4), (0.4, 8), (0.99, 12)]
 )
-def test_quota_is_rounded_to_blocks_and_leaves_room_for_both(share, expected):
-    sampler = ClusterSampler(batch_size=16, num_instances=4, outlier_ratio=share)
+def test_quota_is_rounded_to_blocks_and_leaves_places_for_both(ratio, expected):
+    sampler = ClusterSampler(batch_size=16, num_instances=4, outlier_ratio=ratio)
     assert sampler.outliers_per_batch == expected
 
 
-def test_fewer_outliers_than_the_quota_come_several_times():
+def test_fewer_outliers_than_the_quota_are_repeated():
     sampler = cluster_sampler([0] * 6 + [-1] * 3, planner="pk", outlier_ratio=0.5)
     [batch] = batches_of(sampler, 0, 1)
     assert sorted(Counter(batch[batch >= 6].tolist()).values()) == [2, 3, 3]
@@ -468,7 +468,7 @@ def test_without_outliers_or_clusters_the_planner_fills_all():
     assert sorted(batch.tolist()) == list(range(16))
 
 
-def test_planner_of_one_epoch_gives_way_to_the_samplers_own():
+def test_planner_of_one_epoch_is_replaced_by_the_samplers_own():
     labels, camids = clusters()
     sampler = ClusterSampler(batch_size=16, planner="pk")
     sampler.set_labels(labels, camids, 0, planner="shuffle")
@@ -477,7 +477,7 @@ def test_planner_of_one_epoch_gives_way_to_the_samplers_own():
     assert -1 not in labels[batches_of(sampler, 19, 19)]
 
 
-def test_iterator_keeps_the_labels_it_began_with():
+def test_iterator_keeps_the_labels_it_started_with():
     sampler = cluster_sampler([0] * 8, planner="pk")
     stream = iter(sampler)
     next(stream)
@@ -501,7 +501,7 @@ def test_labels_are_copied_and_may_be_tensors(device):
     assert np.array_equal(batches_of(sampler, 0, 10), expected)
 
 
-def test_drawing_before_labels_are_set_is_an_error():
+def test_sampling_before_labels_are_set_is_an_error():
     with pytest.raises(RuntimeError, match=r"set_labels\(\)"):
         next(iter(ClusterSampler(batch_size=16)))
 
@@ -509,7 +509,7 @@ def test_drawing_before_labels_are_set_is_an_error():
 def test_batch_of_an_earlier_epoch_is_an_error():
     sampler = cluster_sampler([0], start_batch=7)
     sampler.start = 6
-    with pytest.raises(ValueError, match="batch 6 lies before batch 7"):
+    with pytest.raises(ValueError, match="batch 6 precedes batch 7"):
         next(iter(sampler))
 
 
@@ -524,9 +524,9 @@ def test_impossible_labels_leave_the_sampler_as_it_was():
 @pytest.mark.parametrize(
     ("labels", "camids", "message"),
     [
-        ([0.0, 1.0], None, r"labels must be whole numbers .*float64"),
-        ([[0, 1]], None, r"labels must be whole numbers .*\(1, 2\)"),
-        ([0, 1], [0.5, 1], r"camids must be whole numbers .*float64"),
+        ([0.0, 1.0], None, r"labels must be integers .*float64"),
+        ([[0, 1]], None, r"labels must be integers .*\(1, 2\)"),
+        ([0, 1], [0.5, 1], r"camids must be integers .*float64"),
         ([0, 1], [0], r"camids \(1\) and labels \(2\)"),
         (np.empty(0, dtype=np.int64), None, "no images"),
     ],
@@ -555,5 +555,5 @@ def test_wrong_settings_are_refused(settings, message):
 def test_planner_that_plans_nothing_is_an_error_and_no_endless_loop(monkeypatch):
     sampler = ClusterSampler(batch_size=16)
     monkeypatch.setattr(sampler, "planner", lambda *_: np.empty((0, 16), dtype=np.int64))
-    with pytest.raises(ValueError, match="without a batch"):
+    with pytest.raises(ValueError, match="without batches"):
         sampler.set_labels([0], None, 0)

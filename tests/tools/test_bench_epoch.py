@@ -1,4 +1,4 @@
-"""Phases of an epoch, on a clock that the test moves."""
+"""Phases of an epoch, with a clock controlled by the test."""
 
 from typing import ClassVar
 
@@ -63,14 +63,18 @@ def test_waits_for_batches_are_data(clock):
     assert phases.seconds["data"] == 3
 
 
-def test_report_shows_shares_of_all_phases():
-    rates = ("alone", "steps", "epoch", "one_reader")
+def test_report_shows_ratios_of_all_phases():
+    rates = ("network", "steps", "epoch", "one_reader")
     speeds = {f"{name}_images_per_second": 10.0 for name in rates}
-    figures = {"phases": {"data": 1.0, "loss": 3.0}, "steps_share_of_alone": 0.5, **speeds}
-    text = report(figures)
+    measured = {
+        "phases": {"data": 1.0, "loss": 3.0},
+        "steps_ratio_to_network": 0.5,
+        **speeds,
+    }
+    text = report(measured)
     assert text.index("| loss | 3.00 | 75.0% |") < text.index("| data | 1.00 | 25.0% |")
     assert "| one reader | 10.0 |" in text
-    assert "network alone: 50.0%" in text
+    assert "relative to the network: 50.0%" in text
 
 
 def test_reading_takes_other_images_each_turn():

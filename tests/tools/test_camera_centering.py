@@ -1,4 +1,4 @@
-"""What centering gains, on drawn people whose cameras add a tint of their own."""
+"""Gain of centering on synthetic persons whose cameras add a tint."""
 
 import sys
 
@@ -11,7 +11,7 @@ from camera_centering import gains, main, table
 
 @pytest.fixture
 def people():
-    """Forty people, twelve images each by four cameras, apart but for the cameras."""
+    """Forty separable persons with twelve images each from four cameras with an offset."""
     generator = torch.Generator().manual_seed(0)
     identities = np.repeat(np.arange(40), 12)
     cameras = torch.arange(4).repeat(120)

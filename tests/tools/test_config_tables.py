@@ -1,4 +1,4 @@
-"""The tables of config keys in configs/README.md are those of the code."""
+"""The tables of config keys in configs/README.md match the code."""
 
 import importlib.util
 import sys
@@ -10,7 +10,7 @@ from selcon_plugin.clustering import labeler_names, labeler_options
 from selcon_plugin.config.keys import clustering_options, own_method_options
 from selcon_plugin.methods import method_class, method_names
 
-# Not imported here: the hosts want their shims before.
+# Not imported here: the hosts must be patched first.
 pytestmark = pytest.mark.skipif(
     not all(importlib.util.find_spec(host) for host in ("fastreid", "torchreid")),
     reason="the tables are of both hosts",
@@ -50,7 +50,7 @@ def test_every_key_of_a_method_is_in_its_table_or_in_that_of_its_base(tool):
         assert f"| `{option.name.upper()}` | " in tables["clustering"]
 
 
-def test_check_says_which_page_is_stale(tool, monkeypatch, capsys, tmp_path):
+def test_check_reports_the_stale_page(tool, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["config_tables.py", "--check"])
     assert tool.main() == 0
     page = tmp_path / "page.md"

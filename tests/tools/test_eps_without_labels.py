@@ -1,15 +1,15 @@
-"""Ways to choose eps, on drawn people whose best eps can be told."""
+"""Rules for choosing eps, on synthetic persons with a known best eps."""
 
 import numpy as np
 import pytest
 import torch
 
-from eps_without_labels import WAYS, compare, read_features, table
+from eps_without_labels import RULES, compare, read_features, table
 
 
 @pytest.fixture
 def people():
-    """Forty people with ten images each, apart."""
+    """Forty separable persons with ten images each."""
     generator = torch.Generator().manual_seed(0)
     centers = torch.randn(40, 32, generator=generator)
     identities = np.repeat(np.arange(40), 10)
@@ -21,7 +21,7 @@ def people():
 def test_nothing_is_lost_to_the_best(people):
     row = compare(*people)
     assert 0.5 < row["best"] <= 1
-    assert all(row[way] >= 0 for way in WAYS)
+    assert all(row[rule] >= 0 for rule in RULES)
     assert row["auto"] < 0.1
     assert row["eps 0.7"] == pytest.approx(compare(*people)["eps 0.7"])
 
@@ -46,7 +46,7 @@ def test_identities_are_read_from_the_names(people, tmp_path):
 
 def test_table_has_means_and_largest_losses():
     rows = {
-        name: {"best": 0.9, "eps": 0.5, **dict.fromkeys(WAYS, loss)}
+        name: {"best": 0.9, "eps": 0.5, **dict.fromkeys(RULES, loss)}
         for name, loss in (("one", 0.0), ("two", 0.1))
     }
     lines = table(rows).splitlines()

@@ -1,4 +1,4 @@
-"""The examples run as they stand, on few and small images."""
+"""The examples run unchanged on a few small images."""
 
 import importlib.util
 import os
@@ -19,7 +19,7 @@ SPEC = SyntheticPersonsSpec(
 
 
 def needs(host):
-    if importlib.util.find_spec(host) is None:  # not imported: compat mends it first
+    if importlib.util.find_spec(host) is None:  # not imported: compat patches it first
         pytest.skip(f"{host} is not installed")
 
 
@@ -71,7 +71,7 @@ def test_own_model_finds_the_query_itself(tmp_path, drawn):
     from selcon_plugin.compat.torchreid import import_torchreid
 
     model = import_torchreid().models.build_model("osnet_x0_25", 7, pretrained=False)
-    # As torchreid's published files: a data-parallel model with a classifier of its own.
+    # As torchreid's published files: a data-parallel model with its classifier.
     state = {f"module.{name}": value for name, value in model.state_dict().items()}
     torch.save(state, tmp_path / "osnet.pth")
     said = run(
@@ -84,7 +84,7 @@ def test_own_model_finds_the_query_itself(tmp_path, drawn):
     assert first.split() == ["1.000", str(original)]
 
 
-def test_own_method_stands_in_the_table(tmp_path, drawn):
+def test_own_method_is_in_the_table(tmp_path, drawn):
     needs("fastreid")
     options = {
         "MODEL.DEVICE": "cpu",

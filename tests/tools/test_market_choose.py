@@ -1,4 +1,4 @@
-"""Changes one at a time, on scores that are known."""
+"""One change at a time, on known scores."""
 
 import pytest
 
@@ -11,7 +11,7 @@ def groups_of(worth):
 
 
 class Measure:
-    """Adds up what each change is worth, and what single combinations are."""
+    """Sum the gains of the changes, with extra gains of some combinations."""
 
     def __init__(self, worth, extra=()):
         self.worth, self.extra, self.tried = worth, dict(extra), []
@@ -43,7 +43,7 @@ def test_gain_within_the_margin_is_noise():
 
 
 def test_second_round_takes_back_what_no_longer_pays():
-    extra = {"a-1+b-1": 5, "b-1": 7}  # b alone was not known to be worth that at first
+    extra = {"a-1+b-1": 5, "b-1": 7}  # the gain of b on its own was not known at first
     measure = Measure({"a": {"1": 2}, "b": {"1": 1}}, extra)
     first = iter([[0], [2, 1], [5]])
 

@@ -1,4 +1,4 @@
-"""Which figure tracks mAP: hand-made runs with known ranks."""
+"""Correlation of metrics with mAP, on hand-made runs with known ranks."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def test_undefined_correlation(first, second):
     assert spearman(first, second) is None
 
 
-def test_figures_are_those_nearest_to_an_evaluation(tmp_path):
+def test_metrics_are_those_nearest_to_an_evaluation(tmp_path):
     """Two epochs of 10 steps: clusters before each, mAP after each."""
     lines = [
         {"iteration": 0, "silhouette": 0.1, "purity": 0.5},
@@ -34,13 +34,13 @@ def test_figures_are_those_nearest_to_an_evaluation(tmp_path):
     (tmp_path / "metrics.json").write_text(text)
     found = read_run(tmp_path, {"steps": 20, "metrics": {"Market1501": {"mAP": 30.5}}})
     assert [e.mean_ap for e in found] == [20.0, 30.5]
-    assert found[0].figures == {"silhouette": 0.2, "purity": 0.6, "total_loss": 3.0}
-    assert found[1].figures == {"silhouette": 0.2, "purity": 0.6, "total_loss": 2.0}
+    assert found[0].metrics == {"silhouette": 0.2, "purity": 0.6, "total_loss": 3.0}
+    assert found[1].metrics == {"silhouette": 0.2, "purity": 0.6, "total_loss": 2.0}
 
 
-def run(mean_aps, **figures):
+def run(mean_aps, **metrics):
     return [
-        Evaluation(mean_ap, {name: values[i] for name, values in figures.items()})
+        Evaluation(mean_ap, {name: values[i] for name, values in metrics.items()})
         for i, mean_ap in enumerate(mean_aps)
     ]
 
@@ -62,7 +62,7 @@ def test_across_and_within_runs():
     assert rows["silhouette"].num_within == 2
     assert rows["ami"].num_within == 1  # constant in one run
     assert rows["total_loss"].across is None
-    # What needs identities stands last, however strong.
+    # Metrics that need identities are last, however strong.
     assert list(rows) == ["stability", "silhouette", "total_loss", "ami"]
     assert "| `ami` | identities |" in table(list(rows.values()), len(runs))
 

@@ -1,4 +1,4 @@
-"""Held-out identities: who, which queries, and links instead of copies."""
+"""Held-out identities, their queries, and links instead of copies."""
 
 import itertools
 
@@ -17,7 +17,7 @@ PEOPLE = {
     "0002": {1: 3, 2: 2, 5: 1},
     "0007": {1: 2, 3: 4},
     "0010": {4: 5},  # one camera: no match from another
-    "0011": {2: 1, 6: 1},  # a single image in each: none can be spared
+    "0011": {2: 1, 6: 1},  # a single image in each: no query is possible
     "0012": {3: 2, 4: 2},
     "1500": {5: 2, 6: 3},
 }
@@ -54,7 +54,7 @@ def test_each_image_is_in_one_part_and_no_identity_in_two(seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_queries_are_one_per_camera_that_can_spare_it(seed):
+def test_queries_are_one_per_camera_with_another_image(seed):
     split = hold_out(NAMES, num_validation=5, seed=seed)
     held_out = {name[:4] for name in split.gallery}
     expected = {
@@ -71,7 +71,7 @@ def test_queries_are_one_per_camera_that_can_spare_it(seed):
 
 
 def test_the_list_is_fixed():
-    """Of hashes, so that no version of Python moves it: noted when it was written."""
+    """The split depends on hashes, so no Python version changes it."""
     split = hold_out(NAMES, num_validation=2, seed=0)
     assert {name[:4] for name in split.gallery} == {"0002", "0012"}
     assert hold_out(reversed(NAMES), num_validation=2, seed=0) == split
@@ -85,7 +85,7 @@ def test_seeds_differ():
     assert len(set(held_out)) > 1
 
 
-def test_fewer_identities_to_train_on_keep_the_validation_set():
+def test_fewer_training_identities_keep_the_validation_set():
     whole = hold_out(NAMES, num_validation=2)
     part = hold_out(NAMES, num_validation=2, num_train=3)
     assert (part.query, part.gallery) == (whole.query, whole.gallery)
@@ -124,12 +124,12 @@ def test_data_set_is_made_of_links_once(market, tmp_path):
     assert all(file.is_symlink() and file.read_text() == file.name for file in files)
 
     (market / DATASET_FOLDER / "bounding_box_train" / NAMES[0]).unlink()
-    assert make_split(market, root, **sizes) == split  # read, not made anew
+    assert make_split(market, root, **sizes) == split  # read, not created again
     with pytest.raises(ValueError, match="holds a split of other settings"):
         make_split(market, root, **{**sizes, "seed": 1})
 
 
-def test_split_that_was_cut_off_is_made_again(market, tmp_path):
+def test_incomplete_split_is_created_again(market, tmp_path):
     sizes = {"num_validation": 2, "num_train": 0, "seed": 0}
     stale = tmp_path / "split.partial" / DATASET_FOLDER / "query"
     stale.mkdir(parents=True)
@@ -167,7 +167,7 @@ def test_official_test_set_with_fewer_training_images(market, tmp_path):
         {"0001_c1_query.jpg": "query"},
         {"0001_c1_bounding_box_test.jpg": "bounding_box_test"},
     ]
-    make_official(market, root, NAMES[:3])  # read, not made anew
+    make_official(market, root, NAMES[:3])  # read, not created again
     with pytest.raises(ValueError, match="holds other training images"):
         make_official(market, root, NAMES[:4])
 

@@ -146,7 +146,9 @@ def test_large_cameras_are_made_alike_and_it_says_so(
         return [line for line in lines if "made alike" in line]
 
     assert said() == []  # twelve images each
-    monkeypatch.setattr("selcon_plugin.clustering.camera_centering.FEWEST_IMAGES", 12)
+    monkeypatch.setattr(
+        "selcon_plugin.clustering.camera_centering.MIN_IMAGES_PER_CAMERA", 12
+    )
     assert said() == ["The features of 2 cameras are made alike in their means"]
     assert said(camera_pattern="none") == []
 

@@ -115,7 +115,7 @@ def test_broken_last_checkpoint_gives_way(make, tmp_path, unbroken, content, cap
     with caplog.at_level(logging.WARNING):
         assert make().resume(tmp_path) == 1
     assert "model.pth.tar-2" in caplog.text
-    assert f"Going on from {folder / 'model.pth.tar-1'}" in caplog.text
+    assert f"Resuming from {folder / 'model.pth.tar-1'}" in caplog.text
     run(make(), tmp_path)
     assert not list(folder.glob("*.partial"))
     assert_equal(unbroken, checkpoint(tmp_path))
@@ -124,7 +124,7 @@ def test_broken_last_checkpoint_gives_way(make, tmp_path, unbroken, content, cap
 def test_nothing_readable_is_an_error(make, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.pth.tar-1").write_bytes(b"")
-    with pytest.raises(BadCheckpointError, match=r"model\.pth\.tar-1 is empty.*begin anew"):
+    with pytest.raises(BadCheckpointError, match=r"model\.pth\.tar-1 is empty.*start over"):
         make().resume(tmp_path)
     with pytest.raises(BadCheckpointError, match="load_pretrained_weights"):
         make().resume(tmp_path / "model" / "model.pth.tar-1")

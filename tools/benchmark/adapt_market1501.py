@@ -1,8 +1,9 @@
-"""Adapt an OSNet that was trained on MSMT17 to Market-1501, without its labels.
+"""Adapt an OSNet trained on MSMT17 to Market-1501 without using its labels.
 
-Trains on Market-1501's 12,936 training images, and evaluates on its official test set
-before and after. Test identities are used for nothing else; the checkpoint is chosen by the
-label-free quality of the training images. Stopped or killed, the same command goes on::
+The script trains on Market-1501's 12,936 training images, and evaluates on its official
+test set before and after. Test identities are used only for that; the checkpoint is chosen
+by the label-free quality of the training images. After an interruption, the same command
+resumes::
 
     python tools/benchmark/adapt_market1501.py --market Market-1501-v15.09.15 \
         --weights osnet_x0_25_msmt17.pth --output logs/adapt_market1501
@@ -28,17 +29,17 @@ from selcon_plugin.io.atomic import write_atomically
 from selcon_plugin.runs.results import describe_device
 from selcon_plugin.workflows.adapt import AdaptSettings, adapt
 
-# Market-1501's names: identity and camera. Identity -1 is junk, which does not count.
+# Market-1501's file names: identity and camera. Identity -1 is junk, which is ignored.
 _NAME = re.compile(r"(-?\d+)_c(\d)")
 _CAMERA_PATTERN = r"_c(\d)"
 
 
 def main() -> None:
-    """Evaluate, adapt, evaluate, print a row."""
+    """Evaluate, adapt, evaluate again, and print a table."""
     args = _parse()
     if args.threads:
         torch.set_num_threads(args.threads)
-        os.environ["OMP_NUM_THREADS"] = str(args.threads)  # so that training keeps it
+        os.environ["OMP_NUM_THREADS"] = str(args.threads)  # for the training process
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     before = _evaluated(
@@ -65,7 +66,7 @@ def main() -> None:
     _say("| network | label-free quality | mAP | Rank-1 |\n| --- | --- | --- | --- |")
     name = Path(args.weights).stem
     for row, candidate, found in (
-        (f"{name}, as it comes", result.before, before),
+        (f"{name}, before", result.before, before),
         (
             f"adapted, best of {args.epochs} epochs: {result.best.epochs}",
             result.best,
@@ -119,7 +120,7 @@ def _evaluated(
 
 
 def _embed(embedder: Embedder, folder: Path, batch_size: int) -> tuple[Any, Any, Any]:
-    """Return features, identities and cameras of a folder, junk left out."""
+    """Return features, identities and cameras of a folder without junk images."""
     files, pids, camids = [], [], []
     for file in sorted(folder.glob("*.jpg")):
         match = _NAME.match(file.name)

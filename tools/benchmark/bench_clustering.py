@@ -1,22 +1,23 @@
-"""What clustering costs: neighbors, Jaccard distance and DBSCAN, next to dense code.
+"""Benchmark clustering: neighbors, Jaccard distance and DBSCAN, compared with dense code.
 
-Times the clustering of one epoch (nearest neighbors, k-reciprocal Jaccard distance,
-DBSCAN) against
+The script times the clustering of one epoch (nearest neighbors, k-reciprocal Jaccard
+distance, DBSCAN) against
 
 * the dense definition (``plain_jaccard.py``) and scikit-learn's DBSCAN on its matrix,
 * FastReID's ``compute_jaccard_distance`` and the same DBSCAN, and
-* the product of all features with all features in float32 alone, the least that exact
-  dense code can do.
+* only the product of all features with all features in float32, the minimum cost of exact
+  dense code.
 
-All sides are measured in one run and in turn (A B C A B C ...), so that a busy machine
-slows them alike; printed are medians, and ratios with the smallest and largest ratio of one
-turn. The extra memory of each side is that of a process of its own: the peak less what it
-held when the features were made. Dense sides are left out where they would not fit.
+All implementations run interleaved (A B C A B C ...), so that a busy machine slows all of
+them; the script prints medians, and ratios with the smallest and largest ratio of one turn.
+The extra memory of each implementation is measured in a separate process: the peak minus
+the memory in use after the features were created. Dense implementations are skipped if they
+would not fit into memory.
 
-The features are drawn, but overlap as a half-trained network's do: the adjusted mutual
-information (AMI) of clusters and identities, which is printed, lies between 0.6 and 0.9.
+The features are synthetic, but overlap like those of a half-trained network: the printed
+adjusted mutual information (AMI) of clusters and identities lies between 0.6 and 0.9.
 
-    python tools/benchmark/bench_clustering.py --output figures.json
+    python tools/benchmark/bench_clustering.py --output results.json
     python tools/benchmark/bench_clustering.py --sizes 12936x2048 --repeats 5
     python tools/benchmark/bench_clustering.py --device cuda --sizes 1000000x256
 """
@@ -56,14 +57,14 @@ from selcon_plugin.clustering import (
 PHASES = ("neighbors", "jaccard", "dbscan")
 IMAGES_PER_IDENTITY = 17
 NUM_CAMERAS = 6
-CAMERA = 0.5  # length of a camera's offset to that of an identity's
+CAMERA = 0.5  # length of a camera offset relative to that of an identity
 AMI_SAMPLE = 12_936  # the index takes minutes on the clusters of 100,000 images
 Labels = NDArray[np.int64]
 Seconds = dict[str, float]
 
 
 class Settings(NamedTuple):
-    """Settings of the distance and of DBSCAN, as most published methods have them."""
+    """Settings of the distance and of DBSCAN, as in most published methods."""
 
     k1: int = 30
     k2: int = 6
@@ -72,7 +73,7 @@ class Settings(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Times of one clustering, and its labels if it gives any."""
+    """Times of one clustering, and its labels if there are any."""
 
     seconds: Seconds
     labels: Labels | None = None
@@ -82,20 +83,20 @@ Side = Callable[[Tensor, Settings], Outcome]
 
 
 def make_features(num_images: int, dim: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Draw unit features: a common mean, identity, camera and an offset of the image's own.
+    """Sample unit features: a common mean plus identity, camera and image offsets.
 
-    Variances fall along the dimensions as 1 / rank, as those of trained features do.
+    Variances decrease along the dimensions as 1 / rank, like those of trained features.
 
     Args:
-        num_images: Images M.
+        num_images: Number of images M.
         dim: Feature dimension C.
-        seed: Of the draw.
+        seed: Random seed.
 
     Returns:
         Features ``(M, C)`` and identities ``(M,)``.
     """
     generator = torch.Generator().manual_seed(seed)
-    # The more identities share the space, the less noise blurs them: found by trial.
+    # More identities need less noise for the same overlap: determined empirically.
     noise = min(1.3, 1.2 * (12_936 / num_images) ** 0.15) * (dim / 2048) ** 0.1
     spread = torch.arange(1, dim + 1).float().rsqrt()
     spread /= spread.norm()
@@ -106,7 +107,7 @@ def make_features(num_images: int, dim: int, seed: int = 0) -> tuple[Tensor, Ten
     pids = torch.randint(num_identities, (num_images,), generator=generator)
     camids = torch.randint(NUM_CAMERAS, (num_images,), generator=generator)
     features = torch.empty(num_images, dim)
-    for start in range(0, num_images, 4096):  # in pieces: no second copy of the features
+    for start in range(0, num_images, 4096):  # in chunks: no second copy of the features
         rows = slice(start, start + 4096)
         own = torch.randn(len(pids[rows]), dim, generator=generator) * spread
         quality = noise * (0.6 + 0.8 * torch.rand(len(own), 1, generator=generator))
@@ -116,7 +117,7 @@ def make_features(num_images: int, dim: int, seed: int = 0) -> tuple[Tensor, Ten
 
 
 def run_package(features: Tensor, settings: Settings) -> Outcome:
-    """Cluster as the package does."""
+    """Cluster with the package."""
     watch = Stopwatch(features.device)
     neighbors = nearest_neighbors(features, settings.k1)
     seconds = {"neighbors": watch.lap()}
@@ -144,8 +145,8 @@ def run_plain(features: Tensor, settings: Settings) -> Outcome:
 
 
 def run_fastreid(features: Tensor, settings: Settings) -> Outcome:
-    """Cluster by FastReID's distance: faiss on the CPU, or products on a GPU."""
-    importlib.import_module("selcon_plugin.compat.shared").prepare_fastreid()
+    """Cluster with FastReID's distance: faiss on the CPU, or products on a GPU."""
+    importlib.import_module("selcon_plugin.compat").prepare_fastreid()
     module: Any = importlib.import_module("fastreid.utils.compute_dist")
     search = 0 if features.is_cuda else 3
     watch = Stopwatch(features.device)
@@ -166,7 +167,7 @@ def _dense_dbscan(distance: NDArray[np.float32], settings: Settings) -> Labels:
 
 
 def run_product(features: Tensor, settings: Settings) -> Outcome:
-    """Multiply all features with all features, and forget the products."""
+    """Multiply all features with all features, and discard the products."""
     del settings
     rows = max(1, min(4096, 2**28 // len(features)))
     products = features.new_empty(rows, len(features))
@@ -185,7 +186,7 @@ SIDES: dict[str, Side] = {
 
 
 def sides_for(num_images: int, skipped: list[str]) -> list[str]:
-    """Name the sides to measure: the dense ones hold three matrices, and need them free."""
+    """Return the sides to measure; dense ones need free memory for three matrices."""
     needed = 3.3 * 4 * num_images**2
     fits = needed < 0.9 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     names = [name for name in SIDES if fits or name in ("package", "product")]
@@ -193,7 +194,7 @@ def sides_for(num_images: int, skipped: list[str]) -> list[str]:
 
 
 def warm_up(names: list[str], device: torch.device, settings: Settings) -> None:
-    """Load libraries and compiled code, so that no turn pays for it."""
+    """Load libraries and compiled code before the first measured turn."""
     features, _ = make_features(3000, 64)
     for name in names:
         SIDES[name](features.to(device), settings)
@@ -202,13 +203,13 @@ def warm_up(names: list[str], device: torch.device, settings: Settings) -> None:
 def take_turns(
     names: list[str], features: Tensor, settings: Settings, repeats: int
 ) -> tuple[dict[str, list[Seconds]], dict[str, Labels]]:
-    """Run every side in turn.
+    """Run the sides interleaved.
 
     Args:
-        names: Sides.
+        names: Names of the sides.
         features: Shape ``(M, C)``, on the device.
-        settings: Of the clustering.
-        repeats: Turns.
+        settings: Settings of the clustering.
+        repeats: Number of turns.
 
     Returns:
         The timings of each side, one entry per turn, and its labels.
@@ -226,10 +227,10 @@ def take_turns(
 
 
 def check_agreement(labels: dict[str, Labels]) -> None:
-    """Fail unless all sides find almost the same clusters.
+    """Check that all sides find almost the same clusters.
 
-    A pair of products within float32 rounding of each other may change places, and with
-    them the fate of an image at the border of a cluster.
+    Products within float32 rounding of each other may be ordered differently, which can
+    change the label of an image at the border of a cluster.
 
     Raises:
         SystemExit: If they differ.
@@ -244,7 +245,7 @@ def check_agreement(labels: dict[str, Labels]) -> None:
 
 
 def describe_labels(labels: Labels, pids: Tensor) -> dict[str, float]:
-    """Say how hard the features were to cluster; AMI on at most ``AMI_SAMPLE`` images."""
+    """Measure the difficulty of the features; AMI on at most ``AMI_SAMPLE`` images."""
     generator = torch.Generator().manual_seed(0)
     sample = torch.randperm(len(labels), generator=generator)[:AMI_SAMPLE].numpy()
     return {
@@ -286,7 +287,7 @@ def measure(arguments: argparse.Namespace, num_images: int, dim: int) -> dict[st
 def memory_of_child(
     name: str, num_images: int, dim: int, arguments: argparse.Namespace
 ) -> float:
-    """Run one side in a process of its own; return its extra memory in MiB."""
+    """Run one side in a separate process; return its extra memory in MiB."""
     command = [sys.executable, __file__, "--child", name, "--device", arguments.device]
     command += ["--sizes", f"{num_images}x{dim}", "--threads", str(arguments.threads)]
     run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -294,7 +295,7 @@ def memory_of_child(
 
 
 def run_child(arguments: argparse.Namespace) -> None:
-    """Print the extra memory of one side: main memory, or the GPU's if it runs there."""
+    """Print the extra memory of one side: on the GPU if it runs there, or of the CPU."""
     device, settings = torch.device(arguments.device), Settings()
     warm_up([arguments.child], device, settings)
     ((num_images, dim),) = arguments.sizes
@@ -306,21 +307,21 @@ def run_child(arguments: argparse.Namespace) -> None:
         SIDES[arguments.child](features, settings)
         print((torch.cuda.max_memory_allocated(device) - before) / 2**20)
         return
-    _forget_the_past()
+    _reset_memory_peak()
     before = _memory("VmRSS")
     SIDES[arguments.child](features, settings)
     print(_memory("VmHWM") - before)
 
 
-def _forget_the_past() -> None:
-    """Give freed memory back to the system and start the peak anew (Linux)."""
+def _reset_memory_peak() -> None:
+    """Return freed memory to the system and reset the peak (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def _memory(field: str) -> float:
-    """Return a figure of this process's memory in MiB; the peak so far outside Linux."""
+    """Return a memory field of this process in MiB; the peak so far outside Linux."""
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -330,7 +331,7 @@ def _memory(field: str) -> float:
 
 
 def print_row(row: dict[str, Any]) -> None:
-    """Print the figures of one size."""
+    """Print the results of one size."""
     print(
         f"  {row['clusters']} clusters of {row['identities']} identities, "
         f"{row['outlier_ratio']:.1%} outliers, AMI {row['ami']:.3f}"
@@ -342,7 +343,7 @@ def print_row(row: dict[str, Any]) -> None:
         if name in row["ratios"]:
             ratio = row["ratios"][name]
             line += (
-                f"  package takes {ratio['median']:.3f} of it "
+                f"  ratio of the package {ratio['median']:.3f} "
                 f"({ratio['min']:.3f}..{ratio['max']:.3f})"
             )
         print(line)
@@ -351,7 +352,7 @@ def print_row(row: dict[str, Any]) -> None:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Read ``MxC``."""
+    """Parse ``MxC``."""
     num_images, _, dim = text.partition("x")
     return int(num_images), int(dim)
 
@@ -375,16 +376,16 @@ def parse_arguments() -> argparse.Namespace:
         "--threads", type=int, default=0, help="CPU threads; 0: torch's own"
     )
     parser.add_argument(
-        "--skip", nargs="*", default=[], choices=list(SIDES)[1:], help="sides left out"
+        "--skip", nargs="*", default=[], choices=list(SIDES)[1:], help="sides to skip"
     )
     parser.add_argument("--skip-memory", action="store_true")
-    parser.add_argument("--output", type=Path, help="write the figures here as JSON")
+    parser.add_argument("--output", type=Path, help="write the results here as JSON")
     parser.add_argument("--child", choices=list(SIDES), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measure, print, and write the figures if asked to."""
+    """Measure, print, and optionally write the results."""
     arguments = parse_arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

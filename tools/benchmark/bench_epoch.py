@@ -1,14 +1,16 @@
-"""Where the time of one epoch goes, and how busy the network is kept.
+"""Profile one training epoch, and compare it with the network on its own.
 
-Trains a config for three epochs, the first to warm up:
+The script trains a config for three epochs, the first of which is a warm-up:
 
-* one as training runs it: images per second, with and without clustering;
-* one with the device waited for around each phase: data, forward, loss, backward, check,
-  optimizer, banks, extraction, clustering. The waiting costs time: compare shares.
+* one normal epoch: images per second, with and without clustering;
+* one with a device synchronization around each phase: data, forward, loss, backward, check,
+  optimizer, banks, extraction, clustering. The synchronization costs time, so only the
+  fractions are comparable.
 
-Both stand against the network alone: forward, backward and optimizer step on a batch of
-random images that lies on the device. Besides: how many images one process reads and
-augments, to tell how many of them (``DATALOADER.NUM_WORKERS``) keep the device busy.
+Both are compared with the network on its own: forward, backward and optimizer step on a
+batch of random images on the device. The script also measures the images per second that
+one process reads and augments, which shows how many of them (``DATALOADER.NUM_WORKERS``)
+keep the device busy.
 
     python tools/benchmark/bench_epoch.py --config-file configs/SyntheticPersons/scl.yml
     python tools/benchmark/bench_epoch.py --device cuda --amp --output epoch.json \
@@ -37,7 +39,7 @@ from selcon_plugin.samplers.stream import SampleKey
 
 
 class Phases:
-    """Adds up the seconds inside functions, less those of timed functions inside them."""
+    """Timer of functions; nested timed functions are counted only by themselves."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -45,34 +47,34 @@ class Phases:
         self._inside: list[str] = ["other"]
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a function: its seconds count as ``name``."""
+        """Wrap a function so that its time is added to ``name``."""
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            self._book()
+            self._record()
             self._inside.append(name)
             try:
                 return function(*args, **kwargs)
             finally:
-                self._book()
+                self._record()
                 self._inside.pop()
 
         return wrapped
 
     def start(self) -> None:
-        """Forget what passed before."""
+        """Reset all times."""
         self.seconds.clear()
         self._watch.lap()
 
     def stop(self) -> None:
-        """Book what passed since the last phase as ``other``, what no phase has."""
-        self._book()
+        """Add the time since the last phase to ``other``."""
+        self._record()
 
-    def _book(self) -> None:
+    def _record(self) -> None:
         self.seconds[self._inside[-1]] += self._watch.lap()
 
 
 class TimedBatches:
-    """An iterator whose waits are timed."""
+    """Iterator that times the wait for each batch."""
 
     def __init__(self, batches: Any, phases: Phases) -> None:
         self._batches = batches
@@ -85,7 +87,7 @@ class TimedBatches:
         return self._next()
 
     def close(self) -> None:
-        """End the processes that read the images."""
+        """Stop the data loader processes."""
         self._batches.close()
 
 
@@ -96,7 +98,7 @@ def measure(cfg: Any) -> dict[str, Any]:
         cfg: Complete config.
 
     Returns:
-        Figures by name.
+        Measurements by name.
     """
     from fastreid.data.build import fast_batch_collator
     from fastreid.utils.events import EventStorage
@@ -125,32 +127,32 @@ def measure(cfg: Any) -> dict[str, Any]:
         if f"{name}_seconds" in clustering:
             result["phases"][name] = clustering[f"{name}_seconds"]
     images = cfg.SOLVER.IMS_PER_BATCH
-    alone = time_alone(unwrap(trainer.model), trainer._trainer, cfg)
+    network = time_network(unwrap(trainer.model), trainer._trainer, cfg)
     return {
         **result,
         "steps": trainer.iters_per_epoch,
         "batch_size": images,
-        "alone_images_per_second": images / alone,
+        "network_images_per_second": images / network,
         "one_reader_images_per_second": images
         / time_reading(trainer.data_loader.dataset, images, fast_batch_collator),
         "steps_images_per_second": images / result["step_seconds"],
         "epoch_images_per_second": images
         * trainer.iters_per_epoch
         / (before_steps + steps),
-        "steps_share_of_alone": alone / result["step_seconds"],
+        "steps_ratio_to_network": network / result["step_seconds"],
     }
 
 
 def train_epoch(
     trainer: Any, run: Any, epoch: int, phases: Phases | None = None
 ) -> tuple[float, float]:
-    """Train one epoch, as the trainer's own loop does.
+    """Train one epoch like the trainer's own loop.
 
     Args:
-        trainer: The trainer.
-        run: Its training run.
-        epoch: Counted from 0.
-        phases: Times the phases of its steps; stopped at the last step's end.
+        trainer: FastReID trainer.
+        run: Training run of the trainer.
+        epoch: Epoch, counted from 0.
+        phases: Timer of the phases of the steps; stopped at the end of the last step.
 
     Returns:
         Seconds before the first step (extraction, clustering), and of the steps.
@@ -190,14 +192,14 @@ def _time_phases(trainer: Any, run: Any, method: Any, phases: Phases) -> None:
         setattr(owner, name, phases.timed(phase, getattr(owner, name)))
 
 
-def time_alone(network: Any, steps: Any, cfg: Any, turns: int = 5) -> float:
+def time_network(network: Any, steps: Any, cfg: Any, turns: int = 5) -> float:
     """Time the network on random images on its device, without loss and banks.
 
     Args:
         network: Network with its method.
-        steps: What takes its training steps.
+        steps: Object that runs the training steps.
         cfg: Config.
-        turns: Timed turns, after one to warm up.
+        turns: Number of timed turns, after a warm-up.
 
     Returns:
         Median seconds of a step.
@@ -227,10 +229,10 @@ def time_reading(
     """Time one process that reads and augments a batch of training images.
 
     Args:
-        dataset: The training images.
+        dataset: Training images.
         num_images: Images in the batch.
-        collate: Makes a batch of samples.
-        turns: Timed turns, after one to warm up.
+        collate: Function that collates samples into a batch.
+        turns: Number of timed turns, after a warm-up.
 
     Returns:
         Median seconds of a batch.
@@ -245,29 +247,30 @@ def time_reading(
     return statistics.median(seconds)
 
 
-def report(figures: dict[str, Any]) -> str:
-    """Lay out the figures in Markdown."""
-    phases = figures["phases"]
+def report(measured: dict[str, Any]) -> str:
+    """Format the measurements in Markdown."""
+    phases = measured["phases"]
     total = sum(phases.values())
-    lines = ["| phase | seconds | share |", "| --- | --- | --- |"]
+    lines = ["| phase | seconds | fraction |", "| --- | --- | --- |"]
     for name, seconds in sorted(phases.items(), key=lambda item: -item[1]):
         lines.append(f"| {name} | {seconds:.2f} | {seconds / total:.1%} |")
     lines += ["", "| images/s | |", "| --- | --- |"]
-    for name in ("alone", "steps", "epoch", "one reader"):
-        rate = figures[f"{name.replace(' ', '_')}_images_per_second"]
+    for name in ("network", "steps", "epoch", "one reader"):
+        rate = measured[f"{name.replace(' ', '_')}_images_per_second"]
         lines.append(f"| {name} | {rate:.1f} |")
-    lines += ["", f"Steps against the network alone: {figures['steps_share_of_alone']:.1%}"]
+    ratio = measured["steps_ratio_to_network"]
+    lines += ["", f"Speed of the steps relative to the network: {ratio:.1%}"]
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the report."""
     parser = argparse.ArgumentParser(description="Profile one epoch of a config.")
     parser.add_argument("--config-file", required=True, metavar="FILE.yml")
     parser.add_argument("--device", default="", help="cpu or cuda; default: the config's")
     parser.add_argument("--amp", action="store_true", help="mixed precision")
     parser.add_argument(
-        "--steps", type=int, default=0, help="of an epoch; default: the config's"
+        "--steps", type=int, default=0, help="per epoch; default: the config's"
     )
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
@@ -282,13 +285,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cfg = load_config(args.config_file, [*options, "OUTPUT_DIR", folder])
         started = time.perf_counter()
-        figures = measure(cfg)
+        measured = measure(cfg)
     device = torch.device(cfg.MODEL.DEVICE)
-    figures["machine"] = describe_machine(device)
-    print(report(figures))
-    print(f"\n{time.perf_counter() - started:.0f} s; {json.dumps(figures['machine'])}")
+    measured["machine"] = describe_machine(device)
+    print(report(measured))
+    print(f"\n{time.perf_counter() - started:.0f} s; {json.dumps(measured['machine'])}")
     if args.output:
-        args.output.write_text(json.dumps(figures, indent=2) + "\n")
+        args.output.write_text(json.dumps(measured, indent=2) + "\n")
 
 
 if __name__ == "__main__":

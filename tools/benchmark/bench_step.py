@@ -1,14 +1,13 @@
-"""What a training step costs outside the backbone, next to the backbone and to plain code.
+"""Benchmark a training step without the backbone, against the backbone and plain code.
 
-Times one step of Selective Contrastive Learning (distance, selection, loss forward and
-backward, bank update) against
+The script times one step of Selective Contrastive Learning (distance, selection, loss
+forward and backward, bank update) against
 
 * forward and backward of the backbone, a ResNet-50 with last stride 1 at 256x128, and
-* a plain transcription of the method's definition (``plain_scl.py``).
+* a direct implementation of the method's definition (``plain_scl.py``).
 
-All sides are measured in one run and in turn (A B C A B C ...), so that a busy machine
-slows them alike; printed are medians, and ratios with the smallest and largest ratio of one
-turn.
+All sides run interleaved (A B C A B C ...), so that a busy machine slows all of them; the
+script prints medians, and ratios with the smallest and largest ratio of one turn.
 
     python tools/benchmark/bench_step.py
     python tools/benchmark/bench_step.py --num-images 12936 --batch-size 8 --skip-backbone
@@ -50,7 +49,7 @@ Seconds = dict[str, float]
 
 
 class Batch(NamedTuple):
-    """A batch on the device: rows, cameras and unit features."""
+    """Batch on the device: bank rows, cameras and unit features."""
 
     index: Tensor
     camids: Tensor
@@ -59,14 +58,14 @@ class Batch(NamedTuple):
 
 
 class Stopwatch:
-    """Seconds since the last lap; waits for the device, which works asynchronously."""
+    """Stopwatch that synchronizes with the device before each lap."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.lap()
 
     def lap(self) -> float:
-        """Return the seconds since the last call and start anew."""
+        """Return the seconds since the last call and restart."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
@@ -76,7 +75,7 @@ class Stopwatch:
 
 
 def random_units(*shape: int, generator: torch.Generator) -> Tensor:
-    """Draw unit vectors along the last axis."""
+    """Sample unit vectors along the last axis."""
     return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
 
 
@@ -97,7 +96,7 @@ def make_method(
     assert isinstance(method, SelectiveContrastive)
     memory = method.memory
     assert memory.part_bank is not None
-    for start in range(0, num_images, 8192):  # in pieces: no second copy of the banks
+    for start in range(0, num_images, 8192):  # in chunks: no second copy of the banks
         rows = slice(start, min(start + 8192, num_images))
         count = rows.stop - start
         memory.global_bank[rows] = random_units(count, GLOBAL_DIM, generator=generator)
@@ -113,7 +112,7 @@ def make_method(
 def make_batch(
     method: SelectiveContrastive, batch_size: int, generator: torch.Generator
 ) -> Batch:
-    """Draw rows and features that resemble their bank rows, as in training."""
+    """Sample bank rows, and features similar to them, as in training."""
     memory = method.memory
     assert memory.part_bank is not None
     device = memory.global_bank.device
@@ -129,7 +128,7 @@ def make_batch(
 
 
 def time_package_step(method: SelectiveContrastive, batch: Batch) -> Seconds:
-    """Time one whole step as training runs it: loss, backward, update."""
+    """Time one complete training step: loss, backward, update."""
     embeddings = _with_gradient(batch)
     watch = Stopwatch(batch.index.device)
     losses = method.loss(embeddings, batch.index, batch.camids)
@@ -139,7 +138,7 @@ def time_package_step(method: SelectiveContrastive, batch: Batch) -> Seconds:
 
 
 def time_package_phases(method: SelectiveContrastive, batch: Batch) -> Seconds:
-    """Time the phases of one step, each waited for."""
+    """Time the phases of one step, with a synchronization after each."""
     memory = method.memory
     embeddings = _with_gradient(batch)
     views = torch.stack(
@@ -168,13 +167,14 @@ def time_package_phases(method: SelectiveContrastive, batch: Batch) -> Seconds:
 
 
 def time_plain_step(plain: PlainSelectiveContrastive, batch: Batch) -> Seconds:
-    """Time one step of the plain transcription, phases and sum.
+    """Time one step of the direct implementation, by phase and in total.
 
-    Its banks are in main memory: on a GPU the features travel there and the gradient back.
+    Its banks are on the CPU: from a GPU the features are copied there, and the gradient
+    back.
 
     Args:
-        plain: Holds the banks.
-        batch: What to take a step on.
+        plain: Direct implementation with its banks.
+        batch: Batch of the step.
 
     Returns:
         Seconds of each phase, and of the ``step``.
@@ -209,8 +209,8 @@ def _parts(embeddings: Embeddings) -> Tensor:
 
 def make_backbone(device: torch.device) -> nn.Module:
     """Build timm's ResNet-50 with last stride 1, random weights."""
-    # timm imports torchvision, which this mends where its compiled part does not load.
-    importlib.import_module("selcon_plugin.compat.shared").prepare_fastreid()
+    # timm imports torchvision, whose compiled extension may need a patch.
+    importlib.import_module("selcon_plugin.compat").prepare_torchvision()
     timm: Any = importlib.import_module("timm")
     backbone = timm.create_model(
         "resnet50", pretrained=False, num_classes=0, global_pool="", output_stride=16
@@ -231,7 +231,7 @@ def time_backbone(backbone: nn.Module, images: Tensor, amp: bool) -> Seconds:
 def check_agreement(
     method: SelectiveContrastive, plain: PlainSelectiveContrastive, batch: Batch
 ) -> None:
-    """Fail unless both sides give one loss, one gradient and one choice of candidates.
+    """Check that both sides give the same loss, gradient and candidates.
 
     Raises:
         SystemExit: If they differ.
@@ -265,11 +265,11 @@ def check_agreement(
 def interleave(
     sides: dict[str, Callable[[], Seconds]], repeats: int
 ) -> dict[str, list[Seconds]]:
-    """Run every side in turn, after one unmeasured turn.
+    """Run the sides interleaved, after one unmeasured turn.
 
     Args:
-        sides: What to time, by name.
-        repeats: Measured turns.
+        sides: Functions to time, by name.
+        repeats: Number of measured turns.
 
     Returns:
         The timings of each side, one entry per turn.
@@ -305,9 +305,9 @@ def measure(
     """Measure all sides at one bank size.
 
     Args:
-        arguments: The command line.
+        arguments: Command-line arguments.
         num_images: Bank rows M.
-        backbone: What the step is compared with, or None.
+        backbone: Backbone to compare the step with, or None.
 
     Returns:
         Medians in seconds, and ratios with their spread.
@@ -348,7 +348,7 @@ def measure(
         row["speedup"] = ratio_of(results["plain"], results["package"])
     if "backbone" in results:
         row["backbone"] = median_of(results["backbone"], "step")
-        row["share_of_backbone"] = ratio_of(results["package"], results["backbone"])
+        row["ratio_to_backbone"] = ratio_of(results["package"], results["backbone"])
     if arguments.crossover:
         row["crossover"] = measure_crossover(method, batch, arguments.repeats)
     return row
@@ -357,18 +357,18 @@ def measure(
 def measure_crossover(
     method: SelectiveContrastive, batch: Batch, repeats: int
 ) -> dict[str, Any]:
-    """Time loss and backward with gathered rows and with the whole product, in turn.
+    """Time loss and backward with gathered rows and with the full product, interleaved.
 
     Args:
-        method: Holds the banks.
-        batch: What to compute the loss of.
-        repeats: Measured turns.
+        method: Method with its banks.
+        batch: Batch of the loss.
+        repeats: Number of measured turns.
 
     Returns:
-        Medians of both ways, and the bank rows per candidate at which they would cost the
-        same (the product's cost is proportional to the bank).
+        Medians of both variants, and the bank rows per candidate at which their cost would
+        be equal (the cost of the product is proportional to the bank).
     """
-    # No caller chooses the way: moving the module's limits does.
+    # The variant cannot be chosen by an argument, only by the limits of the module.
     kept = (
         loss_module._rows_per_candidate,
         loss_module._MAX_GATHERED_VALUES,
@@ -398,7 +398,7 @@ def measure_crossover(
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Collect what the figures depend on."""
+    """Collect the hardware and versions that the results depend on."""
     machine: dict[str, Any] = {
         "cpu": _cpu_model(),
         "threads": torch.get_num_threads(),
@@ -421,7 +421,7 @@ def _cpu_model() -> str:
 
 
 def print_row(row: dict[str, Any]) -> None:
-    """Print the figures of one bank size."""
+    """Print the results of one bank size."""
     print(f"\nM = {row['num_images']:,}: one step outside the backbone")
     print(f"  package   {1e3 * row['package']:10.1f} ms")
     for side in ("plain", "backbone"):
@@ -433,11 +433,11 @@ def print_row(row: dict[str, Any]) -> None:
             f"  {speedup['median']:.1f} times faster than the plain code "
             f"({speedup['min']:.1f}..{speedup['max']:.1f})"
         )
-    if "share_of_backbone" in row:
-        share = row["share_of_backbone"]
+    if "ratio_to_backbone" in row:
+        ratio = row["ratio_to_backbone"]
         print(
-            f"  {share['median']:.2%} of the backbone's forward and backward "
-            f"({share['min']:.2%}..{share['max']:.2%})"
+            f"  {ratio['median']:.2%} of the backbone's forward and backward "
+            f"({ratio['min']:.2%}..{ratio['max']:.2%})"
         )
     print(f"  {'phase':<14} {'package':>10}" + f" {'plain':>10}" * ("plain_phases" in row))
     for phase in PHASES:
@@ -448,7 +448,7 @@ def print_row(row: dict[str, Any]) -> None:
     if "crossover" in row:
         crossover = row["crossover"]
         print(
-            f"  loss+backward: gathered {1e3 * crossover['gather']:.1f} ms, whole product "
+            f"  loss+backward: gathered {1e3 * crossover['gather']:.1f} ms, full product "
             f"{1e3 * crossover['dense']:.1f} ms; equal at about "
             f"{crossover['rows_per_candidate']:.0f} rows per candidate"
         )
@@ -478,14 +478,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--skip-backbone", action="store_true")
     parser.add_argument("--skip-plain", action="store_true")
     parser.add_argument(
-        "--crossover", action="store_true", help="also time both ways to take the logits"
+        "--crossover", action="store_true", help="also time both variants of the logits"
     )
-    parser.add_argument("--output", type=Path, help="write the figures here as JSON")
+    parser.add_argument("--output", type=Path, help="write the results here as JSON")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measure, print, and write the figures if asked to."""
+    """Measure, print, and optionally write the results."""
     arguments = parse_arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

@@ -1,8 +1,8 @@
-"""What it gains to make cameras alike in their means before clustering, on known people.
+"""Measure the gain of per-camera feature centering on data with known identities.
 
-Clusters each file's features as they are and with ``CENTER_CAMERAS``, at the eps that
-``eps: auto`` finds and at the best one, which the identities tell. Printed is the adjusted
-mutual information (AMI) with the identities, every outlier a cluster of its own.
+The script clusters the features of each file with and without ``CENTER_CAMERAS``, at the
+eps selected by ``eps: auto`` and at the best eps by the identities. It prints the adjusted
+mutual information (AMI) with the identities, with each outlier as a singleton cluster.
 
     selcon extract --images bounding_box_train --weights RUN/model_final.pth \
         --output features/run.npz
@@ -21,15 +21,15 @@ from selcon_plugin.clustering.camera_centering import center_cameras
 
 
 def gains(features: torch.Tensor, camids: torch.Tensor, identities: Numbers) -> list[float]:
-    """Measure AMI with eps auto as is and centered, then so at the best eps.
+    """Measure the AMI with and without centering, at eps auto and at the best eps.
 
     Args:
         features: Unit vectors ``(M, C)``.
-        camids: Camera of each, ``(M,)``.
-        identities: Identity of each, ``(M,)``.
+        camids: Camera of each image, ``(M,)``.
+        identities: Identity of each image, ``(M,)``.
 
     Returns:
-        The four figures.
+        AMI at eps auto without and with centering, then both at the best eps.
     """
     plain = compare(features, identities)
     centered = compare(center_cameras(features, camids), identities)
@@ -38,7 +38,7 @@ def gains(features: torch.Tensor, camids: torch.Tensor, identities: Numbers) -> 
 
 
 def table(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
-    """Lay out the figures in Markdown, with the gains' mean and range."""
+    """Format the AMI values in Markdown, with mean and range of the gains."""
     lines = [
         "| features | auto eps | centered | gain | best eps | centered | gain |",
         "| --- " * 7 + "|",
@@ -55,8 +55,8 @@ def table(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = features_parser("What centering cameras gains.")
+    """Measure and print the table."""
+    parser = features_parser("Measure the gain of per-camera feature centering.")
     parser.add_argument(
         "--camera-pattern",
         default=r"_c(\d+)",

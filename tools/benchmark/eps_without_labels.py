@@ -1,9 +1,9 @@
-"""How well DBSCAN's eps is found without labels, on features of people who are known.
+"""Evaluate unsupervised selection of DBSCAN's eps on data with known identities.
 
-Clusters each file's features at every eps of the grid of ``eps: auto``. Printed is the
-adjusted mutual information (AMI) with the identities, every outlier a cluster of its own:
-at the best eps, told by the identities, and what is lost to it by each way to choose
-without them and by fixed values.
+The script clusters the features of each file at every eps of the grid of ``eps: auto``. It
+prints the adjusted mutual information (AMI) with the identities, with each outlier as a
+singleton cluster: at the best eps by the identities, and the loss of each label-free rule
+and of fixed values relative to it.
 
     selcon extract --images bounding_box_train --weights RUN/model_final.pth \
         --output features/run.npz
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from selcon_plugin.clustering import dbscan_labels, jaccard_distance
 from selcon_plugin.clustering.auto_eps import EPS_GRID, EpsTrial, best_trial, try_eps
-from selcon_plugin.clustering.pseudo_labels import outliers_alone
+from selcon_plugin.clustering.pseudo_labels import outliers_as_singletons
 from selcon_plugin.clustering.quality import adjusted_mutual_info
 
 K1, K2, MIN_SAMPLES = 30, 6, 4  # the published settings
@@ -43,7 +43,7 @@ def _nearest(eps: float, trials: Sequence[EpsTrial]) -> EpsTrial | None:
     return min(trials, key=lambda trial: abs(trial.eps - eps), default=None)
 
 
-WAYS: Mapping[str, Choice] = {
+RULES: Mapping[str, Choice] = {
     "auto": best_trial,
     "silhouette": _largest(lambda trial: trial.silhouette),
     "stability": _largest(lambda trial: trial.stability),
@@ -53,22 +53,23 @@ WAYS: Mapping[str, Choice] = {
 
 
 def read_features(file: Path, *patterns: str) -> tuple[torch.Tensor, list[Numbers]]:
-    """Read features of images, and what the images' names tell, such as who is on them.
+    """Read features of images, and the labels in their file names.
 
     Args:
-        file: As ``selcon extract`` writes.
-        *patterns: The first group of each is the identity, or the camera, in a name.
+        file: File written by ``selcon extract``.
+        *patterns: Regular expressions; the first group of each is the identity, or the
+            camera, in a file name.
 
     Returns:
-        Unit features ``(M, C)``, and for each pattern what it found, numbered, ``(M,)``.
+        Unit features ``(M, C)``, and for each pattern the numbered labels, ``(M,)``.
 
     Raises:
-        ValueError: If a pattern is not in a name.
+        ValueError: If a file name does not match a pattern.
     """
     with np.load(file) as content:
         names = [Path(path).name for path in content["paths"]]
         features = torch.from_numpy(content["features"])
-    told = []
+    labels = []
     for pattern in patterns:
         found = [re.search(pattern, name) for name in names]
         if None in found:
@@ -76,23 +77,23 @@ def read_features(file: Path, *patterns: str) -> tuple[torch.Tensor, list[Number
                 f"{file}: {names[found.index(None)]} does not match {pattern!r}: give the "
                 "pattern of your file names"
             )
-        told.append(np.unique([m[1] for m in found if m], return_inverse=True)[1])
-    return torch.nn.functional.normalize(features, dim=1), told
+        labels.append(np.unique([m[1] for m in found if m], return_inverse=True)[1])
+    return torch.nn.functional.normalize(features, dim=1), labels
 
 
 def compare(features: torch.Tensor, identities: Numbers) -> dict[str, float]:
-    """Measure what each way to choose eps loses.
+    """Measure the loss of each rule for choosing eps.
 
     Args:
         features: Unit vectors ``(M, C)``.
-        identities: Identity of each, ``(M,)``.
+        identities: Identity of each image, ``(M,)``.
 
     Returns:
-        The largest AMI as ``"best"``, its ``"eps"``, and for each of :data:`WAYS` the AMI
-        it loses to that.
+        The largest AMI as ``"best"``, its ``"eps"``, and for each of :data:`RULES` the
+        difference of its AMI to the largest.
 
     Raises:
-        ValueError: If hardly any image has neighbors at any eps.
+        ValueError: If too few images have neighbors at any eps.
     """
     distance = jaccard_distance(features, k1=K1, k2=K2, max_distance=EPS_GRID[-1])
     trials = try_eps(
@@ -101,38 +102,38 @@ def compare(features: torch.Tensor, identities: Numbers) -> dict[str, float]:
         MIN_SAMPLES,
     )
     if not trials:
-        raise ValueError(f"no eps up to {EPS_GRID[-1]} makes clusters of these features")
+        raise ValueError(f"no eps up to {EPS_GRID[-1]} gives clusters of these features")
     ami = {
-        trial.eps: adjusted_mutual_info(outliers_alone(trial.labels), identities)
+        trial.eps: adjusted_mutual_info(outliers_as_singletons(trial.labels), identities)
         for trial in trials
     }
     eps = max(ami, key=ami.__getitem__)
     losses = {}
-    for name, choose in WAYS.items():
+    for name, choose in RULES.items():
         chosen = choose(trials)
         losses[name] = ami[eps] - (ami[chosen.eps] if chosen else 0.0)
     return {"best": ami[eps], "eps": eps, **losses}
 
 
 def table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Lay out the figures in Markdown, with mean and largest loss of each way."""
+    """Format the results in Markdown, with mean and largest loss of each rule."""
     lines = [
-        f"| features | best AMI | at eps | {' | '.join(WAYS)} |",
-        "| --- " * (3 + len(WAYS)) + "|",
+        f"| features | best AMI | at eps | {' | '.join(RULES)} |",
+        "| --- " * (3 + len(RULES)) + "|",
     ]
     for name, row in rows.items():
-        losses = " | ".join(f"{row[way]:.3f}" for way in WAYS)
+        losses = " | ".join(f"{row[rule]:.3f}" for rule in RULES)
         lines.append(f"| {name} | {row['best']:.3f} | {row['eps']:g} | {losses} |")
     for title, of_all in (("mean loss", statistics.fmean), ("largest loss", max)):
         losses = " | ".join(
-            f"{of_all([r[way] for r in rows.values()]):.3f}" for way in WAYS
+            f"{of_all([r[rule] for r in rows.values()]):.3f}" for rule in RULES
         )
         lines.append(f"| {title} | | | {losses} |")
     return "\n".join(lines)
 
 
 def features_parser(description: str) -> argparse.ArgumentParser:
-    """Make a parser of files of features whose names tell who is on the images."""
+    """Create a parser for files of features with identities in the image names."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("features", nargs="+", type=Path, metavar="FILE.npz")
     parser.add_argument(
@@ -145,8 +146,8 @@ def features_parser(description: str) -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = features_parser("Ways to choose eps without labels.")
+    """Measure and print the table."""
+    parser = features_parser("Compare rules for the unsupervised selection of eps.")
     args = parser.parse_args()
     rows = {}
     for file in args.features:

@@ -1,12 +1,12 @@
-"""The whole study on Market-1501, unattended: choose settings, report, correlate, tables.
+"""Run the complete study on Market-1501: choose settings, report, correlate, tables.
 
     python tools/benchmark/market1501.py all --protocol gpu --data datasets
     python tools/benchmark/market1501.py split choose correlate tables --protocol cpu \
         --data datasets --train-identities 150 --only methods --time-budget 480
 
-``--data`` holds the folder Market-1501-v15.09.15. A study that was stopped or killed goes
-on with the same command: finished runs are only read, the one in work goes on from its last
-checkpoint. docs/benchmarks/market1501.md says what each phase does.
+``--data`` contains the folder Market-1501-v15.09.15. A stopped or killed study resumes with
+the same command: finished runs are only read, and the current one resumes from its last
+checkpoint. docs/benchmarks/market1501.md describes the phases.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ SPLIT_PHASE = "split"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the phases that were asked for.
+    """Run the requested phases.
 
     Args:
         argv: Arguments; those of the process by default.
 
     Returns:
-        0; 1 if a configuration has no finished run, 2 after a mistake in what was asked
-        for, 75 when the time was up, 130 when stopped.
+        0 after success, 1 if a configuration has no finished run, 2 for invalid arguments,
+        75 when the time budget is spent, 130 when stopped.
     """
     args = _parse(argv)
-    # Ctrl-C and SIGTERM alike end the run in work with a checkpoint.
+    # Ctrl-C and SIGTERM both end the current run with a checkpoint.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         failed = _run(args)
@@ -46,10 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"market1501: error: {error}\n")
         return 2
     except BudgetSpentError:
-        print("The time is up. The same command goes on where this one stopped.")
+        print("The time budget is spent. The same command resumes the study.")
         return 75
     except KeyboardInterrupt:
-        print("Stopped. The same command goes on where this one stopped.")
+        print("Stopped. The same command resumes the study.")
         return 130
     if failed:
         print(f"Without a finished run: {', '.join(failed)}; see console.txt in its folder")
@@ -78,7 +78,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         required=True,
         type=Path,
         metavar="FOLDER",
-        help="holds Market-1501-v15.09.15",
+        help="contains Market-1501-v15.09.15",
     )
     parser.add_argument(
         "--output", type=Path, metavar="FOLDER", help="default: logs/market1501_PROTOCOL"
@@ -88,8 +88,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="METHOD, METHOD/GROUP of changes, METHOD/GROUP/LEVEL, METHOD/ for it without "
-        "changes, or methods: all without changes",
+        help="METHOD, METHOD/GROUP of changes, METHOD/GROUP/LEVEL, METHOD/ without "
+        "changes, or methods for all methods without changes",
     )
     parser.add_argument(
         "--validation-identities", type=int, default=100, metavar="N", help="default: 100"
@@ -99,8 +99,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         default=0,
         metavar="N",
-        help="train on fewer that are not held out, in the report too; default: on all "
-        "that are not held out while choosing, on all in the report",
+        help="number of training identities, also in the report; default: while choosing "
+        "all that are not held out, in the report all",
     )
     parser.add_argument("--split-seed", type=int, default=0, metavar="N")
     parser.add_argument("--epochs", type=int, metavar="N", help="default: the configs'")
@@ -115,7 +115,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--report-seeds", type=int, default=3, metavar="N", help="default: 3"
     )
     parser.add_argument(
-        "--rounds", type=int, default=1, metavar="N", help="of changes; default: 1"
+        "--rounds", type=int, default=1, metavar="N", help="rounds of changes; default: 1"
     )
     parser.add_argument(
         "--margin",

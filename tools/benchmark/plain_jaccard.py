@@ -1,8 +1,8 @@
-"""The k-reciprocal Jaccard distance as its definition reads: for bench_clustering.py.
+"""Direct implementation of the k-reciprocal Jaccard distance, for bench_clustering.py.
 
-Dense matrices of all images by all images, one image after the other, as the scripts of
-clustering-based methods have it. Nothing here is optimized and nothing is meant to be used
-for training. Three matrices of M x M numbers are alive at once.
+It uses dense matrices of all images by all images, and processes one image at a time, as
+the scripts of clustering-based methods do. It is not optimized and not meant for training.
+Three M x M matrices are in memory at once.
 
 Shape shorthand: M images, C features.
 """
@@ -19,11 +19,11 @@ IntArray = NDArray[np.int64]
 
 
 def dense_jaccard(features: Tensor, k1: int, k2: int) -> FloatArray:
-    """Take the distance of all images to all images.
+    """Compute the distances between all images.
 
     Args:
-        features: Unit vectors, float32 ``(M, C)`` in main memory.
-        k1: Nearest images looked at, the image itself included.
+        features: Unit vectors, float32 ``(M, C)`` on the CPU.
+        k1: Nearest images used, including the image itself.
         k2: Ranks of the query expansion.
 
     Returns:

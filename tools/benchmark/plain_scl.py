@@ -1,10 +1,10 @@
-"""Selective Contrastive Learning as its equations read: the slow side of bench_step.py.
+"""Direct implementation of Selective Contrastive Learning, the baseline of bench_step.py.
 
-Nothing here is optimized and nothing is meant to be used for training. Distances are taken
-part by part, every image sorts the whole bank, the softmax is taken anew for each positive,
-the banks lie in main memory and are written image by image. Only the gradient is the true
-one: the banks are written after the backward pass, as in the package, so that both sides of
-the benchmark compute the same thing (bench_step.py compares them first).
+It is not optimized and not meant for training. Distances are computed part by part, every
+image sorts the whole bank, the softmax is computed separately for each positive, and the
+banks are in CPU memory and written image by image. Only the gradient is that of the
+package: the banks are written after the backward pass, so that both sides of the benchmark
+compute the same result (bench_step.py compares them first).
 
 Shape shorthand: B batch, M bank rows, C and D feature sizes, S parts, K neighbors.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 
 @dataclass
 class PlainSettings:
-    """The method's constants under the symbols of the paper, and its temperature."""
+    """Constants of the method by the symbols of the paper, and its temperature."""
 
     num_neighbors: int = 7
     num_negatives: int = 500
@@ -33,14 +33,14 @@ class PlainSettings:
 
 
 class PlainSelectiveContrastive:
-    """One training step outside the backbone, in the four phases of the method.
+    """Training step without the backbone, in the four phases of the method.
 
     Args:
-        global_bank: Shape ``(M, C)``, main memory.
-        part_bank: Shape ``(M, S, D)``, main memory.
-        mixture_bank: Shape ``(M, C)``, main memory.
+        global_bank: Shape ``(M, C)``, on the CPU.
+        part_bank: Shape ``(M, S, D)``, on the CPU.
+        mixture_bank: Shape ``(M, C)``, on the CPU.
         cameras: Camera of each bank row, shape ``(M,)``.
-        settings: The method's constants.
+        settings: Constants of the method.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class PlainSelectiveContrastive:
         self.settings = settings
 
     def distance(self, features: Tensor, parts: Tensor, cameras: Tensor) -> Tensor:
-        """Squared distances: global, mean over the parts, same-camera term.
+        """Compute squared distances: global term, mean of parts, same-camera term.
 
         Args:
             features: Shape ``(B, C)``.
@@ -82,7 +82,7 @@ class PlainSelectiveContrastive:
         )
 
     def select(self, distance: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Sort the whole bank for each image and cut positives and negatives off the top.
+        """Sort the whole bank for each image and take positives and negatives from the top.
 
         Args:
             distance: Shape ``(B, M)``.
@@ -104,7 +104,7 @@ class PlainSelectiveContrastive:
     def loss(
         self, features: Tensor, parts: Tensor, positives: Tensor, negatives: Tensor
     ) -> Tensor:
-        """Sum the terms of the loss one by one: image, view, positive.
+        """Sum the terms of the loss over images, views and positives.
 
         Args:
             features: Shape ``(B, C)``, with gradient.

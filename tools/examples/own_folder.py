@@ -1,7 +1,7 @@
-"""From a folder of crops to who is where: train, cluster, index, search.
+"""Train on a folder of person crops, cluster it, index it, and search in it.
 
 python tools/examples/own_folder.py --images my/crops
-python tools/examples/own_folder.py            # draws people first, to try it out
+python tools/examples/own_folder.py            # with synthetic persons
 """
 
 import argparse
@@ -19,19 +19,19 @@ from selcon_plugin.retrieval.page import write_page
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--images", default="", help="folder of crops; drawn if left out")
-    parser.add_argument("--camera-pattern", default="", help="finds cameras in paths")
+    parser.add_argument("--images", default="", help="crops; synthetic if omitted")
+    parser.add_argument("--camera-pattern", default="", help="regex of cameras in paths")
     parser.add_argument("--output", default="logs/own_folder")
     parser.add_argument("--backbone", default="", help="osnet_x0_25, timm:NAME, ...")
     parser.add_argument("--untrained", action="store_true", help="no ImageNet weights")
     parser.add_argument("--height", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--people", type=int, default=60, help="to draw")
+    parser.add_argument("--people", type=int, default=60, help="synthetic identities")
     return parser.parse_args()
 
 
-def draw_images(folder: Path, num_people: int) -> Path:
-    """Draw people as six cameras see them."""
+def render_images(folder: Path, num_people: int) -> Path:
+    """Render synthetic persons from six cameras."""
     spec = SyntheticPersonsSpec(num_train_ids=num_people, num_test_ids=2)
     generate_synthetic_persons(folder, spec)
     return next(folder.rglob("bounding_box_train"))
@@ -43,7 +43,7 @@ def main() -> None:
     output = Path(args.output)
     images, pattern = args.images, args.camera_pattern
     if not images:
-        images, pattern = draw_images(output / "drawn", args.people), r"c(\d)"
+        images, pattern = render_images(output / "synthetic", args.people), r"c(\d)"
 
     run = selcon_plugin.fit(
         images,

@@ -1,4 +1,4 @@
-"""A method of one's own against Cluster Contrast: same engine, same budget, one table.
+"""Compare a custom method with Cluster Contrast: same engine, same budget, one table.
 
     python tools/examples/own_method.py --seeds 2 --epochs 10
 
@@ -26,7 +26,7 @@ from selcon_plugin.options import Interval
 
 @register_method("SmoothContrast")
 class SmoothContrast(ClusterMethod):
-    """Cluster Contrast with smoothed labels: wrong clusters are believed less."""
+    """Cluster Contrast with label smoothing, which reduces the weight of wrong labels."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ def main() -> int:
     config.write_text(
         f"_BASE_: {baseline}\nMODEL:\n  SELCON:\n    METHOD: SmoothContrast\n"
     )
-    # Each run is a process of its own, which imports this file to know the method.
+    # Each run is a separate process, which imports this file to register the method.
     bench = [sys.executable, "-m", "selcon_plugin", "bench", "--import", __file__]
     bench += ["--configs", str(config), baseline, "--output", str(output / "bench")]
     bench += ["--seeds", str(args.seeds), "--epochs", str(args.epochs), *args.opts]

@@ -1,11 +1,11 @@
-"""A model of one's own, or torchreid's OSNet, in an index: no training, no config.
+"""Index images with a custom model, or torchreid's OSNet: no training, no config.
 
     python tools/examples/own_model.py --images gallery --query person.jpg
     python tools/examples/own_model.py --images gallery --query a.jpg b.jpg
         --model osnet_x1_0 --weights osnet_x1_0_msmt17.pth
 
-Whatever turns a list of images into unit vectors can make an index: here a PyTorch model
-in a class of ten lines. (For trained checkpoints there is ``selcon_plugin.Embedder``.)
+Anything that turns a list of images into unit vectors can fill an index: here a PyTorch
+model in a class of ten lines. (For trained checkpoints use ``selcon_plugin.Embedder``.)
 """
 
 import argparse
@@ -24,7 +24,7 @@ MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
 
 class ModelEmbedder:
-    """Unit vectors of images by a PyTorch model ``(B, 3, h, w)`` → ``(B, D)``."""
+    """Embedder that uses a PyTorch model ``(B, 3, h, w)`` → ``(B, D)``."""
 
     def __init__(self, model: torch.nn.Module, size: tuple[int, int]) -> None:
         self.model, self.size = model.eval(), size
@@ -40,7 +40,7 @@ class ModelEmbedder:
         return torch.nn.functional.normalize(self.model(batch.to(device))).cpu()
 
     def __call__(self, images: Sequence[Any], *, batch_size: int = 64) -> np.ndarray:
-        """Embed Pillow images or RGB arrays."""
+        """Embed Pillow images or RGB arrays into unit vectors."""
         images = [
             image if isinstance(image, Image.Image) else Image.fromarray(image)
             for image in images
@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--images", required=True, help="folder to search in")
     parser.add_argument("--query", required=True, nargs="+", help="images of persons")
     parser.add_argument("--model", default="osnet_x1_0", help="of torchreid")
-    parser.add_argument("--weights", default="", help="state dict; random if left out")
+    parser.add_argument("--weights", default="", help="state dict; random if omitted")
     parser.add_argument("--height", type=int, default=256)
     parser.add_argument("--index", default="logs/own_model/index")
     return parser.parse_args()

@@ -1,26 +1,26 @@
-"""Kill training runs again and again, resume them, and compare with unbroken ones.
+"""Kill training runs repeatedly, resume them, and compare them with uninterrupted ones.
 
 A training process (``selcon train``) on a tiny network and tiny data, in FastReID and in
 torchreid, is ended
 
 * by SIGKILL at a random time;
 * by SIGKILL inside a function: extraction, clustering, rebuilding and updating of banks,
-  teacher, optimizer step, writing of a checkpoint, of the note which one is last, reading
-  one back, evaluation. It dies after a random number of lines of Python in there;
-* by SIGKILL when a random share of a checkpoint's bytes is written;
+  teacher, optimizer step, writing of a checkpoint, writing of the last checkpoint's name,
+  reading of a checkpoint, evaluation. It dies after a random number of Python lines there;
+* by SIGKILL when a random fraction of a checkpoint's bytes is written;
 * by SIGTERM and SIGINT at a random time, which must end it with status 143 or 130;
 
-and now and then the newest checkpoint is cut off at a random place before the run is
+and occasionally the newest checkpoint is truncated at a random position before the run is
 resumed. Each process is resumed with the same command until its run is complete. Then the
-last checkpoint (weights, banks, labels, optimizer, schedule) must equal that of an unbroken
-run bit for bit, and so must the evaluation.
+last checkpoint (weights, banks, labels, optimizer, schedule) and the evaluation must be
+bit-identical to those of an uninterrupted run.
 
     python tools/faults/kill_and_resume.py                      all cases
     python tools/faults/kill_and_resume.py --kills 6 --cases SelConCluster torchreid/SpCL
     python tools/faults/kill_and_resume.py --report report.md   and report.json
 
-The hosts are imported once and each training process is forked from there, which saves it
-the seconds that the imports take. POSIX only.
+The hosts are imported once and each training process is forked from there, which avoids the
+time of the imports. The script runs only on POSIX systems.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Sums in one order, and no thread that a fork would lose.
+# One thread gives a fixed order of sums, and a fork loses no thread.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -61,7 +61,7 @@ _STOP_STATUSES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 _CLUSTERING = {"eps": 0.7, "min_samples": 2, "k1": 8, "k2": 3}
 _SPEC = {
     "num_train_ids": 8,
-    "num_test_ids": 4,  # FastReID wants 10 gallery images of a query
+    "num_test_ids": 4,  # FastReID needs 10 gallery images per query
     "images_per_id": 4,
     "num_cameras": 3,
     "num_distractors": 3,
@@ -105,7 +105,7 @@ _TORCHREID = {
     "selcon.num_parts": 2,
 }
 _SCL = {"num_neighbors": 3, "num_negatives": 16, "warmup_epochs": 1}
-# By case: host, method, options of the run and its method. All cluster but one.
+# By case: host, method, options of the run and its method. All but one use clustering.
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "SelectiveContrastive": ("fastreid", "SelectiveContrastive", _SCL),
     "ClusterContrast": ("fastreid", "ClusterContrast", {"cluster_update": "hard"}),
@@ -122,7 +122,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 CHECKPOINT_BYTES = "checkpoint, some bytes"
-# What is announced, by place: functions as (module, attribute path).
+# Announced functions by place, as (module, attribute path).
 _PLACES: dict[str, tuple[tuple[str, str], ...]] = {
     "extraction": (
         ("fastreid_ext.embedding", "extract_embeddings"),
@@ -145,7 +145,7 @@ _PLACES: dict[str, tuple[tuple[str, str], ...]] = {
         ("torchreid_ext.engine", "ImageSelConEngine._evaluate"),
     ),
 }
-# By place: the last call of it that is aimed at. Most often where files are written.
+# By place: the last call that may be targeted. Functions that write files are preferred.
 _AIMS = {
     "extraction": 1,
     "clustering": 1,
@@ -163,16 +163,15 @@ _WEIGHTS = [1, 3, 2, 3, 1, 1, 4, 4, 1, 1, 1]
 
 
 class Fault(NamedTuple):
-    """How a process is to end.
+    """Planned end of a process.
 
     Attributes:
         kind: ``"aimed"``, ``"timed"``, or ``"none"``.
-        place: Where, for an aimed one.
-        call: In which call of that.
-        amount: After how many lines, or after which share of the bytes or of an unbroken
-            run's time.
-        signal: What ends it.
-        damage: Where the newest checkpoint is cut off before, as a share; 1 for not.
+        place: Targeted function of an aimed fault.
+        call: Number of the targeted call.
+        amount: Number of lines, or fraction of the bytes or of an uninterrupted run's time.
+        signal: Signal that ends the process.
+        damage: Fraction to which the newest checkpoint is truncated first; 1 for intact.
     """
 
     kind: str
@@ -184,15 +183,15 @@ class Fault(NamedTuple):
 
 
 def draw_fault(rng: random.Random, number: int) -> Fault:
-    """Draw the n-th fault of a case: aimed ones, and timed ones between."""
+    """Sample the n-th fault of a case: aimed faults, with timed ones in between."""
     damage = rng.uniform(0.0, 0.99) if rng.random() < 0.2 else 1.0
     if number % 3 == 2:
-        number_of = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-        return Fault("timed", amount=rng.random(), signal=number_of, damage=damage)
+        ending = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+        return Fault("timed", amount=rng.random(), signal=ending, damage=damage)
     (place,) = rng.choices(list(_AIMS), _WEIGHTS)
     amount = rng.random()
     if place != CHECKPOINT_BYTES:
-        amount = _MOST_LINES**amount  # as often within the first 50 lines as behind them
+        amount = _MOST_LINES**amount  # half of the faults are in the first 50 lines
     return Fault("aimed", place, rng.randint(1, _AIMS[place]), amount, damage=damage)
 
 
@@ -200,11 +199,11 @@ def draw_fault(rng: random.Random, number: int) -> Fault:
 
 
 class Announcer:
-    """Tells the harness which function a process is in, and ends it where it is to end.
+    """Reporter of the current function to the harness, which also triggers the fault.
 
     Args:
         board: Memory shared with the harness.
-        fault: What is to happen.
+        fault: Planned end of the process.
     """
 
     def __init__(self, board: mmap.mmap, fault: Fault) -> None:
@@ -214,7 +213,7 @@ class Announcer:
         self._lines = 0
 
     def watch(self, owner: Any, name: str, place: str) -> None:
-        """Replace a function by one that announces itself."""
+        """Replace a function by one that reports its name."""
         plain = inspect.getattr_static(owner, name)
         is_class_method = isinstance(plain, classmethod)
         function = plain.__func__ if is_class_method else plain
@@ -223,7 +222,7 @@ class Announcer:
         def announcing(*args: Any, **kwargs: Any) -> Any:
             with self._inside(place) as is_aim:
                 result = function(*args, **kwargs)
-                if is_aim:  # it had fewer lines
+                if is_aim:  # the function had fewer lines
                     die()
                 return result
 
@@ -249,7 +248,7 @@ class Announcer:
         return self._count_lines
 
     def watch_bytes(self) -> None:
-        """Let a checkpoint's writing end after some of its bytes."""
+        """Make the writing of a checkpoint end after some of its bytes."""
         save = torch.save
 
         def save_some(data: Any, stream: Any) -> None:
@@ -268,12 +267,12 @@ class Announcer:
 
 
 def die() -> None:
-    """End this process as the system does when it is short of memory."""
+    """Kill this process like the out-of-memory killer of the system."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def read_board(board: mmap.mmap) -> str:
-    """Return the place that a process has announced last."""
+    """Return the last place that a process has announced."""
     return board[:].rstrip(b"\0").decode()
 
 
@@ -283,7 +282,7 @@ def write_board(board: mmap.mmap, place: str) -> None:
 
 
 def train(command: Sequence[str], method: str, fault: Fault, board: mmap.mmap) -> int:
-    """Run ``selcon`` with its functions announced; in the forked process."""
+    """Run ``selcon`` with announced functions, in the forked process."""
     from selcon_plugin.cli.main import main
     from selcon_plugin.methods import method_class
 
@@ -306,7 +305,7 @@ def train(command: Sequence[str], method: str, fault: Fault, board: mmap.mmap) -
 
 
 class Ending(NamedTuple):
-    """How a process ended: exit status (below 0 for a signal), where, after how long."""
+    """End of a process: exit status (negative for a signal), place, and seconds."""
 
     status: int
     place: str
@@ -315,15 +314,15 @@ class Ending(NamedTuple):
 
 @dataclass
 class Result:
-    """What was seen of a case.
+    """Result of a case.
 
     Attributes:
         kills: Processes ended by SIGKILL, by place.
         stops: Processes ended by SIGTERM or SIGINT, by status.
-        runs: Broken runs compared with the unbroken one.
-        processes: Processes started.
-        damaged: Checkpoints cut off.
-        problems: Whatever differed, or ended otherwise than it should.
+        runs: Number of interrupted runs compared with the uninterrupted one.
+        processes: Number of started processes.
+        damaged: Number of truncated checkpoints.
+        problems: Differences, and unexpected ends of processes.
     """
 
     kills: Counter[str] = field(default_factory=Counter)
@@ -335,12 +334,12 @@ class Result:
 
 
 class Case:
-    """A host, a method, and the folder of its runs.
+    """Test case of a host and a method, with the folder of its runs.
 
     Args:
         name: Key of :data:`CASES`.
-        folder: Where its runs are kept.
-        data_root: Folder of the drawn data.
+        folder: Folder of the runs.
+        data_root: Folder of the synthetic data.
     """
 
     def __init__(self, name: str, folder: Path, data_root: Path) -> None:
@@ -354,27 +353,27 @@ class Case:
     def _command(self, folder: Path) -> list[str]:
         torchreid = self.host == "torchreid"
         prefix = "selcon." if torchreid else "MODEL.SELCON."
-        spell = str.lower if torchreid else str.upper
+        case = str.lower if torchreid else str.upper
         options: dict[str, Any] = dict(_TORCHREID if torchreid else _FASTREID)
         own = {"method": self.method, **self._options}
-        options |= {prefix + spell(key): value for key, value in own.items()}
+        options |= {prefix + case(key): value for key, value in own.items()}
         if self.method != "SelectiveContrastive":
-            node = prefix + spell("clustering") + "."
-            options |= {node + spell(key): value for key, value in _CLUSTERING.items()}
+            node = prefix + case("clustering") + "."
+            options |= {node + case(key): value for key, value in _CLUSTERING.items()}
         spec = "synthetic_persons." if torchreid else "DATASETS.SYNTHETIC_PERSONS."
-        options |= {spec + spell(key): value for key, value in _SPEC.items()}
+        options |= {spec + case(key): value for key, value in _SPEC.items()}
         options["data.save_dir" if torchreid else "OUTPUT_DIR"] = str(folder)
         if torchreid:
             options["data.root"] = str(self._data_root)
-        words = [str(word) for option in options.items() for word in option]
-        return ["train", "--host", self.host, "--resume", *words]
+        arguments = [str(part) for option in options.items() for part in option]
+        return ["train", "--host", self.host, "--resume", *arguments]
 
     def start(self, folder: Path, fault: Fault, run_seconds: float) -> Ending:
-        """Train in a process of its own until it ends, or its fault ends it."""
+        """Train in a separate process until it ends, or its fault ends it."""
         folder.mkdir(parents=True, exist_ok=True)
         write_board(self._board, "start, or between")
         self.result.processes += 1
-        begun = time.monotonic()
+        started = time.monotonic()
         process = os.fork()
         if process == 0:
             self._be_trained(folder, fault)
@@ -382,7 +381,7 @@ class Case:
             time.sleep(fault.amount * run_seconds)
             os.kill(process, fault.signal)
         _, status = os.waitpid(process, 0)
-        seconds = time.monotonic() - begun
+        seconds = time.monotonic() - started
         code = os.waitstatus_to_exitcode(status)
         return Ending(code, read_board(self._board), seconds)
 
@@ -390,7 +389,7 @@ class Case:
         """Train in this process, which has just been forked; never returns."""
         status = 1
         try:
-            # A shell's background jobs are started without it.
+            # Background jobs of a shell start without this handler.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             with open(folder / "console.txt", "ab", buffering=0) as console:
                 os.dup2(console.fileno(), 1)
@@ -404,11 +403,13 @@ class Case:
             os._exit(status)
 
     def run(self, num_kills: int, rng: random.Random) -> None:
-        """Train unbroken, then broken runs until there were enough kills; compare."""
+        """Train an uninterrupted run, then interrupted ones, and compare them."""
         whole = self._folder / "whole"
         ending = self.start(whole, Fault("none"), 0.0)
         if ending.status:
-            self._problem(f"the unbroken run ended with {ending.status}: {console(whole)}")
+            self._problem(
+                f"the uninterrupted run ended with {ending.status}: {console(whole)}"
+            )
             return
         faults = (draw_fault(rng, number) for number in range(100 * num_kills))
         ended = 0
@@ -424,12 +425,12 @@ class Case:
     def _break(
         self, folder: Path, faults: Iterator[Fault], wanted: int, run_seconds: float
     ) -> int:
-        """Train a run to its end with as many ends before; return how many."""
+        """Train a run to completion with interruptions; return their number."""
         ended = 0
         while True:
             fault = next(faults) if ended < wanted else Fault("none")
             if fault.damage < 1:
-                self.result.damaged += cut_newest(folder, self.host, fault.damage)
+                self.result.damaged += truncate_newest(folder, self.host, fault.damage)
             ending = self.start(folder, fault, run_seconds)
             if ending.status == 0:
                 return ended
@@ -439,11 +440,11 @@ class Case:
                 return ended
 
     def _count(self, ending: Ending, fault: Fault) -> bool:
-        """Take note of an end; return whether it was the one asked for."""
+        """Count an end; return whether it was the planned one."""
         if ending.status == -signal.SIGKILL == -fault.signal:
             self.result.kills[ending.place] += 1
             return fault.kind != "none"
-        # Python's own handling, before there is anything to save.
+        # Python's default handling, before there is anything to save.
         early = (-signal.SIGTERM, -signal.SIGINT)
         stopped = _STOP_STATUSES.get(signal.Signals(fault.signal))
         if ending.status == stopped or ending.status in early:
@@ -459,41 +460,41 @@ class Case:
 
 
 def console(folder: Path) -> str:
-    """Return the end of what a run has printed."""
+    """Return the last lines of a run's output."""
     lines = (folder / "console.txt").read_text(errors="replace").splitlines()
     return " / ".join(lines[-3:])
 
 
 def checkpoints(folder: Path, host: str) -> list[Path]:
-    """List a run's checkpoints, the one written last at the end."""
+    """Return a run's checkpoints, newest last."""
     pattern = "model/model*.pth.tar*" if host == "torchreid" else "model_*.pth"
     files = [file for file in folder.glob(pattern) if file.suffix != ".partial"]
     return sorted(files, key=lambda file: file.stat().st_mtime_ns)
 
 
-def cut_newest(folder: Path, host: str, share: float) -> int:
-    """Cut off the newest checkpoint, if another is left; return whether."""
+def truncate_newest(folder: Path, host: str, fraction: float) -> int:
+    """Truncate the newest checkpoint if there is another one; return 1 if it was done."""
     files = checkpoints(folder, host)
     if len(files) < 2:
         return 0
-    os.truncate(files[-1], int(share * files[-1].stat().st_size))
+    os.truncate(files[-1], int(fraction * files[-1].stat().st_size))
     return 1
 
 
 def compare(whole: Path, broken: Path, host: str) -> list[str]:
-    """Name what differs between the ends of two runs."""
+    """List the differences between the final states of two runs."""
     name = f"model/model.pth.tar-{EPOCHS}" if host == "torchreid" else "model_final.pth"
     ends = [torch.load(run / name, weights_only=True) for run in (whole, broken)]
     results = [json.loads((run / "results.json").read_text()) for run in (whole, broken)]
     for key in ("metrics", "num_clusters", "steps"):
         for end, result in zip(ends, results, strict=True):
             end[f"results.json {key}"] = result[key]
-    left = [str(file) for file in broken.rglob("*.partial")]
-    return list(differences(*ends)) + [f"{file} is left" for file in left]
+    partial = [str(file) for file in broken.rglob("*.partial")]
+    return list(differences(*ends)) + [f"{file} was not removed" for file in partial]
 
 
 def differences(first: Any, second: Any, name: str = "") -> Iterator[str]:
-    """Name the entries in which two checkpoints differ; what was measured may."""
+    """Yield the entries in which two checkpoints differ, except for measurements."""
     if name.endswith("meter"):
         return
     if isinstance(first, dict):
@@ -513,7 +514,7 @@ def differences(first: Any, second: Any, name: str = "") -> Iterator[str]:
 
 
 def report_of(results: dict[str, Result], seconds: float, seed: int) -> dict[str, Any]:
-    """Collect the figures."""
+    """Collect the results of all cases."""
     kills: Counter[str] = sum((result.kills for result in results.values()), Counter())
     stops: Counter[str] = sum((result.stops for result in results.values()), Counter())
     return {
@@ -542,18 +543,18 @@ def report_of(results: dict[str, Result], seconds: float, seed: int) -> dict[str
     }
 
 
-def in_words(report: dict[str, Any]) -> str:
+def as_markdown(report: dict[str, Any]) -> str:
     """Return the report as Markdown."""
     lines = [
         f"{report['kills']} kills and {report['stops']} stops by SIGTERM or SIGINT in "
-        f"{report['runs_compared']} runs, {report['damaged_checkpoints']} checkpoints cut "
-        f"off; {len(report['problems'])} runs differ from the unbroken one or ended "
-        "otherwise than they should.",
+        f"{report['runs_compared']} runs, {report['damaged_checkpoints']} truncated "
+        f"checkpoints; {len(report['problems'])} runs differ from the uninterrupted one or "
+        "ended unexpectedly.",
         "",
         f"{report['processes']} processes, {report['seconds']} s, seed {report['seed']}, "
         f"Python {report['python']}, torch {report['torch']}, CPU.",
         "",
-        "| case | kills | stops | cut off | runs compared | problems |",
+        "| case | kills | stops | truncated | runs compared | problems |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     lines += [
@@ -576,18 +577,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="keep the runs here")
-    parser.add_argument("--report", type=Path, help="Markdown; .json stands beside it")
+    parser.add_argument("--report", type=Path, help="Markdown; also written as .json")
     return parser.parse_args(arguments)
 
 
 def import_hosts(data_root: Path) -> None:
-    """Do, once, what every training process would begin with."""
+    """Import everything once that every training process needs."""
     os.environ["FASTREID_DATASETS"] = str(data_root)
     torch.set_num_threads(1)
     from selcon_plugin.datasets import SyntheticPersonsSpec, generate_synthetic_persons
 
     generate_synthetic_persons(data_root, SyntheticPersonsSpec(**_SPEC))
-    # Both hosts: what is announced lies in both.
+    # Both hosts are needed: announced functions are in both.
     for module in (
         *("selcon_plugin.cli.main", "selcon_plugin.torchreid_ext.train"),
         *("selcon_plugin.fastreid_ext.trainer", "timm", "torch.utils.tensorboard"),
@@ -601,7 +602,7 @@ def import_hosts(data_root: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the cases; return 1 if there was a problem."""
     args = parse(arguments)
-    begun = time.monotonic()
+    started = time.monotonic()
     results: dict[str, Result] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
@@ -609,16 +610,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in args.cases:
             case = Case(name, folder / name.replace("/", " "), folder / "data")
             results[name] = case.result
-            # Its own stream: a case is the same alone and among others.
+            # A separate random stream makes a case independent of the others.
             case.run(args.kills, random.Random(f"{args.seed} {name}"))
             kills, stops = sum(case.result.kills.values()), sum(case.result.stops.values())
             print(
                 f"{name}: {kills} kills, {stops} stops, {case.result.runs} runs, "
-                f"{len(case.result.problems)} problems, {time.monotonic() - begun:.0f} s",
+                f"{len(case.result.problems)} problems, {time.monotonic() - started:.0f} s",
                 flush=True,
             )
-    report = report_of(results, time.monotonic() - begun, args.seed)
-    text = in_words(report)
+    report = report_of(results, time.monotonic() - started, args.seed)
+    text = as_markdown(report)
     print(f"\n{text}")
     if args.report:
         args.report.write_text(text)

@@ -1,7 +1,7 @@
-"""Plant faults in a copy of the package, one at a time, and see whether the tests notice.
+"""Mutation test: plant faults in a copy of the package and check that the tests fail.
 
-The faults below are such as a change might well bring in. Most give a run that goes
-through, with a plausible loss, and learns less or something else.
+The faults below are realistic mistakes in a change. With most of them a run completes with
+a plausible loss, and learns less or something else.
 
     python tools/faults/planted_faults.py                       # all of them
     python tools/faults/planted_faults.py --only momentum_side  # one
@@ -31,15 +31,15 @@ FAILED = 1  # pytest: tests ran and some failed; 2 and above: they could not run
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault: one piece of text, which occurs once in a file, replaced by another.
+    """Fault: a text that occurs once in a file, and its replacement.
 
     Attributes:
         name: Short name.
-        effect: What it does to a run.
-        file: Inside the package.
-        right: The text that stands there.
-        wrong: What is put in its place.
-        tests: Arguments of pytest: the tests that should catch it.
+        effect: Effect on a run.
+        file: Path inside the package.
+        right: Original text.
+        wrong: Replacement.
+        tests: Arguments of pytest for the tests that should catch the fault.
     """
 
     name: str
@@ -110,23 +110,23 @@ FAULTS = (
     ),
     Fault(
         "cameras_moved_apart",
-        "centering moves the images of a camera away from the others'",
+        "centering moves the images of a camera away from those of the others",
         "clustering/camera_centering.py",
-        "shift = (everywhere - means)",
-        "shift = (means - everywhere)",
+        "shift = (global_mean - means)",
+        "shift = (means - global_mean)",
         CENTERING,
     ),
     Fault(
         "small_cameras_moved",
-        "the mean of a camera's few images is taken for the camera's",
+        "cameras with few images are centered too",
         "clustering/camera_centering.py",
-        "large = (cameras >= 0) & (counts >= FEWEST_IMAGES)",
+        "large = (cameras >= 0) & (counts >= MIN_IMAGES_PER_CAMERA)",
         "large = cameras >= 0",
         CENTERING,
     ),
     Fault(
-        "other_pairs_exempt",
-        "pairs that the camera does not tell apart are left out, and those it does are not",
+        "other_pairs_ignored",
+        "cross-camera pairs are ignored, and camera-confounded pairs are not",
         "losses/selective_contrastive.py",
         "ignored_positive[:, None],\n",
         "~ignored_positive[:, None],\n",
@@ -158,7 +158,7 @@ FAULTS = (
     ),
     Fault(
         "camera_penalty_sign",
-        "images of the same camera are drawn together instead of pushed apart",
+        "the distance of images from the same camera decreases instead of increasing",
         "distance.py",
         "distance.add_(same, alpha=same_camera_penalty)",
         "distance.add_(same, alpha=-same_camera_penalty)",
@@ -166,7 +166,7 @@ FAULTS = (
     ),
     Fault(
         "unknown_cameras_match",
-        "images of unknown camera count as seen by one camera",
+        "images of unknown camera count as images of the same camera",
         "distance.py",
         "known = (camids >= 0)[:, None]",
         "known = (camids >= -1)[:, None]",
@@ -199,7 +199,7 @@ FAULTS = (
     ),
     Fault(
         "gather_dropped",
-        "each process writes its own part of the batch alone: the banks drift apart",
+        "each process writes only its part of the batch, so the banks diverge",
         "distributed.py",
         "return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])",
         "return tensor",
@@ -207,7 +207,7 @@ FAULTS = (
     ),
     Fault(
         "uneven_ratio",
-        "a process of an uneven batch takes the camera weights of others' images",
+        "with an uneven batch a process uses the camera weights of other images",
         "losses/camera_weights.py",
         "weights = whole[shared[:, 2] == rank()]",
         "weights = whole[rank() * len(targets) :][: len(targets)]",
@@ -217,7 +217,7 @@ FAULTS = (
         "rank_slice",
         "every process trains on the first process's part of the batch",
         "samplers/stream.py",
-        "first = self.rank * share",
+        "first = self.rank * per_rank",
         "first = 0",
         SAMPLERS,
     ),
@@ -271,7 +271,7 @@ FAULTS = (
     ),
     Fault(
         "extraction_in_training_mode",
-        "features for the banks are normalized by the statistics of their batch",
+        "features for the banks use batch statistics",
         "engine/extraction.py",
         "    network.eval()\n    # Sized",
         "    # Sized",
@@ -279,7 +279,7 @@ FAULTS = (
     ),
     Fault(
         "unsorted_images",
-        "bank rows follow the order in which a file system lists the images",
+        "the order of bank rows depends on the file system",
         "engine/images.py",
         "items = sorted(items, key=lambda item: item[0])",
         "items = list(items)",
@@ -287,7 +287,7 @@ FAULTS = (
     ),
     Fault(
         "identity_as_camera",
-        "the identity reaches the method in place of the camera",
+        "the method gets the identity instead of the camera",
         "engine/images.py",
         "self.camids = number_names([item[2] for item in items], unknown=UNKNOWN)",
         "self.camids = number_names([item[1] for item in items], unknown=UNKNOWN)",
@@ -306,13 +306,13 @@ FAULTS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the tests said of a planted fault.
+    """Result of the tests with a planted fault.
 
     Attributes:
-        fault: The fault.
-        verdict: "caught", "missed", or "broken" where the tests could not run.
-        test: The first test that failed.
-        seconds: What the tests took.
+        fault: Planted fault.
+        verdict: "caught", "missed", or "broken" if the tests could not run.
+        test: First test that failed.
+        seconds: Duration of the tests.
     """
 
     fault: Fault
@@ -322,7 +322,7 @@ class Outcome:
 
 
 def copy_repository(folder: Path) -> None:
-    """Copy what the tests need."""
+    """Copy the files that the tests need."""
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
@@ -333,33 +333,33 @@ def copy_repository(folder: Path) -> None:
 
 
 def preload() -> None:
-    """Import what the tests need besides the package, once for all of them."""
+    """Import the dependencies of the tests once for all of them."""
     for name in ("pytest", "torch", "scipy.sparse", "sklearn.cluster"):
         importlib.import_module(name)
 
 
 def run_tests(folder: Path, tests: tuple[str, ...]) -> tuple[int, str, float]:
-    """Run tests in a copy until the first fails, in a process of their own.
+    """Run tests in a copy until the first failure, in a separate process.
 
     Args:
-        folder: The copy.
+        folder: Folder of the copy.
         tests: Arguments of pytest.
 
     Returns:
         Pytest's exit status, its output, and seconds.
 
     Raises:
-        RuntimeError: If the package is imported already: the copy would not be.
+        RuntimeError: If the package is already imported, so the copy would not be used.
     """
     if "selcon_plugin" in sys.modules:
-        raise RuntimeError("the package is imported already: run this as a program")
+        raise RuntimeError("the package is already imported: run this as a program")
     log = folder / "output.txt"
     started = time.perf_counter()
     process = os.fork()
     if not process:
         _run_in_this_process(folder, tests, log)
     _, status = os.waitpid(process, 0)
-    # A process that a signal ended has no exit status.
+    # A process ended by a signal has no exit status.
     code = os.waitstatus_to_exitcode(status)
     return abs(code), log.read_text(), time.perf_counter() - started
 
@@ -372,7 +372,7 @@ def _run_in_this_process(folder: Path, tests: tuple[str, ...], log: Path) -> Non
     sys.path.insert(0, str(folder))
     path = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(path)  # for processes that tests start
-    # Compiled files are told apart by their time in seconds: too coarse here.
+    # Bytecode files are compared by a time in seconds, which is too coarse here.
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     sys.dont_write_bytecode = True
     with log.open("w") as stream:
@@ -384,24 +384,24 @@ def _run_in_this_process(folder: Path, tests: tuple[str, ...], log: Path) -> Non
 
 
 def try_fault(folder: Path, fault: Fault) -> Outcome:
-    """Plant a fault in a copy, run its tests, and mend it again.
+    """Plant a fault in a copy, run its tests, and remove the fault.
 
     Args:
-        folder: The copy.
-        fault: The fault.
+        folder: Folder of the copy.
+        fault: Fault to plant.
 
     Returns:
-        What the tests said.
+        The result of the tests.
 
     Raises:
-        ValueError: If the text to replace is not there exactly once.
+        ValueError: If the text to replace does not occur exactly once.
     """
     file = folder / "selcon_plugin" / fault.file
     source = file.read_text()
     if source.count(fault.right) != 1:
         raise ValueError(
-            f"{fault.name}: {fault.right!r} is {source.count(fault.right)} times in "
-            f"{fault.file} and must be there once: adapt the fault to the code"
+            f"{fault.name}: {fault.right!r} occurs {source.count(fault.right)} times in "
+            f"{fault.file} and must occur once: adapt the fault to the code"
         )
     file.write_text(source.replace(fault.right, fault.wrong))
     try:
@@ -410,16 +410,16 @@ def try_fault(folder: Path, fault: Fault) -> Outcome:
         file.write_text(source)
     failed = re.search(r"^(?:FAILED|ERROR) \S+?([^/\s]+::[^\s\[]+)", output, re.MULTILINE)
     verdict = {0: "missed", FAILED: "caught"}.get(status, "broken")
-    if "ERROR collecting" in output:  # with -x, the same status as of a failed test
+    if "ERROR collecting" in output:  # with -x, the status equals that of a failed test
         verdict = "broken"
     return Outcome(fault, verdict, failed[1] if failed else "", seconds)
 
 
 def check_unharmed(folder: Path, faults: tuple[Fault, ...]) -> None:
-    """Run the tests on the copy as it is.
+    """Check that the tests pass on the unchanged copy.
 
     Raises:
-        RuntimeError: If they fail without any fault.
+        RuntimeError: If the tests fail without a fault.
     """
     tests = dict.fromkeys(fault.tests for fault in faults)
     whole_files = tuple(name[0] for name in tests if len(name) == 1)
@@ -431,13 +431,13 @@ def check_unharmed(folder: Path, faults: tuple[Fault, ...]) -> None:
 
 
 def as_markdown(outcomes: list[Outcome]) -> str:
-    """Write the report."""
+    """Format the report in Markdown."""
     caught = sum(outcome.verdict == "caught" for outcome in outcomes)
     lines = [
         "# Planted faults",
         "",
         "`python tools/faults/planted_faults.py` plants one fault at a time in a copy of",
-        "the package and runs the tests that should notice it.",
+        "the package and runs the tests that should catch it.",
         "",
         f"**{caught} of {len(outcomes)} caught** (Python {platform.python_version()}, "
         f"{platform.system()}).",
@@ -454,7 +454,7 @@ def as_markdown(outcomes: list[Outcome]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Plant the faults asked for and report."""
+    """Plant the requested faults and report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [fault.name for fault in FAULTS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME")

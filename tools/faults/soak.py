@@ -1,15 +1,16 @@
-"""Train for thousands of steps, clustering every epoch: does anything grow?
+"""Soak test: train for thousands of steps with clustering and check for resource leaks.
 
-A tiny network on drawn images, in FastReID, with everything on that a long run has: a new
-clustering and a new loader each epoch, checkpoints, evaluations, a teacher. After each
-epoch the memory of the process and of the GPU, open files and threads are noted.
+The script trains a tiny network on synthetic images in FastReID, with all features of a
+long run: a new clustering and a new loader each epoch, checkpoints, evaluations, a teacher.
+After each epoch it records the memory of the process and of the GPU, open files and
+threads.
 
     python tools/faults/soak.py --steps 2000 --report docs/reliability/soak.md
 
-A quantity is flat if it is, over the last fifth of the epochs, at most its bound above what
-it was over the second fifth; the first fifth is start-up. Compared are the medians of
-memory, and the least numbers of files and threads: TensorBoard's writer opens its file now
-and then, whatever the epoch. Exit status: 0 if all are flat.
+A quantity is flat if its value over the last fifth of the epochs exceeds that over the
+second fifth by at most its bound; the first fifth is start-up. The script compares the
+median memory, and the smallest numbers of files and threads, since TensorBoard's writer
+opens its file occasionally. Exit status: 0 if all quantities are flat.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# What may come on top between the second and the last fifth of the epochs.
+# Largest allowed increase between the second and the last fifth of the epochs.
 BOUNDS = {
     "memory_mib": 8.0,  # 10 to 300 steps took up to 2.9, still settling; 2,000 took 0.4
     "gpu_memory_mib": 1.0,
@@ -43,7 +44,7 @@ PARTS = 5
 
 @dataclass(frozen=True)
 class Sample:
-    """What a process holds after an epoch."""
+    """Resources of the process after an epoch."""
 
     memory_mib: float
     gpu_memory_mib: float
@@ -53,12 +54,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Growth:
-    """How a quantity grew.
+    """Growth of a quantity.
 
     Attributes:
         name: Field of :class:`Sample`.
-        early: Median, or least number, over the second fifth of the epochs.
-        late: The same over the last fifth.
+        early: Median, or smallest number, over the second fifth of the epochs.
+        late: Median, or smallest number, over the last fifth of the epochs.
         highest: Largest value after the first fifth.
     """
 
@@ -69,12 +70,12 @@ class Growth:
 
     @property
     def is_flat(self) -> bool:
-        """Whether it kept to its bound."""
+        """True if the growth is within its bound."""
         return self.late - self.early <= BOUNDS[self.name]
 
 
 def measure() -> Sample:
-    """Look at this process."""
+    """Measure the resources of this process."""
     import torch
 
     status = Path("/proc/self/status").read_text()
@@ -88,11 +89,11 @@ def measure() -> Sample:
     )
 
 
-def judge(samples: list[Sample]) -> list[Growth]:
+def find_growth(samples: list[Sample]) -> list[Growth]:
     """Compare the second and the last fifth of the samples.
 
     Args:
-        samples: One for each epoch.
+        samples: One sample per epoch.
 
     Returns:
         The growth of each quantity.
@@ -114,7 +115,7 @@ def judge(samples: list[Sample]) -> list[Growth]:
 
 
 def config(folder: Path, args: argparse.Namespace) -> Any:
-    """Make the config of a long run of a tiny network."""
+    """Create the config of a long run of a tiny network."""
     import torch
     from fastreid.config import get_cfg
 
@@ -162,11 +163,11 @@ def config(folder: Path, args: argparse.Namespace) -> Any:
 
 
 def soak(folder: Path, args: argparse.Namespace) -> list[Sample]:
-    """Train; return a sample for each epoch."""
+    """Train and return one sample per epoch."""
     os.environ["FASTREID_DATASETS"] = str(folder)  # read when FastReID is imported
     from selcon_plugin.fastreid_ext import SelConTrainer
 
-    # After the adapter, which makes it importable on a current Python.
+    # Imported after the adapter, which patches it for current Python versions.
     from fastreid.engine.train_loop import HookBase  # isort: skip
 
     samples: list[Sample] = []
@@ -183,7 +184,7 @@ def soak(folder: Path, args: argparse.Namespace) -> list[Sample]:
 
 
 def as_markdown(args: argparse.Namespace, growths: list[Growth], seconds: float) -> str:
-    """Write the report."""
+    """Format the report in Markdown."""
     import torch
 
     from selcon_plugin.runs.results import describe_device
@@ -195,10 +196,12 @@ def as_markdown(args: argparse.Namespace, growths: list[Growth], seconds: float)
         "",
         f"`python tools/faults/soak.py --steps {args.steps} --steps-per-epoch "
         f"{args.steps_per_epoch} --method {args.method} --workers {args.workers}`:",
-        f"{args.steps} steps of a tiny network on SyntheticPersons, clustered before each "
-        f"of {epochs} epochs, in {seconds:.0f} s on {device}, torch {torch.__version__}.",
-        "A quantity is flat if it is, over the last fifth of the epochs, at most the bound "
-        "above what it was over the second fifth: median memory, least files and threads.",
+        f"{args.steps} steps of a tiny network on SyntheticPersons, with clustering before "
+        f"each of {epochs} epochs, in {seconds:.0f} s on {device}, torch "
+        f"{torch.__version__}.",
+        "A quantity is flat if its value over the last fifth of the epochs exceeds that "
+        "over the second fifth by at most the bound (median memory, fewest files and "
+        "threads).",
         "",
         "| quantity | second fifth | last fifth | highest | bound on growth | flat |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -213,7 +216,7 @@ def as_markdown(args: argparse.Namespace, growths: list[Growth], seconds: float)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train, judge, report."""
+    """Train, check for growth, and report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--steps-per-epoch", type=int, default=20)
@@ -223,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        growths = judge(soak(Path(folder), args))
+        growths = find_growth(soak(Path(folder), args))
     report = as_markdown(args, growths, time.perf_counter() - started)
     print(report)
     if args.report:

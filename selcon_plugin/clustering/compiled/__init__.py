@@ -1,1 +1,1 @@
-"""The CPU's compiled loops. They need numba: imported only where they are used."""
+"""Compiled loops for the CPU. They need numba, so they are imported only when used."""

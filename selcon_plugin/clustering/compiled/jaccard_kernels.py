@@ -1,8 +1,8 @@
 """Compiled loops of the Jaccard distance.
 
-Sparse rows are stored one after the other: ``offsets (M + 1,)`` says where each row starts,
+Sparse matrices are in CSR form: ``offsets (M + 1,)`` holds the start of each row, and
 ``columns`` and ``weights`` hold its entries. ``start`` and ``stop`` bound the rows that a
-call works on.
+call processes.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from selcon_plugin.clustering.compiled.rows import Array, dot, kernel
 def reciprocal_lists(
     index: Array, width: int, lists: Array, sizes: Array, start: int, stop: int
 ) -> None:
-    """Keep the first ``width`` neighbors of a row that have the row among theirs.
+    """Keep those of a row's first ``width`` neighbors that are mutual.
 
     Args:
-        index: Neighbors by rank, column 0 the row itself, int32 ``(M, >= width)``.
-        width: Ranks that count.
-        lists: Written: what is kept, in order of rank, int32 ``(M, width)``.
-        sizes: Written: how many are kept, int32 ``(M,)``.
+        index: Neighbors by rank, with the row itself in column 0, int32 ``(M, >= width)``.
+        width: Number of ranks to use.
+        lists: Output: the kept neighbors in order of rank, int32 ``(M, width)``.
+        sizes: Output: number of kept neighbors, int32 ``(M,)``.
         start: First row.
         stop: One past the last row.
     """
@@ -50,8 +50,8 @@ def _expand(
     mark: Array,
     members: Array,
 ) -> Any:
-    # mark[j] is 2i + 1 while j is in the list of i, 2i + 2 once it joined by expansion;
-    # i only grows, so that the marks of earlier rows need no clearing.
+    # mark[j] is 2i + 1 if j is in the list of i, and 2i + 2 if the expansion added it; i
+    # only grows, so the marks of earlier rows need not be cleared.
     size = sizes[i]
     for a in range(size):
         members[a] = lists[i, a]
@@ -88,7 +88,7 @@ def count_expanded(
         sizes: Their sizes, int32 ``(M,)``.
         half_lists: Reciprocal lists of half the ranks, int32 ``(M, h)``.
         half_sizes: Their sizes, int32 ``(M,)``.
-        counts: Written, int64 ``(M,)``.
+        counts: Output, int64 ``(M,)``.
         start: First row.
         stop: One past the last row.
     """
@@ -126,19 +126,19 @@ def membership_weights(
     start: int,
     stop: int,
 ) -> None:
-    """Weigh each row's expanded list by the softmax of minus the squared distance.
+    """Weight each row's expanded list by the softmax of the negative squared distance.
 
     Args:
         features: Unit vectors, float32 ``(M, C)``.
         similarity: Inner products with the neighbors, float32 ``(M, k)``.
-        index: The neighbors, int32 ``(M, k)``.
+        index: Neighbors, int32 ``(M, k)``.
         lists: Reciprocal lists, int32 ``(M, k1)``.
         sizes: Their sizes, int32 ``(M,)``.
         half_lists: Reciprocal lists of half the ranks, int32 ``(M, h)``.
         half_sizes: Their sizes, int32 ``(M,)``.
-        offsets: Where each row's entries start, int64 ``(M + 1,)``.
-        columns: Written: the members, int32 ``(offsets[M],)``.
-        weights: Written: their weights, float32 ``(offsets[M],)``.
+        offsets: Start of each row's entries, int64 ``(M + 1,)``.
+        columns: Output: the members, int32 ``(offsets[M],)``.
+        weights: Output: their weights, float32 ``(offsets[M],)``.
         start: First row.
         stop: One past the last row.
     """
@@ -181,14 +181,14 @@ def count_averaged(
     start: int,
     stop: int,
 ) -> None:
-    """Count the entries of each row's average over its first ``k2`` neighbors.
+    """Count the entries in the average of the rows of each row's first ``k2`` neighbors.
 
     Args:
         index: Neighbors by rank, int32 ``(M, >= k2)``.
-        k2: Ranks averaged.
-        offsets: Where each row's entries start, int64 ``(M + 1,)``.
-        columns: Entries, int32.
-        counts: Written, int64 ``(M,)``.
+        k2: Number of ranks to average.
+        offsets: Start of each row's entries, int64 ``(M + 1,)``.
+        columns: Columns of the entries, int32.
+        counts: Output, int64 ``(M,)``.
         start: First row.
         stop: One past the last row.
     """
@@ -215,13 +215,13 @@ def average_neighbors(
 
     Args:
         index: Neighbors by rank, int32 ``(M, >= k2)``.
-        k2: Ranks averaged.
-        offsets: Where each row's entries start, int64 ``(M + 1,)``.
-        columns: Entries, int32.
-        weights: Entries, float32.
-        new_offsets: The same for the result, int64 ``(M + 1,)``.
-        new_columns: Written.
-        new_weights: Written.
+        k2: Number of ranks to average.
+        offsets: Start of each row's entries, int64 ``(M + 1,)``.
+        columns: Columns of the entries, int32.
+        weights: Weights of the entries, float32.
+        new_offsets: Start of each row's entries in the result, int64 ``(M + 1,)``.
+        new_columns: Output: columns of the result.
+        new_weights: Output: weights of the result.
         start: First row.
         stop: One past the last row.
     """
@@ -249,15 +249,15 @@ def transpose(
     t_rows: Array,
     t_weights: Array,
 ) -> None:
-    """Turn a square matrix from rows to columns; rows ascend within each column.
+    """Transpose a square sparse matrix; rows ascend within each column.
 
     Args:
-        offsets: Where each row's entries start, int64 ``(M + 1,)``.
-        columns: Entries, int32.
-        weights: Entries, float32.
-        t_offsets: Written: where each column's entries start, int64 ``(M + 1,)``.
-        t_rows: Written, int32.
-        t_weights: Written, float32.
+        offsets: Start of each row's entries, int64 ``(M + 1,)``.
+        columns: Columns of the entries, int32.
+        weights: Weights of the entries, float32.
+        t_offsets: Output: start of each column's entries, int64 ``(M + 1,)``.
+        t_rows: Output: rows of the entries, int32.
+        t_weights: Output: weights of the entries, float32.
     """
     num_rows = len(offsets) - 1
     t_offsets[:] = 0
@@ -282,7 +282,7 @@ def _grown(array: Array, size: int) -> Array:
 
 
 @kernel
-def _meet(
+def _accumulate_overlap(
     i: int,
     least: float,
     offsets: Array,
@@ -292,21 +292,22 @@ def _meet(
     t_rows: Array,
     t_weights: Array,
     shared: Array,
-    met: Array,
+    overlapping: Array,
 ) -> Any:
-    """Add up what later rows share with row i in its first columns.
+    """Accumulate the overlap of later rows with row i over its first columns.
 
-    Stops before the columns that together weigh less than ``least``: a row that shares only
-    those is too far.
+    The loop stops at the columns with a total weight below ``least``: a row that overlaps
+    only in those is too far away.
 
     Returns:
-        The first entry left out, the weight of those left out, and the number of rows met.
+        The first skipped entry, the total weight of the skipped entries, and the number of
+        overlapping rows.
     """
     split, last = offsets[i], offsets[i + 1]
     remaining = 0.0
     for p in range(split, last):
         remaining += weights[p]
-    num_met = 0
+    num_overlapping = 0
     while split < last and (least <= 0 or remaining >= least):
         weight = weights[split]
         first = t_offsets[columns[split]]
@@ -314,20 +315,20 @@ def _meet(
         while q >= first and t_rows[q] > i:
             j = t_rows[q]
             if shared[j] == 0:
-                met[num_met] = j
-                num_met += 1
+                overlapping[num_overlapping] = j
+                num_overlapping += 1
             shared[j] += min(weight, t_weights[q])
             q -= 1
         remaining -= weight
         split += 1
-    return split, remaining, num_met
+    return split, remaining, num_overlapping
 
 
 @kernel
-def _compare(
+def _remaining_overlap(
     j: int, first_column: int, offsets: Array, columns: Array, weights: Array, rest: Array
 ) -> Any:
-    """Add up what row j shares with ``rest``, which has columns from the first on."""
+    """Return the overlap of row j with ``rest`` in columns from ``first_column`` on."""
     total = np.float32(0)
     q = offsets[j + 1] - 1
     while q >= offsets[j] and columns[q] >= first_column:
@@ -349,33 +350,34 @@ def join_rows(
     start: int,
     stop: int,
 ) -> tuple[Array, Array, Array]:
-    """Take the Jaccard distances of rows ``start..stop`` to all later rows.
+    """Compute the Jaccard distances of rows ``start..stop`` to all later rows.
 
-    Two rows share s, the sum of the smaller weight of each common column. Rows that share
-    ``least`` meet in one of the first columns of either, the others weighing less than
-    that; so only rows met there are compared in full.
+    The overlap s of two rows is the sum of the smaller weight in each common column. Rows
+    with an overlap of ``least`` have a common column among the first columns of either row,
+    since the remaining columns weigh less than that; so only rows found there are compared
+    in full.
 
     Args:
-        offsets: Where each row's entries start, int64 ``(M + 1,)``.
-        columns: Entries, ascending within a row, int32. Best numbered by rising length, so
-            that the long columns come last.
-        weights: Entries, float32; each row's sum is 1.
-        t_offsets: Where each column's entries start, int64 ``(M + 1,)``.
+        offsets: Start of each row's entries, int64 ``(M + 1,)``.
+        columns: Columns of the entries, ascending within a row, int32. Numbering them by
+            increasing length is fastest, since the long columns then come last.
+        weights: Weights of the entries, float32; each row sums to 1.
+        t_offsets: Start of each column's entries, int64 ``(M + 1,)``.
         t_rows: Row of each entry, ascending within a column, int32.
-        t_weights: Entries, float32.
-        max_distance: Keep what is at most this, and below 1.
-        least: What two rows share at that distance, or a little less.
+        t_weights: Weights of the entries by column, float32.
+        max_distance: Largest distance to keep; distances of 1 are never kept.
+        least: Overlap of two rows at that distance, or slightly less.
         start: First row.
         stop: One past the last row.
 
     Returns:
-        For each row the number kept, int64; and of all kept, row by row with ascending
-        columns, the column (int32) and the distance (float32).
+        The number of kept distances per row, int64; and of all kept ones, by row and
+        ascending column, the column (int32) and the distance (float32).
     """
     num_rows = len(offsets) - 1
     shared = np.zeros(num_rows, np.float32)
     rest = np.zeros(num_rows, np.float32)
-    met = np.empty(num_rows, np.int32)
+    overlapping = np.empty(num_rows, np.int32)
     near = np.empty(num_rows, np.float32)
     counts = np.zeros(stop - start, np.int64)
     found = np.empty(1024, np.int32)
@@ -383,30 +385,30 @@ def join_rows(
     size = 0
     by_row = (offsets, columns, weights)
     for i in range(start, stop):
-        split, remaining, num_met = _meet(
-            i, least, *by_row, t_offsets, t_rows, t_weights, shared, met
+        split, remaining, num_overlapping = _accumulate_overlap(
+            i, least, *by_row, t_offsets, t_rows, t_weights, shared, overlapping
         )
         last = offsets[i + 1]
         rest[columns[split:last]] = weights[split:last]
         kept = 0
-        for a in range(num_met):
-            j = met[a]
+        for a in range(num_overlapping):
+            j = overlapping[a]
             s = shared[j]
             shared[j] = 0
             if s + remaining < least:
                 continue
             if split < last:
-                s += _compare(j, columns[split], *by_row, rest)
+                s += _remaining_overlap(j, columns[split], *by_row, rest)
             d = np.float32(1) - s / (np.float32(2) - s)
             if d <= max_distance and d < 1:
-                met[kept], near[kept] = j, d
+                overlapping[kept], near[kept] = j, d
                 kept += 1
         rest[columns[split:last]] = 0
         if size + kept > len(found):
             found = _grown(found, size + kept)
             distance = _grown(distance, size + kept)
-        order = np.argsort(met[:kept])
-        found[size : size + kept] = met[order]
+        order = np.argsort(overlapping[:kept])
+        found[size : size + kept] = overlapping[order]
         distance[size : size + kept] = near[order]
         size += kept
         counts[i - start] = kept
@@ -422,15 +424,15 @@ def mirror(
     columns: Array,
     values: Array,
 ) -> None:
-    """Complete a symmetric matrix from the entries above its diagonal, which is 0.
+    """Build a symmetric matrix with zero diagonal from the entries above the diagonal.
 
     Args:
-        upper_offsets: Where each row's entries start, int64 ``(M + 1,)``.
-        upper_columns: Entries, ascending within a row, int32.
-        upper: Entries, float32.
-        offsets: Written: where each row's entries start in the result, ``(M + 1,)``.
-        columns: Written, ascending within a row.
-        values: Written, float32.
+        upper_offsets: Start of each row's entries, int64 ``(M + 1,)``.
+        upper_columns: Columns of the entries, ascending within a row, int32.
+        upper: Values of the entries, float32.
+        offsets: Output: start of each row's entries in the result, ``(M + 1,)``.
+        columns: Output: columns, ascending within a row.
+        values: Output: values, float32.
     """
     num_rows = len(offsets) - 1
     offsets[:] = 0
@@ -439,7 +441,7 @@ def mirror(
     for i in range(num_rows):
         offsets[i + 1] += offsets[i] + 1 + upper_offsets[i + 1] - upper_offsets[i]
     place = offsets[:-1].copy()
-    for i in range(num_rows):  # row i has had its smaller columns by now
+    for i in range(num_rows):  # the smaller columns of row i are already written
         columns[place[i]] = i
         values[place[i]] = 0
         place[i] += 1

@@ -1,4 +1,4 @@
-"""The Jaccard distance on the CPU, by compiled loops over the rows of sparse matrices."""
+"""Jaccard distance on the CPU, by compiled loops over the rows of sparse matrices."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 from selcon_plugin.clustering.compiled import jaccard_kernels as kernels
 from selcon_plugin.clustering.compiled.rows import Array, RowThreads
 
-ROUNDING = 1e-5  # of a sum of a row's weights, generously
+ROUNDING = 1e-5  # generous bound on the rounding error of a sum of a row's weights
 
 
 class _Rows(NamedTuple):
-    """Sparse rows, one after the other.
+    """Sparse matrix in CSR form.
 
     Attributes:
-        offsets: Where each row's entries start, int64 ``(M + 1,)``.
-        columns: Their columns, int32.
-        weights: Their weights, float32.
+        offsets: Start of each row's entries, int64 ``(M + 1,)``.
+        columns: Columns of the entries, int32.
+        weights: Weights of the entries, float32.
     """
 
     offsets: Array
@@ -28,13 +28,13 @@ class _Rows(NamedTuple):
 
     @classmethod
     def of_sizes(cls, sizes: Array) -> _Rows:
-        """Make room for rows of these sizes."""
+        """Allocate rows of the given sizes."""
         offsets = np.concatenate([np.zeros(1, np.int64), sizes.cumsum()])
         total = int(offsets[-1])
         return cls(offsets, np.empty(total, np.int32), np.empty(total, np.float32))
 
     def transposed(self) -> _Rows:
-        """Turn rows into columns; the entries of a row ascend."""
+        """Return the transposed matrix, with ascending columns in each row."""
         result = _Rows(*(np.empty_like(part) for part in self))
         kernels.transpose(*self, *result)
         return result
@@ -49,7 +49,7 @@ def jaccard_rows(
     k2: int,
     max_distance: float,
 ) -> tuple[Array, Array, Array]:
-    """Take the sparse Jaccard distances from the neighbors.
+    """Compute the sparse Jaccard distances from the nearest neighbors.
 
     Args:
         features: Unit vectors, float32 ``(M, C)``.
@@ -57,7 +57,7 @@ def jaccard_rows(
         index: Neighbors by rank, the image itself first, int32 ``(M, k1)``.
         half: Ranks of the half lists, at most k1.
         k2: Ranks of the query expansion, at most k1.
-        max_distance: Keep what is at most this, and below 1.
+        max_distance: Largest distance to store; distances of 1 are never stored.
 
     Returns:
         ``indptr``, ``indices`` and ``data`` of the matrix in CSR form.
@@ -80,7 +80,7 @@ def jaccard_rows(
 def _membership(
     threads: RowThreads, features: Array, similarity: Array, index: Array, half: int
 ) -> _Rows:
-    """Weigh the members of each image's expanded reciprocal list."""
+    """Compute the weights of the members of each image's expanded reciprocal list."""
     num_images, k1 = index.shape
     lists = (*_reciprocal(threads, index, k1), *_reciprocal(threads, index, half))
     counts = np.empty(num_images, np.int64)
@@ -92,7 +92,7 @@ def _membership(
 
 
 def _reciprocal(threads: RowThreads, index: Array, width: int) -> tuple[Array, Array]:
-    """Keep each image's mutual neighbors of the first ranks; return lists and sizes."""
+    """Return the lists and sizes of each image's mutual neighbors up to a rank."""
     lists = np.empty((len(index), width), np.int32)
     sizes = np.empty(len(index), np.int32)
     threads.run(partial(kernels.reciprocal_lists, index, width, lists, sizes), len(index))
@@ -100,7 +100,7 @@ def _reciprocal(threads: RowThreads, index: Array, width: int) -> tuple[Array, A
 
 
 def _expand_queries(threads: RowThreads, index: Array, k2: int, rows: _Rows) -> _Rows:
-    """Average each row over the image's first k2 neighbors."""
+    """Average the rows of each image's first k2 neighbors."""
     counts = np.empty(len(index), np.int64)
     work = partial(kernels.count_averaged, index, k2, rows.offsets, rows.columns, counts)
     threads.run(work, len(index))
@@ -110,14 +110,14 @@ def _expand_queries(threads: RowThreads, index: Array, k2: int, rows: _Rows) -> 
 
 
 def _join(threads: RowThreads, rows: _Rows, max_distance: float) -> _Rows:
-    """Find the pairs within the distance; entries above the diagonal."""
+    """Find the pairs within the distance, as entries above the diagonal."""
     num_images = len(rows.offsets) - 1
-    # What a column is called does not matter. Called by rising length, and with each row in
-    # that order, the long columns come last, where no new pair can start.
+    # The numbering of columns is arbitrary. With columns numbered by increasing length, and
+    # each row sorted accordingly, the long columns come last, where no new pair can start.
     length = np.bincount(rows.columns, minlength=num_images)
-    name = np.empty(num_images, np.int32)
-    name[np.argsort(length, kind="stable")] = np.arange(num_images, dtype=np.int32)
-    by_column = rows._replace(columns=name[rows.columns]).transposed()
+    rank = np.empty(num_images, np.int32)
+    rank[np.argsort(length, kind="stable")] = np.arange(num_images, dtype=np.int32)
+    by_column = rows._replace(columns=rank[rows.columns]).transposed()
     by_row = by_column.transposed()
     least = 2 * (1 - max_distance) / (2 - max_distance) - ROUNDING
     work = partial(kernels.join_rows, *by_row, *by_column, max_distance, least)

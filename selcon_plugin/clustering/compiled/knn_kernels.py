@@ -1,12 +1,12 @@
 """Compiled loops of the neighbor search.
 
 A candidate j of image i has a product p known up to ``rounding * |p|``; its inner product
-with i lies within ``shift[i] + shift[j] + p`` give or take ``slack[i] + slack[j] +
-rounding * |p|``. ``threshold[i]`` is a value that at least ``wanted`` others are known to
-reach, so that whatever cannot reach it is not among the nearest ``wanted``.
+with i lies within ``slack[i] + slack[j] + rounding * |p|`` of ``shift[i] + shift[j] + p``.
+At least ``wanted`` other images are known to reach ``threshold[i]``, so an image that
+cannot reach it is not among the nearest ``wanted``.
 
-Each call writes only what belongs to the images of its rows (or columns) ``start..stop``.
-Both scans note their candidates in place: a call would cost more than the scan itself.
+Each call writes only data of the images in its rows (or columns) ``start..stop``. Both
+scans append their candidates inline: a function call would cost more than the scan itself.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import numpy as np
 
 from selcon_plugin.clustering.compiled.rows import Array, dot, kernel
 
-WORD = 8  # marks looked at together
+WORD = 8  # marks tested together as one 64-bit word
 
 
 class Search(NamedTuple):
-    """State of a search for the nearest ``wanted`` others of M images.
+    """State of a search for the ``wanted`` nearest other images of M images.
 
     Attributes:
-        wanted: Neighbors to find, at least 1, the image itself not among them.
+        wanted: Number of neighbors to find, at least 1, excluding the image itself.
         rounding: Relative error of a product.
-        shift: What an image adds to its products, float32 ``(M,)``.
-        slack: What an image adds to their error, float32 ``(M,)``.
-        threshold: See above, float32 ``(M,)``; infinite for an image with more candidates
-            than there is room for.
-        counts: Candidates of each image, int64 ``(M,)``.
-        candidates: Their numbers, int32 ``(M, room)``.
-        products: Their products, float32 ``(M, room)``.
+        shift: Term that an image adds to its products, float32 ``(M,)``.
+        slack: Term that an image adds to the error bound, float32 ``(M,)``.
+        threshold: Lower bound described above, float32 ``(M,)``; infinite for an image
+            whose candidates exceed the capacity.
+        counts: Number of candidates of each image, int64 ``(M,)``.
+        candidates: Indices of the candidates, int32 ``(M, capacity)``.
+        products: Products with the candidates, float32 ``(M, capacity)``.
     """
 
     wanted: int
@@ -47,7 +47,7 @@ class Search(NamedTuple):
 
 @kernel
 def _select(values: Array, rank: int) -> Any:
-    """Return the value that sorting would put at ``rank``; reorders the values."""
+    """Return the value of the given rank by quickselect; reorders the values."""
     low, high = 0, len(values) - 1
     while low < high:
         first, middle, last = values[low], values[(low + high) >> 1], values[high]
@@ -73,7 +73,7 @@ def _select(values: Array, rank: int) -> Any:
 
 @kernel
 def _compact(i: int, search: Search) -> None:
-    """Raise the threshold of image i to what its candidates allow; drop those below."""
+    """Raise the threshold of image i as far as proven, and drop candidates below it."""
     count, shift, slack = search.counts[i], search.shift, search.slack
     candidates, products = search.candidates[i], search.products[i]
     if count < search.wanted:
@@ -97,9 +97,9 @@ def _compact(i: int, search: Search) -> None:
 
 @kernel
 def _make_room(i: int, search: Search) -> None:
-    room = search.candidates.shape[1]
+    capacity = search.candidates.shape[1]
     _compact(i, search)
-    if search.counts[i] > room - room // 4:  # too many alike: not worth going on
+    if search.counts[i] > capacity - capacity // 4:  # too many similar images: give up
         search.threshold[i] = np.inf
         search.counts[i] = 0
 
@@ -118,10 +118,10 @@ def _mark(
 def scan_rows(
     block: Array, first_row: int, first_column: int, search: Search, start: int, stop: int
 ) -> None:
-    """Offer the columns of a block of products to the images of its rows."""
+    """Add candidates from the columns of a block of products to its row images."""
     shift, slack, threshold = search.shift, search.slack, search.threshold
     counts, candidates, products = search.counts, search.candidates, search.products
-    room = candidates.shape[1]
+    capacity = candidates.shape[1]
     rounding, width = search.rounding, block.shape[1]
     columns = slice(first_column, first_column + width)
     limits = shift[columns] + slack[columns]
@@ -140,7 +140,7 @@ def scan_rows(
                 if j != i and p + rounding * abs(p) + limits[c] >= threshold[i] - own:
                     candidates[i, counts[i]], products[i, counts[i]] = j, p
                     counts[i] += 1
-                    if counts[i] == room:
+                    if counts[i] == capacity:
                         _make_room(i, search)
 
 
@@ -148,10 +148,10 @@ def scan_rows(
 def scan_columns(
     block: Array, first_row: int, first_column: int, search: Search, start: int, stop: int
 ) -> None:
-    """Offer the rows of a block of products to the images of its columns."""
+    """Add candidates from the rows of a block of products to its column images."""
     shift, slack, threshold = search.shift, search.slack, search.threshold
     counts, candidates, products = search.counts, search.candidates, search.products
-    room = candidates.shape[1]
+    capacity = candidates.shape[1]
     rounding, width = search.rounding, stop - start
     images = slice(first_column + start, first_column + stop)
     reach = shift[images] + slack[images]
@@ -171,7 +171,7 @@ def scan_columns(
                 if p + rounding * abs(p) + limits[c] >= -own:
                     candidates[j, counts[j]], products[j, counts[j]] = i, p
                     counts[j] += 1
-                    if counts[j] == room:
+                    if counts[j] == capacity:
                         _make_room(j, search)
                     limits[c] = reach[c] - threshold[j]
 
@@ -185,13 +185,13 @@ def rank_candidates(
     start: int,
     stop: int,
 ) -> None:
-    """Rank what is left by float32 inner products; ties by the smaller number.
+    """Rank the remaining candidates by float32 inner products; ties by smaller index.
 
     Args:
         features: Float32 ``(M, C)``.
-        search: All products are scanned.
-        similarity: Written, the image itself first, float32 ``(M, 1 + wanted)``.
-        index: Written, int64 ``(M, 1 + wanted)``.
+        search: Search state after all products have been scanned.
+        similarity: Output, the image itself first, float32 ``(M, 1 + wanted)``.
+        index: Output, int64 ``(M, 1 + wanted)``.
         start: First row.
         stop: One past the last row.
     """

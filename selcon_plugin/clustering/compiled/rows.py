@@ -1,9 +1,9 @@
-"""Compiled loops of the clustering engine, each over a range of rows.
+"""Compilation and threading of loops over ranges of rows.
 
-Every kernel releases the GIL and writes only what belongs to its own rows, so that threads
-can share the rows among them and the result does not depend on how. They run in plain
-threads (:class:`RowThreads`), not under numba's ``parallel=True``, whose threading layers
-break in the fork()ed workers of a data loader.
+Every kernel releases the GIL and writes only data of its own rows, so threads can split the
+rows and the result does not depend on the split. Kernels run in plain threads
+(:class:`RowThreads`), not under numba's ``parallel=True``, whose threading layers break in
+the forked workers of a data loader.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ Result = TypeVar("Result")
 
 
 def kernel(function: Function) -> Function:
-    """Compile a loop; its machine code is kept on disk between runs."""
+    """Compile a loop; its machine code is cached on disk between runs."""
     return cast(Function, numba.njit(nogil=True, cache=True)(function))
 
 
 def _reordering_kernel(function: Function) -> Function:
-    # Sums may be taken in any (fixed) order, which lets the compiler use vector registers.
+    # Sums may use any fixed order, which allows the compiler to vectorize them.
     flags = {"reassoc", "contract"}
     return cast(Function, numba.njit(nogil=True, cache=True, fastmath=flags)(function))
 
 
 class RowThreads:
-    """As many threads as torch uses, to share work among; a context manager.
+    """Context manager with a pool of as many threads as torch uses.
 
-    Inside them torch works with one thread. Were its own threads used in turn with these,
-    they would keep the processors busy waiting (OpenMP's threads spin for some
-    milliseconds after each use) while these have work.
+    Inside the pool torch runs single-threaded. If its own threads alternated with those of
+    the pool, they would occupy the processors with busy waiting (OpenMP's threads spin for
+    some milliseconds after each use) while the pool has work.
     """
 
     def __enter__(self) -> RowThreads:
         self._count = torch.get_num_threads()
-        # The setting is that of the calling thread, and of threads yet to come.
+        # The setting applies to the calling thread and to threads created later.
         self._pool = ThreadPoolExecutor(
             self._count, initializer=torch.set_num_threads, initargs=(1,)
         )
@@ -62,12 +62,13 @@ class RowThreads:
         """Call ``work`` on pairs of numbers.
 
         Args:
-            work: Must release the GIL, and the calls must not depend on each other.
-            first: First numbers.
-            second: Second numbers, as many.
+            work: Function of two numbers that releases the GIL; the calls must be
+                independent of each other.
+            first: First number of each pair.
+            second: Second number of each pair.
 
         Returns:
-            What the calls return, in order.
+            The return values, in order.
         """
         if self._count == 1 or len(first) <= 1:
             return list(map(work, first, second))
@@ -79,12 +80,12 @@ class RowThreads:
         """Call ``work(start, stop)`` on ranges that cover all rows.
 
         Args:
-            work: Takes a range of rows; must release the GIL.
-            num_rows: Rows in all.
-            rows_per_task: Rows of one call; does not depend on the number of threads.
+            work: Function of a range of rows that releases the GIL.
+            num_rows: Total number of rows.
+            rows_per_task: Rows per call; independent of the number of threads.
 
         Returns:
-            What the calls return, in the order of the rows.
+            The return values, in the order of the rows.
         """
         starts = range(0, num_rows, rows_per_task)
         stops = [min(start + rows_per_task, num_rows) for start in starts]
@@ -93,7 +94,7 @@ class RowThreads:
 
 @_reordering_kernel
 def dot(a: Array, b: Array) -> Any:
-    """Inner product of two float32 vectors."""
+    """Return the inner product of two float32 vectors."""
     total = np.float32(0)
     for k in range(len(a)):
         total += a[k] * b[k]

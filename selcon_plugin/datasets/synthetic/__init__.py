@@ -1,4 +1,4 @@
 """SyntheticPersons: persons rendered from parametric looks, scenes and cameras.
 
-No label is used in training; the identities serve evaluation only.
+Training uses no labels; the identities are only for evaluation.
 """

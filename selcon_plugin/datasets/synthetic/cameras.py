@@ -1,8 +1,8 @@
-"""The cameras that watch the synthetic people, and the pictures they take.
+"""Cameras of the synthetic data set, and the rendering of their images.
 
-Each camera looks at one scene, from one direction, through its own lens and sensor: light,
-white balance, contrast, sharpness and compression differ so much that two strangers in
-front of one camera often look more alike than one person in front of two.
+Each camera has its own scene, direction, lens and sensor: illumination, white balance,
+contrast, sharpness and compression differ so much that images of two persons from one
+camera are often more similar than images of one person from two cameras.
 """
 
 import math
@@ -19,28 +19,28 @@ from selcon_plugin.datasets.synthetic.sheet import SHEET_SIZE, smooth_noise
 IMAGE_SIZE = (64, 128)
 MAX_CAMERAS = 9
 
-_CROP_WIDTH = 150  # detectors cut people out tightly
+_CROP_WIDTH = 150  # detectors crop persons tightly
 _PASSER_BY_FAMILY = 1_000_000
 
 
 @dataclass(frozen=True)
 class Camera:
-    """What distinguishes one camera.
+    """Parameters of a camera.
 
     Attributes:
-        gains: Factors on red, green and blue: the white balance.
+        gains: White balance as factors on red, green and blue.
         gamma: Exponent on brightness; above 1 darkens.
-        saturation: Strength of colors; 0 is gray.
-        contrast: Strength of differences in brightness.
-        haze: Share of flat light laid over the picture.
-        blur: Radius of the lens's blur in pixels of the final picture.
-        resolution: Share of the pixels that the sensor really resolves.
-        noise: Standard deviation of the sensor's noise, of 255.
+        saturation: Factor on colors; 0 is gray.
+        contrast: Factor on differences in brightness.
+        haze: Weight of a uniform light blended into the image.
+        blur: Radius of the lens blur in pixels of the final image.
+        resolution: Fraction of the pixels that the sensor resolves.
+        noise: Standard deviation of the sensor noise on a scale of 255.
         quality: JPEG quality.
-        facing: Yaw in degrees under which most people are seen.
-        scale: Size of people relative to the picture.
-        light: Side the light comes from, -1 (left) to 1 (right).
-        occlusion: Share of pictures with something in front of the person.
+        facing: Most frequent yaw of persons in degrees.
+        scale: Size of persons relative to the image.
+        light: Direction of the light, -1 (left) to 1 (right).
+        occlusion: Fraction of images with an occluder in front of the person.
         wall: Kind and color of the background.
         floor: Kind and color of the ground.
     """
@@ -88,7 +88,7 @@ _CAMERAS = (
 
 @dataclass(frozen=True)
 class Track:
-    """One person's walk past one camera: what its pictures have in common."""
+    """Parameters shared by all images of one person from one camera."""
 
     yaw: float
     phase: float
@@ -99,19 +99,19 @@ class Track:
 
 
 def make_track(camera: int, rng: np.random.Generator) -> Track:
-    """Draw how somebody walks past a camera.
+    """Sample the track of a person past a camera.
 
     Args:
         camera: Number of the camera, from 0.
-        rng: Source of chance; it advances.
+        rng: Random generator; its state advances.
 
     Returns:
-        The walk.
+        The track.
     """
     view = _CAMERAS[camera]
     yaw = view.facing + rng.normal(0.0, 40.0)
     if rng.random() < 0.4:
-        yaw += 180.0  # some walk the other way
+        yaw += 180.0  # some persons walk in the opposite direction
     return Track(
         yaw=yaw,
         phase=rng.uniform(0.0, math.tau),
@@ -125,17 +125,17 @@ def make_track(camera: int, rng: np.random.Generator) -> Track:
 def take_picture(
     look: Look, camera: int, track: Track, seed: int, rng: np.random.Generator
 ) -> Image.Image:
-    """Take one picture of a person.
+    """Render one image of a person.
 
     Args:
-        look: Who is seen.
+        look: Appearance of the person.
         camera: Number of the camera, from 0.
-        track: The person's walk past this camera.
-        seed: Seed of the whole data set; it fixes the camera's scene.
-        rng: Source of what changes from picture to picture; it advances.
+        track: Track of the person past this camera.
+        seed: Seed of the data set, which determines the camera's scene.
+        rng: Random generator for the variation between images; its state advances.
 
     Returns:
-        An RGB picture of `IMAGE_SIZE`, before compression.
+        An RGB image of `IMAGE_SIZE`, before compression.
     """
     view = _CAMERAS[camera]
     scene = draw_scene(seed, camera, view.wall, view.floor)
@@ -181,8 +181,8 @@ def _put_person(
 def _put_passer_by(
     canvas: Image.Image, view: Camera, rng: np.random.Generator, *, behind: bool
 ) -> None:
-    """Paste a stranger half out of the picture, behind or before the person."""
-    stranger = make_look(0, _PASSER_BY_FAMILY + int(rng.integers(10_000)), 0)
+    """Paste a passer-by partly outside of the image, behind or in front of the person."""
+    passer_by = make_look(0, _PASSER_BY_FAMILY + int(rng.integers(10_000)), 0)
     pose = Pose(
         yaw=view.facing + rng.normal(0.0, 60.0),
         phase=rng.uniform(0.0, math.tau),
@@ -194,11 +194,11 @@ def _put_passer_by(
         scale, offset = rng.uniform(0.55, 0.8), (side * rng.uniform(35, 85), -30.0)
     else:
         scale, offset = rng.uniform(0.95, 1.1), (side * rng.uniform(68, 95), 14.0)
-    _put_person(canvas, draw_person(stranger, pose, rng), scale, offset)
+    _put_person(canvas, draw_person(passer_by, pose, rng), scale, offset)
 
 
 def _put_obstacle(canvas: Image.Image, view: Camera, rng: np.random.Generator) -> None:
-    """Hide a part of the person: a passer-by, a post, a bin or a bush."""
+    """Occlude a part of the person by a passer-by, a post, a bin or a bush."""
     kind = int(rng.integers(4))
     if kind == 0:
         _put_passer_by(canvas, view, rng, behind=False)
@@ -225,7 +225,7 @@ def _put_obstacle(canvas: Image.Image, view: Camera, rng: np.random.Generator) -
 def _expose(
     canvas: Image.Image, view: Camera, brightness: float, rng: np.random.Generator
 ) -> Image.Image:
-    """Turn a scene into what the camera's lens and sensor make of it."""
+    """Apply the camera's lens and sensor model to a scene."""
     small = [max(round(side * view.resolution), 8) for side in IMAGE_SIZE]
     margin = (SHEET_SIZE[0] - _CROP_WIDTH) // 2
     box = (margin, 0, margin + _CROP_WIDTH, SHEET_SIZE[1])

@@ -1,6 +1,7 @@
-"""Draws one synthetic person, in one pose from one side, on a transparent sheet.
+"""Rendering of one synthetic person in a given pose on a transparent sheet.
 
-A yaw of 0 degrees faces the camera, 90 walks to the right, 180 shows the back.
+At a yaw of 0 degrees the person faces the camera, at 90 walks to the right, and at 180
+shows the back.
 """
 
 import math
@@ -30,13 +31,13 @@ _BODY_HEIGHT = 344.0
 
 @dataclass(frozen=True)
 class Pose:
-    """How a person stands at one moment.
+    """Pose of a person in one image.
 
     Attributes:
-        yaw: Direction of walking in degrees; 0 faces the camera, 90 goes to the right.
-        phase: Point of the walking cycle in radians.
-        stride: Largest angle of a leg with the vertical, in radians.
-        light: Side the light comes from, -1 (left) to 1 (right).
+        yaw: Walking direction in degrees; 0 faces the camera, 90 is to the right.
+        phase: Phase of the walking cycle in radians.
+        stride: Largest angle of a leg to the vertical, in radians.
+        light: Direction of the light, -1 (left) to 1 (right).
     """
 
     yaw: float
@@ -47,12 +48,12 @@ class Pose:
 
 @dataclass(frozen=True)
 class _Frame:
-    """The measures of one body in one pose, in sheet pixels."""
+    """Measures of a body in a pose, in sheet pixels."""
 
     cos: float
     sin: float
     height: float
-    half_width: float  # of the shoulders, as seen
+    half_width: float  # of the shoulders, after projection
     shoulder_y: float
     hip_y: float
 
@@ -62,15 +63,15 @@ class _Frame:
 
 
 def draw_person(look: Look, pose: Pose, rng: np.random.Generator) -> Image.Image:
-    """Draw a person on a transparent sheet, feet near the lower edge.
+    """Render a person on a transparent sheet, with the feet near the lower edge.
 
     Args:
-        look: What the person looks like.
-        pose: How the person stands and from where the light comes.
-        rng: Source of the folds in the cloth; it advances.
+        look: Appearance of the person.
+        pose: Pose of the person and direction of the light.
+        rng: Random generator for the folds in the clothes; its state advances.
 
     Returns:
-        An RGBA picture of `SHEET_SIZE`.
+        An RGBA image of `SHEET_SIZE`.
     """
     frame = _measure(look, pose)
     upper = _texture(look.upper)
@@ -97,7 +98,7 @@ def draw_person(look: Look, pose: Pose, rng: np.random.Generator) -> Image.Image
 
 
 def _measure(look: Look, pose: Pose) -> _Frame:
-    """Work out where shoulders and hips are."""
+    """Compute the positions of shoulders and hips."""
     yaw = math.radians(pose.yaw)
     height = _BODY_HEIGHT * look.height
     bob = 0.008 * height * abs(math.sin(pose.phase))
@@ -136,8 +137,8 @@ def _draw_leg(
     if look.lower.cut == "trousers":
         sheet.limb((hip, knee, ankle), (width * 1.1, width * 0.86, width * 0.66), paint)
     else:
-        share = 0.75 if look.lower.cut == "shorts" else 0.2
-        hem = (hip[0] + share * (knee[0] - hip[0]), hip[1] + share * (knee[1] - hip[1]))
+        length = 0.75 if look.lower.cut == "shorts" else 0.2
+        hem = (hip[0] + length * (knee[0] - hip[0]), hip[1] + length * (knee[1] - hip[1]))
         sheet.limb((hip, knee, ankle), (width, width * 0.7, width * 0.46), skin)
         sheet.limb((hip, hem), (width * 1.15, width * 1.1), paint)
     sheet.ellipse(shoe_center, 0.026 * height + 0.5 * abs(toe), 0.02 * height, look.shoes)
@@ -146,7 +147,7 @@ def _draw_leg(
 def _draw_arm(
     sheet: Sheet, look: Look, pose: Pose, frame: _Frame, side: int, paint: Paint
 ) -> None:
-    """Draw one arm with its hand and, where it belongs, the handbag."""
+    """Draw one arm with its hand and, on its side, the handbag."""
     height = frame.height
     angle = -0.8 * side * pose.stride * math.sin(pose.phase)
     spread = side * (0.02 + 0.03 * look.build) * frame.cos
@@ -182,7 +183,7 @@ def _draw_arm(
 def _draw_torso(
     sheet: Sheet, look: Look, frame: _Frame, upper: Paint, lower: Paint
 ) -> None:
-    """Draw hips, skirt or coat, chest and what is printed on it."""
+    """Draw hips, skirt or coat, and chest with its print."""
     height, half = frame.height, frame.half_width
     top, hip = frame.shoulder_y, frame.hip_y
     if look.lower.cut == "skirt":
@@ -277,7 +278,7 @@ def _draw_long_hair(sheet: Sheet, look: Look, frame: _Frame) -> None:
 
 
 def _draw_backpack(sheet: Sheet, look: Look, frame: _Frame) -> None:
-    """Draw a backpack: all of it from behind, a bump from the side."""
+    """Draw a backpack, which is fully visible from behind and partly from the side."""
     half = frame.half_width
     center_x = CENTER_X - frame.sin * (0.95 * half)
     center_y = frame.shoulder_y + 0.15 * frame.height
@@ -304,7 +305,7 @@ def _draw_straps(sheet: Sheet, look: Look, frame: _Frame) -> None:
         lateral = look.bag_side * frame.cos
         end = (CENTER_X + 0.85 * half * lateral, hip - 4)
         sheet.limb(((CENTER_X - 0.6 * half * lateral, top), end), (6.5, 6.5), dark)
-        if look.bag_side * frame.sin < 0.35:  # else the body hides the bag
+        if look.bag_side * frame.sin < 0.35:  # otherwise the body hides the bag
             points = rounded_box_points((end[0], hip + 6), 0.075 * frame.height, 22.0)
             sheet.polygon(points, look.bag_color)
             flap = trapezoid(hip - 14, hip + 2, 0.07 * frame.height, 20.0, end[0])
@@ -322,7 +323,7 @@ def _draw_handbag(sheet: Sheet, look: Look, frame: _Frame, hand: Point) -> None:
 
 
 def _shade(sheet: Sheet, pose: Pose, rng: np.random.Generator) -> Image.Image:
-    """Round the body off with light from one side and put folds into the cloth."""
+    """Shade the body by directional light and add folds to the clothes."""
     soft = sheet.mask.filter(ImageFilter.BoxBlur(9))
     shift = round(9 * pose.light)
     relief = np.asarray(ImageChops.offset(soft, shift, 3), dtype=np.float32)
@@ -337,7 +338,7 @@ def _shade(sheet: Sheet, pose: Pose, rng: np.random.Generator) -> Image.Image:
 
 
 def _texture(garment: Garment) -> Paint:
-    """Return a garment's color or, if it has a pattern, a sheet filled with that."""
+    """Return a garment's color or, if it has a pattern, a sheet filled with the pattern."""
     if garment.pattern not in _PATTERNS:
         return garment.color
     width, height = SHEET_SIZE
@@ -372,7 +373,7 @@ _PATTERNS: dict[
 
 
 def _darker(paint: Paint, factor: float) -> Paint:
-    """Take light from a paint: limbs on the far side lie in the body's shadow."""
+    """Darken a paint, since limbs on the far side lie in the body's shadow."""
     if isinstance(paint, tuple):
         return _shade_color(paint, factor)
     return paint.point(lambda value: value * factor)

@@ -1,8 +1,8 @@
-"""What a synthetic person looks like: body, hair, clothes, shoes and bag.
+"""Appearance of a synthetic person: body, hair, clothes, shoes and bag.
 
-An identity is a combination of parts, and people come in pairs that share some of them
-(the same shirt over other trousers, the same colors in another pattern). Telling such a
-pair apart takes more than one color, as it does between real passers-by.
+An identity is a combination of attributes, and persons form pairs with common attributes
+(the same shirt with different trousers, the same colors in a different pattern).
+Discriminating such a pair takes more than one color, as it does for real persons.
 """
 
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ Color = tuple[int, int, int]
 
 FAMILY_SIZE = 2
 
-_LOOK_STREAM = 1  # keeps these draws apart from those of the other modules
+_LOOK_STREAM = 1  # separates this random stream from those of the other modules
 
 _CLOTH_COLORS: tuple[Color, ...] = (
     (28, 28, 32),  # black
@@ -77,7 +77,7 @@ _BAGS = ("none", "backpack", "backpack", "shoulder", "handbag")
 
 @dataclass(frozen=True)
 class Garment:
-    """One piece of clothing: its cut, its two colors and its pattern."""
+    """Piece of clothing with a cut, two colors and a pattern."""
 
     cut: str
     color: Color
@@ -88,7 +88,7 @@ class Garment:
 
 @dataclass(frozen=True)
 class Look:
-    """Everything that stays the same on all pictures of one person."""
+    """Appearance shared by all images of one person."""
 
     height: float
     build: float
@@ -104,44 +104,45 @@ class Look:
 
 
 def make_look(seed: int, family: int, member: int) -> Look:
-    """Draw the look of one member of a family; equal arguments give equal looks.
+    """Sample the look of one member of a family; equal arguments give equal looks.
 
-    Member 0 is the family's model. The others share with it, depending on the sum of both
-    numbers: the upper garment's colors; the upper garment and the shoes; the lower
-    garment and the bag; or the colors of all clothes, but not their cuts and patterns.
+    Member 0 is the family's template. Each other member shares with it, depending on the
+    sum of both numbers, the upper garment's colors; the upper garment and the shoes; the
+    lower garment and the bag; or the colors of all clothes, but not their cuts and
+    patterns.
 
     Args:
-        seed: Seed of the whole data set, at least 0.
+        seed: Seed of the data set, at least 0.
         family: Number of the family, at least 0.
         member: Number of the person in the family, at least 0.
 
     Returns:
         The look.
     """
-    model = _draw_look(np.random.default_rng([seed, _LOOK_STREAM, family, 0]))
+    first = _sample_look(np.random.default_rng([seed, _LOOK_STREAM, family, 0]))
     if member == 0:
-        return model
-    own = _draw_look(np.random.default_rng([seed, _LOOK_STREAM, family, member]), model)
-    way = (family + member) % 4
-    if way == 1:
-        return replace(own, upper=model.upper, shoes=model.shoes)
-    if way == 2:
-        return replace(own, lower=model.lower, bag=model.bag, bag_color=model.bag_color)
-    if way == 3:
+        return first
+    own = _sample_look(np.random.default_rng([seed, _LOOK_STREAM, family, member]), first)
+    kind = (family + member) % 4
+    if kind == 1:
+        return replace(own, upper=first.upper, shoes=first.shoes)
+    if kind == 2:
+        return replace(own, lower=first.lower, bag=first.bag, bag_color=first.bag_color)
+    if kind == 3:
         upper = replace(
-            own.upper, color=model.upper.color, second_color=model.upper.second_color
+            own.upper, color=first.upper.color, second_color=first.upper.second_color
         )
-        lower = replace(own.lower, color=model.lower.color)
+        lower = replace(own.lower, color=first.lower.color)
         return replace(own, upper=upper, lower=lower)
-    return replace(own, upper=replace(model.upper, pattern=own.upper.pattern))
+    return replace(own, upper=replace(first.upper, pattern=own.upper.pattern))
 
 
-def _draw_look(rng: np.random.Generator, other_than: Look | None = None) -> Look:
-    """Draw a look; its clothes, hair and bag differ from those of `other_than`."""
-    upper = _draw_garment(
+def _sample_look(rng: np.random.Generator, other_than: Look | None = None) -> Look:
+    """Sample a look; its clothes, hair and bag differ from those of `other_than`."""
+    upper = _sample_garment(
         rng, _UPPER_CUTS, _UPPER_PATTERNS, other_than.upper if other_than else None
     )
-    lower = _draw_garment(
+    lower = _sample_garment(
         rng, _LOWER_CUTS, _LOWER_PATTERNS, other_than.lower if other_than else None
     )
     return Look(
@@ -159,13 +160,13 @@ def _draw_look(rng: np.random.Generator, other_than: Look | None = None) -> Look
     )
 
 
-def _draw_garment(
+def _sample_garment(
     rng: np.random.Generator,
     cuts: tuple[str, ...],
     patterns: tuple[str, ...],
     other_than: Garment | None,
 ) -> Garment:
-    """Draw a garment whose color and pattern are not those of `other_than`."""
+    """Sample a garment with a color and pattern different from those of `other_than`."""
     taken = (other_than.color,) if other_than else ()
     color = _pick_color(rng, _CLOTH_COLORS, taken)
     second_color = _pick_color(rng, _CLOTH_COLORS, (*taken, color))
@@ -181,7 +182,7 @@ def _draw_garment(
 def _pick(
     rng: np.random.Generator, choices: tuple[str, ...], taken: str | None = None
 ) -> str:
-    """Choose one entry other than `taken`."""
+    """Sample an entry other than `taken`."""
     free = [choice for choice in choices if choice != taken]
     return free[int(rng.integers(len(free)))]
 
@@ -189,7 +190,7 @@ def _pick(
 def _pick_color(
     rng: np.random.Generator, colors: tuple[Color, ...], taken: tuple[Color, ...] = ()
 ) -> Color:
-    """Choose one color that is clearly apart from every color in `taken`."""
+    """Sample a color clearly different from every color in `taken`."""
     free = [
         color
         for color in colors
@@ -199,6 +200,6 @@ def _pick_color(
 
 
 def _jitter(rng: np.random.Generator, color: Color) -> Color:
-    """Shift a color a little: no two blue shirts are the same blue."""
+    """Perturb a color slightly, since no two blue shirts have the same blue."""
     red, green, blue = (int(min(max(c + rng.normal(0.0, 7.0), 0), 255)) for c in color)
     return (red, green, blue)

@@ -1,8 +1,8 @@
-"""Synthetic people under several cameras: data to try training on, drawn on demand.
+"""Synthetic multi-camera data set of persons, rendered on demand.
 
-The data set is drawn from a seed, so nothing has to be downloaded and everybody has the
-same pictures. It has the layout and the file names of Market-1501 and can be read by
-whatever reads that.
+The data set is rendered from a seed, so nothing has to be downloaded and the images are
+reproducible. It has the layout and the file names of Market-1501, so any reader of that
+data set can read it.
 """
 
 import dataclasses
@@ -36,11 +36,11 @@ from selcon_plugin.io.atomic_folder import publish_folder
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1  # to be raised whenever a change alters the pictures
+_VERSION = 1  # must be incremented by any change that alters the images
 _MANIFEST = "manifest.json"
-_SHOT_STREAM = 3  # keeps these draws apart from those of the other modules
-_MAX_PID = 9999  # what four digits hold
-_DISTRACTOR_FAMILY = 100_000  # beyond the families of all identities
+_SHOT_STREAM = 3  # separates this random stream from those of the other modules
+_MAX_PID = 9999  # largest number with four digits
+_DISTRACTOR_FAMILY = 100_000  # larger than the families of all identities
 
 _LEGAL_RANGES = {
     "num_train_ids": (1, _MAX_PID),
@@ -54,15 +54,15 @@ _LEGAL_RANGES = {
 
 @dataclass(frozen=True)
 class SyntheticPersonsSpec:
-    """What to draw: equal specifications give equal bytes.
+    """Specification of the data set; equal specifications give identical files.
 
     Attributes:
-        num_train_ids: Number of people to train on.
-        num_test_ids: Number of people to test on, none of them in training.
-        images_per_id: Pictures of each person, over at least two cameras.
+        num_train_ids: Number of training identities.
+        num_test_ids: Number of test identities, disjoint from the training identities.
+        images_per_id: Images per identity, from at least two cameras.
         num_cameras: Number of cameras. Some readers of Market-1501 allow 6 at most.
-        num_distractors: Pictures in the gallery of people without an identity (0).
-        seed: Seed of everything drawn.
+        num_distractors: Distractor images in the gallery (identity 0).
+        seed: Random seed of the data set.
 
     Raises:
         ValueError: If a value is outside its legal range.
@@ -80,7 +80,7 @@ class SyntheticPersonsSpec:
             value = getattr(self, name)
             if not isinstance(value, int) or not lowest <= value <= highest:
                 raise ValueError(
-                    f"{name} must be a whole number in [{lowest}, {highest}], got {value!r}"
+                    f"{name} must be an integer in [{lowest}, {highest}], got {value!r}"
                 )
         if self.num_train_ids + self.num_test_ids > _MAX_PID:
             raise ValueError(
@@ -90,35 +90,35 @@ class SyntheticPersonsSpec:
 
     @property
     def num_train_images(self) -> int:
-        """Number of pictures to train on."""
+        """Number of training images."""
         return self.num_train_ids * self.images_per_id
 
     @property
     def num_test_images(self) -> int:
-        """Number of pictures in query and gallery together."""
+        """Number of query and gallery images."""
         return self.num_test_ids * self.images_per_id + self.num_distractors
 
     @property
     def folder_name(self) -> str:
-        """Name of the data folder; no two specifications share one."""
+        """Name of the data folder, unique for each specification."""
         text = json.dumps(_manifest_head(self), sort_keys=True)
         return f"synthetic_persons-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 @dataclass(frozen=True)
 class _Shot:
-    """One picture to be taken."""
+    """Image to be rendered."""
 
     folder: str
     pid: int
     camera: int
-    number: int  # of this picture among those of its person
-    stranger: int = 0  # tells the distractors apart, who all have pid 0
+    number: int  # of this image among those of its person
+    distractor: int = 0  # distinguishes the distractors, which all have pid 0
 
     @property
     def file_name(self) -> str:
-        frame = 25 * (self.number + 1) + 7 * self.stranger
-        sequence = 1 + self.stranger % 6
+        frame = 25 * (self.number + 1) + 7 * self.distractor
+        sequence = 1 + self.distractor % 6
         return f"{self.pid:04d}_c{self.camera + 1}s{sequence}_{frame:06d}_{1:02d}.jpg"
 
 
@@ -129,22 +129,22 @@ def generate_synthetic_persons(
     num_workers: int | None = None,
     progress: bool = False,
 ) -> Path:
-    """Return the folder with the synthetic people, drawing them first if need be.
+    """Return the folder with the synthetic persons, rendering them first if necessary.
 
     The folder below `root` is named after a hash of the specification and appears only
-    when it is complete. If it is there already, nothing is drawn. Processes that ask at
-    the same time get the same folder, drawn once.
+    when it is complete. An existing folder is reused. Concurrent processes get the same
+    folder, which is rendered once.
 
     Args:
-        root: Folder below which data sets lie; created if absent.
-        spec: What to draw.
-        num_workers: Processes to draw with; `None` and 1 draw in this process. More than
-            1 starts fresh interpreters, so a script needs its
-            ``if __name__ == "__main__":``. The pictures do not depend on it.
+        root: Root folder of the data sets; created if missing.
+        spec: Specification of the data set.
+        num_workers: Number of rendering processes; `None` and 1 render in this process.
+            More than 1 starts new interpreters, so a script needs
+            ``if __name__ == "__main__":``. The images do not depend on it.
         progress: Whether to show a progress bar.
 
     Returns:
-        The folder that holds ``bounding_box_train``, ``query`` and ``bounding_box_test``.
+        The folder with ``bounding_box_train``, ``query`` and ``bounding_box_test``.
 
     Raises:
         ValueError: If `num_workers` is not positive.
@@ -161,12 +161,12 @@ def generate_synthetic_persons(
 
 
 def _manifest_head(spec: SyntheticPersonsSpec) -> dict[str, Any]:
-    """Return what identifies a data set."""
+    """Return the manifest entries that identify a data set."""
     return {"generator_version": _VERSION, "spec": dataclasses.asdict(spec)}
 
 
 def _is_complete(folder: Path, spec: SyntheticPersonsSpec) -> bool:
-    """Tell whether a folder holds all pictures of this specification."""
+    """Return whether a folder holds all images of this specification."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
         head = {key: manifest[key] for key in _manifest_head(spec)}
@@ -180,15 +180,15 @@ def _is_complete(folder: Path, spec: SyntheticPersonsSpec) -> bool:
 def _fill(
     folder: Path, spec: SyntheticPersonsSpec, num_workers: int, progress: bool
 ) -> None:
-    """Draw all pictures into an empty folder and write the manifest last."""
-    logger.info("drawing synthetic people into %s", folder.parent)
+    """Render all images into an empty folder and write the manifest last."""
+    logger.info("rendering synthetic persons into %s", folder.parent)
     groups = _plan(spec)
     counts = dict.fromkeys((TRAIN_FOLDER, QUERY_FOLDER, GALLERY_FOLDER), 0)
     for name in counts:
         (folder / name).mkdir()
     for shot in (shot for group in groups for shot in group):
         counts[shot.folder] += 1
-    done = _draw_groups(folder, spec, groups, num_workers)
+    done = _render_groups(folder, spec, groups, num_workers)
     for _ in _with_progress(done, len(groups)) if progress else done:
         pass
     manifest = {**_manifest_head(spec), "num_images": counts}
@@ -196,35 +196,35 @@ def _fill(
 
 
 def _with_progress(done: Iterable[None], total: int) -> Iterable[None]:
-    """Show a bar while groups are being drawn."""
-    bar: Iterable[None] = tqdm(done, total=total, desc="synthetic people", unit="person")
+    """Show a progress bar while groups are rendered."""
+    bar: Iterable[None] = tqdm(done, total=total, desc="synthetic persons", unit="person")
     return bar
 
 
-def _draw_groups(
+def _render_groups(
     folder: Path, spec: SyntheticPersonsSpec, groups: list[list[_Shot]], num_workers: int
 ) -> Iterator[None]:
-    """Draw group after group, here or in other processes."""
-    draw = functools.partial(_draw_group, folder, spec)
+    """Render the groups, in this process or in others."""
+    render = functools.partial(_render_group, folder, spec)
     if num_workers == 1:
-        yield from map(draw, groups)
+        yield from map(render, groups)
         return
-    context = multiprocessing.get_context("spawn")  # forking is unsafe among threads
+    context = multiprocessing.get_context("spawn")  # forking is unsafe with threads
     with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
-        yield from pool.map(draw, groups, chunksize=4)
+        yield from pool.map(render, groups, chunksize=4)
 
 
-def _draw_group(folder: Path, spec: SyntheticPersonsSpec, shots: list[_Shot]) -> None:
-    """Draw the pictures of one person."""
+def _render_group(folder: Path, spec: SyntheticPersonsSpec, shots: list[_Shot]) -> None:
+    """Render the images of one person."""
     for shot in shots:
         if shot.pid:
             family, member = divmod(shot.pid, FAMILY_SIZE)
         else:
-            family, member = _DISTRACTOR_FAMILY + shot.stranger, 0
+            family, member = _DISTRACTOR_FAMILY + shot.distractor, 0
         look = make_look(spec.seed, family, member)
-        who = [spec.seed, _SHOT_STREAM, shot.pid, shot.stranger, shot.camera]
-        track = make_track(shot.camera, np.random.default_rng(who))
-        rng = np.random.default_rng([*who, shot.number + 1])
+        key = [spec.seed, _SHOT_STREAM, shot.pid, shot.distractor, shot.camera]
+        track = make_track(shot.camera, np.random.default_rng(key))
+        rng = np.random.default_rng([*key, shot.number + 1])
         picture = take_picture(look, shot.camera, track, spec.seed, rng)
         picture.save(
             folder / shot.folder / shot.file_name, quality=jpeg_quality(shot.camera)
@@ -232,7 +232,7 @@ def _draw_group(folder: Path, spec: SyntheticPersonsSpec, shots: list[_Shot]) ->
 
 
 def _plan(spec: SyntheticPersonsSpec) -> list[list[_Shot]]:
-    """List the pictures to take, one group per person."""
+    """List the images to render, one group per person."""
     groups = []
     for pid in range(1, spec.num_train_ids + spec.num_test_ids + 1):
         cameras = _cameras_of(spec, pid)
@@ -249,14 +249,14 @@ def _plan(spec: SyntheticPersonsSpec) -> list[list[_Shot]]:
             ]
         )
     groups.extend(
-        [_Shot(GALLERY_FOLDER, 0, stranger % spec.num_cameras, 0, stranger)]
-        for stranger in range(spec.num_distractors)
+        [_Shot(GALLERY_FOLDER, 0, distractor % spec.num_cameras, 0, distractor)]
+        for distractor in range(spec.num_distractors)
     )
     return groups
 
 
 def _cameras_of(spec: SyntheticPersonsSpec, pid: int) -> list[int]:
-    """Choose the camera of each picture of a person: two cameras at least, in turn."""
+    """Choose the camera of each image of a person: at least two cameras, alternating."""
     rng = np.random.default_rng([spec.seed, _SHOT_STREAM, pid])
     most = min(spec.num_cameras, spec.images_per_id)
     num_seen = int(rng.integers(min(4, most), most + 1))
@@ -265,9 +265,9 @@ def _cameras_of(spec: SyntheticPersonsSpec, pid: int) -> list[int]:
 
 
 def _split_query(cameras: list[int]) -> list[str]:
-    """Make one picture per camera a query, as long as its camera keeps another one."""
-    # Every camera keeps a picture in the gallery, so each query has a match from another
-    # camera. If no camera has two pictures, the first picture is the only query.
+    """Make one image per camera a query, if its camera has another image."""
+    # Every camera keeps an image in the gallery, so each query has a match from another
+    # camera. If no camera has two images, the first image is the only query.
     folders = [GALLERY_FOLDER] * len(cameras)
     for number, camera in enumerate(cameras):
         if camera in cameras[number + 1 :] and camera not in cameras[:number]:

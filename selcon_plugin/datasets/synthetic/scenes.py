@@ -1,4 +1,4 @@
-"""Draws the places that the synthetic cameras look at: a wall of some kind, a floor."""
+"""Rendering of the synthetic cameras' background scenes: a wall and a floor."""
 
 import functools
 
@@ -11,9 +11,9 @@ from selcon_plugin.datasets.synthetic.sheet import smooth_noise
 
 SCENE_SIZE = (640, 460)
 
-_SCENE_STREAM = 2  # keeps these draws apart from those of the other modules
+_SCENE_STREAM = 2  # separates this random stream from those of the other modules
 _FLOOR_LINE = 300
-# A vivid background tells a network more about the camera than about the person.
+# With a high-contrast background, features depend on the camera more than on the person.
 _SCENE_CONTRAST = 0.25
 
 Span = tuple[int, int]
@@ -23,16 +23,16 @@ Span = tuple[int, int]
 def draw_scene(
     seed: int, camera: int, wall: tuple[str, Color], floor: tuple[str, Color]
 ) -> Image.Image:
-    """Draw what a camera sees when nobody is there; the picture is shared, do not alter it.
+    """Render the background of a camera; the image is cached and must not be modified.
 
     Args:
-        seed: Seed of the whole data set.
+        seed: Seed of the data set.
         camera: Number of the camera, from 0.
         wall: Kind and color of the background, such as ``("bricks", (150, 92, 74))``.
         floor: Kind and color of the ground.
 
     Returns:
-        An RGB picture of `SCENE_SIZE`, wider and higher than one picture of a person.
+        An RGB image of `SCENE_SIZE`, larger than an image of a person.
     """
     rng = np.random.default_rng([seed, _SCENE_STREAM, camera])
     scene = Image.new("RGB", SCENE_SIZE, wall[1])

@@ -1,7 +1,7 @@
-"""A transparent sheet to paint on, and the shapes that bodies are made of.
+"""Transparent drawing surface, and the shapes that compose a body.
 
-The sheet is about three times as large as the final picture, so that shrinking it smooths
-the outlines. Coordinates are sheet pixels, x to the right and y downwards.
+The sheet is about three times as large as the final image, so downscaling it smooths the
+outlines. Coordinates are in sheet pixels, x to the right and y downwards.
 """
 
 import itertools
@@ -22,7 +22,7 @@ Paint = Color | Image.Image
 
 
 class Sheet:
-    """A picture and its mask, painted part by part from back to front."""
+    """Image and mask, painted part by part from back to front."""
 
     def __init__(self) -> None:
         self.picture = Image.new("RGB", SHEET_SIZE)
@@ -41,7 +41,7 @@ class Sheet:
         right = min(int(max(x for x, _ in points)) + 2, SHEET_SIZE[0])
         bottom = min(int(max(y for _, y in points)) + 2, SHEET_SIZE[1])
         if right <= left or bottom <= top:
-            return  # wholly off the sheet
+            return  # completely outside of the sheet
         stencil = Image.new("L", (right - left, bottom - top))
         shifted = [(x - left, y - top) for x, y in points]
         ImageDraw.Draw(stencil).polygon(shifted, fill=255)
@@ -54,7 +54,7 @@ class Sheet:
         self.polygon(ellipse_points(center, radius_x, radius_y), paint)
 
     def limb(self, points: Sequence[Point], widths: Sequence[float], paint: Paint) -> None:
-        """Fill a rounded, tapering band along a line."""
+        """Fill a rounded, tapered band along a polyline."""
         for (start, end), (w0, w1) in zip(
             itertools.pairwise(points),
             itertools.pairwise(widths),
@@ -68,12 +68,12 @@ class Sheet:
 def smooth_noise(
     rng: np.random.Generator, size: tuple[int, int], grid: tuple[int, int]
 ) -> NDArray[np.float32]:
-    """Make noise that varies slowly.
+    """Generate low-frequency noise.
 
     Args:
-        rng: Source of the noise; it advances.
+        rng: Random generator; its state advances.
         size: Width and height of the result in pixels.
-        grid: Number of independent values across and down.
+        grid: Number of independent values horizontally and vertically.
 
     Returns:
         Array of shape ``(height, width)`` with values mostly in -1 to 1.
@@ -85,7 +85,7 @@ def smooth_noise(
 def _band_points(
     start: Point, end: Point, half_start: float, half_end: float
 ) -> list[Point]:
-    """Corners of a band that narrows from `half_start` to `half_end`."""
+    """Return the corners of a band that narrows from `half_start` to `half_end`."""
     dx, dy = end[0] - start[0], end[1] - start[1]
     length = max(math.hypot(dx, dy), 1e-6)
     nx, ny = -dy / length, dx / length
@@ -100,7 +100,7 @@ def _band_points(
 def trapezoid(
     top: float, bottom: float, half_top: float, half_bottom: float, x: float = CENTER_X
 ) -> list[Point]:
-    """Corners of an upright trapezoid around `x`."""
+    """Return the corners of an upright trapezoid around `x`."""
     return [
         (x - half_top, top),
         (x + half_top, top),
@@ -110,12 +110,12 @@ def trapezoid(
 
 
 def ellipse_points(center: Point, radius_x: float, radius_y: float) -> list[Point]:
-    """Twenty points on an ellipse."""
+    """Return twenty points on an ellipse."""
     return [(center[0] + radius_x * c, center[1] + radius_y * s) for c, s in _CIRCLE]
 
 
 def rounded_box_points(center: Point, radius_x: float, radius_y: float) -> list[Point]:
-    """Twenty points on a rounded box."""
+    """Return twenty points on a rounded box."""
     return [
         (
             center[0] + radius_x * math.copysign(abs(c) ** 0.4, c),

@@ -1,4 +1,4 @@
-"""Choosing settings on the held-out identities: one change at a time around the best."""
+"""Selection of settings on held-out identities by coordinate-wise search."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ def climb(
     rounds: int,
     margin: float,
 ) -> Changes:
-    """Find the best changes, in rounds.
+    """Find the best changes in rounds of a coordinate-wise search.
 
-    Each round tries every level of every group, alone, on the best so far, the group's
-    absence included. Of each group the best level counts if it gains more than the margin.
-    Then all that gained are tried together; the best of that and of the single changes is
-    where the next round begins.
+    Each round tries every level of every group, one at a time, on the best changes so far,
+    including the group's absence. The best level of a group is accepted if it gains more
+    than the margin. Then all accepted levels are tried together; the next round starts from
+    the best of that combination and of the single changes.
 
     Args:
-        measure: Returns what is to be large for each of some changes; None where the run
-            failed.
-        groups: What to try.
-        rounds: At most this many.
-        margin: Gains up to this count as noise.
+        measure: Function that returns the score of each of several changes, larger is
+            better; None for a failed run.
+        groups: Groups of changes to try.
+        rounds: Largest number of rounds.
+        margin: Largest gain that counts as noise.
 
     Returns:
-        Level of each group to change; empty to change nothing.
+        Level of each changed group; empty for no change.
 
     Example:
         >>> worth = {"a": {"1": 2.0, "2": 3.0}, "b": {"1": -1.0}}
@@ -88,14 +88,14 @@ def _round(
 
 
 def one_at_a_time(groups: Groups, best: Mapping[str, str]) -> list[Changes]:
-    """List what differs from the best in one group.
+    """List the changes that differ from the best in exactly one group.
 
     Args:
-        groups: What to try.
+        groups: Groups of changes to try.
         best: Level of each changed group.
 
     Returns:
-        For each group its other levels, and its absence where the best has a level.
+        For each group its other levels, and its absence if the best has a level.
     """
     result = []
     for group, levels in groups.items():

@@ -1,4 +1,4 @@
-"""Which label-free figure of a run tracks its validation mAP."""
+"""Correlation of label-free metrics with the validation mAP of runs."""
 
 from __future__ import annotations
 
@@ -21,74 +21,75 @@ LABEL_FREE = (
     *("largest_cluster_ratio", "embedding_variance", "effective_rank"),
     *("nearest_similarity", "total_loss"),
 )
-# For comparison: no run without labels has them.
+# For comparison: a run without labels cannot measure them.
 WITH_IDENTITIES = ("ami", "purity", "pair_precision", "pair_recall", "neighbor_precision")
 
 _MAP = "mAP"
-_FEWEST = 3
+_MIN_VALUES = 3
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A moment of a run at which validation mAP is known.
+    """Evaluation of a run with the metrics measured nearest to it.
 
     Attributes:
         mean_ap: Validation mAP.
-        figures: What was measured nearest to that moment, by name.
+        metrics: Metrics measured nearest to the evaluation, by name.
     """
 
     mean_ap: float
-    figures: Mapping[str, float]
+    metrics: Mapping[str, float]
 
 
 def read_run(folder: Path, results: Mapping[str, Any]) -> list[Evaluation]:
     """Read the evaluations of a finished run, the last epoch's at the end.
 
     Args:
-        folder: Of the run, with FastReID's ``metrics.json``.
+        folder: Folder of the run, with FastReID's ``metrics.json``.
         results: Content of its ``results.json``.
 
     Returns:
-        One per evaluation. Clusters are measured before an epoch, evaluations made after
-        one: the next epoch's clusters are those of the evaluated weights. The last epoch
-        has those it began with.
+        One entry per evaluation. Clusters are measured before an epoch and evaluations
+        after it, so the next epoch's clusters belong to the evaluated weights. The last
+        evaluation has the clusters from the start of the last epoch.
     """
     lines = read_metrics(folder / "metrics.json")
     last = max(results["steps"] - 1, 0)
     evaluated = {int(line["iteration"]): line[_MAP] for line in lines if _MAP in line}
     (evaluated[last],) = {found[_MAP] for found in results["metrics"].values()}
     return [
-        Evaluation(mean_ap, _figures_near(lines, iteration))
+        Evaluation(mean_ap, _metrics_near(lines, iteration))
         for iteration, mean_ap in sorted(evaluated.items())
     ]
 
 
-def _figures_near(lines: Sequence[Mapping[str, float]], iteration: int) -> dict[str, float]:
-    figures = {}
+def _metrics_near(lines: Sequence[Mapping[str, float]], iteration: int) -> dict[str, float]:
+    metrics = {}
     for name in (*LABEL_FREE, *WITH_IDENTITIES):
         known = [line for line in lines if name in line]
         if known:
-            # Of two as near, the later: it is of newer weights.
+            # Ties go to the later one, which belongs to newer weights.
             nearest = min(
                 known,
                 key=lambda line: (abs(line["iteration"] - iteration), -line["iteration"]),
             )
-            figures[name] = float(nearest[name])
-    return figures
+            metrics[name] = float(nearest[name])
+    return metrics
 
 
 @dataclass(frozen=True)
 class Row:
-    """How one figure tracks validation mAP, by Spearman's rank correlation.
+    """Spearman's rank correlation of one metric with validation mAP.
 
     Attributes:
-        name: Of the figure.
-        across: Over the last evaluations of the runs that have it; None for fewer than 3.
-        num_runs: How many have it.
-        within: Mean over runs of that over a run's own evaluations.
-        num_within: How many runs have 3 or more evaluations with it.
-        gain: Mean validation mAP of the evaluation at which it was best, less that of the
-            last; None for figures that weights are not kept by.
+        name: Name of the metric.
+        across: Correlation over the last evaluations of the runs with the metric; None for
+            fewer than 3.
+        num_runs: Number of runs with the metric.
+        within: Mean over runs of the correlation over the evaluations of a run.
+        num_within: Number of runs with 3 or more evaluations with the metric.
+        gain: Mean difference of validation mAP between the evaluation with the best value
+            and the last one; None for metrics that are not a checkpoint criterion.
     """
 
     name: str
@@ -100,27 +101,27 @@ class Row:
 
 
 def correlate(runs: Sequence[Sequence[Evaluation]]) -> list[Row]:
-    """Correlate each figure with validation mAP.
+    """Correlate each metric with validation mAP.
 
     Args:
         runs: Evaluations of each run.
 
     Returns:
-        A row for each figure that any run has, label-free ones first; each kind by the
-        strength across runs.
+        One row per measured metric, label-free ones first; each kind is sorted by the
+        strength of the correlation across runs.
     """
     rows = []
     for name in (*LABEL_FREE, *WITH_IDENTITIES):
-        last = [run[-1] for run in runs if run and name in run[-1].figures]
+        last = [run[-1] for run in runs if run and name in run[-1].metrics]
         if not last:
             continue
         within = [
-            spearman([e.figures[name] for e in known], [e.mean_ap for e in known])
+            spearman([e.metrics[name] for e in known], [e.mean_ap for e in known])
             for run in runs
-            if len(known := [e for e in run if name in e.figures]) >= _FEWEST
+            if len(known := [e for e in run if name in e.metrics]) >= _MIN_VALUES
         ]
         defined = [value for value in within if value is not None]
-        across = spearman([e.figures[name] for e in last], [e.mean_ap for e in last])
+        across = spearman([e.metrics[name] for e in last], [e.mean_ap for e in last])
         mean = statistics.fmean(defined) if defined else None
         gain = _gain(name, runs) if name in SIGNS else None
         rows.append(Row(name, across, len(last), mean, len(defined), gain))
@@ -130,33 +131,33 @@ def correlate(runs: Sequence[Sequence[Evaluation]]) -> list[Row]:
 
 
 def _gain(name: str, runs: Sequence[Sequence[Evaluation]]) -> float:
-    """Compare the weights that a figure would keep with the last ones."""
+    """Compare the checkpoint that a metric would select with the last one."""
     gains = []
     for run in runs:
-        known = [e for e in run if math.isfinite(e.figures.get(name, math.nan))]
+        known = [e for e in run if math.isfinite(e.metrics.get(name, math.nan))]
         if known:
-            kept = max(known, key=lambda e: SIGNS[name] * e.figures[name])
+            kept = max(known, key=lambda e: SIGNS[name] * e.metrics[name])
             gains.append(kept.mean_ap - run[-1].mean_ap)
     return statistics.fmean(gains)
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Return Spearman's rank correlation.
+    """Compute Spearman's rank correlation.
 
     Args:
-        first: Values.
-        second: As many.
+        first: First values.
+        second: Second values, of the same number.
 
     Returns:
-        In [-1, 1], ties at their mean rank; None for fewer than 3 values, or where one side
-        is constant.
+        Correlation in [-1, 1], with ties at their mean rank; None for fewer than 3 values,
+        or if either side is constant.
 
     Example:
         >>> round(spearman([1, 2, 3], [2, 4, 9]), 6)
         1.0
     """
     pairs = [(a, b) for a, b in zip(first, second, strict=True) if math.isfinite(a + b)]
-    if len(pairs) < _FEWEST:
+    if len(pairs) < _MIN_VALUES:
         return None
     ranks = [rankdata(side) for side in zip(*pairs, strict=True)]
     if any(np.ptp(side) == 0 for side in ranks):
@@ -165,17 +166,17 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
 
 
 def table(rows: Sequence[Row], num_runs: int) -> str:
-    """Lay out the rows in Markdown.
+    """Format the rows as a Markdown table.
 
     Args:
-        rows: What :func:`correlate` returned.
-        num_runs: Runs that were read.
+        rows: Result of :func:`correlate`.
+        num_runs: Number of runs.
 
     Returns:
-        Table and a note.
+        Table with a note.
     """
     lines = [
-        "| figure | labels | across runs | runs | within a run | runs | kept - last |",
+        "| metric | labels | across runs | runs | within a run | runs | kept - last |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
@@ -187,7 +188,7 @@ def table(rows: Sequence[Row], num_runs: int) -> str:
     note = (
         f"Spearman's rank correlation with validation mAP over {num_runs} runs: across "
         "runs at their ends, and within a run over its evaluations (mean over runs). Last "
-        "column: mAP of the evaluation at which the figure was best, less the last's."
+        "column: mAP of the evaluation with the best metric minus that of the last one."
     )
     return "\n".join([*lines, "", note, ""])
 

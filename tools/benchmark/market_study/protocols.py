@@ -1,4 +1,4 @@
-"""What the study trains: configs, what all of them share, and what is tried on each.
+"""Protocols of the study: configs, common options, and the changes tried on each config.
 
 A change is a dict of config keys and values. Settings that exclude each other form a group;
 a group's levels are tried one at a time on a config.
@@ -21,14 +21,14 @@ _SELCON = "MODEL.SELCON."
 
 @dataclass(frozen=True)
 class Protocol:
-    """A backbone, an input size and a schedule, for all methods.
+    """Backbone, input size and schedule for all methods.
 
     Attributes:
-        name: As on the command line.
+        name: Name on the command line.
         configs: Config of each method, by the name of its row.
         common: Options of all runs.
         groups: Groups of changes to try, by method.
-        own: Options of single methods, by method.
+        own: Options of individual methods, by method.
         eval_period: Epochs between evaluations while settings are chosen.
     """
 
@@ -40,11 +40,11 @@ class Protocol:
     eval_period: int
 
     def base(self, method: str) -> Options:
-        """Return the options of a method's config, nothing tried on it."""
+        """Return the options of a method's config without changes."""
         return {**self.own.get(method, {}), **self.common}
 
     def with_options(self, options: Options) -> Protocol:
-        """Fix options for all runs; groups that would change them are left out."""
+        """Fix options for all runs and drop the groups that would change them."""
         kept = {
             method: {
                 name: levels
@@ -60,12 +60,12 @@ class Protocol:
 
         Args:
             names: ``METHOD`` for a method and all its groups, ``METHOD/GROUP`` for the
-                method and this group alone, ``METHOD/GROUP/LEVEL`` for one level of it,
-                ``METHOD/`` for the method as it is, ``methods`` for all methods so. Empty
-                for all.
+                method and only this group, ``METHOD/GROUP/LEVEL`` for one level of it,
+                ``METHOD/`` for the method without changes, ``methods`` for all methods
+                without changes. Empty for all.
 
         Returns:
-            The smaller protocol.
+            The reduced protocol.
 
         Raises:
             ValueError: If there is no such method, group or level.
@@ -91,7 +91,7 @@ class Protocol:
         return replace(self, configs=configs, groups=groups)
 
     def _levels_at(self, method: str, path: Sequence[str]) -> Groups | None:
-        """Find the changes under a name: all, of a group, or one; None for a wrong name."""
+        """Return the changes under a name; None for an unknown name."""
         if method not in self.configs:
             return None
         groups = self.groups.get(method, {})
@@ -105,19 +105,19 @@ class Protocol:
 
 
 def variant_name(changes: Mapping[str, str]) -> str:
-    """Name a config by what is changed on it.
+    """Return the name of a config with changes.
 
     Args:
         changes: Level of each changed group.
 
     Returns:
-        For instance ``"base"`` or ``"eps-auto+ghost_bn-16"``, whatever the order.
+        Name such as ``"base"`` or ``"eps-auto+ghost_bn-16"``, independent of the order.
     """
     return "+".join(f"{g}-{level}" for g, level in sorted(changes.items())) or "base"
 
 
 def options_of(groups: Groups, changes: Mapping[str, str]) -> Options:
-    """Return the options of some changes.
+    """Return the options of changes.
 
     Args:
         groups: Groups of the method.
@@ -132,11 +132,11 @@ def options_of(groups: Groups, changes: Mapping[str, str]) -> Options:
     return options
 
 
-def parse_options(words: Sequence[str]) -> Options:
-    """Read ``KEY VALUE`` pairs as a config does: Python literals, else text.
+def parse_options(arguments: Sequence[str]) -> Options:
+    """Parse ``KEY VALUE`` pairs like a config: Python literals, or text.
 
     Args:
-        words: Keys and values in turn.
+        arguments: Alternating keys and values.
 
     Returns:
         Keys and values.
@@ -144,9 +144,9 @@ def parse_options(words: Sequence[str]) -> Options:
     Raises:
         ValueError: If a value is missing.
     """
-    if len(words) % 2:
-        raise ValueError(f"the key {words[-1]} has no value: KEY VALUE")
-    pairs = zip(words[::2], words[1::2], strict=True)
+    if len(arguments) % 2:
+        raise ValueError(f"the key {arguments[-1]} has no value: KEY VALUE")
+    pairs = zip(arguments[::2], arguments[1::2], strict=True)
     return {key: _literal(value) for key, value in pairs}
 
 
@@ -158,12 +158,12 @@ def _literal(value: str) -> Any:
 
 
 def _levels(key: str, *values: Any) -> dict[str, Options]:
-    """One level for each value of one key of the method."""
+    """Return one level for each value of one key of the method."""
     return {str(value): {_SELCON + key: value} for value in values}
 
 
 def _configs(folder: str, *, without: Sequence[str]) -> dict[str, Path]:
-    """Find the config of each method; those that changes are tried on come first."""
+    """Return the config of each method; those with changes to try come first."""
     first = ("scl", "scl_paper", "selcon_cluster", "cluster_contrast")
     files = (CONFIGS / folder).glob("*.yml")
     found = {file.stem.removesuffix("_R50"): file for file in files}
@@ -176,7 +176,7 @@ _NO_ERASING = {"off": {"INPUT.REA.ENABLED": False}}
 _TEACHER = _levels("EMA_DECAY", 0.99, 0.999)
 _AVERAGE_POOLING = {"average": {"MODEL.HEADS.POOL_LAYER": "GlobalAvgPool"}}
 
-# What differs from the equations' defaults in the released code, and the sizes K and N.
+# Differences of the released code from the equations' defaults, and the sizes K and N.
 _SCL: dict[str, Mapping[str, Options]] = {
     "mixture_update": _levels("MIXTURE_UPDATE", "self"),
     "normalize_parts": _levels("NORMALIZE_PARTS", True),
@@ -188,7 +188,7 @@ _SCL: dict[str, Mapping[str, Options]] = {
 _SELCON_CLUSTER: dict[str, Mapping[str, Options]] = {
     "selection": {
         "jaccard": {f"{_SELCON}SELECTION": "jaccard"},
-        # No clusters: ranked by the fused distance on every batch.
+        # Without clusters: ranking by the fused distance in every batch.
         "distance": {
             f"{_SELCON}METHOD": "SelectiveContrastive",
             f"{_SELCON}SELECTION": "distance",
@@ -227,8 +227,8 @@ _ON_CPU: dict[str, Mapping[str, Options]] = {
     "color_jitter": {"off": {"INPUT.CJ.ENABLED": False}},
 }
 _CPU_CONFIGS = _configs("SyntheticPersons", without=("base", "vitc_tiny_vit"))
-# The embedded data's configs: EfficientNet-Lite0 at 128x64, SGD, eps found without labels;
-# and the released recipe of the method, on that network.
+# Configs of the synthetic data: EfficientNet-Lite0 at 128x64, SGD, unsupervised eps; and
+# the released recipe of the method with that network.
 _CPU = Protocol(
     name="cpu",
     configs={**_CPU_CONFIGS, "scl_paper": CONFIGS / "Market1501" / "scl_paper_R50.yml"},

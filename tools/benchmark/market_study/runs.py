@@ -1,4 +1,4 @@
-"""The runs of the study: rows of ``selcon bench``, each with the command it came from."""
+"""Runs of the study: rows of ``selcon bench`` with their commands."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from selcon_plugin.workflows.bench_table import write_file
 _CHECKOUT = CONFIGS.parent
 _RESULTS = "results.json"
 _RECORD = ".variant.json"
-# A bench that is told to stop lets its run finish a step and write a checkpoint.
+# A stopped bench lets its run finish a step and write a checkpoint.
 _STOP_SECONDS = 120.0
 
 
 class BudgetSpentError(Exception):
-    """The time is up; the same command goes on."""
+    """Error for a spent time budget; the same command resumes."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Minutes that a study may take in all.
+    """Time budget of a study.
 
     Attributes:
-        minutes: None for no limit.
+        minutes: Budget in minutes; None for no limit.
     """
 
     minutes: float | None = None
     _begun: float = field(default_factory=time.monotonic)
 
     def seconds_left(self) -> float | None:
-        """Return what is left, at least 0; None for no limit."""
+        """Return the remaining seconds, at least 0; None for no limit."""
         if self.minutes is None:
             return None
         return max(0.0, self.minutes * 60 - (time.monotonic() - self._begun))
@@ -50,16 +50,16 @@ class Budget:
 
 @dataclass(frozen=True)
 class Variant:
-    """A config with changes, on some seeds.
+    """Config with changes, run on several seeds.
 
     Attributes:
-        method: Name of its row.
-        name: What is changed.
+        method: Name of the row.
+        name: Name of the changes.
         config: Config file.
-        options: All options besides those of the run.
-        data: Root of the data sets.
-        folder: Holds a folder for each seed.
-        commit: Of the code when it was begun.
+        options: All options except those of a single run.
+        data: Root folder of the data sets.
+        folder: Folder with one folder per seed.
+        commit: Commit of the code at the start.
     """
 
     method: str
@@ -72,7 +72,7 @@ class Variant:
 
     @property
     def record(self) -> Path:
-        """File that describes the variant."""
+        """Path of the file that describes the variant."""
         return self.folder.with_name(f"{self.name}{_RECORD}")
 
     def save(self) -> None:
@@ -103,7 +103,7 @@ class Variant:
         return dict(sorted(found.items()))
 
     def command(self, seed: int = 0) -> str:
-        """Return the command that makes one run by itself."""
+        """Return the command that reproduces a single run."""
         options = {
             **self.options,
             "MODEL.SELCON.SEED": seed,
@@ -116,7 +116,7 @@ class Variant:
 
 
 def _word(value: Any) -> str:
-    # In double quotes, the whole in single ones: readable in a shell.
+    # Lists use double quotes, since the argument itself has single quotes in a shell.
     return json.dumps(value) if isinstance(value, (list, tuple)) else str(value)
 
 
@@ -135,13 +135,13 @@ def _commit() -> str:
 
 
 def variants_in(folder: Path) -> list[Variant]:
-    """Read all variants that were begun.
+    """Read all variants that were started.
 
     Args:
-        folder: Of a phase of the study: a folder for each method.
+        folder: Folder of a phase of the study, with one folder per method.
 
     Returns:
-        Sorted by method and name.
+        The variants, sorted by method and name.
     """
     return [Variant.load(file) for file in sorted(folder.glob(f"*/*{_RECORD}"))]
 
@@ -164,17 +164,17 @@ def nested(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_variants(variants: Sequence[Variant], seeds: int, budget: Budget) -> None:
-    """Train and evaluate variants of one method; those that are finished are left alone.
+    """Train and evaluate the unfinished variants of one method.
 
     Args:
-        variants: Of one folder and one data root.
-        seeds: Seeds 0..seeds-1 of each.
-        budget: How long it may take.
+        variants: Variants with the same folder and data root.
+        seeds: Number of seeds; seeds 0..seeds-1 are run.
+        budget: Time budget.
 
     Raises:
         BudgetSpentError: If there is no time left. ``SystemExit`` if the bench could not
-            begin; it has said why.
-    """  # noqa: DOC501  (said above)
+            start; its output gives the reason.
+    """  # noqa: DOC501  (described above)
     missing = [v for v in variants if set(range(seeds)) - set(v.results())]
     if not missing:
         return
@@ -198,7 +198,7 @@ def run_variants(variants: Sequence[Variant], seeds: int, budget: Budget) -> Non
             process.wait(timeout=left)
         except subprocess.TimeoutExpired as error:
             raise BudgetSpentError from error
-    # 1 says that a run failed: the others count, and the tables name it.
+    # Status 1 means that a run failed: the others are used, and the tables list it.
     if process.returncode not in (0, 1):
         raise SystemExit(process.returncode)
 
@@ -209,7 +209,7 @@ def _config_file(variant: Variant) -> Path:
 
 @contextlib.contextmanager
 def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Let no bench outlive the study."""
+    """Terminate the bench when the study ends."""
     try:
         yield
     finally:

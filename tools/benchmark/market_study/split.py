@@ -1,8 +1,8 @@
-"""Training identities of Market-1501 held out, to choose settings on.
+"""Validation split of Market-1501: held-out training identities for model selection.
 
-The official test images are for the final figures alone. What is chosen before is chosen on
-identities that are left out of the training: their images become a query and a gallery. The
-result is a data set as FastReID's ``Market1501`` reads it, made of links.
+The official test images are only for the final results. Settings are chosen on identities
+that are excluded from the training: their images become a query and a gallery set. The
+result is a data set of links in the layout of FastReID's ``Market1501``.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _NAME = re.compile(r"(-?\d+)_c(\d+)")
 
 @dataclass(frozen=True)
 class Split:
-    """Names of image files.
+    """File names of the images in each part of a split.
 
     Attributes:
-        train: To train on.
-        query: Of held-out identities: an image of each of their cameras.
-        gallery: Their other images.
+        train: Training images.
+        query: Images of held-out identities, one for each of their cameras.
+        gallery: Other images of the held-out identities.
     """
 
     train: tuple[str, ...]
@@ -38,10 +38,10 @@ class Split:
     gallery: tuple[str, ...]
 
     def counts(self) -> str:
-        """Say how many images and identities there are."""
+        """Describe the numbers of images and identities."""
         return (
-            f"{len(self.train)} images of {len(_identities(self.train))} identities to "
-            f"train on; {len(self.query)} queries and {len(self.gallery)} gallery images "
+            f"{len(self.train)} training images of {len(_identities(self.train))} "
+            f"identities; {len(self.query)} queries and {len(self.gallery)} gallery images "
             f"of {len(_identities(self.gallery))} others"
         )
 
@@ -55,15 +55,16 @@ def hold_out(
 ) -> Split:
     """Hold identities out of the training images.
 
-    A query is drawn for each camera that shows a held-out identity at least twice, if other
-    cameras show it too: each query has a match from another camera, as officially.
+    A query is sampled for each camera with at least two images of a held-out identity, if
+    other cameras show it too: each query has a match from another camera, as in the
+    official test set.
 
     Args:
-        names: File names that begin with identity and camera, such as
+        names: File names that start with identity and camera, such as
             ``0002_c1s1_000451_03.jpg``.
-        num_validation: Identities to hold out.
-        num_train: Identities to train on, drawn from the others; 0 for all of them.
-        seed: Other seeds give other identities and queries.
+        num_validation: Number of identities to hold out.
+        num_train: Number of training identities, sampled from the others; 0 for all.
+        seed: Seed of the identities and queries.
 
     Returns:
         The split, the same for the same names on every machine; each part is sorted.
@@ -81,14 +82,14 @@ def hold_out(
     identities = _shuffled(sorted(_identities(names)), seed)
     if not 0 < num_validation < len(identities):
         raise ValueError(
-            f"cannot hold out {num_validation} of {len(identities)} identities: some must "
-            "be held out and some be left to train on"
+            f"cannot hold out {num_validation} of {len(identities)} identities: both parts "
+            "need at least one"
         )
     held_out, rest = set(identities[:num_validation]), identities[num_validation:]
     if num_train > len(rest):
         raise ValueError(
-            f"cannot train on {num_train} identities: {len(rest)} are left of "
-            f"{len(identities)} when {num_validation} are held out"
+            f"cannot train on {num_train} identities: {len(rest)} of {len(identities)} "
+            f"remain when {num_validation} are held out"
         )
     kept = set(rest[:num_train] if num_train else rest)
     validation = [name for name in names if _identity(name) in held_out]
@@ -117,7 +118,7 @@ def _queries(names: Sequence[str], seed: int) -> set[str]:
 def _read_name(name: str) -> tuple[str, str]:
     found = _NAME.match(name)
     if found is None:
-        raise ValueError(f"{name!r} does not begin with an identity and a camera: 0002_c1")
+        raise ValueError(f"{name!r} does not start with identity and camera, like 0002_c1")
     return found[1], found[2]
 
 
@@ -129,54 +130,54 @@ def _identities(names: Iterable[str]) -> set[str]:
     return {_identity(name) for name in names}
 
 
-def _shuffled(words: Sequence[str], seed: int) -> list[str]:
-    """Order words by a hash, which no version of Python or NumPy changes."""
-    return sorted(words, key=lambda w: hashlib.sha256(f"{seed}:{w}".encode()).digest())
+def _shuffled(names: Sequence[str], seed: int) -> list[str]:
+    """Sort names by a hash, which does not depend on the version of Python or NumPy."""
+    return sorted(names, key=lambda n: hashlib.sha256(f"{seed}:{n}".encode()).digest())
 
 
 def official_folder(data: Path) -> Path:
-    """Find Market-1501 under a root of data sets.
+    """Find Market-1501 below a root of data sets.
 
     Args:
-        data: Root, as in ``FASTREID_DATASETS``.
+        data: Root folder, as in ``FASTREID_DATASETS``.
 
     Returns:
-        The folder that holds ``bounding_box_train``.
+        The folder that contains ``bounding_box_train``.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If there is no such folder.
     """
     folder = data / DATASET_FOLDER
     if not (folder / TRAIN).is_dir():
         raise FileNotFoundError(
-            f"there is no {folder / TRAIN}: --data names the folder that holds "
+            f"there is no {folder / TRAIN}: --data must be the folder that contains "
             f"{DATASET_FOLDER}"
         )
     return folder
 
 
 def has_official_test(data: Path) -> bool:
-    """Tell whether query and gallery of the official test are there."""
+    """Return whether query and gallery of the official test set exist."""
     return all((data / DATASET_FOLDER / part).is_dir() for part in (QUERY, GALLERY))
 
 
 def make_split(
     data: Path, root: Path, *, num_validation: int, num_train: int, seed: int
 ) -> Split:
-    """Make the data set of a split, or read the one that was made.
+    """Create the data set of a split, or read an existing one.
 
     Args:
-        data: Root under which Market-1501 lies.
-        root: Root to make the new one under, of links.
-        num_validation: Identities to hold out.
-        num_train: Identities to train on; 0 for all others.
-        seed: Seed of the choice.
+        data: Root folder that contains Market-1501.
+        root: Root folder of the new data set, which consists of links.
+        num_validation: Number of identities to hold out.
+        num_train: Number of training identities; 0 for all others.
+        seed: Seed of the split.
 
     Returns:
         The split.
 
     Raises:
-        ValueError: If one of other settings is there already.
+        ValueError: If there is a data set with different settings.
     """
     asked = {"num_validation": num_validation, "num_train": num_train, "seed": seed}
     record = root / _RECORD
@@ -184,7 +185,7 @@ def make_split(
         earlier = json.loads(record.read_text())
         if earlier["asked"] != asked:
             raise ValueError(
-                f"{root} holds a split of other settings ({earlier['asked']}, now "
+                f"{root} holds a split with other settings ({earlier['asked']}, now "
                 f"{asked}): choose another --output"
             )
         return Split(*(tuple(earlier[part]) for part in ("train", "query", "gallery")))
@@ -202,21 +203,21 @@ def make_split(
 
 
 def make_official(data: Path, root: Path, train: Sequence[str]) -> None:
-    """Make a data set of some training images and the whole official test set.
+    """Create a data set of some training images and the complete official test set.
 
     Args:
-        data: Root under which Market-1501 lies.
-        root: Root to make the new one under, of links; one that is there stays.
+        data: Root folder that contains Market-1501.
+        root: Root folder of the new data set of links; an existing one is kept.
         train: Names of the training images.
 
     Raises:
-        ValueError: If one of other training images is there already.
+        ValueError: If there is a data set with different training images.
     """
     record = root / _RECORD
     if record.is_file():
         if json.loads(record.read_text())["train"] != list(train):
             raise ValueError(
-                f"{root} holds other training images than asked for: choose another "
+                f"{root} holds other training images than requested: choose another "
                 "--output"
             )
         return
@@ -228,7 +229,7 @@ def make_official(data: Path, root: Path, train: Sequence[str]) -> None:
 
 
 def _link(links: Mapping[str, Sequence[Path]], root: Path, record: object) -> None:
-    # Renamed when complete: one that was cut off is made again.
+    # Renamed when complete, so an incomplete data set is created again.
     partial = root.with_name(f"{root.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for part, files in links.items():

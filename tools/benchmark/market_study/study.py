@@ -1,4 +1,4 @@
-"""The phases of the study, in the order in which they run."""
+"""Phases of the study, in the order of execution."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _BASE, _CHOSEN = "base", "chosen"
 
 @dataclass(frozen=True)
 class Study:
-    """What to train, on what, and where to.
+    """Study of a protocol on a data set, with an output folder.
 
     Attributes:
         protocol: Configs and changes.
-        data: Root of the data sets, with the official Market-1501.
-        output: Folder of the study.
-        choose_seeds: Seeds of each run while choosing.
-        report_seeds: Seeds of each final configuration.
+        data: Root folder of the data sets, with the official Market-1501.
+        output: Output folder of the study.
+        choose_seeds: Number of seeds of each run while choosing.
+        report_seeds: Number of seeds of each final configuration.
         rounds: Rounds of changes.
-        margin: Gain in validation mAP that counts.
-        budget: How long it may take.
+        margin: Smallest relevant gain in validation mAP.
+        budget: Time budget.
         train_subset: Training images of the report; None for all.
     """
 
@@ -49,11 +49,11 @@ class Study:
 
     @property
     def validation_root(self) -> Path:
-        """Root of the data set with held-out identities."""
+        """Root folder of the data set with held-out identities."""
         return self.output / "validation"
 
     def choose(self) -> None:
-        """Train every method as it is, then try the changes, all on held-out identities."""
+        """Train every method, then try the changes, all on held-out identities."""
         for method in self.protocol.configs:
             self._measure(method, [{}])
         for method in self.protocol.groups:
@@ -69,7 +69,7 @@ class Study:
         )
 
     def _measure(self, method: str, tried: Sequence[Changes]) -> list[float | None]:
-        """Return validation mAP, the mean over the seeds, of a method with changes."""
+        """Return the mean validation mAP over the seeds for each of several changes."""
         variants = [
             self._variant(
                 "choose",
@@ -109,17 +109,17 @@ class Study:
         )
 
     def report(self) -> None:
-        """Train each final configuration; test once on the official test set, at the end.
+        """Train each final configuration and evaluate it once on the official test set.
 
-        On all training images, or on those asked for.
+        Training uses all training images, or the requested subset.
 
         Raises:
-            FileNotFoundError: If the official test images are not there.
+            FileNotFoundError: If the official test images are missing.
         """
         if not has_official_test(self.data):
             raise FileNotFoundError(
-                f"{self.data / DATASET_FOLDER} has no query and bounding_box_test: the "
-                "report needs the official test images; the other phases do without"
+                f"{self.data / DATASET_FOLDER} has no query and bounding_box_test: only "
+                "the report needs the official test images"
             )
         data = self.data
         if self.train_subset is not None:
@@ -130,21 +130,21 @@ class Study:
             changes = self._chosen(method)
             if changes:
                 finals.append((method, _CHOSEN, changes))
-        for seeds in range(1, self.report_seeds + 1):  # a first figure of all, early
+        for seeds in range(1, self.report_seeds + 1):  # first results of all methods early
             for method, name, changes in finals:
-                # 0: at the end alone.
+                # A period of 0 evaluates only at the end.
                 final = self._variant(
                     "report", method, changes, data=data, eval_period=0, name=name
                 )
                 run_variants([final], seeds, self.budget)
 
     def failed(self) -> list[str]:
-        """Name the variants that were begun and have no finished run."""
-        begun = [v for phase in _TRAINED for v in variants_in(self.output / phase)]
-        return [f"{v.method} {v.name}" for v in begun if not v.results()]
+        """Return the names of started variants without a finished run."""
+        started = [v for phase in _TRAINED for v in variants_in(self.output / phase)]
+        return [f"{v.method} {v.name}" for v in started if not v.results()]
 
     def correlate(self) -> None:
-        """Compare what can be measured without labels with validation mAP."""
+        """Correlate label-free metrics with validation mAP."""
         runs = [
             correlation.read_run(variant.folder / f"seed{seed}", results)
             for variant in variants_in(self.output / "choose")
@@ -155,7 +155,7 @@ class Study:
         print(f"Written: {self.output / 'correlation.md'}")
 
     def tables(self) -> None:
-        """Write all that was measured into one page."""
+        """Write all results into one page."""
         found = {phase: variants_in(self.output / phase) for phase in _TRAINED}
         correlated = self.output / "correlation.md"
         page = tables.page(

@@ -1,4 +1,4 @@
-"""What the study measured, as a page of Markdown."""
+"""Markdown page with the results of the study."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def page(
     reported: Sequence[Variant],
     correlation: str,
 ) -> str:
-    """Write the page.
+    """Format the page.
 
     Args:
-        protocol: Its name.
+        protocol: Name of the protocol.
         chosen_from: Variants tried on the held-out identities.
         reported: Variants measured on the official test set.
-        correlation: Table of label-free figures, or empty.
+        correlation: Table of label-free metrics, or empty.
 
     Returns:
-        Markdown; parts without a finished run are left out.
+        Markdown; parts without a finished run are omitted.
     """
     parts = [f"# Market-1501, protocol {protocol}"]
     if any(variant.results() for variant in reported):
@@ -39,7 +39,7 @@ def page(
         if sum(bool(variant.results()) for variant in tried) > 1:
             parts += [f"## Changes of {method} on held-out identities", _changes(tried)]
     if correlation:
-        parts += ["## Label-free figures", correlation.rstrip()]
+        parts += ["## Label-free metrics", correlation.rstrip()]
     parts += ["## Commands", _commands([*reported, *chosen_from])]
     machines = dict.fromkeys(
         _machine(results)
@@ -51,7 +51,7 @@ def page(
 
 
 def _table(variants: Sequence[Variant]) -> str:
-    """One row per variant, the best first."""
+    """Return a table with one row per variant, best first."""
     head = "| row | seeds | mAP | Rank-1 | mINP | minutes | memory (MiB) | clusters |"
     lines = [f"{head} commit |", "| --- " * 9 + "|"]
     for variant in sorted(variants, key=lambda v: -(_mean(v, "mAP") or 0.0)):
@@ -59,20 +59,20 @@ def _table(variants: Sequence[Variant]) -> str:
         if not results:
             lines.append(f"| {_row_name(variant)} | 0 |" + " - |" * 6 + _commit(variant))
             continue
-        figures = [_figure(_metric(results, name)) for name in ("mAP", "Rank-1", "mINP")]
-        figures.append(_figure([r["train_seconds"] / 60 for r in results]))
-        figures.append(_memory(results))
+        cells = [_mean_std(_metric(results, name)) for name in ("mAP", "Rank-1", "mINP")]
+        cells.append(_mean_std([r["train_seconds"] / 60 for r in results]))
+        cells.append(_memory(results))
         counts = [r["num_clusters"] for r in results if r["num_clusters"] is not None]
-        figures.append(f"{statistics.fmean(counts):.0f}" if counts else "-")
+        cells.append(f"{statistics.fmean(counts):.0f}" if counts else "-")
         lines.append(
-            f"| {_row_name(variant)} | {len(results)} | {' | '.join(figures)} |"
+            f"| {_row_name(variant)} | {len(results)} | {' | '.join(cells)} |"
             f"{_commit(variant)}"
         )
     return "\n".join(lines)
 
 
 def _changes(variants: Sequence[Variant]) -> str:
-    """Validation mAP of each change, and its gain over the config as it is."""
+    """Return a table of each change's validation mAP and its gain over the base config."""
     base = next((v for v in variants if v.name == _BASE), None)
     base_map = None if base is None else _mean(base, "mAP")
     lines = ["| change | seeds | mAP | gain | Rank-1 |", "| --- " * 5 + "|"]
@@ -81,8 +81,8 @@ def _changes(variants: Sequence[Variant]) -> str:
         mean = _mean(variant, "mAP")
         gain = "-" if mean is None or base_map is None else f"{mean - base_map:+.1f}"
         lines.append(
-            f"| {variant.name} | {len(results)} | {_figure(_metric(results, 'mAP'))} | "
-            f"{gain} | {_figure(_metric(results, 'Rank-1'))} |"
+            f"| {variant.name} | {len(results)} | {_mean_std(_metric(results, 'mAP'))} | "
+            f"{gain} | {_mean_std(_metric(results, 'Rank-1'))} |"
         )
     return "\n".join(lines)
 
@@ -109,7 +109,7 @@ def _mean(variant: Variant, name: str) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def _figure(values: Sequence[float]) -> str:
+def _mean_std(values: Sequence[float]) -> str:
     if not values:
         return "-"
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
