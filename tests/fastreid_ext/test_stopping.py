@@ -10,8 +10,10 @@ import torch
 from fastreid.engine.train_loop import HookBase
 from fastreid.utils import comm
 
+from helpers.ddp import spawn_from_server
 from selcon_plugin.engine.stopping import RunStopped
 from selcon_plugin.fastreid_ext import SelConTrainer
+from selcon_plugin.fastreid_ext import launch as launching
 from selcon_plugin.fastreid_ext.config import KEYS
 from selcon_plugin.fastreid_ext.embedding import unwrap
 from selcon_plugin.fastreid_ext.launch import launch
@@ -223,7 +225,8 @@ def _train_and_signal_the_second(cfg, folder, step):
     torch.save(unwrap(trainer.model).state_dict(), f"{folder}/rank{comm.get_rank()}.pt")
 
 
-def test_signal_to_one_of_two_processes_stops_both(cfg, tmp_path):
+def test_signal_to_one_of_two_processes_stops_both(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(launching, "spawn", spawn_from_server)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     launch(_train_and_signal_the_second, 2, args=(cfg, str(whole), -1))
     with pytest.raises(SystemExit) as stop:
