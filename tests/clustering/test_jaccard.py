@@ -262,11 +262,11 @@ def test_features_that_are_not_finite_are_refused(value: float) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k1": 0}, "k1 counts the image itself: at least 1, got 0"),
-        ({"k2": 0}, "k2 counts the image itself: at least 1, got 0"),
-        ({"max_distance": -0.1}, "max_distance must be 0 or more, or None, got -0.1"),
+        ({"k1": 0}, "k1 .*1.*got 0"),
+        ({"k2": 0}, "k2 .*1.*got 0"),
+        ({"max_distance": -0.1}, "max_distance .*None.*got -0.1"),
         ({"max_distance": float("nan")}, "max_distance must be 0 or more"),
-        ({"backend": "cupy"}, "backend must be one of auto, numba, torch, got 'cupy'"),
+        ({"backend": "cupy"}, "backend .*auto, numba, torch.*got 'cupy'"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:

@@ -253,7 +253,7 @@ def test_bad_arguments_are_refused() -> None:
         nearest_neighbors(torch.ones(3), 2)
     with pytest.raises(ValueError, match="k counts the image itself"):
         nearest_neighbors(units(3, 4), 0)
-    with pytest.raises(ValueError, match="backend must be one of auto, torch"):
+    with pytest.raises(ValueError, match=r"backend .*auto, torch"):
         nearest_neighbors(units(3, 4), 2, backend="annoy")  # type: ignore[arg-type]
 
 

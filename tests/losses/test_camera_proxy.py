@@ -258,11 +258,11 @@ def test_without_proxies_there_is_nothing_to_compare_with() -> None:
 
 
 def test_illegal_numbers_are_named() -> None:
-    with pytest.raises(ValueError, match=r"temperature must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"temperature .*got 0"):
         intra_camera_loss(SIMILARITY, TARGETS, CAMERAS, temperature=0.0)
-    with pytest.raises(ValueError, match=r"num_negatives must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match=r"num_negatives .*1.*got 0"):
         inter_camera_loss(SIMILARITY, TARGETS, CLUSTERS, num_negatives=0)
-    with pytest.raises(ValueError, match=r"image_weight must lie in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"image_weight .*\[0, 1\].*got 1.5"):
         online_association_loss(SIMILARITY, BANK, TARGETS, CAMERAS, image_weight=1.5)
-    with pytest.raises(ValueError, match=r"num_positives must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match=r"num_positives .*1.*got 0"):
         associate_proxies(SIMILARITY, CAMERAS, num_positives=0)

@@ -247,7 +247,7 @@ def test_module_equals_function(case: dict[str, Tensor], gamma: float) -> None:
 
 def test_wrong_arguments_are_named(case: dict[str, Tensor]) -> None:
     for temperature in (0, math.nan):
-        message = f"temperature must be positive, got {temperature}"
+        message = f"temperature .*got {temperature}"
         with pytest.raises(ValueError, match=message):
             cluster_contrastive_loss(**case, temperature=temperature)
         with pytest.raises(ValueError, match=message):

@@ -113,7 +113,7 @@ def test_class_without_rows_has_no_similarity() -> None:
 
 def test_mistakes_are_named() -> None:
     features, bank = units(B, seed=0), units(R, seed=1)
-    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"temperature .*got 0"):
         instance_contrastive_loss(features, bank, LABELS, TARGETS, temperature=0)
     with pytest.raises(ValueError, match="no row of the bank has a class"):
         instance_contrastive_loss(features, bank, torch.full((R,), -1), TARGETS)
@@ -121,5 +121,5 @@ def test_mistakes_are_named() -> None:
         instance_contrastive_loss(
             features, bank, torch.where(LABELS == 1, 2, LABELS), TARGETS.clamp(0, 1)
         )
-    with pytest.raises(ValueError, match="reduction must be one of mean, max, min"):
+    with pytest.raises(ValueError, match=r"reduction .*mean, max, min"):
         class_similarity(torch.ones(1, 1), torch.tensor([0]), 1, "sum")  # type: ignore[arg-type]

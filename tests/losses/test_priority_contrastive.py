@@ -89,7 +89,7 @@ def test_autocast_keeps_the_mantissa() -> None:
 
 def test_wrong_calls_are_refused() -> None:
     features, bank = units(B, seed=0), units(R, seed=1)
-    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"temperature .*got 0"):
         priority_contrastive_loss(features, bank, priorities(), temperature=0)
     with pytest.raises(ValueError, match=r"5 images and 12 rows, got shape \(12, 5\)"):
         priority_contrastive_loss(features, bank, priorities().T)

@@ -139,7 +139,7 @@ def test_autocast_keeps_full_precision(loss: Loss) -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_mistakes_are_named(loss: Loss) -> None:
     features, bank = units(B, seed=0), units(R, seed=1)
-    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"temperature .*got 0"):
         compute(loss, features, bank, temperature=0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="own class of an image has no row"):
         compute(loss, features, bank, bank_labels=torch.where(LABELS == 3, 0, LABELS))

@@ -82,5 +82,5 @@ def test_equal_images_have_a_finite_gradient() -> None:
 
 
 def test_illegal_temperature_is_named() -> None:
-    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"temperature .*got 0"):
         softmax_triplet_loss(units(2, seed=0), torch.tensor([0, 1]), temperature=0.0)

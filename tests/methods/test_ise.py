@@ -125,7 +125,7 @@ def test_preserving_loss_of_outliers_alone_is_zero() -> None:
 
 
 def test_illegal_temperature_is_named() -> None:
-    with pytest.raises(ValueError, match="temperature must be positive, got -1"):
+    with pytest.raises(ValueError, match=r"temperature .*got -1"):
         label_preserving_loss(
             units(2, seed=0), units(2, seed=0), torch.tensor([0, 1]), temperature=-1.0
         )
