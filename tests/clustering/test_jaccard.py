@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sklearn.cluster import DBSCAN
 from torch import Tensor
 
+from helpers.features import units
 from selcon_plugin.clustering import _jaccard_torch
 from selcon_plugin.clustering.jaccard import ZERO, jaccard_distance
 from selcon_plugin.clustering.knn import nearest_neighbors
@@ -20,11 +21,6 @@ from selcon_plugin.clustering.knn import nearest_neighbors
 GOLDEN = Path(__file__).parents[1] / "golden"
 BACKENDS = ["numba", "torch"]
 Array = NDArray[Any]
-
-
-def units(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
 
 
 def people(num_images: int = 120, dim: int = 24, seed: int = 0) -> Tensor:

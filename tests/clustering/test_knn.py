@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.features import units
 from selcon_plugin.clustering import knn, neighbors
 from selcon_plugin.clustering.compiled import shortlist as _shortlist
 from selcon_plugin.clustering.compiled.rows import RowThreads
@@ -17,11 +18,6 @@ from selcon_plugin.clustering.knn import nearest_neighbors
 from selcon_plugin.clustering.neighbors import Neighbors
 
 EXACT = ["torch", "shortlist", "faiss"]
-
-
-def units(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
 
 
 def clustered(num_images: int, dim: int, seed: int = 0) -> Tensor:

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.features import units_of
 from selcon_plugin.losses import (
     associate_proxies,
     cluster_contrastive_loss,
@@ -25,11 +25,7 @@ P = len(CLUSTERS)
 TARGETS = torch.tensor([0, 2, -1, 4, 8, 5, 0])
 WEIGHTS = torch.tensor([1.0, 0.5, 3.0, 2.0, 0.0, 1.5, 0.7])
 TAU = 0.2
-
-
-def units(count: int, *, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(count, C, generator=generator), dim=1)
+units = units_of(C)
 
 
 FEATURES, BANK = units(B, seed=0), units(P, seed=1)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.features import units
 from selcon_plugin.losses import (
     ClusterContrastiveLoss,
     cluster_contrastive_loss,
@@ -14,11 +15,6 @@ from selcon_plugin.losses import (
 )
 
 CLUSTERS, B, C = 9, 6, 16
-
-
-def units(*shape: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.features import units_of
 from selcon_plugin.losses import (
     class_similarity,
     cluster_contrastive_loss,
@@ -16,11 +16,7 @@ from selcon_plugin.losses import (
 B, C, R = 6, 8, 14
 LABELS = torch.tensor([0, 0, 1, 2, 2, 2, -1, 1, 3, 0, -1, 3, 1, 2])
 TARGETS = torch.tensor([0, 1, -1, 3, 2, 2])
-
-
-def units(count: int, *, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(count, C, generator=generator), dim=1)
+units = units_of(C)
 
 
 def reduce(values: list[float], how: str) -> float:

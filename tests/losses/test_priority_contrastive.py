@@ -7,14 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.features import units_of
 from selcon_plugin.losses import cluster_contrastive_loss, priority_contrastive_loss
 
 B, C, R = 5, 8, 12
-
-
-def units(count: int, *, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(count, C, generator=generator), dim=1)
+units = units_of(C)
 
 
 def priorities() -> Tensor:

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.features import units_of
 from selcon_plugin.losses import (
     cluster_contrastive_loss,
     sample_constraint_loss,
@@ -20,11 +20,7 @@ INDEX = torch.tensor([0, 7, 6, 8, 3, 5])  # 8 is alone in its class, 6 an outlie
 TARGETS = LABELS[INDEX]
 LOSSES = [sample_to_instance_loss, sample_constraint_loss]
 Loss = Callable[..., Tensor]
-
-
-def units(count: int, *, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(count, C, generator=generator), dim=1)
+units = units_of(C)
 
 
 def compute(loss: Loss, features: Tensor, bank: Tensor, **changed: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.features import units
 from selcon_plugin.losses import (
     SelectiveContrastiveLoss,
     positive_weights,
@@ -15,11 +16,6 @@ from selcon_plugin.losses import (
 from selcon_plugin.losses import selective_contrastive as module
 
 M, B, P, N, C = 30, 5, 4, 9, 16
-
-
-def units(*shape: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
 
 
 @pytest.fixture

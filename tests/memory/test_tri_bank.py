@@ -7,17 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.features import units
 from selcon_plugin.memory.instance import InstanceMemory
 from selcon_plugin.memory.tri_bank import TriBankMemory
 from selcon_plugin.memory.writes import write_rows
 
 M, B, K, S, D = 12, 6, 3, 2, 4
 C = S * D
-
-
-def units(*shape: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
 
 
 def write(bank: Tensor, row: int, feature: Tensor, momentum: float) -> None:

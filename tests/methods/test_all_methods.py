@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers.ddp import join_group, run_ranks, saved_by_ranks
+from helpers.features import units
 from selcon_plugin.clustering import (
     EnsembleLabeler,
     PseudoLabels,
@@ -51,11 +52,6 @@ BATCHES = (
     [5, 6, 6, 29, 17, 18, 39, 35],
 )
 every_case = pytest.mark.parametrize("case", CASES)
-
-
-def units(*shape: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
 
 
 def embeddings_of(method: Method, count: int, *, seed: int) -> Embeddings:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.features import units_of
 from selcon_plugin.clustering import OutlierPolicy, PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.methods import build_method
@@ -17,11 +18,7 @@ LABELS = [0, 1, -1, 0, 2, 2, 1, -1, 0, 2, 1, 2, -1, 0]  # 3 clusters, 3 outliers
 CLASSES = [0, 1, 3, 0, 2, 2, 1, 4, 0, 2, 1, 2, 5, 0]
 BATCH = torch.tensor([0, 2, 4, 7, 13, 2])  # an outlier twice
 CAMIDS = torch.arange(M) % 3
-
-
-def units(count: int, *, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(count, C, generator=generator), dim=1)
+units = units_of(C)
 
 
 def make_method(
