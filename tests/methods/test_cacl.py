@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from helpers.features import units_of
+from helpers.methods import prepared_method
 from selcon_plugin.clustering import PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.losses import instance_contrastive_loss
@@ -24,8 +25,7 @@ units = units_of(C)
 
 
 def make_method(**options: Any) -> Method:
-    method = build_method("CACL", M, C, **options)
-    method.prepare(Embeddings(units(M, seed=0)), CAMIDS, PseudoLabels.numbered(LABELS))
+    method = prepared_method("CACL", C, LABELS, CAMIDS, **options)
     method.gray_memory.fill(units(M, seed=1))  # as after some steps
     return method
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers.features import units_of
+from helpers.methods import prepared_method
 from selcon_plugin.clustering import PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.methods import Method, build_method
@@ -21,9 +22,7 @@ units = units_of(C)
 
 
 def make_method(name: str = "ClusterContrast", **options: Any) -> Method:
-    method = build_method(name, M, C, **options)
-    method.prepare(Embeddings(units(M, seed=0)), CAMIDS, PseudoLabels.numbered(LABELS))
-    return method
+    return prepared_method(name, C, LABELS, CAMIDS, **options)
 
 
 def step(method: Method, index: Tensor, *, seed: int) -> Tensor:

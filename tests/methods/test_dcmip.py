@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers.features import units_of
+from helpers.methods import prepared_method
 from selcon_plugin.clustering import PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.losses import cluster_contrastive_loss
@@ -27,9 +28,7 @@ units = units_of(C)
 
 def prepared(device: str = "cpu", **options: Any) -> DCMIP:
     settings = {"temperature": TAU, "instance_epoch": 0, **options}
-    method = build_method("DCMIP", M, C, **settings).to(device)
-    features = Embeddings(units(M, seed=0).to(device))
-    method.prepare(features, None, PseudoLabels.numbered(LABELS))
+    method = prepared_method("DCMIP", C, LABELS, device=device, **settings)
     assert isinstance(method, DCMIP)
     return method
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers.features import units_of
+from helpers.methods import prepared_method
 from selcon_plugin.clustering import PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.methods import build_method
@@ -23,10 +24,8 @@ units = units_of(C)
 
 
 def prepared(name: str = "HCM", device: str = "cpu", **options: Any) -> Any:
-    method = build_method(name, M, C, temperature=TAU, **options).to(device)
-    features = Embeddings(units(M, seed=0).to(device))
-    method.prepare(features, CAMIDS.to(device), PseudoLabels.numbered(LABELS))
-    return method
+    options = {"temperature": TAU, **options}
+    return prepared_method(name, C, LABELS, CAMIDS, device=device, **options)
 
 
 def in_loops(method: HCM, features: Tensor, gamma: float) -> tuple[float, float]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers.features import units_of
+from helpers.methods import prepared_method
 from selcon_plugin.clustering import PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.methods import Method, build_method
@@ -25,10 +26,7 @@ units = units_of(C)
 
 
 def make_method(name: str = "HHCL", device: str = "cpu", **options: Any) -> Method:
-    method = build_method(name, M, C, **options).to(device)
-    features = Embeddings(units(M, seed=0).to(device))
-    method.prepare(features, None, PseudoLabels.numbered(LABELS))
-    return method
+    return prepared_method(name, C, LABELS, device=device, **options)
 
 
 def make_hhcl(device: str = "cpu", **options: Any) -> HHCL:

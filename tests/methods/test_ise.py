@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from helpers.features import units_of
-from selcon_plugin.clustering import PseudoLabels
+from helpers.methods import prepared_method
 from selcon_plugin.features import Embeddings
 from selcon_plugin.losses import cluster_contrastive_loss
 from selcon_plugin.memory.cluster import ClusterMemory
-from selcon_plugin.methods import Method, build_method
+from selcon_plugin.methods import Method
 from selcon_plugin.methods.ise import (
     interpolation_degree,
     label_preserving_loss,
@@ -28,8 +28,7 @@ units = units_of(C)
 
 
 def make_method(name: str = "ISE", *, epoch: int = 0, **options: Any) -> Method:
-    method = build_method(name, M, C, **options)
-    method.prepare(Embeddings(units(M, seed=0)), CAMIDS, PseudoLabels.numbered(LABELS))
+    method = prepared_method(name, C, LABELS, CAMIDS, **options)
     method.start_epoch(epoch)
     return method
 

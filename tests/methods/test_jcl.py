@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from helpers.features import units_of
+from helpers.methods import prepared_method
 from selcon_plugin.clustering import PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.methods import Method, build_method
@@ -20,10 +21,8 @@ units = units_of(C)
 
 
 def make_method(labels: list[int] | None = None, **options: Any) -> Method:
-    method = build_method("JCL", M, C, **options)
-    found = PseudoLabels.numbered(LABELS if labels is None else labels)
-    method.prepare(Embeddings(units(M, seed=0)), CAMIDS, found)
-    return method
+    found = LABELS if labels is None else labels
+    return prepared_method("JCL", C, found, CAMIDS, **options)
 
 
 def info_nce(logits: list[float], target: int) -> float:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from helpers.features import units_of
+from helpers.methods import prepared_method
 from selcon_plugin.clustering import PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.losses import online_association_loss
@@ -22,9 +23,8 @@ units = units_of(C)
 
 
 def make_method(camids: Tensor = CAMIDS, **options: Any) -> O2CAP:
-    method = build_method("O2CAP", M, C, **options)
+    method = prepared_method("O2CAP", C, PseudoLabels(LABELS), camids, **options)
     assert isinstance(method, O2CAP)
-    method.prepare(Embeddings(units(M, seed=0)), camids, PseudoLabels(LABELS))
     return method
 
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers.features import units_of
+from helpers.methods import prepared_method
 from selcon_plugin.clustering import OutlierPolicy, PseudoLabels
 from selcon_plugin.features import Embeddings
-from selcon_plugin.methods import build_method
 from selcon_plugin.methods.cluster_contrast import ClusterContrast
 
 M, C = 14, 8
@@ -24,9 +24,8 @@ units = units_of(C)
 def make_method(
     name: str, labels: PseudoLabels, device: str = "cpu", **options: object
 ) -> ClusterContrast:
-    method = build_method(name, M, C, **options).to(device)
+    method = prepared_method(name, C, labels, CAMIDS, device=device, **options)
     assert isinstance(method, ClusterContrast)
-    method.prepare(Embeddings(units(M, seed=0).to(device)), CAMIDS.to(device), labels)
     return method
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from helpers.features import units_of
+from helpers.methods import prepared_method
 from selcon_plugin.clustering import PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.methods import build_method
@@ -21,9 +22,8 @@ units = units_of(C)
 
 
 def prepared(device: str = "cpu", **options: Any) -> RTMem:
-    method = build_method("RTMem", M, C, temperature=TAU, **options).to(device)
-    features = Embeddings(units(M, seed=0).to(device))
-    method.prepare(features, None, PseudoLabels.numbered(LABELS))
+    options = {"temperature": TAU, **options}
+    method = prepared_method("RTMem", C, LABELS, device=device, **options)
     assert isinstance(method, RTMem)
     return method
 

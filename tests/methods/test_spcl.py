@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from helpers.features import units_of
+from helpers.methods import prepared_method
 from selcon_plugin.clustering import PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.losses import instance_contrastive_loss
-from selcon_plugin.methods import build_method
 from selcon_plugin.methods.spcl import SpCL
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "cluster_memory.npz"
@@ -24,10 +24,8 @@ units = units_of(C)
 
 
 def make_method(labels: list[int] = LABELS, device: str = "cpu", **options: float) -> SpCL:
-    method = build_method("SpCL", M, C, **options).to(device)
+    method = prepared_method("SpCL", C, labels, device=device, **options)
     assert isinstance(method, SpCL)
-    features = Embeddings(units(M, seed=0).to(device))
-    method.prepare(features, None, PseudoLabels.numbered(labels))
     return method
 
 

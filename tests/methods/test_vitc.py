@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from helpers.features import units_of
+from helpers.methods import prepared_method
 from selcon_plugin.clustering import DBSCANLabeler, OutlierPolicy, PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.memory.cluster import ClusterMemory
@@ -23,9 +24,7 @@ units = units_of(C)
 
 
 def make(name: str, labels: PseudoLabels = LABELS, **options: Any) -> Any:
-    method = build_method(name, M, C, **options)
-    method.prepare(Embeddings(units(M, seed=0)), torch.arange(M) % 3, labels)
-    return method
+    return prepared_method(name, C, labels, torch.arange(M) % 3, **options)
 
 
 def losses_of(method: Any) -> dict[str, float]:
