@@ -10,6 +10,7 @@ import torch
 from fastreid.engine.train_loop import HookBase
 from fastreid.utils import comm
 
+from helpers.checkpoints import assert_equal
 from helpers.ddp import spawn_from_server
 from selcon_plugin.engine.stopping import RunStopped
 from selcon_plugin.fastreid_ext import SelConTrainer
@@ -85,20 +86,6 @@ def train(cfg, folder, *hooks, resume=True):
 
 def checkpoint(folder, name="model_final.pth"):
     return torch.load(Path(folder) / name, weights_only=True)
-
-
-def assert_equal(first, second, name=""):
-    if isinstance(first, dict):
-        assert first.keys() == second.keys(), name
-        for key in first.keys() - {"meter"}:
-            assert_equal(first[key], second[key], f"{name}.{key}")
-    elif isinstance(first, torch.Tensor):
-        assert torch.equal(first, second), name
-    elif isinstance(first, list):
-        for pair in zip(first, second, strict=True):
-            assert_equal(*pair, name)
-    else:
-        assert first == second, name
 
 
 @pytest.fixture(scope="module")
