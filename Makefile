@@ -10,10 +10,15 @@
 #   PYTHON=python3.12 make test           another Python
 #   TORCH_BUILD=cuda make demo            torch with CUDA, or cpu; default: by nvidia-smi
 #   PYTEST_ARGS="-k memory" make test     anything pytest takes
+#   TEST_PROCESSES=8 make test            on more cores; 0: in one process, for a debugger
 
 PYTHON ?= python3
 TORCH_BUILD ?= $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
 PYTEST_ARGS ?=
+# Tests in two processes, each on one thread. A file's tests stay in one: they share what is
+# made once for all of them. The files with whole runs begin (conftest.py); short ones fill up.
+TEST_PROCESSES ?= 2
+IN_PARALLEL = -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 # Not taken from the environment: `make venv` and `make clean` empty this folder.
 VENV := .venv
@@ -30,7 +35,7 @@ demo: $(STAMP)
 	$(BIN)/selcon demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(IN_PARALLEL) --durations=20 $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check

@@ -34,7 +34,13 @@ def pytest_addoption(parser):
     parser.addoption("--runslow", action="store_true", help="run the slow tests as well")
 
 
+# Folders whose tests train whole runs or start programs: minutes, others take seconds.
+_LONG = {"fastreid_ext", "torchreid_ext", "faults", "tools", "workflows"}
+
+
 def pytest_collection_modifyitems(config, items):
+    # With several processes, none is left alone with a long file at the end.
+    items.sort(key=lambda item: item.path.parent.name not in _LONG)
     slow = pytest.mark.skip(reason="slow: runs with --runslow")
     gpu = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:

@@ -96,6 +96,7 @@ setup(
             "mypy",
             "playwright",
             "pytest>=8",
+            "pytest-xdist>=3.5",
             "ruff",
             "types-PyYAML",
         ],

@@ -4,16 +4,11 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.features import units
 from selcon_plugin import distance as distance_module
 from selcon_plugin.distance import bank_product, fused_distance
-
-
-def units(*shape: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
 
 
 @pytest.fixture

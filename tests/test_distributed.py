@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from helpers.ddp import join_group, run_ranks, saved_by_ranks
 from selcon_plugin.distributed import gather_batch, rank, world_size
 from selcon_plugin.features import Embeddings
 from selcon_plugin.methods import build_method
 from selcon_plugin.methods.selective_contrastive import SelectiveContrastive
 
-ROOT = Path(__file__).resolve().parents[1]
 NUM_IMAGES, DIM, NUM_PARTS, PART_DIM = 24, 8, 2, 4
 # Two steps in warm-up, two after it; the last is odd: rank 1 has one image fewer.
 BATCHES = ([3, 9, 4, 20], [1, 5, 9, 9], [0, 23, 11, 3], [7, 2, 13])
@@ -60,10 +58,7 @@ def train(process: int, num_processes: int) -> dict[str, torch.Tensor]:
 
 
 def work(process: int, folder: Path) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=process, world_size=2
-    )
-    torch.set_num_threads(1)
+    join_group(process, folder)
     numbers = torch.arange(12.0).reshape(6, 2)
     results: dict[str, Any] = {
         "world": (rank(), world_size()),
@@ -83,25 +78,8 @@ def work(process: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("two_ranks")
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(process), str(folder)],
-            env=os.environ | {"PYTHONPATH": path},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(2)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()  # closes the pipe of the remaining process
-    return [torch.load(folder / f"{process}.pt") for process in range(2)]
+    run_ranks(__file__, folder)
+    return saved_by_ranks(folder)
 
 
 def test_single_process_needs_no_communication() -> None:

@@ -150,9 +150,9 @@ def test_features_on_the_gpu_give_the_same_labels(features: torch.Tensor) -> Non
 @pytest.mark.parametrize(
     ("eps", "min_samples", "message"),
     [
-        (-0.1, 4, "eps must be a number >= 0, got -0.1"),
-        (float("nan"), 4, "eps must be a number >= 0, got nan"),
-        (0.5, 0, "min_samples must be 1 or more, got 0"),
+        (-0.1, 4, "eps .*>= 0.*got -0.1"),
+        (float("nan"), 4, "eps .*>= 0.*got nan"),
+        (0.5, 0, "min_samples .*1.*got 0"),
     ],
 )
 def test_wrong_arguments_are_named(eps: float, min_samples: int, message: str) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sklearn.cluster import DBSCAN
 from torch import Tensor
 
+from helpers.features import units
 from selcon_plugin.clustering import _jaccard_torch
 from selcon_plugin.clustering.jaccard import ZERO, jaccard_distance
 from selcon_plugin.clustering.knn import nearest_neighbors
@@ -20,11 +21,6 @@ from selcon_plugin.clustering.knn import nearest_neighbors
 GOLDEN = Path(__file__).parents[1] / "golden"
 BACKENDS = ["numba", "torch"]
 Array = NDArray[Any]
-
-
-def units(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
 
 
 def people(num_images: int = 120, dim: int = 24, seed: int = 0) -> Tensor:
@@ -262,11 +258,11 @@ def test_features_that_are_not_finite_are_refused(value: float) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k1": 0}, "k1 counts the image itself: at least 1, got 0"),
-        ({"k2": 0}, "k2 counts the image itself: at least 1, got 0"),
-        ({"max_distance": -0.1}, "max_distance must be 0 or more, or None, got -0.1"),
+        ({"k1": 0}, "k1 .*1.*got 0"),
+        ({"k2": 0}, "k2 .*1.*got 0"),
+        ({"max_distance": -0.1}, "max_distance .*None.*got -0.1"),
         ({"max_distance": float("nan")}, "max_distance must be 0 or more"),
-        ({"backend": "cupy"}, "backend must be one of auto, numba, torch, got 'cupy'"),
+        ({"backend": "cupy"}, "backend .*auto, numba, torch.*got 'cupy'"),
     ],
 )
 def test_invalid_options_are_refused(options: dict[str, Any], message: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,9 +11,8 @@ import torch
 import torch.distributed as dist
 from scipy.sparse import csr_array
 
+from helpers.ddp import join_group, run_ranks
 from selcon_plugin.clustering import PseudoLabels, share_pseudo_labels
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def cases() -> dict[str, PseudoLabels]:
@@ -32,9 +29,7 @@ def cases() -> dict[str, PseudoLabels]:
 
 
 def work(process: int, folder: Path) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=process, world_size=2
-    )
+    join_group(process, folder)
     for name, given in cases().items():
         found = share_pseudo_labels(given if process == 0 else None, torch.device("cpu"))
         assert torch.equal(found.labels, given.labels), name
@@ -50,24 +45,7 @@ def work(process: int, folder: Path) -> None:
 
 
 def test_every_rank_gets_the_labels_of_rank_0(tmp_path: Path) -> None:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(process), str(tmp_path)],
-            env=os.environ | {"PYTHONPATH": path},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(2)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()  # closes the pipe of the remaining process
+    run_ranks(__file__, tmp_path)
 
 
 def test_one_process_keeps_its_labels() -> None:

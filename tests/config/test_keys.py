@@ -84,23 +84,22 @@ def test_check_puts_the_defaults_of_the_chosen(method, labeler):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"OWN": 0}, r"here\.selcon\.OWN must be a whole number >= 1, got 0"),
-        ({"METHOD": "Magic"}, r"here\.selcon\.METHOD must be .*'ClusterContrast'.*'Magic'"),
-        ({"SAMPLER": "random"}, r"SAMPLER must be .*'auto', 'stream', .*'pk_camera'"),
-        ({"MICRO_BATCHES": 0}, r"MICRO_BATCHES must be a whole number >= 1, got 0"),
-        ({"EMA_DECAY": 1.0}, r"EMA_DECAY must be a number >= 0 and < 1, got 1\.0"),
-        ({"PROJECT_GLOBAL": 1}, r"PROJECT_GLOBAL must be True or False, got 1"),
-        ({"TEMPERATURE": 0.0}, r"here\.selcon\.TEMPERATURE must be a number > 0, got 0\.0"),
+        ({"OWN": 0}, r"here\.selcon\.OWN .*>= 1.*got 0"),
+        ({"METHOD": "Magic"}, r"here\.selcon\.METHOD .*'ClusterContrast'.*'Magic'"),
+        ({"SAMPLER": "random"}, r"SAMPLER .*'auto', 'stream', .*'pk_camera'"),
+        ({"MICRO_BATCHES": 0}, r"MICRO_BATCHES .*>= 1.*got 0"),
+        ({"EMA_DECAY": 1.0}, r"EMA_DECAY .*>= 0.*< 1.*got 1\.0"),
+        ({"PROJECT_GLOBAL": 1}, r"PROJECT_GLOBAL .*True or False.*got 1"),
+        ({"TEMPERATURE": 0.0}, r"here\.selcon\.TEMPERATURE .*> 0.*got 0\.0"),
         (
             {"METHOD": "ClusterContrast", "NUM_NEIGHBORS": 3},
-            r"here\.selcon\.NUM_NEIGHBORS is 3, but method ClusterContrast has no such "
-            r"option; it has .*TEMPERATURE",
+            r"here\.selcon\.NUM_NEIGHBORS is 3.* ClusterContrast .*TEMPERATURE",
         ),
         (
             {"clustering": {"PERIOD": 0}},
-            r"here\.selcon\.CLUSTERING\.PERIOD must be a whole number >= 1, got 0",
+            r"here\.selcon\.CLUSTERING\.PERIOD .*>= 1.*got 0",
         ),
-        ({"clustering": {"EPS": "often"}}, r"CLUSTERING\.EPS must be .* or 'auto', got"),
+        ({"clustering": {"EPS": "often"}}, r"CLUSTERING\.EPS .* or 'auto', got"),
         (
             {"clustering": {"NUM_CLUSTERS": 7}},
             r"CLUSTERING\.NUM_CLUSTERS is 7, but labeler DBSCAN has no such option",

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from helpers.ddp import join_group, run_ranks
 from selcon_plugin.engine.guard import StepGuard, zero_nonfinite_features
 from selcon_plugin.engine.network import EmbeddingNetwork
 from selcon_plugin.features import Embeddings, GlobalPartEmbedding
@@ -23,7 +22,6 @@ from selcon_plugin.methods import build_method
 from selcon_plugin.models.finite import check_state
 from selcon_plugin.models.preprocessing import Preprocessing
 
-ROOT = Path(__file__).resolve().parents[2]
 IMAGES, BATCH = 12, 4
 PATHS = [f"{i:02}.jpg" for i in range(IMAGES)]
 NAN, INF = math.nan, math.inf
@@ -316,10 +314,7 @@ def test_bad_features_become_zero_and_are_named(caplog: pytest.LogCaptureFixture
 
 
 def work(process: int, folder: Path) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=process, world_size=2
-    )
-    torch.set_num_threads(1)
+    join_group(process, folder)
     handler = logging.FileHandler(folder / f"{process}.log")
     logging.getLogger("selcon_plugin").addHandler(handler)
     training = Training(max_nonfinite_steps=2)
@@ -341,24 +336,7 @@ def work(process: int, folder: Path) -> None:
 
 
 def test_processes_decide_alike(tmp_path: Path) -> None:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(process), str(tmp_path)],
-            env=os.environ | {"PYTHONPATH": path},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(2)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+    run_ranks(__file__, tmp_path)
     first, second = (torch.load(tmp_path / str(process)) for process in range(2))
     assert first[:2] == second[:2] == (True, True)
     assert int(first[2]["_step"]) == 1

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from helpers import programs
 from selcon_plugin.config.checks import flatten_config
 from selcon_plugin.workflows import bench
 from selcon_plugin.workflows.bench_table import METRICS
@@ -22,7 +24,12 @@ EPOCHS = 3
 def run_bench(*arguments):
     """Run the bench in this process; return its exit status and what it printed."""
     output = io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(output):
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(output),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(subprocess, "Popen", programs.popen)
         warnings.simplefilter("default")  # pytest makes errors of what FastReID warns of
         status = bench.main([str(argument) for argument in arguments])
     return status, output.getvalue()

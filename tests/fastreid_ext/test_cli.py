@@ -1,7 +1,6 @@
 """The commands as a user runs them: real processes, real files."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.programs import Program, environment, run_program
 from selcon_plugin.cli.main import main
 from selcon_plugin.config.loading import builtin_config
 from selcon_plugin.hosts import load_config
 
-SELCON = [sys.executable, "-m", "selcon_plugin"]
+SELCON = ["-m", "selcon_plugin"]
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -28,29 +28,9 @@ def options(values):
 
 
 @pytest.fixture
-def environment(dataset_root):
-    # One thread: two processes on two cores, and sums in one order.
-    return os.environ | {"FASTREID_DATASETS": str(dataset_root), "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture
-def run(environment):
-    def run_command(*command):
-        return subprocess.run(
-            [*map(str, command)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-
-    return run_command
-
-
-@pytest.fixture
-def selcon(run, tiny_values):
+def selcon(tiny_values):
     def run_selcon(*arguments, **values):
-        return run(*SELCON, *arguments, *options(tiny_values | values))
+        return run_program(*SELCON, *arguments, *options(tiny_values | values))
 
     return run_selcon
 
@@ -64,22 +44,21 @@ def results_of(folder):
 
 
 def test_killed_run_resumes_to_the_weights_of_the_unbroken_one(
-    selcon, environment, tiny_values, tmp_path
+    selcon, tiny_values, tmp_path
 ):
     epochs = {"SOLVER.MAX_EPOCH": 12, "TEST.EVAL_PERIOD": 12}
     whole = selcon("train", **epochs, OUTPUT_DIR=tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     broken = tmp_path / "broken"
     command = [*SELCON, "train", *options(tiny_values | epochs | {"OUTPUT_DIR": broken})]
-    with open(tmp_path / "killed.log", "w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        deadline = time.monotonic() + 120
-        while not (broken / "model_0002.pth").exists():
-            assert process.poll() is None, (tmp_path / "killed.log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    process = Program(*command)
+    deadline = time.monotonic() + 120
+    while not (broken / "model_0002.pth").exists():
+        assert process.poll() is None, process.output()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     assert not (broken / "model_final.pth").exists(), "the run ended before it was killed"
     resumed = selcon("train", "--resume", **epochs, OUTPUT_DIR=broken)
     assert resumed.returncode == 0, resumed.stderr
@@ -95,8 +74,18 @@ def test_killed_run_resumes_to_the_weights_of_the_unbroken_one(
     assert resumed["train_seconds"] > clock["seconds"] > 0
 
 
-def test_eval_repeats_the_result_of_the_training(selcon, run, tmp_path):
-    trained = selcon("train", OUTPUT_DIR=tmp_path / "run")
+def test_eval_repeats_the_result_of_the_training(tiny_values, tmp_path):
+    # The installed program itself, from its first import.
+    values = options(tiny_values | {"OUTPUT_DIR": tmp_path / "run"})
+    program = Path(sys.executable).with_name("selcon")
+    trained = subprocess.run(
+        [program, "train", *values],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
     weights = tmp_path / "run" / "model_final.pth"
     expected = [
         line for line in trained.stdout.splitlines() if line.startswith("| Synthetic")
@@ -106,7 +95,7 @@ def test_eval_repeats_the_result_of_the_training(selcon, run, tmp_path):
     config = tmp_path / "run" / "config.yaml"
     for arguments in (["eval"], ["train", "--eval-only"]):
         command = [*SELCON, *arguments, "--config-file", config, "MODEL.WEIGHTS", weights]
-        result = run(*command)
+        result = run_program(*command)
         assert result.returncode == 0, result.stderr
         assert expected[-1] in result.stdout
     # The training wrote them down as well: | data set | Rank-1 | Rank-5 | ...
@@ -161,13 +150,13 @@ def test_folder_without_structure_trains_and_gives_features(selcon, tmp_path, me
     assert np.allclose(np.linalg.norm(written["features"], axis=1), 1, atol=1e-5)
 
 
-def test_two_processes_under_torchrun(run, tiny_values, tmp_path):
+def test_two_processes_under_torchrun(tiny_values, tmp_path):
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("-m", "torch.distributed.run", "--standalone"),
         *("--nproc_per_node", "2", "-m", "selcon_plugin", "train"),
         *options(tiny_values | {"OUTPUT_DIR": tmp_path / "out"}),
     ]
-    result = run(*command)
+    result = run_program(*command)
     assert result.returncode == 0, result.stderr
     assert "World size: 2" in result.stdout
     assert int(model_of(tmp_path / "out")["method._step"]) == 10

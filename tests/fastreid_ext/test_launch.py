@@ -9,10 +9,17 @@ from fastreid.utils import comm
 from PIL import Image
 from torch import nn
 
+from helpers.ddp import spawn_from_server
 from selcon_plugin.fastreid_ext import SelConTrainer, add_selcon_config
+from selcon_plugin.fastreid_ext import launch as launching
 from selcon_plugin.fastreid_ext.config import KEYS
 from selcon_plugin.fastreid_ext.embedding import unwrap
 from selcon_plugin.fastreid_ext.launch import launch
+
+
+@pytest.fixture(autouse=True)
+def _ranks_of_the_fork_server(monkeypatch):
+    monkeypatch.setattr(launching, "spawn", spawn_from_server)
 
 
 class LossRecorder(HookBase):

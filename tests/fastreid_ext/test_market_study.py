@@ -1,17 +1,15 @@
 """The study on Market-1501, on a few drawn people in its place."""
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from helpers.programs import run_program
 from market_study.protocols import (
     PROTOCOLS,
     Protocol,
@@ -121,15 +119,12 @@ def test_options_are_read_as_a_config_reads_them():
 def study(data, output, *phases, options=TINY, more=()):
     words = [word for pair in options.items() for word in pair]
     command = [
-        *(sys.executable, str(SCRIPT), *phases, "--protocol", "cpu", "--epochs", "1"),
+        *(SCRIPT, *phases, "--protocol", "cpu", "--epochs", "1"),
         *("--data", str(data), "--output", str(output)),
         *("--validation-identities", "5", "--report-seeds", "1"),
         *("--only", "scl/mixture_update", *more, "--options", *words),
     ]
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])}
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False
-    )
+    return run_program(*command)
 
 
 @pytest.fixture(scope="module")

@@ -1,20 +1,21 @@
 """The code of README.md runs as it stands."""
 
 import inspect
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from helpers.programs import run_program
 from selcon_plugin.cli.main import main
+from selcon_plugin.datasets import SyntheticPersonsSpec
 from selcon_plugin.hosts import load_config
 from selcon_plugin.methods import method_class, method_names
 
 ROOT = Path(__file__).parents[2]
+# As many as fill a batch of torchreid's, which has 32.
+SPEC = SyntheticPersonsSpec(num_train_ids=10, num_test_ids=4, images_per_id=8)
 
 
 def nested(values):
@@ -49,9 +50,13 @@ def test_torchreid_script_runs_as_it_stands(tmp_path, monkeypatch):
     code = code_in("I use torchreid")
     assert len([line for line in code.splitlines() if line]) <= 10
     monkeypatch.chdir(tmp_path)
+    from selcon_plugin.torchreid_ext import register_synthetic_persons
+
+    register_synthetic_persons("few-of-readme", SPEC)
     for long, short in (
         ("max_epoch=20", "max_epoch=1"),
         ("width=64", "width=64, workers=0"),
+        ('"syntheticpersons"', '"few-of-readme"'),
     ):
         assert long in code
         code = code.replace(long, short)
@@ -99,13 +104,7 @@ def test_worked_example_of_a_method_trains(tiny_values, tmp_path, monkeypatch):
     Path("margin_contrast.yml").write_text(settings)
     # In a process of its own: what it registers stays there.
     command = re.search(r"^selcon (train .*)$", text, re.MULTILINE)[1].split()
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "selcon_plugin", *command],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_program("-m", "selcon_plugin", *command)
     assert done.returncode == 0, done.stderr
     results = yaml.safe_load(Path("out/results.json").read_text())
     assert results["method"] == "MarginContrast"

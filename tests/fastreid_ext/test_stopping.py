@@ -10,8 +10,11 @@ import torch
 from fastreid.engine.train_loop import HookBase
 from fastreid.utils import comm
 
+from helpers.checkpoints import assert_equal
+from helpers.ddp import spawn_from_server
 from selcon_plugin.engine.stopping import RunStopped
 from selcon_plugin.fastreid_ext import SelConTrainer
+from selcon_plugin.fastreid_ext import launch as launching
 from selcon_plugin.fastreid_ext.config import KEYS
 from selcon_plugin.fastreid_ext.embedding import unwrap
 from selcon_plugin.fastreid_ext.launch import launch
@@ -83,20 +86,6 @@ def train(cfg, folder, *hooks, resume=True):
 
 def checkpoint(folder, name="model_final.pth"):
     return torch.load(Path(folder) / name, weights_only=True)
-
-
-def assert_equal(first, second, name=""):
-    if isinstance(first, dict):
-        assert first.keys() == second.keys(), name
-        for key in first.keys() - {"meter"}:
-            assert_equal(first[key], second[key], f"{name}.{key}")
-    elif isinstance(first, torch.Tensor):
-        assert torch.equal(first, second), name
-    elif isinstance(first, list):
-        for pair in zip(first, second, strict=True):
-            assert_equal(*pair, name)
-    else:
-        assert first == second, name
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +212,8 @@ def _train_and_signal_the_second(cfg, folder, step):
     torch.save(unwrap(trainer.model).state_dict(), f"{folder}/rank{comm.get_rank()}.pt")
 
 
-def test_signal_to_one_of_two_processes_stops_both(cfg, tmp_path):
+def test_signal_to_one_of_two_processes_stops_both(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(launching, "spawn", spawn_from_server)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     launch(_train_and_signal_the_second, 2, args=(cfg, str(whole), -1))
     with pytest.raises(SystemExit) as stop:

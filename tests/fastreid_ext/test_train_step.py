@@ -187,7 +187,7 @@ def test_model_in_evaluation_mode_is_refused() -> None:
 
 
 def test_no_micro_batches_are_refused() -> None:
-    with pytest.raises(ValueError, match="num_micro_batches must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match=r"num_micro_batches .*1.*got 0"):
         make_trainer(AccumulatingTrainer, TwoLosses(), num_micro_batches=0)
 
 

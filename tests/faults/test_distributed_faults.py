@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,10 @@ import torch.distributed as dist
 
 pytest.importorskip("fastreid")
 
+from helpers.ddp import spawn_from_server
+from helpers.programs import Program
 from selcon_plugin.cli.train import _train_parser
+from selcon_plugin.fastreid_ext import launch as launching
 from selcon_plugin.fastreid_ext.launch import (
     TIMEOUT_MINUTES,
     ProcessFailure,
@@ -77,8 +79,10 @@ def assert_all_ended(folder: Path) -> None:
     ],
 )
 def test_one_process_that_fails_ends_the_others(
-    fault: str, message: str, tmp_path: Path
+    fault: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if fault != "error":  # one of them starts its processes as a user's launch does
+        monkeypatch.setattr(launching, "spawn", spawn_from_server)
     started = time.monotonic()
     with pytest.raises(ProcessFailure, match=message):
         launch(exchange, 2, timeout_minutes=0.1, args=(fault, str(tmp_path)))
@@ -127,20 +131,10 @@ def test_command_line_has_the_same_default() -> None:
     assert _train_parser("train").parse_args([]).dist_timeout == TIMEOUT_MINUTES
 
 
-def program(*arguments: str) -> subprocess.Popen[str]:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        env=os.environ | {"PYTHONPATH": path},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 @pytest.mark.parametrize("fault", [pytest.param("error", marks=pytest.mark.slow), "killed"])
 def test_torchrun_ends_the_others_with_the_reason(fault: str, tmp_path: Path) -> None:
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = program(*run, __file__, fault, str(tmp_path))
+    process = Program(*run, __file__, fault, tmp_path)
     _, errors = process.communicate(timeout=SOON)
     assert process.returncode == 1
     # Which process torchrun takes for the root cause depends on when it looks at them.
@@ -154,7 +148,7 @@ def test_machine_that_vanishes_ends_the_other(tmp_path: Path) -> None:
     """Start two launchers, as on two machines; kill the second with its process."""
     meeting = f"tcp://127.0.0.1:{_free_port()}"
     first, second = (
-        program(__file__, "hang", str(tmp_path), meeting, str(rank)) for rank in range(2)
+        Program(__file__, "hang", tmp_path, meeting, rank) for rank in range(2)
     )
     try:
         pid_file = tmp_path / "1.pid"
@@ -168,7 +162,7 @@ def test_machine_that_vanishes_ends_the_other(tmp_path: Path) -> None:
     finally:
         for process in (first, second):
             process.kill()
-            process.communicate()
+            process.wait()
     assert first.returncode == 1
     assert "process 0 of 2 failed" in errors
     assert_all_ended(tmp_path)

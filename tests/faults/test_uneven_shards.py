@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from helpers.ddp import join_group, run_ranks, saved_by_ranks
 from selcon_plugin.distributed import rank
 from selcon_plugin.engine.extraction import extract_embeddings
 from selcon_plugin.engine.network import EmbeddingNetwork
@@ -20,7 +19,6 @@ from selcon_plugin.features import GlobalPartEmbedding
 from selcon_plugin.losses.camera_weights import CameraWeighting, camera_entropy_weights
 from selcon_plugin.models.preprocessing import Preprocessing
 
-ROOT = Path(__file__).resolve().parents[2]
 NUM_PROCESSES = 3
 # Images of a data set, and their split over three ranks by FastReID's sampler.
 SHARDS = {1: (1, 0, 0), 2: (1, 1, 0), 4: (2, 2, 0), 7: (3, 3, 1)}
@@ -61,13 +59,7 @@ def batch_weights(shard: slice) -> Tensor | None:
 
 
 def work(process: int, folder: Path) -> None:
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meeting",
-        rank=process,
-        world_size=NUM_PROCESSES,
-    )
-    torch.set_num_threads(1)
+    join_group(process, folder, NUM_PROCESSES)
     results: dict[str, Any] = {
         f"extraction {num_images} {num_parts}": extracted(
             num_images, num_parts, shard_of(rank(), shards)
@@ -84,25 +76,8 @@ def work(process: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(process), str(folder)],
-            env=os.environ | {"PYTHONPATH": path},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(NUM_PROCESSES)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    return [torch.load(folder / f"{process}.pt") for process in range(NUM_PROCESSES)]
+    run_ranks(__file__, folder, NUM_PROCESSES)
+    return saved_by_ranks(folder, NUM_PROCESSES)
 
 
 @pytest.mark.parametrize("num_parts", [0, 2])

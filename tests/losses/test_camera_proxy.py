@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.features import units_of
 from selcon_plugin.losses import (
     associate_proxies,
     cluster_contrastive_loss,
@@ -25,11 +25,7 @@ P = len(CLUSTERS)
 TARGETS = torch.tensor([0, 2, -1, 4, 8, 5, 0])
 WEIGHTS = torch.tensor([1.0, 0.5, 3.0, 2.0, 0.0, 1.5, 0.7])
 TAU = 0.2
-
-
-def units(count: int, *, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(count, C, generator=generator), dim=1)
+units = units_of(C)
 
 
 FEATURES, BANK = units(B, seed=0), units(P, seed=1)
@@ -258,11 +254,11 @@ def test_without_proxies_there_is_nothing_to_compare_with() -> None:
 
 
 def test_illegal_numbers_are_named() -> None:
-    with pytest.raises(ValueError, match=r"temperature must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"temperature .*got 0"):
         intra_camera_loss(SIMILARITY, TARGETS, CAMERAS, temperature=0.0)
-    with pytest.raises(ValueError, match=r"num_negatives must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match=r"num_negatives .*1.*got 0"):
         inter_camera_loss(SIMILARITY, TARGETS, CLUSTERS, num_negatives=0)
-    with pytest.raises(ValueError, match=r"image_weight must lie in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"image_weight .*\[0, 1\].*got 1.5"):
         online_association_loss(SIMILARITY, BANK, TARGETS, CAMERAS, image_weight=1.5)
-    with pytest.raises(ValueError, match=r"num_positives must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match=r"num_positives .*1.*got 0"):
         associate_proxies(SIMILARITY, CAMERAS, num_positives=0)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.features import units
 from selcon_plugin.losses import (
     ClusterContrastiveLoss,
     cluster_contrastive_loss,
@@ -14,11 +15,6 @@ from selcon_plugin.losses import (
 )
 
 CLUSTERS, B, C = 9, 6, 16
-
-
-def units(*shape: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
 
 
 @pytest.fixture
@@ -247,7 +243,7 @@ def test_module_equals_function(case: dict[str, Tensor], gamma: float) -> None:
 
 def test_wrong_arguments_are_named(case: dict[str, Tensor]) -> None:
     for temperature in (0, math.nan):
-        message = f"temperature must be positive, got {temperature}"
+        message = f"temperature .*got {temperature}"
         with pytest.raises(ValueError, match=message):
             cluster_contrastive_loss(**case, temperature=temperature)
         with pytest.raises(ValueError, match=message):

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.features import units_of
 from selcon_plugin.losses import (
     class_similarity,
     cluster_contrastive_loss,
@@ -16,11 +16,7 @@ from selcon_plugin.losses import (
 B, C, R = 6, 8, 14
 LABELS = torch.tensor([0, 0, 1, 2, 2, 2, -1, 1, 3, 0, -1, 3, 1, 2])
 TARGETS = torch.tensor([0, 1, -1, 3, 2, 2])
-
-
-def units(count: int, *, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(count, C, generator=generator), dim=1)
+units = units_of(C)
 
 
 def reduce(values: list[float], how: str) -> float:
@@ -113,7 +109,7 @@ def test_class_without_rows_has_no_similarity() -> None:
 
 def test_mistakes_are_named() -> None:
     features, bank = units(B, seed=0), units(R, seed=1)
-    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"temperature .*got 0"):
         instance_contrastive_loss(features, bank, LABELS, TARGETS, temperature=0)
     with pytest.raises(ValueError, match="no row of the bank has a class"):
         instance_contrastive_loss(features, bank, torch.full((R,), -1), TARGETS)
@@ -121,5 +117,5 @@ def test_mistakes_are_named() -> None:
         instance_contrastive_loss(
             features, bank, torch.where(LABELS == 1, 2, LABELS), TARGETS.clamp(0, 1)
         )
-    with pytest.raises(ValueError, match="reduction must be one of mean, max, min"):
+    with pytest.raises(ValueError, match=r"reduction .*mean, max, min"):
         class_similarity(torch.ones(1, 1), torch.tensor([0]), 1, "sum")  # type: ignore[arg-type]

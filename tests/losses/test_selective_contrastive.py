@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.features import units
 from selcon_plugin.losses import (
     SelectiveContrastiveLoss,
     positive_weights,
@@ -15,11 +16,6 @@ from selcon_plugin.losses import (
 from selcon_plugin.losses import selective_contrastive as module
 
 M, B, P, N, C = 30, 5, 4, 9, 16
-
-
-def units(*shape: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
 
 
 @pytest.fixture
@@ -322,7 +318,7 @@ def test_focal_gradient_is_right_and_finite_at_a_perfect_match(
 
 
 def test_negative_focal_exponent_is_refused(case: dict[str, Tensor]) -> None:
-    with pytest.raises(ValueError, match="focal_gamma must be 0 or more, got -1"):
+    with pytest.raises(ValueError, match=r"focal_gamma .*0.*got -1"):
         selective_contrastive_loss(**case, focal_gamma=-1.0)
 
 
@@ -484,9 +480,9 @@ def test_module_equals_function_and_follows_the_positives_given(
 
 
 def test_wrong_arguments_are_named(case: dict[str, Tensor]) -> None:
-    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"temperature .*got 0"):
         selective_contrastive_loss(**case, temperature=0)
-    with pytest.raises(ValueError, match="temperature must be positive, got nan"):
+    with pytest.raises(ValueError, match=r"temperature .*got nan"):
         selective_contrastive_loss(**case, temperature=math.nan)
     case["positive_weight"] = torch.ones(P + 1)
     with pytest.raises(ValueError, match=r"positive_weight .*\(4,\).*\(5, 4\).*\(5,\)"):
@@ -496,9 +492,9 @@ def test_wrong_arguments_are_named(case: dict[str, Tensor]) -> None:
         selective_contrastive_loss(**case, negative_mask=torch.ones(N, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"negative_mask must be bool .*torch\.float32"):
         selective_contrastive_loss(**case, negative_mask=torch.ones(B, N))
-    with pytest.raises(ValueError, match="num_neighbors must be 0 or more, got -1"):
+    with pytest.raises(ValueError, match=r"num_neighbors .*0.*got -1"):
         SelectiveContrastiveLoss(-1)
-    with pytest.raises(ValueError, match=r"temperature must be positive, got -0\.1"):
+    with pytest.raises(ValueError, match=r"temperature .*got -0\.1"):
         SelectiveContrastiveLoss(7, temperature=-0.1)
     with pytest.raises(ValueError, match="ignored_negative must be given together"):
         selective_contrastive_loss(**case, ignored_positive=torch.ones(B, P).bool())

@@ -7,14 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.features import units_of
 from selcon_plugin.losses import softmax_triplet_loss
 
 TARGETS = [0, 1, 0, -1, 2, 0, 1, -1]
-
-
-def units(count: int, *, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(count, 5, generator=generator), dim=1)
+units = units_of(5)
 
 
 def loss_in_loops(features: Tensor, targets: list[int], temperature: float) -> float:
@@ -82,5 +79,5 @@ def test_equal_images_have_a_finite_gradient() -> None:
 
 
 def test_illegal_temperature_is_named() -> None:
-    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"temperature .*got 0"):
         softmax_triplet_loss(units(2, seed=0), torch.tensor([0, 1]), temperature=0.0)

@@ -5,8 +5,8 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
+from helpers.features import units_of
 from selcon_plugin.memory.camera_proxy import (
     CameraProxyMemory,
     camera_sum_weights,
@@ -19,11 +19,7 @@ M, C = 30, 8
 # Clusters 0..5, two outliers; cameras 3, 5 and 9, some images of unknown camera.
 LABELS = torch.tensor([i % 6 if i < 28 else -1 for i in range(M)])
 CAMIDS = torch.tensor([(3, 5, 9, 5, -1)[i * i % 5] for i in range(M)])
-
-
-def units(count: int, *, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(count, C, generator=generator), dim=1)
+units = units_of(C)
 
 
 def test_proxies_are_the_pairs_of_cluster_and_camera(device: str) -> None:

@@ -8,16 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from helpers.features import units
 from selcon_plugin.memory.cluster import ClusterMemory
 from selcon_plugin.memory.writes import cluster_means
 
 CLUSTERS, B, C = 6, 16, 8
 UPDATES = ["mean", "hard", "batch_mean"]
-
-
-def units(*shape: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
 
 
 def make_batch(seed: int = 1) -> tuple[Tensor, Tensor]:

@@ -9,12 +9,9 @@ from __future__ import annotations
 import copy
 import functools
 import io
-import os
-import subprocess
 import sys
 import traceback
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.ddp import join_group, run_ranks, saved_by_ranks
+from helpers.features import units
 from selcon_plugin.clustering import (
     EnsembleLabeler,
     PseudoLabels,
@@ -32,7 +31,6 @@ from selcon_plugin.clustering import (
 from selcon_plugin.features import Embeddings
 from selcon_plugin.methods import Method, build_method, method_class, method_names
 
-ROOT = Path(__file__).resolve().parents[2]
 SELECTIVE = {"num_neighbors": 3, "num_negatives": 8}
 CASES: dict[str, dict[str, Any]] = {name: {} for name in method_names()} | {
     "SelectiveContrastive": SELECTIVE | {"warmup_epochs": 1},
@@ -54,11 +52,6 @@ BATCHES = (
     [5, 6, 6, 29, 17, 18, 39, 35],
 )
 every_case = pytest.mark.parametrize("case", CASES)
-
-
-def units(*shape: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
 
 
 def embeddings_of(method: Method, count: int, *, seed: int) -> Embeddings:
@@ -316,13 +309,7 @@ def train(case: str, process: int, num_processes: int) -> dict[str, Tensor]:
 
 def work(process: int, folder: Path) -> None:
     """Run all cases in one of two processes; what fails is reported by its test."""
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meeting",
-        rank=process,
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
+    join_group(process, folder)
     results: dict[str, Any] = {}
     for case in CASES:
         try:
@@ -339,25 +326,8 @@ def work(process: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("two_ranks")
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(process), str(folder)],
-            env=os.environ | {"PYTHONPATH": path},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(2)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=180)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    return [torch.load(folder / f"{process}.pt") for process in range(2)]
+    run_ranks(__file__, folder)
+    return saved_by_ranks(folder)
 
 
 @every_case
@@ -375,5 +345,4 @@ def test_two_processes_hold_the_banks_of_one(
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     work(int(sys.argv[1]), Path(sys.argv[2]))

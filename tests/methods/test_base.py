@@ -89,7 +89,7 @@ def test_a_name_is_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_needs_at_least_one_image() -> None:
-    with pytest.raises(ValueError, match="num_images must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match=r"num_images .*1.*got 0"):
         Minimal(0, 4)
 
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.features import units_of
+from helpers.methods import prepared_method
 from selcon_plugin.clustering import PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.losses import instance_contrastive_loss
@@ -20,16 +21,11 @@ LABELS = [i // 5 if i < 20 else -1 for i in range(M)]  # 4 clusters of 5, 4 outl
 CAMIDS = torch.arange(M) % 3
 BATCH = torch.tensor([0, 1, 21, 5, 6, 10])
 TARGETS = [LABELS[i] for i in BATCH.tolist()]
-
-
-def units(count: int, *, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(count, C, generator=generator), dim=1)
+units = units_of(C)
 
 
 def make_method(**options: Any) -> Method:
-    method = build_method("CACL", M, C, **options)
-    method.prepare(Embeddings(units(M, seed=0)), CAMIDS, PseudoLabels.numbered(LABELS))
+    method = prepared_method("CACL", C, LABELS, CAMIDS, **options)
     method.gray_memory.fill(units(M, seed=1))  # as after some steps
     return method
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.features import units_of
 from selcon_plugin.clustering import PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.losses import selective_contrastive_loss
@@ -18,11 +19,7 @@ M, C, TAU = 30, 16, 0.2
 LABELS = torch.tensor([i // 5 if i < 25 else -1 for i in range(M)])  # 5 clusters of 5
 CAMIDS = torch.tensor([(2, 4, 4, 7, -1)[i * 3 % 5] for i in range(M)])
 BATCH = torch.tensor([0, 1, 4, 7, 12, 26, 18, 19])
-
-
-def units(count: int, *, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(count, C, generator=generator), dim=1)
+units = units_of(C)
 
 
 def make_method(

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.features import units_of
+from helpers.methods import prepared_method
 from selcon_plugin.clustering import PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.methods import Method, build_method
@@ -16,17 +18,11 @@ from selcon_plugin.methods import Method, build_method
 M, C = 24, 16
 LABELS = [i // 5 if i < 20 else -1 for i in range(M)]  # 4 clusters of 5, 4 outliers
 CAMIDS = torch.arange(M) % 3
-
-
-def units(count: int, *, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(count, C, generator=generator), dim=1)
+units = units_of(C)
 
 
 def make_method(name: str = "ClusterContrast", **options: Any) -> Method:
-    method = build_method(name, M, C, **options)
-    method.prepare(Embeddings(units(M, seed=0)), CAMIDS, PseudoLabels.numbered(LABELS))
-    return method
+    return prepared_method(name, C, LABELS, CAMIDS, **options)
 
 
 def step(method: Method, index: Tensor, *, seed: int) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.features import units_of
+from helpers.methods import prepared_method
 from selcon_plugin.clustering import PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.losses import cluster_contrastive_loss
@@ -21,18 +23,12 @@ M, C, TAU = 24, 16, 0.2
 LABELS = [i // 5 if i < 20 else -1 for i in range(M)]  # 4 clusters of 5, 4 outliers
 BATCH = torch.tensor([0, 1, 2, 5, 22, 6, 7, 17])
 PLACES = {0: [0, 1, 2], 1: [3, 5, 6], 3: [7]}  # of each cluster's images in the batch
-
-
-def units(count: int, *, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(count, C, generator=generator), dim=1)
+units = units_of(C)
 
 
 def prepared(device: str = "cpu", **options: Any) -> DCMIP:
     settings = {"temperature": TAU, "instance_epoch": 0, **options}
-    method = build_method("DCMIP", M, C, **settings).to(device)
-    features = Embeddings(units(M, seed=0).to(device))
-    method.prepare(features, None, PseudoLabels.numbered(LABELS))
+    method = prepared_method("DCMIP", C, LABELS, device=device, **settings)
     assert isinstance(method, DCMIP)
     return method
 

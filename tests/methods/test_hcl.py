@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
+from helpers.features import units_of
+from helpers.methods import prepared_method
 from selcon_plugin.clustering import PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.methods import Method, build_method
@@ -16,18 +17,12 @@ M, C = 24, 16
 LABELS = [i // 5 if i < 20 else -1 for i in range(M)]  # 4 clusters of 5, 4 outliers
 CAMIDS = torch.arange(M) % 3
 BATCH = torch.tensor([0, 1, 5, 22, 6, 10, 17])
-
-
-def units(count: int, *, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(count, C, generator=generator), dim=1)
+units = units_of(C)
 
 
 def make_method(labels: list[int] | None = None, **options: Any) -> Method:
-    method = build_method("HCL", M, C, **options)
-    found = PseudoLabels.numbered(LABELS if labels is None else labels)
-    method.prepare(Embeddings(units(M, seed=0)), CAMIDS, found)
-    return method
+    found = LABELS if labels is None else labels
+    return prepared_method("HCL", C, found, CAMIDS, **options)
 
 
 def test_losses_are_their_definitions() -> None:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.features import units_of
+from helpers.methods import prepared_method
 from selcon_plugin.clustering import PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.methods import build_method
@@ -18,18 +20,12 @@ M, C, TAU = 24, 16, 0.2
 LABELS = [i // 5 if i < 20 else -1 for i in range(M)]  # 4 clusters of 5, 4 outliers
 CAMIDS = torch.arange(M) % 3
 BATCH = torch.tensor([0, 1, 5, 22, 10, 17])
-
-
-def units(count: int, *, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(count, C, generator=generator), dim=1)
+units = units_of(C)
 
 
 def prepared(name: str = "HCM", device: str = "cpu", **options: Any) -> Any:
-    method = build_method(name, M, C, temperature=TAU, **options).to(device)
-    features = Embeddings(units(M, seed=0).to(device))
-    method.prepare(features, CAMIDS.to(device), PseudoLabels.numbered(LABELS))
-    return method
+    options = {"temperature": TAU, **options}
+    return prepared_method(name, C, LABELS, CAMIDS, device=device, **options)
 
 
 def in_loops(method: HCM, features: Tensor, gamma: float) -> tuple[float, float]:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.features import units_of
+from helpers.methods import prepared_method
 from selcon_plugin.clustering import PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.methods import Method, build_method
@@ -20,18 +22,11 @@ M, C = 24, 8
 LABELS = [i // 5 if i < 20 else -1 for i in range(M)]  # 4 clusters of 5, 4 outliers
 BATCH = torch.tensor([0, 1, 2, 5, 6, 10, 21, 7])  # 3, 3 and 1 images, an outlier
 CAMIDS = torch.arange(M) % 3
-
-
-def units(count: int, *, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(count, C, generator=generator), dim=1)
+units = units_of(C)
 
 
 def make_method(name: str = "HHCL", device: str = "cpu", **options: Any) -> Method:
-    method = build_method(name, M, C, **options).to(device)
-    features = Embeddings(units(M, seed=0).to(device))
-    method.prepare(features, None, PseudoLabels.numbered(LABELS))
-    return method
+    return prepared_method(name, C, LABELS, device=device, **options)
 
 
 def make_hhcl(device: str = "cpu", **options: Any) -> HHCL:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.methods import prepared_method
 from selcon_plugin.clustering import EnsembleLabeler, PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.methods import Method, build_method
@@ -32,9 +33,7 @@ def make_labels(labelings: list[list[int]] = LABELINGS) -> PseudoLabels:
 
 
 def make_method(found: PseudoLabels | None = None, **options: Any) -> Method:
-    method = build_method("MGCEHCL", M, C, **options)
-    method.prepare(Embeddings(units(M, seed=0)), None, found or make_labels())
-    return method
+    return prepared_method("MGCEHCL", C, found or make_labels(), **options)
 
 
 def priority(i: int, j: int) -> float:

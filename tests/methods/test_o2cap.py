@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.features import units_of
+from helpers.methods import prepared_method
 from selcon_plugin.clustering import PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.losses import online_association_loss
@@ -18,17 +19,12 @@ M, C = 30, 16
 LABELS = torch.tensor([i // 5 if i < 25 else -1 for i in range(M)])
 CAMIDS = torch.arange(M) % 4
 BATCH = torch.tensor([0, 1, 7, 12, 26, 18])
-
-
-def units(count: int, *, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(count, C, generator=generator), dim=1)
+units = units_of(C)
 
 
 def make_method(camids: Tensor = CAMIDS, **options: Any) -> O2CAP:
-    method = build_method("O2CAP", M, C, **options)
+    method = prepared_method("O2CAP", C, PseudoLabels(LABELS), camids, **options)
     assert isinstance(method, O2CAP)
-    method.prepare(Embeddings(units(M, seed=0)), camids, PseudoLabels(LABELS))
     return method
 
 

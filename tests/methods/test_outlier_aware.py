@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.features import units_of
+from helpers.methods import prepared_method
 from selcon_plugin.clustering import OutlierPolicy, PseudoLabels
 from selcon_plugin.features import Embeddings
-from selcon_plugin.methods import build_method
 from selcon_plugin.methods.cluster_contrast import ClusterContrast
 
 M, C = 14, 8
@@ -17,19 +18,14 @@ LABELS = [0, 1, -1, 0, 2, 2, 1, -1, 0, 2, 1, 2, -1, 0]  # 3 clusters, 3 outliers
 CLASSES = [0, 1, 3, 0, 2, 2, 1, 4, 0, 2, 1, 2, 5, 0]
 BATCH = torch.tensor([0, 2, 4, 7, 13, 2])  # an outlier twice
 CAMIDS = torch.arange(M) % 3
-
-
-def units(count: int, *, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(count, C, generator=generator), dim=1)
+units = units_of(C)
 
 
 def make_method(
     name: str, labels: PseudoLabels, device: str = "cpu", **options: object
 ) -> ClusterContrast:
-    method = build_method(name, M, C, **options).to(device)
+    method = prepared_method(name, C, labels, CAMIDS, device=device, **options)
     assert isinstance(method, ClusterContrast)
-    method.prepare(Embeddings(units(M, seed=0).to(device)), CAMIDS.to(device), labels)
     return method
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.features import units
 from selcon_plugin.clustering import PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.losses import softmax_triplet_loss
@@ -24,11 +25,6 @@ LABELS = [i // 5 if i < 20 else -1 for i in range(M)]  # 4 clusters of 5, 4 outl
 CAMIDS = torch.arange(M) % 3
 BATCH = torch.tensor([0, 1, 21, 5, 6, 10, 17, 2])
 TARGETS = torch.tensor(LABELS)[BATCH]
-
-
-def units(*shape: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
 
 
 def embeddings_of(count: int, *, seed: int) -> Embeddings:

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
+from helpers.features import units
 from selcon_plugin.clustering import DBSCANLabeler, PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.methods import build_method
@@ -17,11 +17,6 @@ M, S, D = 30, 2, 4
 C = S * D
 LABELS = [i // 6 if i < 24 else -1 for i in range(M)]  # 4 clusters of 6, 6 outliers
 CAMIDS = torch.arange(M) % 3
-
-
-def units(*shape: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
 
 
 def embeddings_of(count: int, *, seed: int, parts: bool = False) -> Embeddings:

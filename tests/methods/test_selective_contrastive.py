@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from helpers.features import units
 from selcon_plugin.distance import fused_distance
 from selcon_plugin.features import Embeddings
 from selcon_plugin.methods import build_method
@@ -18,11 +19,6 @@ from selcon_plugin.selection import _warn_clamped
 M, S, D = 30, 2, 4
 C = S * D
 OPTIONS: dict[str, Any] = {"num_neighbors": 3, "num_negatives": 8, "warmup_epochs": 1}
-
-
-def units(*shape: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
 
 
 def embeddings_of(count: int, *, seed: int, parts: bool = True) -> Embeddings:

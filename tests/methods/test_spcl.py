@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
+from helpers.features import units_of
+from helpers.methods import prepared_method
 from selcon_plugin.clustering import PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.losses import instance_contrastive_loss
-from selcon_plugin.methods import build_method
 from selcon_plugin.methods.spcl import SpCL
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "cluster_memory.npz"
@@ -20,18 +20,12 @@ M, C = 14, 8
 LABELS = [0, 1, -1, 0, 2, 2, 1, -1, 0, 2, 1, 2, -1, 0]  # 3 clusters, 3 outliers
 CLASSES = [0, 1, 3, 0, 2, 2, 1, 4, 0, 2, 1, 2, 5, 0]
 BATCH = torch.tensor([0, 2, 4, 7, 13, 2])  # an outlier twice
-
-
-def units(count: int, *, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(count, C, generator=generator), dim=1)
+units = units_of(C)
 
 
 def make_method(labels: list[int] = LABELS, device: str = "cpu", **options: float) -> SpCL:
-    method = build_method("SpCL", M, C, **options).to(device)
+    method = prepared_method("SpCL", C, labels, device=device, **options)
     assert isinstance(method, SpCL)
-    features = Embeddings(units(M, seed=0).to(device))
-    method.prepare(features, None, PseudoLabels.numbered(labels))
     return method
 
 

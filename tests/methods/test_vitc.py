@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from helpers.features import units_of
+from helpers.methods import prepared_method
 from selcon_plugin.clustering import DBSCANLabeler, OutlierPolicy, PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.memory.cluster import ClusterMemory
@@ -20,17 +20,11 @@ M, C = 30, 16
 LABELS = PseudoLabels(torch.tensor([i // 5 if i < 25 else -1 for i in range(M)]))
 CAMIDS = torch.full((M,), 2)
 BATCH = torch.tensor([0, 1, 7, 12, 26, 18])
-
-
-def units(count: int, *, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(count, C, generator=generator), dim=1)
+units = units_of(C)
 
 
 def make(name: str, labels: PseudoLabels = LABELS, **options: Any) -> Any:
-    method = build_method(name, M, C, **options)
-    method.prepare(Embeddings(units(M, seed=0)), torch.arange(M) % 3, labels)
-    return method
+    return prepared_method(name, C, labels, torch.arange(M) % 3, **options)
 
 
 def losses_of(method: Any) -> dict[str, float]:

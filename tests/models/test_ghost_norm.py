@@ -173,9 +173,7 @@ def test_what_is_converted_and_what_is_not() -> None:
 
 @pytest.mark.parametrize("group_size", [1, 0, -16])
 def test_groups_without_statistics_are_refused(group_size: int) -> None:
-    with pytest.raises(
-        ValueError, match=rf"group_size must be 2 or more, got {group_size}"
-    ):
+    with pytest.raises(ValueError, match=rf"group_size .*2.*got {group_size}"):
         convert_ghost_batch_norm(nn.BatchNorm2d(2), group_size)
 
 

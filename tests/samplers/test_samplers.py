@@ -540,8 +540,8 @@ def test_wrong_labels_are_refused(labels, camids, message):
     ("settings", "message"),
     [
         ({"num_instances": 3}, r"batch_size \(16\).*num_instances \(3\)"),
-        ({"num_instances": 0}, "num_instances must be 1 or more, got 0"),
-        ({"group_size": 0}, "group_size must be 1 or more, got 0"),
+        ({"num_instances": 0}, "num_instances .*1.*got 0"),
+        ({"group_size": 0}, "group_size .*1.*got 0"),
         ({"outlier_ratio": 1.0}, r"outlier_ratio must lie in \[0, 1\), got 1.0"),
         ({"outlier_ratio": -0.1}, r"outlier_ratio must lie in \[0, 1\), got -0.1"),
         ({"outlier_ratio": 0.5, "num_instances": 16}, r"2 \* num_instances \(32\).*got 16"),

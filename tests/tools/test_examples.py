@@ -1,14 +1,12 @@
 """The examples run unchanged on a few small images."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from helpers.programs import environment, run_program
 from selcon_plugin.datasets import SyntheticPersonsSpec, generate_synthetic_persons
 
 ROOT = Path(__file__).parents[2]
@@ -30,15 +28,8 @@ def drawn(tmp_path_factory):
     return root
 
 
-def run(name, *arguments, **environment):
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def run(name, *arguments, **changes):
+    done = run_program(EXAMPLES / name, *arguments, env=environment(**changes))
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.engines import BATCH, CLUSTERING, NETWORK
 from selcon_plugin.compat.torchreid import import_torchreid
 from selcon_plugin.datasets import SyntheticPersonsSpec, generate_synthetic_persons
 from selcon_plugin.torchreid_ext import (
     ImageSelConEngine,
     build_selcon_model,
+    register_image_folder,
     register_synthetic_persons,
 )
 
@@ -21,9 +23,7 @@ SPEC = SyntheticPersonsSpec(
     num_train_ids=8, num_test_ids=4, images_per_id=5, num_cameras=3, num_distractors=3
 )
 SCL = {"num_neighbors": 3, "num_negatives": 20, "warmup_epochs": 1}
-# Clusters are found on 40 images in the features of a random network.
-CLUSTERING = {"eps": 0.7, "min_samples": 2, "k1": 8, "k2": 3}
-BATCH = 8
+
 
 torchreid: Any = import_torchreid()
 
@@ -60,7 +60,7 @@ def manager(data_root: Path) -> Callable[..., Any]:
 
 @pytest.fixture
 def make_engine(manager: Callable[..., Any]) -> Callable[..., ImageSelConEngine]:
-    """Make an engine around OSNet x0.25 with two parts."""
+    """Make an engine around the smallest network of timm, with two parts."""
 
     def make(
         *,
@@ -73,7 +73,7 @@ def make_engine(manager: Callable[..., Any]) -> Callable[..., ImageSelConEngine]
         torch.manual_seed(0)
         if model is None:
             model = build_selcon_model(
-                "osnet_x0_25", pretrained=False, input_size=(64, 32), num_parts=2
+                NETWORK, pretrained=False, input_size=(64, 32), num_parts=2
             )
         optimizer = torchreid.optim.build_optimizer(model, optim="sgd", lr=0.02)
         schedule = torchreid.optim.build_lr_scheduler(
@@ -94,3 +94,11 @@ def make_engine(manager: Callable[..., Any]) -> Callable[..., ImageSelConEngine]
         )
 
     return make
+
+
+@pytest.fixture
+def folder_source(data_root: Path) -> str:
+    """The training images without identities and cameras, as a source of torchreid."""
+    (folder,) = data_root.rglob("bounding_box_train")
+    register_image_folder("crops", folder)
+    return "crops"

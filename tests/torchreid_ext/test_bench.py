@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import subprocess
 import warnings
 from pathlib import Path
 
 import pytest
 import yaml
 
+from helpers import programs
 from selcon_plugin.workflows import bench
 from selcon_plugin.workflows.bench import progress
 from selcon_plugin.workflows.bench_hosts import HOSTS
@@ -28,7 +30,12 @@ def upper(values: dict[str, object]) -> dict[str, object]:
 
 def run_bench(*arguments: object) -> tuple[int, str]:
     output = io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(output):
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(output),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(subprocess, "Popen", programs.popen)
         warnings.simplefilter("default")  # pytest makes errors of what the hosts warn of
         status = bench.main([str(argument) for argument in arguments])
     return status, output.getvalue()

@@ -126,7 +126,7 @@ def test_pooling_by_definition(pool):
 
 
 def test_unknown_pooling_lists_the_known():
-    with pytest.raises(ValueError, match="pool must be one of avg, max, gem, got 'mean'"):
+    with pytest.raises(ValueError, match=r"pool .*avg, max, gem.*got 'mean'"):
         build(pool="mean")
 
 

@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 
+from helpers.checkpoints import assert_equal
 from selcon_plugin.engine.stopping import RunStopped
 from selcon_plugin.runs.checkpoints import BadCheckpointError
 
@@ -47,20 +48,6 @@ def run(engine, folder, signal_at=None, number=signal.SIGTERM):
 
 def checkpoint(folder, name=f"model.pth.tar-{EPOCHS}"):
     return torch.load(folder / "model" / name, weights_only=True)
-
-
-def assert_equal(first, second, name=""):
-    if isinstance(first, dict):
-        assert first.keys() == second.keys(), name
-        for key in first.keys() - {"meter"}:
-            assert_equal(first[key], second[key], f"{name}.{key}")
-    elif isinstance(first, torch.Tensor):
-        assert torch.equal(first, second), name
-    elif isinstance(first, list):
-        for pair in zip(first, second, strict=True):
-            assert_equal(*pair, name)
-    else:
-        assert first == second, name
 
 
 @pytest.fixture(scope="module")

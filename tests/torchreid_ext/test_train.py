@@ -25,7 +25,7 @@ SPEC = {
 }
 CONFIG = {
     "use_gpu": False,
-    "model": {"name": "osnet_x0_25", "pretrained": False},
+    "model": {"name": "timm:test_resnet", "pretrained": False},
     "data": {
         "sources": ["syntheticpersons"],
         "targets": ["syntheticpersons"],

@@ -67,8 +67,8 @@ def test_failure_gives_the_reason():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--configs", "a.yml", "--seeds", "0"], "--seeds must be 1 or more, got 0"),
-        (["--configs", "a.yml", "--epochs", "0"], "--epochs must be 1 or more, got 0"),
+        (["--configs", "a.yml", "--seeds", "0"], "--seeds .*1.*got 0"),
+        (["--configs", "a.yml", "--epochs", "0"], "--epochs .*1.*got 0"),
         (["--configs", "SOLVER.BASE_LR", "1.0"], "--configs needs .yml files, got 'SOLVER"),
         (["--configs", "a.yml", "OUTPUT_DIR", "x"], "OUTPUT_DIR is set by"),
         (

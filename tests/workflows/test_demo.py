@@ -151,7 +151,7 @@ def test_one_core_is_left_free_unless_the_user_decides(monkeypatch):
 
 
 def test_epochs_below_one_are_refused(run):
-    with pytest.raises(ValueError, match="--epochs must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match=r"--epochs .*1.*got 0"):
         run("--epochs", "0")
 
 
