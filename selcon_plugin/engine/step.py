@@ -23,7 +23,7 @@ def take_step(
     batch: Batch,
     optimizer: Optimizer,
     *,
-    images: Tensor,
+    images_name: str,
     step: int,
     model: nn.Module,
     num_micro_batches: int = 1,
@@ -48,8 +48,8 @@ def take_step(
             micro-batch.
         batch: Tensors and lists by name, each with one entry per image.
         optimizer: Steps once.
-        images: The images of the batch, in which the guard looks for the cause of a
-            non-finite value.
+        images_name: Name of the images in the batch, in which the guard looks for the cause
+            of a non-finite value.
         step: Steps before this one.
         model: What ``compute_losses`` runs, inside ``DistributedDataParallel`` if it is
             trained by several processes.
@@ -92,7 +92,7 @@ def take_step(
         for micro_batch in without_exchange:
             train_on(micro_batch)
     train_on(last)
-    values = _read(means, images, step, guard, check_gradients=scaler is None)
+    values = _read(means, batch[images_name], step, guard, check_gradients=scaler is None)
     if guard is not None and guard.skipped:
         optimizer.zero_grad()
         return values

@@ -97,7 +97,7 @@ class AccumulatingTrainer(SimpleTrainer):
             self._forward,
             batch,
             self.optimizer,
-            images=batch["images"],
+            images_name="images",
             step=self.iter,
             model=self.model,
             num_micro_batches=self.num_micro_batches,

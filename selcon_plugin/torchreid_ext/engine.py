@@ -352,7 +352,7 @@ class ImageSelConEngine(EvaluationEngine):
             self._losses,
             data,
             self.optimizer,
-            images=data["img"],
+            images_name="img",
             step=self._step,
             model=self.model,
             num_micro_batches=self._options["micro_batches"],

@@ -13,6 +13,7 @@ from selcon_plugin.engine.network import EmbeddingNetwork, SeenBatch
 from selcon_plugin.features import Embeddings, GlobalPartEmbedding
 from selcon_plugin.methods import Method, build_method
 from selcon_plugin.models.backbone import ModelBackbone
+from selcon_plugin.models.preprocessing import Preprocessing
 
 IMAGES = 12
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -23,7 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 class Convolution(ModelBackbone):
     def __init__(self) -> None:
-        super().__init__(nn.Conv2d(3, 8, 3, stride=4), input_size=(16, 8))
+        super().__init__(nn.Conv2d(3, 8, 3, stride=4), Preprocessing(size=(16, 8)))
 
     def compute_map(self, images: Tensor) -> Tensor:
         return self.model(images)
@@ -38,8 +39,7 @@ def make_network(name: str = "SelectiveContrastive") -> EmbeddingNetwork:
     network = EmbeddingNetwork(
         nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.ReLU()),
         GlobalPartEmbedding(8, 8, 2),
-        pixel_mean=[0.0] * 3,
-        pixel_std=[1.0] * 3,
+        Preprocessing(pixel_mean=(0.0,) * 3, pixel_std=(1.0,) * 3),
         images_normalized=True,
     )
     network.method = build_method(name, IMAGES, 8, 2, 4, **OPTIONS[name])

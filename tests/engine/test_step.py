@@ -16,6 +16,7 @@ from selcon_plugin.engine.network import EmbeddingNetwork
 from selcon_plugin.engine.step import take_step
 from selcon_plugin.features import Embeddings, GlobalPartEmbedding
 from selcon_plugin.methods import build_method
+from selcon_plugin.models.preprocessing import Preprocessing
 
 IMAGES, BATCH, STEPS = 12, 8, 3
 PATHS = [f"{i:02}.jpg" for i in range(IMAGES)]
@@ -46,8 +47,7 @@ class Training:
         self.network = EmbeddingNetwork(
             backbone,
             GlobalPartEmbedding(8, 8, 2),
-            pixel_mean=[0.0] * 3,
-            pixel_std=[1.0] * 3,
+            Preprocessing(pixel_mean=(0.0,) * 3, pixel_std=(1.0,) * 3),
             images_normalized=True,
         )
         options = {"num_neighbors": 2, "num_negatives": 4, "warmup_epochs": 0}
@@ -62,7 +62,7 @@ class Training:
 
     def step(self, number: int, **changes: Any) -> dict[str, float]:
         batch = batch_of(number)
-        options = {"images": batch["images"], "guard": self.guard, **changes}
+        options = {"images_name": "images", "guard": self.guard, **changes}
         losses = take_step(
             self.losses, batch, self.optimizer, step=number, model=self.network, **options
         )
@@ -135,7 +135,7 @@ def test_skipped_step_leaves_everything_as_it_was(
             training.losses,
             bad,
             training.optimizer,
-            images=bad["images"],
+            images_name="images",
             step=1,
             model=training.network,
             num_micro_batches=parts,
@@ -223,7 +223,7 @@ def test_model_without_losses_is_refused() -> None:
             lambda _: {},
             batch,
             training.optimizer,
-            images=batch["images"],
+            images_name="images",
             step=0,
             model=training.network,
         )
