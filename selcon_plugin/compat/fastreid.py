@@ -174,13 +174,18 @@ def _let_background_reader_fail() -> None:
 
 
 def _let_optimizers_keep_their_gradients() -> None:
-    """Make FastReID's optimizers zero gradients in place instead of deleting them.
+    """Make FastReID's optimizers keep the gradients of its contiguous buffers.
 
     Without it: **training silently has no effect**. FastReID packs all weights into a few
     buffers (``ContiguousParams``) and passes those to the optimizer, with gradients that
     share memory with the weights' own. Since torch 2.0 ``optimizer.zero_grad()`` sets the
     buffers' gradients to None by default: the optimizer then skips every step, while the
     gradients of the weights accumulate unused.
+
+    An optimizer of the model's own parameters, as this plugin builds it, deletes gradients
+    as PyTorch does: a gradient of zeros would let weight decay and momentum move a weight
+    that took no part in a step.
+
     Can be removed when: FastReID calls ``zero_grad(set_to_none=False)``.
     """
     build: Any = importlib.import_module("fastreid.solver.build")
@@ -196,13 +201,20 @@ def _let_optimizers_keep_their_gradients() -> None:
             return optimizer  # an instance from the caller, who controls its parameters
         base: Any = optimizer
 
-        def zero_grad(self: Any, set_to_none: bool = False) -> None:
+        def zero_grad(self: Any, set_to_none: bool | None = None) -> None:
+            if set_to_none is None:
+                set_to_none = not _holds_contiguous_buffers(self)
             base.zero_grad(self, set_to_none=set_to_none)
 
         return type(base.__name__, (base,), {"zero_grad": zero_grad})
 
     setattr(maybe_add_freeze_layer, _PATCHED, True)
     build.maybe_add_freeze_layer = maybe_add_freeze_layer
+
+
+def _holds_contiguous_buffers(optimizer: torch.optim.Optimizer) -> bool:
+    # FastReID's buffers are plain tensors, all of them or none.
+    return not isinstance(optimizer.param_groups[0]["params"][0], torch.nn.Parameter)
 
 
 def _zero_grad_drops_gradients() -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from selcon_plugin.samplers.cluster import STREAM_SAMPLER, ClusterSampler
+from selcon_plugin.samplers.cluster import AUTO, STREAM_SAMPLER, ClusterSampler
 from selcon_plugin.samplers.stream import BatchStream, StreamSampler
 
 
@@ -63,6 +63,25 @@ def build_sampler(
     return ClusterSampler(
         planner=name, num_instances=num_instances, outlier_ratio=outlier_ratio, **common
     )
+
+
+def check_sampler(name: str, method: str, *, needs_clusters: bool, key: str) -> None:
+    """Refuse a sampler of clusters for a method that makes none.
+
+    Args:
+        name: ``"stream"`` or the name of a planner.
+        method: Registered name.
+        needs_clusters: Whether the method clusters, with its options.
+        key: The host's name of the setting, for the message.
+
+    Raises:
+        ValueError: If the sampler would have nothing to sample from.
+    """
+    if not needs_clusters and name != STREAM_SAMPLER:
+        raise ValueError(
+            f"{key} {name} draws from clusters, and {method} with these options makes "
+            f"none: set it to {AUTO!r}"
+        )
 
 
 def check_batch_size(

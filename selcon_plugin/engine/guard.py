@@ -125,9 +125,9 @@ class StepGuard:
 
     def _sum_of_features(self) -> Tensor:
         """Return a number that is finite if all features are: they are unit vectors."""
-        _, embeddings = self._network.pending_batch()
+        features = self._network.pending_batch().embeddings
         return sum(
-            (part.float().sum() for part in embeddings if part is not None),
+            (part.float().sum() for part in features if part is not None),
             start=torch.zeros((), device=self._network.device),
         )
 
@@ -177,7 +177,7 @@ class StepGuard:
             for name, value in bad.items()
             if name not in ("features", "gradients")
         ]
-        index, embeddings = self._network.pending_batch()
+        index, embeddings, _ = self._network.pending_batch()
         every = gather_batch(index)
         of_pixels = gather_batch(index[~_finite_rows(images.to(index.device))])
         of_features = gather_batch(index[~_finite_embeddings(embeddings)])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from selcon_plugin.features import Embeddings, check_parts_fit, fused_feature
 from selcon_plugin.methods import Method, method_class
+from selcon_plugin.models.backbone import ModelBackbone
 from selcon_plugin.models.ema import EMATeacher
 from selcon_plugin.models.feature_map import as_feature_map, infer_feature_shape
 from selcon_plugin.models.ghost_norm import convert_ghost_batch_norm
@@ -44,6 +45,31 @@ def usable_parts(
         num_parts = 0
     check_parts_fit(rows, num_parts)
     return channels, num_parts
+
+
+class SeenBatch(NamedTuple):
+    """A batch between its losses and the write into the banks.
+
+    Attributes:
+        index: Which training image each is, int64 ``(B,)``.
+        embeddings: Its features, without gradient.
+        memos: What the method's ``loss`` hands to its ``update``.
+    """
+
+    index: Tensor
+    embeddings: Embeddings
+    memos: list[tuple[int, Any]]
+
+    @classmethod
+    def cat(cls, batches: Sequence[SeenBatch]) -> SeenBatch:
+        """Join micro-batches; a single one is returned as it is."""
+        if len(batches) == 1:
+            return batches[0]
+        return cls(
+            torch.cat([batch.index for batch in batches]),
+            Embeddings.cat([batch.embeddings for batch in batches]),
+            [memo for batch in batches for memo in batch.memos],
+        )
 
 
 class EmbeddingNetwork(nn.Module):
@@ -99,9 +125,9 @@ class EmbeddingNetwork(nn.Module):
         self.teacher: EMATeacher | None = None
         self.method: Method | None = None
         self.global_distance_weight = 0.5
-        # The batch, or micro-batches, whose step is under way: read by losses(), to be
-        # written by update_banks().
-        self._pending: list[tuple[Tensor, Embeddings]] = []
+        # The batch, or micro-batches, of the step in progress: the only queue between
+        # losses(), which read the banks, and update_banks(), which writes them.
+        self._pending: list[SeenBatch] = []
 
     def add_teacher(self, decay: float) -> None:
         """Let a teacher follow the weights from now on.
@@ -147,7 +173,10 @@ class EmbeddingNetwork(nn.Module):
             network = self.teacher.module
             assert isinstance(network, nn.ModuleDict)
             backbone, heads = network["backbone"], network["heads"]
-        embeddings = heads(as_feature_map(backbone(images), size))
+        feature_map = backbone(images)
+        if not isinstance(backbone, ModelBackbone):  # which returns a map of its own accord
+            feature_map = as_feature_map(feature_map, size)
+        embeddings = heads(feature_map)
         if not isinstance(embeddings, Embeddings):
             raise TypeError(
                 "the head must return selcon_plugin.Embeddings, as GlobalPartEmbedding "
@@ -212,7 +241,8 @@ class EmbeddingNetwork(nn.Module):
             )
         index, camids = index.to(self.device), camids.to(self.device)
         losses = self.method.loss(embeddings, index, camids, *views)
-        self._pending.append((index, embeddings.detach()))
+        seen = SeenBatch(index, embeddings.detach(), self.method.take_memos())
+        self._pending.append(seen)
         return losses
 
     def views_of(self, images: Tensor) -> list[Tensor]:
@@ -240,17 +270,21 @@ class EmbeddingNetwork(nn.Module):
         """
         if not self._pending or self.method is None:
             raise RuntimeError("update_banks() must follow a training step")
-        index, embeddings = self.pending_batch()
+        seen = self.pending_batch()
         self.clear_pending()
-        self.method.update(index, embeddings)
+        self.method.return_memos(seen.memos)
+        self.method.update(seen.index, seen.embeddings)
 
-    def pending_batch(self) -> tuple[Tensor, Embeddings]:
-        """Return what was seen since the banks were written, micro-batches joined."""
-        index, embeddings = zip(*self._pending, strict=True)
-        return torch.cat(index), Embeddings.cat(embeddings)
+    def pending_batch(self) -> SeenBatch:
+        """Return what was seen since the banks were written, micro-batches joined.
+
+        They are joined once, for whoever asks first.
+        """
+        self._pending = [SeenBatch.cat(self._pending)]
+        return self._pending[0]
 
     def clear_pending(self) -> None:
-        """Forget what was seen since the banks were written: the step is not taken."""
+        """Drop what was seen since the banks were written: the step is not taken."""
         self._pending = []
 
     def update_teacher(self, *, restart: bool = False) -> None:

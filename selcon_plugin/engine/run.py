@@ -8,7 +8,7 @@
         run.refresh_pseudo_labels(epoch, step)   clusters, if it is time; then batches
         for batch in ...:
             run.start_step(step)           seeds
-            losses, backward, step         the host's, if run.guard lets it
+            take_step(...)                 losses, backward, weights, if run.guard allows
             run.after_step()               banks, teacher
         run.end_epoch(epoch)               what could not be read; are weights, banks sound?
 """

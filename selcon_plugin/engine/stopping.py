@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import os
 import signal
 import threading
@@ -14,6 +15,8 @@ import torch
 import torch.distributed as dist
 
 from selcon_plugin.distributed import rank, world_size
+
+logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _STATUSES = tuple(128 + number for number in STOP_SIGNALS)
@@ -153,3 +156,43 @@ class StopSignals:
         """Wait until all processes are here: none may end while another still saves."""
         if self._group is not None:
             dist.barrier(self._group)
+
+    def stop_if_asked(
+        self,
+        save: Callable[[int], None],
+        *,
+        epoch: int,
+        step: int,
+        steps_per_epoch: int,
+        resume_by: str,
+    ) -> None:
+        """End the run if a signal asks for it; between two steps.
+
+        Args:
+            save: Writes a checkpoint of the run as it stands, and what else the host has to
+                write; called with the steps done of this epoch.
+            epoch: Counted from 0.
+            step: Optimizer steps done.
+            steps_per_epoch: Steps of a whole epoch.
+            resume_by: How a script resumes the run, for the message.
+
+        Raises:
+            RunStopped: If a signal came; a ``SystemExit``.
+        """  # noqa: DOC502  (raised by name, below)
+        number = self.requested()
+        if not number:
+            return
+        steps_done = step - epoch * steps_per_epoch
+        save(steps_done)
+        self.wait_for_all()
+        stop = RunStopped(number)
+        logger.warning(
+            "Stopped by %s, after %d of %d steps of epoch %d. To resume: the same command "
+            "with --resume, in a script %s",
+            stop.signal_name,
+            steps_done,
+            steps_per_epoch,
+            epoch + 1,
+            resume_by,
+        )
+        raise stop

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from fastreid.engine.train_loop import HookBase
 
 from selcon_plugin.engine.run import TrainingRun
@@ -13,7 +11,7 @@ class ClusteringHook(HookBase):
     """Cluster the training images before every n-th epoch; draw batches from the clusters.
 
     The method rebuilds its banks, the sampler draws from the new clusters, and the data
-    iterator starts anew, so that no batch of the old labels follows.
+    iterator starts over, so that no batch of the old labels follows.
 
     Args:
         run: The training run.
@@ -21,7 +19,6 @@ class ClusteringHook(HookBase):
 
     def __init__(self, run: TrainingRun) -> None:
         self._run = run
-        run.report = self._report
 
     def before_epoch(self) -> None:
         """Cluster if it is time, then set up the sampler for this epoch."""
@@ -31,8 +28,3 @@ class ClusteringHook(HookBase):
         )
         # The iterator has prefetched batches of the labels before.
         self.trainer.restart_data()
-
-    def _report(self, measured: Mapping[str, float]) -> None:
-        # The storage still stands at the last step, which has been written out.
-        self.trainer.storage.iter = self.trainer.iter
-        self.trainer.storage.put_scalars(smoothing_hint=False, **measured)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from selcon_plugin.engine.network import EmbeddingNetwork, usable_parts
 from selcon_plugin.fastreid_ext.config import complete_config, selected_method_options
-from selcon_plugin.features import Embeddings
 from selcon_plugin.io.safe_loading import MIN_LOADED_RATIO, data_only, loading_noted
 from selcon_plugin.methods import build_method
 from selcon_plugin.models.preprocessing import Preprocessing
@@ -81,44 +80,30 @@ class SelCon(EmbeddingNetwork):
                 **options,
             )
 
-    def embed(
-        self, batched_inputs: dict[str, Any] | Tensor, *, student: bool = False
-    ) -> Embeddings:
-        """Images to embeddings: normalize, backbone, head.
-
-        Args:
-            batched_inputs: A batch with ``images``, or the images ``(B, 3, h, w)``
-                themselves, RGB, 0..255.
-            student: Whether to use the weights in training even where a teacher would
-                take their place.
-
-        Returns:
-            Unit global and part features.
-        """
-        return super().embed(_images(batched_inputs), student=student)
-
     def forward(
         self, batched_inputs: dict[str, Any] | Tensor
     ) -> dict[str, Tensor] | Tensor:
         """Compute losses (training) or test features (evaluation).
 
         Args:
-            batched_inputs: FastReID's batch: ``images``, and in training ``targets`` (own
-                indices) and ``camids``.
+            batched_inputs: FastReID's batch: ``images``, RGB, 0..255, and in training
+                ``targets`` (own indices) and ``camids``; or the images ``(B, 3, h, w)``
+                themselves.
 
         Returns:
             Losses by name, or features of shape ``(B, C + S*D)``.
         """
+        images: Tensor = (
+            batched_inputs["images"] if isinstance(batched_inputs, dict) else batched_inputs
+        )
         if not self.training:
-            return self.test_feature(self.embed(batched_inputs))
+            return self.test_feature(self.embed(images))
         if not torch.is_grad_enabled():
             # FastReID's PreciseBN: a pass for its side effect on the statistics.
-            self.embed(batched_inputs)
+            self.embed(images)
             return {}
-        assert isinstance(batched_inputs, dict)
-        return self.losses(
-            batched_inputs["images"], batched_inputs["targets"], batched_inputs["camids"]
-        )
+        assert isinstance(batched_inputs, dict), "training needs targets and camids"
+        return self.losses(images, batched_inputs["targets"], batched_inputs["camids"])
 
 
 def _build_backbone(cfg: CfgNode) -> nn.Module:
@@ -145,10 +130,3 @@ def _build_backbone(cfg: CfgNode) -> nn.Module:
             f"{node.NAME}: they hold {max(shares):.0%} of its tensors by name"
         )
     return backbone
-
-
-def _images(batched_inputs: dict[str, Any] | Tensor) -> Tensor:
-    if isinstance(batched_inputs, dict):
-        images: Tensor = batched_inputs["images"]
-        return images
-    return batched_inputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,17 @@ from fastreid.utils import comm
 from fastreid.utils.events import EventStorage
 from fastreid.utils.logger import setup_logger
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from selcon_plugin.clustering import Labeler
 from selcon_plugin.config.checks import make_output_folder
+from selcon_plugin.engine.batches import check_sampler
 from selcon_plugin.engine.best_weights import NEVER, BestWeights
 from selcon_plugin.engine.extraction import calibrate_normalization
+from selcon_plugin.engine.guard import StepGuard
 from selcon_plugin.engine.image_list import images_to_resume_with, write_image_list
 from selcon_plugin.engine.progress import ProgressLoader
 from selcon_plugin.engine.run import TrainingRun, seed_all
-from selcon_plugin.engine.stopping import RunStopped, StopSignals
+from selcon_plugin.engine.stopping import StopSignals
 from selcon_plugin.fastreid_ext import data as selcon_data
 from selcon_plugin.fastreid_ext.checkpoint import STOPPED, SelConCheckpointer
 from selcon_plugin.fastreid_ext.clustering_hook import ClusteringHook
@@ -54,12 +56,13 @@ from selcon_plugin.fastreid_ext.optimizer import build_optimizer
 from selcon_plugin.fastreid_ext.train_step import (
     AccumulatingAMPTrainer,
     AccumulatingTrainer,
+    distribute,
 )
 from selcon_plugin.features import Embeddings
 from selcon_plugin.models.finite import check_state
 from selcon_plugin.runs.results import RunMeter
 from selcon_plugin.runs.state import RunState
-from selcon_plugin.samplers.cluster import STREAM_SAMPLER, clusters_per_batch
+from selcon_plugin.samplers.cluster import clusters_per_batch
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +142,6 @@ class SelConTrainer(DefaultTrainer):
         logger.info("Seed of this run: MODEL.SELCON.SEED %d", cfg.MODEL.SELCON.SEED)
         seed_all(cfg.MODEL.SELCON.SEED)
         model = self.build_model(cfg)
-        self._trainer = self._build_steps(cfg, model, loader)
         self.labeler = self._build_labeler(cfg, model, loader.dataset.camera_ids)
         self.iters_per_epoch = (
             cfg.MODEL.SELCON.ITERS_PER_EPOCH
@@ -150,6 +152,9 @@ class SelConTrainer(DefaultTrainer):
         self.best = None
         if figure != NEVER:
             self.best = BestWeights(figure, lambda n: self.checkpointer.save_best(n))
+        self.cfg = cfg
+        self._run = self._build_run(unwrap(model), loader)
+        self._trainer = self._build_steps(cfg, model, loader, self._run.guard)
         optimizer = self._trainer.optimizer
         self.scheduler = self.build_lr_scheduler(cfg, optimizer, self.iters_per_epoch)
         self.checkpointer = self._build_checkpointer(cfg, model, optimizer, loader)
@@ -158,8 +163,8 @@ class SelConTrainer(DefaultTrainer):
         self.max_iter = self.max_epoch * self.iters_per_epoch
         self.warmup_iters = cfg.SOLVER.WARMUP_ITERS
         self.delay_epochs = cfg.SOLVER.DELAY_EPOCHS
-        self.cfg = cfg
         self.register_hooks(self.build_hooks())
+        self._num_own_hooks = len(self._hooks)
 
     @staticmethod
     def check_meta_architecture(cfg: CfgNode) -> None:
@@ -179,7 +184,11 @@ class SelConTrainer(DefaultTrainer):
             )
 
     def _build_steps(
-        self, cfg: CfgNode, model: nn.Module, loader: selcon_data.TrainLoader
+        self,
+        cfg: CfgNode,
+        model: nn.Module,
+        loader: selcon_data.TrainLoader,
+        guard: StepGuard,
     ) -> AccumulatingTrainer:
         """Build what takes the training steps: optimizer, precision, parts of a batch."""
         mixed = cfg.SOLVER.AMP.ENABLED
@@ -188,14 +197,12 @@ class SelConTrainer(DefaultTrainer):
             # the form that a GPU's half-precision units take.
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer, param_wrapper = self.build_optimizer(cfg, model)
-        parts = (self._distribute(model), loader, optimizer, param_wrapper)
-        num_micro_batches = cfg.MODEL.SELCON.MICRO_BATCHES
+        parts = (distribute(model), loader, optimizer, param_wrapper)
+        options = {"num_micro_batches": cfg.MODEL.SELCON.MICRO_BATCHES, "guard": guard}
         if mixed and cfg.SOLVER.AMP.DTYPE == FLOAT16:
-            return AccumulatingAMPTrainer(*parts, num_micro_batches=num_micro_batches)
+            return AccumulatingAMPTrainer(*parts, **options)
         return AccumulatingTrainer(
-            *parts,
-            num_micro_batches=num_micro_batches,
-            autocast_dtype=torch.bfloat16 if mixed else None,
+            *parts, autocast_dtype=torch.bfloat16 if mixed else None, **options
         )
 
     @staticmethod
@@ -204,24 +211,13 @@ class SelConTrainer(DefaultTrainer):
         method = unwrap(model).method
         assert method is not None
         method.check_cameras(camids)
-        if method.needs_clusters:
-            return KEYS.labeler(cfg.MODEL.SELCON)
-        if sampler_name(cfg) != STREAM_SAMPLER:
-            raise ValueError(
-                f"MODEL.SELCON.SAMPLER {sampler_name(cfg)} draws from clusters, and "
-                f"{cfg.MODEL.SELCON.METHOD} with these options makes none: set it to auto"
-            )
-        return None
-
-    @staticmethod
-    def _distribute(model: nn.Module) -> nn.Module:
-        if comm.get_world_size() == 1:
-            return model
-        on_gpu = next(model.parameters()).is_cuda
-        device_ids = [comm.get_local_rank()] if on_gpu else None
-        return DistributedDataParallel(
-            model, device_ids=device_ids, broadcast_buffers=False
+        check_sampler(
+            sampler_name(cfg),
+            cfg.MODEL.SELCON.METHOD,
+            needs_clusters=method.needs_clusters,
+            key="MODEL.SELCON.SAMPLER",
         )
+        return KEYS.labeler(cfg.MODEL.SELCON) if method.needs_clusters else None
 
     def _build_checkpointer(
         self,
@@ -268,7 +264,7 @@ class SelConTrainer(DefaultTrainer):
             present = self.data_loader.dataset
             images = images_to_resume_with(self.cfg.OUTPUT_DIR, present)
             if images is not present:
-                self._build(self.cfg, images)
+                self._rebuild(images)
         loaded = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if resuming:
             self.start_epoch = loaded["epoch"] + 1
@@ -279,6 +275,17 @@ class SelConTrainer(DefaultTrainer):
         check_state(network, images.paths, when="after loading")
         # The batches after the checkpoint follow; the loader has not started yet.
         self.data_loader.sampler.start = self._first_step
+
+    def _rebuild(self, images: selcon_data.IndexedDataset) -> None:
+        """Build everything again on the images that the run began with.
+
+        FastReID's scripts build the trainer before they say whether to resume, and by then
+        banks, batches and steps per epoch are those of the images that are there now. Hooks
+        that a script has registered meanwhile are kept.
+        """
+        registered = self._hooks[self._num_own_hooks :]
+        self._build(self.cfg, images)
+        self.register_hooks(registered)
 
     @property
     def _first_step(self) -> int:
@@ -296,14 +303,14 @@ class SelConTrainer(DefaultTrainer):
                 self.cfg, unwrap(self.model), self.data_loader.dataset
             )
 
-    def _build_run(self) -> TrainingRun:
-        cfg, dataset, model = self.cfg, self.data_loader.dataset, unwrap(self.model)
+    def _build_run(self, model: SelCon, loader: selcon_data.TrainLoader) -> TrainingRun:
+        cfg, dataset = self.cfg, loader.dataset
         clustering = cfg.MODEL.SELCON.CLUSTERING
         test_view = selcon_data.build_extraction_loader(cfg, dataset).dataset
         return TrainingRun(
             model,
             dataset,
-            self.data_loader.sampler,
+            loader.sampler,
             self.labeler,
             extract=self._extract,
             calibrate=lambda: calibrate_normalization(
@@ -320,7 +327,13 @@ class SelConTrainer(DefaultTrainer):
             max_nonfinite_steps=cfg.MODEL.SELCON.MAX_NONFINITE_STEPS,
             best=self.best,
             folder=cfg.OUTPUT_DIR,
+            report=self._report_clusters,
         )
+
+    def _report_clusters(self, measured: Mapping[str, float]) -> None:
+        # The storage still stands at the last step, which has been written out.
+        self.storage.iter = self.iter
+        self.storage.put_scalars(smoothing_hint=False, **measured)
 
     def build_hooks(self) -> list[HookBase]:
         """Add the method's hooks to FastReID's.
@@ -329,8 +342,7 @@ class SelConTrainer(DefaultTrainer):
             Hooks in the order in which they run. The method's come first, so that a step's
             banks are written before anything is evaluated or saved.
         """
-        run = self._build_run()
-        self._trainer.guard = run.guard
+        run = self._run
         result: list[HookBase] = [MethodHook(run)]
         if self.labeler is not None:
             result.append(ClusteringHook(run))
@@ -408,26 +420,20 @@ class SelConTrainer(DefaultTrainer):
             self.after_epoch()
 
     def _stop_if_asked(self) -> None:
-        number = self._signals.requested()
-        if not number:
-            return
-        steps_done = self.iter - self.epoch * self.iters_per_epoch
+        self._signals.stop_if_asked(
+            self._save_stopped,
+            epoch=self.epoch,
+            step=self.iter,
+            steps_per_epoch=self.iters_per_epoch,
+            resume_by="resume_or_load(resume=True)",
+        )
+
+    def _save_stopped(self, steps_done: int) -> None:
         self.checkpointer.save(STOPPED, epoch=self.epoch - 1, steps_done=steps_done)
         for hook in self._hooks:
             # What was measured is written out, if there is anything.
             if isinstance(hook, host_hooks.PeriodicWriter) and self.iter > self.start_iter:
                 hook.after_epoch()
-        self._signals.wait_for_all()
-        stop = RunStopped(number)
-        logger.warning(
-            "Stopped by %s, after %d of %d steps of epoch %d. To go on: the same command "
-            "with --resume, in a script resume_or_load(resume=True)",
-            stop.signal_name,
-            steps_done,
-            self.iters_per_epoch,
-            self.epoch + 1,
-        )
-        raise stop
 
     def before_train(self) -> None:
         """Begin the hooks."""

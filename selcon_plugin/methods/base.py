@@ -11,7 +11,7 @@ The way of one batch, whatever the method::
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -86,6 +86,9 @@ class Method(nn.Module, ABC):
         # make every step wait for the device.
         self.epoch, self.step, self.prepared = 0, 0, False
         self.instance_level = False
+        # What loss() handed to update() of the same step, by remember(): not state. Number
+        # of images and memo of each call.
+        self._memos: list[tuple[int, Any]] = []
         self.register_load_state_dict_post_hook(self._read_counters)  # type: ignore[no-untyped-call, unused-ignore]
 
     @staticmethod
@@ -127,6 +130,57 @@ class Method(nn.Module, ABC):
     def _finish_update(self) -> None:
         self.step += 1
         self._step.fill_(self.step)
+
+    def remember(self, index: Tensor, memo: Any) -> None:
+        """Hand what :meth:`loss` found to :meth:`update` of the same step.
+
+        For methods that write what they read with: ``remember`` in ``loss``, :meth:`recall`
+        in ``update``. What belongs to a step that is skipped is never recalled.
+
+        Args:
+            index: As given to :meth:`loss`.
+            memo: Anything, without gradient.
+        """
+        self._memos.append((len(index), memo))
+
+    def recall(self, index: Tensor) -> list[Any]:
+        """Take what :meth:`loss` remembered of the batch, a memo for each call of it.
+
+        Args:
+            index: As given to :meth:`update`.
+
+        Returns:
+            The memos in the order of the calls.
+
+        Raises:
+            RuntimeError: If they are not those of as many images: ``loss`` was not called,
+                or was called for a step that was not taken (see :meth:`take_memos`).
+        """
+        memos = self.take_memos()
+        if sum(size for size, _ in memos) != len(index):
+            raise RuntimeError("update() must follow loss() of the same batch")
+        return [memo for _, memo in memos]
+
+    def take_memos(self) -> list[tuple[int, Any]]:
+        """Take away what was remembered since the last call.
+
+        The engine keeps it beside the batch until the step is taken, and then gives it to
+        :meth:`return_memos`. A loop of your own calls this to skip a step.
+
+        Returns:
+            Number of images and memo of each call of :meth:`loss`; empty for a method that
+            remembers nothing.
+        """
+        taken, self._memos = self._memos, []
+        return taken
+
+    def return_memos(self, memos: Sequence[tuple[int, Any]]) -> None:
+        """Give back what :meth:`take_memos` took, right before :meth:`update`.
+
+        Args:
+            memos: Those of the batch that is to be written.
+        """
+        self._memos = list(memos)
 
     def check_cameras(self, camids: Tensor | None) -> None:
         """Refuse images without camera ids if the method cannot do without.

@@ -105,9 +105,6 @@ class CACL(ClusterMethod):
         self.gray_cluster_weight = gray_cluster_weight
         self.memory = InstanceMemory(num_images, global_dim, momentum=bank_momentum)
         self.gray_memory = InstanceMemory(num_images, global_dim, momentum=bank_momentum)
-        # Gray features of loss() that update() of the same step writes. They are not part
-        # of the state. There are several if gradients are accumulated.
-        self._pending: list[Tensor] = []
 
     def make_views(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the gray view of a batch."""
@@ -137,7 +134,7 @@ class CACL(ClusterMethod):
                 "that make_views() returns"
             )
         color, gray = embeddings.global_features, views[0].global_features
-        self._pending.append(gray.detach())
+        self.remember(index, gray.detach())
         color_means = cluster_means(self.memory.bank, self.labels, normalize=False)
         gray_means = cluster_means(self.gray_memory.bank, self.labels, normalize=False)
         tau = self.temperature
@@ -161,13 +158,10 @@ class CACL(ClusterMethod):
 
         Raises:
             RuntimeError: If no loss was computed for this batch.
-        """
-        seen = torch.cat(self._pending) if self._pending else index.new_zeros(0, 0)
-        if len(seen) < len(index):
-            raise RuntimeError("update() must follow loss() of the same batch")
-        self._pending = [seen[-len(index) :]]
+        """  # noqa: DOC502  (raised by what this calls)
+        gray = torch.cat(self.recall(index))
         super().update(index, embeddings)
+        self.gray_memory.update(gather_batch(index), gather_batch(gray.float()))
 
     def _write(self, index: Tensor, features: Tensor, targets: Tensor) -> None:
         self.memory.update(index, features)
-        self.gray_memory.update(index, gather_batch(self._pending.pop().float()))

@@ -162,9 +162,7 @@ class SelectiveContrastive(Method):
                 "_listed_index", torch.zeros(num_images, listed, dtype=torch.int64)
             )
             self.register_buffer("_listed_distance", torch.ones(num_images, listed))
-        # Chosen by loss(), written by update() of the same step: not state. Several where
-        # gradients are accumulated.
-        self._pending: list[Selection] = []
+        # The last batch's, for diagnostics: not state.
         self._last: Selection | None = None
 
     def prepare(
@@ -206,7 +204,7 @@ class SelectiveContrastive(Method):
     ) -> dict[str, Tensor]:
         """Choose positives and negatives, then contrast both branches with the bank."""
         chosen = self._last = self.select(embeddings, index, camids)
-        self._pending.append(chosen)
+        self.remember(index, chosen)
         global_features, part_features = embeddings
         branches = global_features
         if part_features is not None:
@@ -321,10 +319,10 @@ class SelectiveContrastive(Method):
         Raises:
             RuntimeError: If no loss was computed for this batch.
         """  # noqa: DOC502  (raised by what this calls)
-        pending = self._take_pending(len(index))
+        selections: list[Selection] = self.recall(index)
         part_features = embeddings.part_features
-        positive_index = torch.cat([chosen.positive_index for chosen in pending])
-        masks = [c.positive_mask for c in pending if c.positive_mask is not None]
+        positive_index = torch.cat([chosen.positive_index for chosen in selections])
+        masks = [c.positive_mask for c in selections if c.positive_mask is not None]
         self.memory.update(
             gather_batch(index),
             gather_batch(embeddings.global_features.detach().float()),
@@ -333,18 +331,6 @@ class SelectiveContrastive(Method):
             gather_batch(torch.cat(masks)) if masks else None,
         )
         self._finish_update()
-
-    def _take_pending(self, batch_size: int) -> list[Selection]:
-        """Take the selections of the batch, or micro-batches, of the step just taken."""
-        taken: list[Selection] = []
-        count = 0
-        while self._pending and count < batch_size:
-            taken.insert(0, self._pending.pop())
-            count += len(taken[0].positive_index)
-        self._pending = []
-        if count != batch_size:
-            raise RuntimeError("update() must follow loss() of the same batch")
-        return taken
 
     def image_features(self) -> Tensor:
         """Return the global bank."""

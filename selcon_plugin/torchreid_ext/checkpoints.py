@@ -1,11 +1,16 @@
-"""Files of a torchreid run: names, order and reading of its checkpoints."""
+"""Files of a torchreid run: its checkpoints are written, found and read here."""
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from selcon_plugin.engine.best_weights import BEST_FILE
+from selcon_plugin.io.atomic import save_atomically
+from selcon_plugin.models.state_keys import without_method
 from selcon_plugin.runs.checkpoints import (
     BadCheckpointError,
     first_readable,
@@ -13,12 +18,12 @@ from selcon_plugin.runs.checkpoints import (
     read_checkpoint,
 )
 
+logger = logging.getLogger(__name__)
+
 _CHECKPOINT = re.compile(r"model\.pth\.tar-(\d+)")
 
-
 # Entry of a checkpoint beside torchreid's own.
-_ENTRY = "selcon"
-
+RUN_ENTRY = "selcon"
 
 # Written inside an epoch, when a run is stopped by a signal.
 _STOPPED = "model-stopped.pth.tar"
@@ -34,15 +39,76 @@ def _epoch_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def write_checkpoint(
+    checkpoint: dict[str, Any], save_dir: str, epochs: int, *, is_best: bool, keep: int
+) -> None:
+    """Write the checkpoint after an epoch, and delete those that are too old.
+
+    A file appears under its name only when it is complete.
+
+    Args:
+        checkpoint: All that a run resumes from.
+        save_dir: Folder of the run.
+        epochs: Epochs done.
+        is_best: Whether to write it as ``model-best.pth.tar`` too.
+        keep: How many checkpoints stay, the newest; 0 for all.
+    """
+    folder = _model_folder(save_dir)
+    file = folder / f"model.pth.tar-{epochs}"
+    save_atomically(checkpoint, file)
+    logger.info("Checkpoint saved to %s", file)
+    (folder / _STOPPED).unlink(missing_ok=True)  # it has been overtaken
+    if is_best:
+        save_atomically(checkpoint, folder / "model-best.pth.tar")
+    if keep:
+        # What an earlier, longer run left behind is not touched.
+        own = [old for old in _checkpoints(folder) if _epoch_of(old) <= epochs]
+        for old in own[:-keep]:
+            old.unlink()
+
+
+def write_stopped_checkpoint(checkpoint: dict[str, Any], save_dir: str) -> None:
+    """Write the checkpoint of a run that a signal stops inside an epoch.
+
+    Args:
+        checkpoint: All that a run resumes from.
+        save_dir: Folder of the run.
+    """
+    save_atomically(checkpoint, _model_folder(save_dir) / _STOPPED)
+
+
+def write_best_weights(state: Mapping[str, Any], save_dir: str, epochs: int) -> None:
+    """Write the best weights without labels; no run resumes from them.
+
+    Args:
+        state: State of the model.
+        save_dir: Folder of the run.
+        epochs: Epochs that they were trained for.
+    """
+    weights = {"state_dict": without_method(state), "epoch": epochs}
+    save_atomically(weights, _model_folder(save_dir) / BEST_FILE)
+
+
 def _model_folder(save_dir: str) -> Path:
     folder = Path(save_dir) / "model"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def _read_run(path: Path) -> tuple[Path, dict[str, Any]]:
-    """Read a checkpoint, or the last one in a run's folder that can be read."""
-    required = ("state_dict", "optimizer", "epoch", _ENTRY)
+def read_run(path: Path) -> tuple[Path, dict[str, Any]]:
+    """Read a checkpoint, or the last one in a run's folder that can be read.
+
+    Args:
+        path: A checkpoint, or a run's folder.
+
+    Returns:
+        The file and what it holds.
+
+    Raises:
+        BadCheckpointError: If it is not a checkpoint of this engine.
+        FileNotFoundError: If there is none.
+    """
+    required = ("state_dict", "optimizer", "epoch", RUN_ENTRY)
     if path.is_dir():
         folder = path / "model"
         files = _checkpoints(folder)

@@ -8,64 +8,52 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from selcon_plugin.clustering import Labeler
-from selcon_plugin.compat.torchreid import import_torchreid
-from selcon_plugin.config.keys import (
-    sampler_of,
-)
-from selcon_plugin.engine.batches import build_sampler, split_batch
-from selcon_plugin.engine.best_weights import BEST_FILE, NEVER, BestWeights
+from selcon_plugin.config.keys import sampler_of
+from selcon_plugin.engine.batches import build_sampler, check_sampler
+from selcon_plugin.engine.best_weights import NEVER, BestWeights
 from selcon_plugin.engine.extraction import calibrate_normalization, extract_embeddings
 from selcon_plugin.engine.image_list import images_to_resume_with, write_image_list
-from selcon_plugin.engine.progress import ProgressLoader, TrainingProgress, on_terminal
+from selcon_plugin.engine.progress import TrainingProgress, on_terminal
 from selcon_plugin.engine.run import TrainingRun, seed_all
-from selcon_plugin.engine.stopping import (
-    RunStopped,
-    StopSignals,
-    ignore_stop_signals,
-)
+from selcon_plugin.engine.step import take_step
+from selcon_plugin.engine.stopping import StopSignals
 from selcon_plugin.features import Embeddings
-from selcon_plugin.io.atomic import remove_partial_files, save_atomically
-from selcon_plugin.methods import build_method, method_class
-from selcon_plugin.models.state_keys import without_method
+from selcon_plugin.io.atomic import remove_partial_files
+from selcon_plugin.methods import Method, build_method
 from selcon_plugin.runs.metrics import LossAverage, append_metrics, delete_metrics
-from selcon_plugin.runs.ranked import rank_queries, write_ranked
 from selcon_plugin.runs.results import RunMeter
 from selcon_plugin.runs.state import RunState
-from selcon_plugin.samplers.cluster import AUTO, STREAM_SAMPLER, clusters_per_batch
+from selcon_plugin.samplers.cluster import clusters_per_batch
 from selcon_plugin.torchreid_ext.checkpoints import (
-    _ENTRY,
-    _STOPPED,
-    _checkpoints,
-    _epoch_of,
-    _model_folder,
-    _read_run,
+    RUN_ENTRY,
+    read_run,
+    write_best_weights,
+    write_checkpoint,
+    write_stopped_checkpoint,
 )
 from selcon_plugin.torchreid_ext.data import (
     EpochLoader,
     ExtractionLoader,
     IndexedReIDImages,
-    check_test_sets,
     training_images,
 )
-from selcon_plugin.torchreid_ext.evaluation import _ranks_up_to, _smallest_gallery
-from selcon_plugin.torchreid_ext.models import SelConModel, adopt_model, load_whole
+from selcon_plugin.torchreid_ext.evaluation import EvaluationEngine
+from selcon_plugin.torchreid_ext.messages import messages_shown
+from selcon_plugin.torchreid_ext.models import fit_to_method, load_whole, with_head
 from selcon_plugin.torchreid_ext.options import _read_clustering, _sort_options
 
 logger = logging.getLogger(__name__)
 
-_Engine: Any = import_torchreid().engine.Engine
 
-
-class ImageSelConEngine(_Engine):
+class ImageSelConEngine(EvaluationEngine):
     """Train without identities on torchreid's data manager, model, optimizer and schedule.
 
     Constructor and :meth:`run` are used as those of ``ImageSoftmaxEngine``; evaluation,
@@ -131,15 +119,10 @@ class ImageSelConEngine(_Engine):
         self._method_name = method
         self._clustering = clustering
         self._checkpoint_period = checkpoint_period
-        self.model, self._network = _with_head(
+        self.model, self._network = with_head(
             model, optimizer, scheduler, datamanager, dict(head or {})
         )
-        if not method_class(method).uses_parts and self._network.heads.num_parts:
-            logger.info("%s has no use for parts: the head has none", method)
-            self._network.drop_parts()
-        if self._network.device.type == "cpu":
-            # Convolutions on a CPU are up to a third faster with channels innermost.
-            self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        fit_to_method(self._network, method)
         # Also of a test without training.
         self._network.global_distance_weight = self._method_options.get(
             "global_distance_weight", self._network.global_distance_weight
@@ -147,15 +130,6 @@ class ImageSelConEngine(_Engine):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.register_model("model", self.model, optimizer, scheduler)
-        self.test_loader: dict[str, Any] = {
-            name: loaders
-            for name, loaders in datamanager.test_loader.items()
-            if len(loaders["query"].dataset)
-        }
-        check_test_sets(self.test_loader)
-        for loaders in self.test_loader.values():
-            for loader in loaders.values():
-                loader.worker_init_fn = ignore_stop_signals
         images = training_images(
             datamanager,
             self._options["seed"],
@@ -167,11 +141,8 @@ class ImageSelConEngine(_Engine):
         self._best = None if figure == NEVER else BestWeights(figure, self._save_best)
         self._training = self._build_run(images)
         self.meter = RunMeter()
-        self.results: dict[str, dict[str, float]] = {}
         self.num_clusters: int | None = None
         self.start_epoch = 0
-        self._save_dir = ""
-        self._step = 0
         self._losses_seen = LossAverage()
         self._steps_done = 0  # of the epoch to start with
         self._signals = StopSignals()
@@ -214,22 +185,15 @@ class ImageSelConEngine(_Engine):
         )
         extraction = ExtractionLoader(test_view, test_batch, **readers)
         clustering, labeler = _read_clustering(self._clustering)
-        head = self._network.heads
         # Built for its checks, and for its needs; the network's own comes with training.
-        probe = build_method(
-            self._method_name,
-            1,
-            head.global_dim,
-            head.num_parts,
-            head.part_dim,
-            **self._method_options,
-        )
+        probe = self._build_method(1)
         probe.check_cameras(images.camera_ids)
-        if not probe.needs_clusters and sampler_name != STREAM_SAMPLER:
-            raise ValueError(
-                f"sampler {sampler_name} draws from clusters, and {self._method_name} "
-                f"with these options makes none: leave it at {AUTO!r}"
-            )
+        check_sampler(
+            sampler_name,
+            self._method_name,
+            needs_clusters=probe.needs_clusters,
+            key="sampler",
+        )
         return TrainingRun(
             self._network,
             images,
@@ -248,20 +212,23 @@ class ImageSelConEngine(_Engine):
             report=self._report_clusters,
         )
 
+    def _build_method(self, num_images: int) -> Method:
+        head = self._network.heads
+        return build_method(
+            self._method_name,
+            num_images,
+            head.global_dim,
+            head.num_parts,
+            head.part_dim,
+            **self._method_options,
+        )
+
     def _get_ready(self) -> None:
         """Give the network its method, and banks to begin with."""
         network, images = self._network, self._training.dataset
         if network.method is None:
             seed_all(self._options["seed"])
-            method = build_method(
-                self._method_name,
-                len(images),
-                network.heads.global_dim,
-                network.heads.num_parts,
-                network.heads.part_dim,
-                **self._method_options,
-            )
-            network.method = method.to(network.device)
+            network.method = self._build_method(len(images)).to(network.device)
         self._add_teacher()
         write_image_list(self._save_dir, images)
         self._training.before_training()
@@ -295,7 +262,7 @@ class ImageSelConEngine(_Engine):
         self._save_dir = self._training.folder = save_dir
         if call.arguments["start_epoch"] != self.start_epoch:
             self._steps_done = 0  # they are of another epoch
-        with _messages_shown():
+        with messages_shown():
             complete = 0 < max_epoch <= call.arguments["start_epoch"]
             if complete and not call.arguments.get("test_only"):
                 # torchreid would save the end of the run as its first epoch.
@@ -381,55 +348,45 @@ class ImageSelConEngine(_Engine):
         if self._progress is not None:
             self._progress.begin_step(self._step)
         self._training.start_step(self._step)
-        guard = self._training.guard
-        micro_batches = split_batch(data, self._options["micro_batches"])
-        losses: dict[str, Tensor] = {}
-        self.optimizer.zero_grad()
-        guard.begin_step()
-        for micro_batch in micro_batches:
-            found = self._losses(micro_batch)
-            total = torch.stack(list(found.values())).sum() / len(micro_batches)
-            total.backward()  # type: ignore[no-untyped-call]
-            for name, loss in {**found, "loss": total * len(micro_batches)}.items():
-                share = loss.detach() / len(micro_batches)
-                losses[name] = losses[name] + share if name in losses else share
-        summary = guard.judge(losses, data["img"], self._step)
-        if guard.skipped:
-            self.optimizer.zero_grad()
-        else:
-            self.optimizer.step()
+        losses = take_step(
+            self._losses,
+            data,
+            self.optimizer,
+            images_name="img",
+            step=self._step,
+            model=self.model,
+            num_micro_batches=self._options["micro_batches"],
+            guard=self._training.guard,
+            total_name="loss",
+        )
         self._training.after_step()
         if self._progress is not None:
-            self._progress.end_step(self._step, summary.get("loss"))
+            self._progress.end_step(self._step, losses["loss"])
         self._step += 1
-        if guard.skipped:
-            return {}
-        self._losses_seen.add(summary)
-        period = self._options["diagnostics_period"]
-        if period and self._step % period == 0:
-            summary.update(self._training.diagnostics())
+        report = {} if self._training.guard.skipped else self._report_step(losses)
         self._stop_if_asked()
-        return summary
+        return report
+
+    def _report_step(self, losses: dict[str, float]) -> dict[str, float]:
+        self._losses_seen.add(losses)
+        period = self._options["diagnostics_period"]
+        due = period and self._step % period == 0
+        return {**losses, **self._training.diagnostics()} if due else losses
 
     def _stop_if_asked(self) -> None:
-        number = self._signals.requested()
-        if not number:
-            return
-        steps_done = self._step - self.epoch * len(self.train_loader)
-        folder = _model_folder(self._save_dir)
-        save_atomically(self._checkpoint(self.epoch, 0.0, steps_done), folder / _STOPPED)
+        self._signals.stop_if_asked(
+            self._save_stopped,
+            epoch=self.epoch,
+            step=self._step,
+            steps_per_epoch=len(self.train_loader),
+            resume_by="engine.resume(save_dir)",
+        )
+
+    def _save_stopped(self, steps_done: int) -> None:
+        checkpoint = self._checkpoint(self.epoch, 0.0, steps_done)
+        write_stopped_checkpoint(checkpoint, self._save_dir)
         if self.writer is not None:
             self.writer.close()
-        stop = RunStopped(number)
-        logger.warning(
-            "Stopped by %s, after %d of %d steps of epoch %d. To go on: the same command "
-            "with --resume, in a script engine.resume(save_dir)",
-            stop.signal_name,
-            steps_done,
-            len(self.train_loader),
-            self.epoch + 1,
-        )
-        raise stop
 
     def _losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         images, index = self.parse_data_for_train(batch)
@@ -448,56 +405,8 @@ class ImageSelConEngine(_Engine):
                 self.writer.add_scalar(f"{group}/{name}", value, self.epoch)
         append_metrics(self._save_dir, self._step, measured)
 
-    # --- evaluation -----------------------------------------------------------------------
-
-    def test(self, *args: Any, **kwargs: Any) -> float:
-        """Evaluate on the test sets, as torchreid's ``test``.
-
-        Args:
-            *args: As in torchreid.
-            **kwargs: As in torchreid.
-
-        Returns:
-            Rank-1 of the last test set, 0 to 1; 0 where there is none.
-        """
-        if not self.test_loader:
-            logger.info("There is no test set: nothing is evaluated")
-            return 0.0
+    def _before_evaluation(self) -> None:
         self._add_teacher()
-        rank1: float = super().test(*args, **kwargs)
-        return rank1
-
-    def _evaluate(
-        self, dataset_name: str = "", ranks: Sequence[int] = (1,), **kwargs: Any
-    ) -> tuple[float, float]:
-        # torchreid fails on a rank beyond what is left of a small gallery.
-        test_set = self.datamanager.test_dataset[dataset_name]
-        smallest = _smallest_gallery(test_set)
-        ranks = [rank for rank in ranks if rank <= smallest]
-        for side in ("query", "gallery"):
-            name = f"Evaluation on {dataset_name}, {side}"
-            kwargs[f"{side}_loader"] = ProgressLoader(kwargs[f"{side}_loader"], name)
-
-        def record(distance: Any) -> None:
-            if not self._step:  # a test of weights alone
-                return
-            queries = rank_queries(distance, test_set["query"], test_set["gallery"])
-            write_ranked(self._save_dir, dataset_name, queries)
-
-        with _ranks_up_to(smallest, record):
-            rank1, mean_ap = super()._evaluate(
-                dataset_name=dataset_name, ranks=ranks, **kwargs
-            )
-        self.results[dataset_name] = {
-            "mAP": 100.0 * float(mean_ap),
-            "Rank-1": 100.0 * float(rank1),
-        }
-        if self._step:  # not a test of weights alone
-            prefix = f"{dataset_name}/" if len(self.test_loader) > 1 else ""
-            found = self.results[dataset_name]
-            named = {f"{prefix}{metric}": value for metric, value in found.items()}
-            append_metrics(self._save_dir, self._step - 1, named)
-        return rank1, mean_ap
 
     # --- checkpoints ----------------------------------------------------------------------
 
@@ -514,41 +423,32 @@ class ImageSelConEngine(_Engine):
             save_dir: Folder of the run.
             is_best: Whether to save it as ``model-best.pth.tar`` too.
         """
-        folder = _model_folder(save_dir)
-        checkpoint = self._checkpoint(epoch + 1, rank1)
-        file = folder / f"model.pth.tar-{epoch + 1}"
-        save_atomically(checkpoint, file)
-        logger.info("Checkpoint saved to %s", file)
-        (folder / _STOPPED).unlink(missing_ok=True)  # it has been overtaken
-        if is_best:
-            save_atomically(checkpoint, folder / "model-best.pth.tar")
         keep = self._options["keep_checkpoints"]
-        if keep:
-            # What an earlier, longer run left behind is not touched.
-            own = [old for old in _checkpoints(folder) if _epoch_of(old) <= epoch + 1]
-            for old in own[:-keep]:
-                old.unlink()
+        checkpoint = self._checkpoint(epoch + 1, rank1)
+        write_checkpoint(checkpoint, save_dir, epoch + 1, is_best=is_best, keep=keep)
 
     def _save_best(self, epochs: int) -> None:
-        """Write the weights alone; nothing resumes from them."""
-        weights = without_method(self.model.state_dict())
-        file = _model_folder(self._save_dir) / BEST_FILE
-        save_atomically({"state_dict": weights, "epoch": epochs}, file)
+        write_best_weights(self.model.state_dict(), self._save_dir, epochs)
+
+    def _stateful(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps beside torchreid's entries; None where absent."""
+        labeler = self._training.labeler
+        return {"meter": self.meter, "labeler": labeler, "best": self._best}
 
     def _checkpoint(self, epoch: int, rank1: float, steps_done: int = 0) -> dict[str, Any]:
         """Return all that a run goes on from, after ``epoch`` epochs and some steps."""
-        labeler = self._training.labeler
         checkpoint = {
             "state_dict": self.model.state_dict(),
             "epoch": epoch,
             "rank1": float(rank1),
             "optimizer": self.optimizer.state_dict(),
-            _ENTRY: {
+            RUN_ENTRY: {
                 "run": self._metadata.state_dict(),
-                "meter": self.meter.state_dict(),
-                "labeler": {} if labeler is None else labeler.state_dict(),
                 "num_clusters": self.num_clusters,
-                "best": {} if self._best is None else self._best.state_dict(),
+                **{
+                    name: {} if part is None else part.state_dict()
+                    for name, part in self._stateful().items()
+                },
                 "steps_done": steps_done,
             },
         }
@@ -571,8 +471,8 @@ class ImageSelConEngine(_Engine):
                 other settings, images or another model. ``FileNotFoundError`` if there is
                 none.
         """  # noqa: DOC502  (raised by what this calls)
-        file, checkpoint = _read_run(Path(path).expanduser())
-        entry = checkpoint[_ENTRY]
+        file, checkpoint = read_run(Path(path).expanduser())
+        entry = checkpoint[RUN_ENTRY]
         present = self.train_loader.dataset
         images = images_to_resume_with(file.parent.parent, present)
         if images is not present:
@@ -583,77 +483,11 @@ class ImageSelConEngine(_Engine):
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         if self.scheduler is not None and "scheduler" in checkpoint:
             self.scheduler.load_state_dict(checkpoint["scheduler"])
-        if self._training.labeler is not None:
-            self._training.labeler.load_state_dict(entry["labeler"])
-        self.meter.load_state_dict(entry["meter"])
+        for name, part in self._stateful().items():
+            if part is not None and entry.get(name):
+                part.load_state_dict(entry[name])
         self.num_clusters = entry["num_clusters"]
-        if self._best is not None and entry.get("best"):
-            self._best.load_state_dict(entry["best"])
         self.start_epoch = int(checkpoint["epoch"])
         self._steps_done = entry.get("steps_done", 0)
         logger.info("Resumed from %s, at epoch %d", file, self.start_epoch + 1)
         return self.start_epoch
-
-
-def _with_head(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-    datamanager: Any,
-    head: dict[str, Any],
-) -> tuple[nn.Module, SelConModel]:
-    """Return the model to call, and the network with our head inside it."""
-    inner = model.module if isinstance(model, nn.DataParallel) else model
-    if isinstance(inner, SelConModel):
-        if head:
-            raise ValueError(
-                f"head {head} is for models without our head: build this one with it, by "
-                "build_selcon_model"
-            )
-        return model, inner
-    size = (datamanager.height, datamanager.width)
-    mean, std = _normalization(datamanager)
-    network = adopt_model(
-        inner,
-        optimizer,
-        scheduler,
-        **{"input_size": size, "pixel_mean": mean, "pixel_std": std, **head},
-    )
-    if isinstance(model, nn.DataParallel):
-        return nn.DataParallel(network, model.device_ids), network
-    return network, network
-
-
-def _normalization(datamanager: Any) -> tuple[list[float], list[float]]:
-    """Return mean and deviation on the scale 0..255 by which the manager normalizes."""
-    for transform in datamanager.transform_te.transforms:
-        if hasattr(transform, "mean") and hasattr(transform, "std"):
-            return (
-                [255.0 * value for value in transform.mean],
-                [255.0 * value for value in transform.std],
-            )
-    return [0.0] * 3, [255.0] * 3
-
-
-class _Printed(logging.Handler):
-    """Shows messages as torchreid shows its own: on what is standard output by then."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)  # above a bar, if there is one
-
-
-@contextlib.contextmanager
-def _messages_shown() -> Iterator[None]:
-    """Print what the package logs, where nobody has set up logging."""
-    ours = logging.getLogger("selcon_plugin")
-    if ours.hasHandlers():
-        yield
-        return
-    handler, level = _Printed(), ours.level
-    ours.addHandler(handler)
-    ours.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        ours.removeHandler(handler)
-        ours.setLevel(level)

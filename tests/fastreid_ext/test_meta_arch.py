@@ -29,7 +29,7 @@ def batch(size=4, height=64, width=32):
 
 def test_test_feature_ranks_like_the_training_distance(model):
     model.eval()
-    embeddings = model.embed(batch(8))
+    embeddings = model.embed(batch(8)["images"])
     features = model(batch(8))
     distance = fused_distance(*embeddings, None, *embeddings, None)
     assert torch.allclose(features.norm(dim=1), torch.ones(8), atol=1e-6)

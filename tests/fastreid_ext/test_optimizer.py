@@ -97,6 +97,25 @@ def test_checkpoint_of_the_hosts_optimizer_goes_on(cfg: CfgNode, name: str) -> N
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_weight_without_a_gradient_in_a_step_does_not_move(cfg: CfgNode, name: str) -> None:
+    """Neither by weight decay nor by momentum: it was in use in the step before."""
+    cfg.SOLVER.OPT = name
+    network = Network()
+    optimizer, _ = build_optimizer(cfg, network)
+    train(network, optimizer, 1)
+    heads, backbone = (
+        copy.deepcopy(part.state_dict()) for part in (network.heads, network.backbone)
+    )
+    optimizer.zero_grad()
+    network.backbone(torch.randn(8, 4).double()).square().sum().backward()
+    optimizer.step()
+    assert all(weight.grad is None for weight in network.heads.parameters())
+    for key, before in heads.items():
+        assert torch.equal(network.heads.state_dict()[key], before), key
+    assert not torch.equal(network.backbone[0].weight, backbone["0.weight"])
+
+
 def test_frozen_layers_stay_apart(cfg: CfgNode) -> None:
     cfg.MODEL.FREEZE_LAYERS = ["backbone"]
     cfg.SOLVER.FREEZE_ITERS = 3

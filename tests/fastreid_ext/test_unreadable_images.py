@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fastreid.engine.train_loop import HookBase
 from PIL import Image
 
 from selcon_plugin.datasets import generate_synthetic_persons
@@ -147,7 +148,12 @@ def test_resumed_run_equals_the_unbroken_one_where_files_were_deleted(
     (tmp_path / "broken" / "last_checkpoint").write_text("model_0000.pth")
     trainer = set_up(tiny_cfg, method, **changes)
     assert len(trainer.data_loader.dataset) == 38  # what lies there now
+    own = HookBase()
+    trainer.register_hooks([own])
+    num_hooks = len(trainer._hooks)
     resumed = run(trainer, resume=True)
+    assert trainer._hooks[-1] is own  # it is not lost with the trainer of 38 images
+    assert len(trainer._hooks) == num_hooks
     assert len(trainer.data_loader.dataset) == 40
     assert trainer.start_epoch == 1
     assert unbroken.keys() == resumed.keys()

@@ -133,6 +133,7 @@ def test_each_view_writes_its_own_memory(parts: list[int]) -> None:
         wanted.append(memory.bank)
     stale = Embeddings(units(3, seed=9))  # of a step that was not taken
     method.loss(stale, BATCH[:3], CAMIDS[:3], stale)
+    assert [size for size, _ in method.take_memos()] == [3]
     pieces = zip(*(t.split(parts) for t in (color, gray, BATCH)), strict=True)
     for one, other, index in pieces:
         method.loss(Embeddings(one), index, CAMIDS[index], Embeddings(other))

@@ -94,6 +94,22 @@ def test_update_without_loss_is_an_error() -> None:
     method.loss(embeddings_of(3, seed=1), torch.tensor([1, 2, 3]), None)
     with pytest.raises(RuntimeError, match=r"update\(\) must follow loss\(\)"):
         method.update(torch.tensor([1, 2]), embeddings_of(2, seed=1))
+    step(method, torch.tensor([1, 2]))  # nothing is left of the step that failed
+
+
+def test_memos_go_through_the_engines_hands_unchanged() -> None:
+    direct, handed = make_method(), make_method()
+    index, batch = torch.tensor([4, 9, 4]), embeddings_of(3, seed=1)
+    direct.loss(batch, index, None)
+    direct.update(index, batch)
+    handed.loss(batch, index, None)
+    memos = handed.take_memos()
+    handed.loss(embeddings_of(2, seed=2), index[:2], None)  # a step that is not taken
+    handed.take_memos()
+    handed.return_memos(memos)
+    handed.update(index, batch)
+    for name, tensor in direct.state_dict().items():
+        assert torch.equal(tensor, handed.state_dict()[name]), name
 
 
 def test_losses_weigh_global_and_parts() -> None:

@@ -180,12 +180,13 @@ def train_epoch(
 
 
 def _time_phases(trainer: Any, run: Any, method: Any, phases: Phases) -> None:
-    steps = trainer._trainer
+    from selcon_plugin.engine import step
+
     for owner, name, phase in (
-        (steps, "_forward", "forward"),
-        (steps, "_backward", "backward"),
-        (steps, "_may_step", "check"),
-        (steps, "_update_weights", "optimizer"),
+        (trainer._trainer, "_forward", "forward"),
+        (step, "_backward", "backward"),
+        (run.guard, "judge", "check"),
+        (step, "_update_weights", "optimizer"),
         (method, "loss", "loss"),
         (run, "after_step", "banks"),
     ):

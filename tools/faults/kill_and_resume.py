@@ -133,7 +133,7 @@ _PLACES: dict[str, tuple[tuple[str, str], ...]] = {
     "teacher": (("engine.network", "EmbeddingNetwork.update_teacher"),),
     "checkpoint": (
         ("fastreid_ext.checkpoint", "save_atomically"),
-        ("torchreid_ext.engine", "save_atomically"),
+        ("torchreid_ext.checkpoints", "save_atomically"),
     ),
     "note of the last": (("fastreid_ext.checkpoint", "write_atomically"),),
     "reading back": (
