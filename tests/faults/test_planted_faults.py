@@ -64,7 +64,7 @@ from pathlib import Path
 import planted_faults as tool
 folder = Path(sys.argv[1])
 tool.copy_repository(folder)
-changes = (("# topk, not a full", "# not a full"), ("import functools", "import no_such"))
+changes = (("# topk instead of", "# instead of"), ("import functools", "import no_such"))
 for change in changes:
     fault = tool.Fault("fault", "", "selection.py", *change, ("tests/test_selection.py",))
     print(tool.try_fault(folder, fault).verdict)

@@ -98,7 +98,10 @@ def test_fewer_training_identities_keep_the_validation_set():
     [
         ({"num_validation": 6}, "cannot hold out 6 of 6 identities"),
         ({"num_validation": 0}, "cannot hold out 0"),
-        ({"num_validation": 2, "num_train": 5}, "cannot train on 5 identities: 4 of 6 remain"),
+        (
+            {"num_validation": 2, "num_train": 5},
+            "cannot train on 5 identities: 4 of 6 identities",
+        ),
     ],
 )
 def test_impossible_sizes_are_refused(sizes, message):
