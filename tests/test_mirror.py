@@ -4,7 +4,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # What is not of one package: tools, and tests of the whole.
-OTHERS = {"faults", "helpers", "properties", "tools"}
+OTHERS = {"faults", "helpers", "old_runs", "properties", "tools"}
 
 
 def folders(root: Path) -> set[str]:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from helpers.programs import environment, run_program
+
 OLD_RUNS = Path(__file__).parent / "old_runs"
-ROOT = Path(__file__).parents[1]
 CHECKPOINT = {"fastreid": "model_final.pth", "torchreid": "model/model.pth.tar-2"}
 RENAMED = {  # in the configs of tests/old_runs
     "MAX_BAD_SHARE": "MAX_UNREADABLE_RATIO",
@@ -27,7 +25,6 @@ CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 # The backbone has to be registered before the command begins.
 PROGRAM = """
 import sys
-sys.path.insert(0, ".")
 import tiny_resnet
 from selcon_plugin.cli import main
 sys.exit(main(sys.argv[1:]))
@@ -51,16 +48,10 @@ def need(host: str) -> None:
 
 def selcon(folder: Path, *arguments: str) -> str:
     """Run a command in the folder; return what it printed."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": path, "FASTREID_DATASETS": "data"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    program = folder / "program.py"
+    program.write_text(PROGRAM)
+    env = environment(FASTREID_DATASETS="data")
+    done = run_program(program, *arguments, cwd=folder, env=env)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout + done.stderr
 

@@ -1,4 +1,4 @@
-"""Numbers for the names of cameras and identities."""
+"""Numbering of camera and identity names."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ def number_names(names: Sequence[Any], *, unknown: Any = None) -> list[int]:
     """Number the distinct names 0, 1, ... in sorted order.
 
     Args:
-        names: Name or number of each image's camera, or identity. Numbers come first, in
-            numerical order.
-        unknown: What stands in ``names`` where the name is not known.
+        names: Name or number of each image's camera, or identity. Numbers are sorted
+            numerically and before strings.
+        unknown: Value in ``names`` for an unknown name.
 
     Returns:
-        A number for each image; -1 where the name is not known.
+        A number for each image; -1 for an unknown name.
 
     Example:
         >>> number_names(["hall", None, "door", "hall"])

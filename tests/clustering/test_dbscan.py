@@ -137,7 +137,9 @@ def test_labels_at_changes_eps(features: torch.Tensor, change: float) -> None:
 
 def test_labels_beyond_the_graph_are_refused(features: torch.Tensor) -> None:
     labeler = DBSCANLabeler(eps=0.5, graph_margin=0.1)
-    with pytest.raises(ValueError, match=r"up to eps \+ 0.1, .*raise graph_margin to 0.2"):
+    with pytest.raises(
+        ValueError, match=r"up to eps \+ 0.1, .*raise graph_margin .*to 0.2"
+    ):
         labeler.labels_at(labeler(features), 0.2)
 
 

@@ -167,7 +167,10 @@ def test_identical_images_are_one_cluster() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: EnsembleLabeler(eps=0.6, delta=0.6), r"eps 0.6 and delta 0.6.*smaller"),
+        (
+            lambda: EnsembleLabeler(eps=0.6, delta=0.6),
+            r"eps 0.6 and delta 0.6.*reduce delta",
+        ),
         (lambda: EnsembleLabeler(eps=0.99, delta=0.02), r"eps 0.99 and delta 0.02"),
         (lambda: EnsembleLabeler(agreement=1.0), r"agreement must be below 1"),
         (lambda: agreement_labels([[0, 0]], 1.0), r"agreement must be >= 0 and < 1, got 1"),

@@ -6,12 +6,9 @@ from pathlib import Path
 import pytest
 from fastreid.config import CfgNode, get_cfg
 
-from selcon_plugin.datasets import SyntheticPersonsSpec, generate_synthetic_persons
+from helpers.tiny import SPEC
+from selcon_plugin.datasets import generate_synthetic_persons
 from selcon_plugin.fastreid_ext import add_selcon_config
-
-SPEC = SyntheticPersonsSpec(
-    num_train_ids=8, num_test_ids=4, images_per_id=5, num_cameras=3, num_distractors=3
-)
 
 # The smallest convolutional network of timm, at a quarter of the usual input size.
 TINY = {

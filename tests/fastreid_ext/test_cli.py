@@ -46,7 +46,7 @@ def results_of(folder):
 def test_killed_run_resumes_to_the_weights_of_the_unbroken_one(
     selcon, tiny_values, tmp_path
 ):
-    epochs = {"SOLVER.MAX_EPOCH": 12, "TEST.EVAL_PERIOD": 12}
+    epochs = {"SOLVER.MAX_EPOCH": 8, "TEST.EVAL_PERIOD": 8}
     whole = selcon("train", **epochs, OUTPUT_DIR=tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     broken = tmp_path / "broken"

@@ -157,7 +157,7 @@ def test_whole_study_goes_on_and_gives_the_commands(market, tmp_path):
     assert done.returncode == 0, done.stderr
     assert results.stat().st_mtime_ns == finished  # only read
     page = (output / "tables.md").read_text()
-    for title in ("Official test set", "Changes of scl", "Label-free figures", "Commands"):
+    for title in ("Official test set", "Changes of scl", "Label-free metrics", "Commands"):
         assert f"## {title}" in page
     assert re.search(r"^\| scl chosen \| 1 \|", page, re.MULTILINE)
 
@@ -179,14 +179,14 @@ def test_whole_study_goes_on_and_gives_the_commands(market, tmp_path):
 def test_mistakes_end_in_one_line(market, tmp_path):
     missing = study(tmp_path / "none", tmp_path / "out", "choose")
     assert missing.returncode == 2
-    assert "--data names the folder" in missing.stderr
+    assert "--data must be the folder" in missing.stderr
     assert "Traceback" not in missing.stderr
 
 
 def test_no_time_left(market, tmp_path):
     done = study(market, tmp_path / "out", "choose", "--time-budget", "0")
     assert done.returncode == 75
-    assert "goes on where this one stopped" in done.stdout
+    assert "same command resumes the study" in done.stdout
     variant = Variant("m", "base", Path("c.yml"), {}, Path(), tmp_path / "m" / "base")
     with pytest.raises(BudgetSpentError):
         run_variants([variant], 1, Budget(0))

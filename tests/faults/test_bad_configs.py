@@ -12,53 +12,30 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers import tiny
+from helpers.tiny import SPEC
 from selcon_plugin.cli.main import main
-from selcon_plugin.datasets import SyntheticPersonsSpec, generate_synthetic_persons
+from selcon_plugin.datasets import generate_synthetic_persons
 from selcon_plugin.fastreid_ext import SelConTrainer
 from selcon_plugin.torchreid_ext import ImageSelConEngine
 
 # CPU time of this process. A case takes a fraction of 1; the first imports packages.
 SECONDS = 20
 
-SPEC = SyntheticPersonsSpec(
-    num_train_ids=8, num_test_ids=4, images_per_id=5, num_cameras=3, num_distractors=3
-)
 NUM_IMAGES = SPEC.num_train_ids * SPEC.images_per_id
 
-FASTREID = {
-    "MODEL.META_ARCHITECTURE": "SelCon",
-    "MODEL.DEVICE": "cpu",
-    "MODEL.BACKBONE.NAME": "build_timm_backbone",
-    "MODEL.BACKBONE.TIMM_NAME": "test_resnet",
-    "MODEL.BACKBONE.PRETRAIN": False,
-    "MODEL.SELCON.NUM_PARTS": 2,
-    "INPUT.SIZE_TRAIN": "[64,32]",
-    "INPUT.SIZE_TEST": "[64,32]",
-    "DATASETS.NAMES": "('SyntheticPersons',)",
-    "DATASETS.TESTS": "('SyntheticPersons',)",
-    "DATALOADER.NUM_WORKERS": 0,
+FASTREID = tiny.FASTREID | {
     "SOLVER.OPT": "SGD",
-    "SOLVER.IMS_PER_BATCH": 8,
     "SOLVER.MAX_EPOCH": 1,
     "OUTPUT_DIR": "{place}/out",
-} | {f"DATASETS.SYNTHETIC_PERSONS.{key.upper()}": v for key, v in vars(SPEC).items()}
+}
 
-TORCHREID = {
-    "use_gpu": False,
-    "model.name": "timm:test_resnet",
-    "model.pretrained": False,
+TORCHREID = tiny.TORCHREID | {
     "data.root": "{data}",
-    "data.sources": "['syntheticpersons']",
-    "data.targets": "['syntheticpersons']",
-    "data.height": 64,
-    "data.width": 32,
-    "data.workers": 0,
     "data.save_dir": "{place}/out",
-    "train.batch_size": 8,
     "train.max_epoch": 1,
     "test.batch_size": 16,
-    "selcon.num_parts": 2,
-} | {f"synthetic_persons.{key}": value for key, value in vars(SPEC).items()}
+}
 
 CLUSTERS = {"MODEL.SELCON.METHOD": "ClusterContrast"}
 S, C, D = "MODEL.SELCON.", "MODEL.SELCON.CLUSTERING.", "DATASETS."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from torch.multiprocessing import start_processes
 
 pytest.importorskip("fastreid")
 
@@ -177,4 +179,6 @@ if __name__ == "__main__":
             "machine_rank": int(machine[1]),
             "dist_url": machine[0],
         }
-    launch(exchange, 1, timeout_minutes=0.2, args=(fault, folder), **options)
+    # A fork: this process has imported everything, and nothing runs in it yet.
+    launching.spawn = functools.partial(start_processes, start_method="fork")
+    launch(exchange, 1, timeout_minutes=0.1, args=(fault, folder), **options)

@@ -13,9 +13,11 @@ import tarfile
 import pytest
 import torch
 
+from helpers import tiny
+from helpers.tiny import SPEC
 from selcon_plugin.cli.main import main
 from selcon_plugin.compat.torchreid import import_torchreid
-from selcon_plugin.datasets import SyntheticPersonsSpec, generate_synthetic_persons
+from selcon_plugin.datasets import generate_synthetic_persons
 from selcon_plugin.fastreid_ext import SelConTrainer
 from selcon_plugin.hosts import load_config
 from selcon_plugin.io.safe_loading import data_only, load_data, safe_extraction
@@ -23,38 +25,8 @@ from selcon_plugin.models.torchreid import create_torchreid_backbone
 from selcon_plugin.torchreid_ext import ImageSelConEngine
 from selcon_plugin.workflows.bench import _read_results
 
-SPEC = SyntheticPersonsSpec(
-    num_train_ids=8, num_test_ids=4, images_per_id=5, num_cameras=3, num_distractors=3
-)
-FASTREID = {
-    "MODEL.META_ARCHITECTURE": "SelCon",
-    "MODEL.DEVICE": "cpu",
-    "MODEL.BACKBONE.NAME": "build_timm_backbone",
-    "MODEL.BACKBONE.TIMM_NAME": "test_resnet",
-    "MODEL.BACKBONE.PRETRAIN": False,
-    "MODEL.SELCON.NUM_PARTS": 2,
-    "INPUT.SIZE_TRAIN": "[64,32]",
-    "INPUT.SIZE_TEST": "[64,32]",
-    "DATASETS.NAMES": "('SyntheticPersons',)",
-    "DATASETS.TESTS": "('SyntheticPersons',)",
-    "DATALOADER.NUM_WORKERS": 0,
-    "SOLVER.IMS_PER_BATCH": 8,
-    "OUTPUT_DIR": "out",
-} | {f"DATASETS.SYNTHETIC_PERSONS.{key.upper()}": v for key, v in vars(SPEC).items()}
-TORCHREID = {
-    "use_gpu": False,
-    "model.name": "timm:test_resnet",
-    "model.pretrained": False,
-    "data.root": "datasets",
-    "data.sources": "['syntheticpersons']",
-    "data.targets": "['syntheticpersons']",
-    "data.height": 64,
-    "data.width": 32,
-    "data.workers": 0,
-    "data.save_dir": "out",
-    "train.batch_size": 8,
-    "selcon.num_parts": 2,
-} | {f"synthetic_persons.{key}": value for key, value in vars(SPEC).items()}
+FASTREID = tiny.FASTREID | {"OUTPUT_DIR": "out"}
+TORCHREID = tiny.TORCHREID | {"data.root": "datasets", "data.save_dir": "out"}
 
 TOUCHED = "touched"
 

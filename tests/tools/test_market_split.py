@@ -98,7 +98,10 @@ def test_fewer_training_identities_keep_the_validation_set():
     [
         ({"num_validation": 6}, "cannot hold out 6 of 6 identities"),
         ({"num_validation": 0}, "cannot hold out 0"),
-        ({"num_validation": 2, "num_train": 5}, "cannot train on 5 identities: 4 are left"),
+        (
+            {"num_validation": 2, "num_train": 5},
+            "cannot train on 5 identities: 4 of 6 identities",
+        ),
     ],
 )
 def test_impossible_sizes_are_refused(sizes, message):
@@ -107,7 +110,7 @@ def test_impossible_sizes_are_refused(sizes, message):
 
 
 def test_unreadable_name_is_refused():
-    with pytest.raises(ValueError, match=r"'person\.jpg' does not begin with an identity"):
+    with pytest.raises(ValueError, match=r"'person\.jpg' does not start with identity"):
         hold_out([*NAMES, "person.jpg"])
 
 
@@ -125,7 +128,7 @@ def test_data_set_is_made_of_links_once(market, tmp_path):
 
     (market / DATASET_FOLDER / "bounding_box_train" / NAMES[0]).unlink()
     assert make_split(market, root, **sizes) == split  # read, not created again
-    with pytest.raises(ValueError, match="holds a split of other settings"):
+    with pytest.raises(ValueError, match="holds a split with other settings"):
         make_split(market, root, **{**sizes, "seed": 1})
 
 
@@ -140,7 +143,7 @@ def test_incomplete_split_is_created_again(market, tmp_path):
 
 
 def test_missing_data_are_named(market, tmp_path):
-    with pytest.raises(FileNotFoundError, match="--data names the folder that holds"):
+    with pytest.raises(FileNotFoundError, match="--data must be the folder that contains"):
         make_split(tmp_path, tmp_path / "s", num_validation=1, num_train=0, seed=0)
     assert not has_official_test(market)
     for part in ("query", "bounding_box_test"):

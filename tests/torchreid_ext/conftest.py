@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from helpers.engines import BATCH, CLUSTERING, NETWORK
+from helpers.tiny import SPEC
 from selcon_plugin.compat.torchreid import import_torchreid
-from selcon_plugin.datasets import SyntheticPersonsSpec, generate_synthetic_persons
+from selcon_plugin.datasets import generate_synthetic_persons
 from selcon_plugin.torchreid_ext import (
     ImageSelConEngine,
     build_selcon_model,
@@ -19,9 +20,6 @@ from selcon_plugin.torchreid_ext import (
     register_synthetic_persons,
 )
 
-SPEC = SyntheticPersonsSpec(
-    num_train_ids=8, num_test_ids=4, images_per_id=5, num_cameras=3, num_distractors=3
-)
 SCL = {"num_neighbors": 3, "num_negatives": 20, "warmup_epochs": 1}
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.tiny import SPEC
 from selcon_plugin.compat.torchreid import import_torchreid
-from selcon_plugin.datasets import SyntheticPersonsSpec
 
 pytest.importorskip("fastreid")
 
@@ -24,9 +24,6 @@ CASES: dict[str, dict[str, Any]] = {
 CLUSTERING = {"eps": 0.7, "min_samples": 2, "k1": 8, "k2": 3}
 # The drawn images have this size: neither host has to resize.
 SIZE = (128, 64)
-SPEC = SyntheticPersonsSpec(
-    num_train_ids=8, num_test_ids=4, images_per_id=5, num_cameras=3, num_distractors=3
-)
 
 
 class Steps:

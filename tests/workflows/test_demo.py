@@ -12,13 +12,11 @@ from PIL import Image
 
 pytest.importorskip("fastreid")
 
-from selcon_plugin.datasets import SyntheticPersonsSpec, generate_synthetic_persons
+from helpers.tiny import SPEC
+from selcon_plugin.datasets import generate_synthetic_persons
 from selcon_plugin.engine.threads import reserve_cpu_core
 from selcon_plugin.workflows import demo
 
-SPEC = SyntheticPersonsSpec(
-    num_train_ids=8, num_test_ids=4, images_per_id=5, num_cameras=3, num_distractors=3
-)
 TINY = {
     "MODEL.DEVICE": "cpu",
     "MODEL.BACKBONE.TIMM_NAME": "test_resnet",
