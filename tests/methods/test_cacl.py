@@ -165,3 +165,15 @@ def test_another_number_of_views_is_refused(count: int) -> None:
     view = Embeddings(units(len(BATCH), seed=3))
     with pytest.raises(ValueError, match=f"got {count} further views: .* make_views"):
         method.loss(view, BATCH, CAMIDS[BATCH], *[view] * count)
+
+
+def test_checkpoints_of_version_0_1_load() -> None:
+    method = build_method("CACL", 6, 4)
+    state = {
+        f"model.{key}".replace("gray_memory", "grey_memory"): torch.full_like(value, 2)
+        for key, value in method.state_dict().items()
+    }
+    assert "model.grey_memory.bank" in state
+    around = torch.nn.ModuleDict({"model": method})
+    around.load_state_dict(state)
+    assert (method.gray_memory.bank == 2).all()
