@@ -56,7 +56,7 @@ class SeenBatch(NamedTuple):
         memos: What the method's ``loss`` hands to its ``update``.
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs
     embeddings: Embeddings
     memos: list[tuple[int, Any]]
 

@@ -112,7 +112,7 @@ class CACL(ClusterMethod):
         self.gray_cluster_weight = gray_cluster_weight
         self.memory = InstanceMemory(num_images, global_dim, momentum=bank_momentum)
         self.gray_memory = InstanceMemory(num_images, global_dim, momentum=bank_momentum)
-        self.register_load_state_dict_pre_hook(_rename_old_bank)
+        self.register_load_state_dict_pre_hook(_rename_old_bank)  # type: ignore[no-untyped-call, unused-ignore]
 
     def make_views(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the gray view of a batch."""
