@@ -21,7 +21,7 @@ from selcon_plugin.hosts import load_config
 from selcon_plugin.io.safe_loading import data_only, load_data, safe_extraction
 from selcon_plugin.models.torchreid import create_torchreid_backbone
 from selcon_plugin.torchreid_ext import ImageSelConEngine
-from selcon_plugin.workflows.bench import _read_results
+from selcon_plugin.workflows.bench_runs import _read_results
 
 SPEC = SyntheticPersonsSpec(
     num_train_ids=8, num_test_ids=4, images_per_id=5, num_cameras=3, num_distractors=3
