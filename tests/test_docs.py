@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from selcon_plugin.cli.config import config_help_of
+from selcon_plugin.hosts import get_host
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -51,7 +51,7 @@ def test_picture_is_whole_and_has_a_title():
 def test_keys_named_in_the_pages_exist():
     if importlib.util.find_spec("fastreid") is None:
         pytest.skip("FastReID is not installed")
-    flat = config_help_of("fastreid").defaults
+    flat = get_host("fastreid").help().defaults
     known = {*flat, *(".".join(key.split(".")[:n]) for key in flat for n in (1, 2, 3))}
     pattern = r"\b(?:MODEL|SOLVER|TEST|DATALOADER|INPUT)(?:\.[A-Z0-9_]+)+"
     for name in ("quick_start", "troubleshooting", "watch_a_run"):

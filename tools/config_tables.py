@@ -13,8 +13,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from selcon_plugin.cli.config import config_help_of
 from selcon_plugin.config.help import fill_tables, key_table
+from selcon_plugin.hosts import get_host
 
 ROOT = Path(__file__).resolve().parents[1]
 _PAPER = re.compile(r"\[paper\]\(([^)]*)\)")
@@ -22,10 +22,10 @@ _PAPER = re.compile(r"\[paper\]\(([^)]*)\)")
 
 def key_tables() -> dict[str, str]:
     """Return the tables of configs/README.md by name."""
-    torchreid = config_help_of("torchreid")
+    torchreid = get_host("torchreid").help()
     keys = torchreid.keys
     extra = [replace(o, name=f"{keys.path}.{keys.case(o.name)}") for o in keys.extra]
-    tables = config_help_of("fastreid").tables()
+    tables = get_host("fastreid").help().tables()
     return {**tables, "torchreid": key_table([*extra, *torchreid.own])}
 
 

@@ -1,9 +1,8 @@
-"""``selcon adapt``: a trained network, trained further on a folder of images."""
+"""``selcon adapt``: train a trained network further on a folder of images."""
 
 from __future__ import annotations
 
 import argparse
-from functools import partial
 
 from selcon_plugin.cli.arguments import (
     add_folder_arguments,
@@ -13,6 +12,8 @@ from selcon_plugin.cli.arguments import (
     check_network_arguments,
 )
 from selcon_plugin.config.loading import import_files
+from selcon_plugin.workflows.adapt import AdaptSettings, adapt
+from selcon_plugin.workflows.terminal import echo
 
 
 def main(argv: list[str]) -> int:
@@ -33,8 +34,6 @@ def main(argv: list[str]) -> int:
         raise ValueError("adapt needs --images FOLDER")
     check_network_arguments(args)
     import_files(args.imports)
-    from selcon_plugin.workflows.adapt import AdaptSettings, adapt
-
     settings = AdaptSettings(
         args.weights,
         args.images,
@@ -49,7 +48,7 @@ def main(argv: list[str]) -> int:
         device=args.device,
         options=tuple(args.opts),
     )
-    adapt(settings, args.output, say=partial(print, flush=True))
+    adapt(settings, args.output, echo=echo)
     return 0
 
 
@@ -57,8 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="selcon adapt",
         description="Train a network further on your images, without labels, and keep the "
-        "best of before and after by the label-free quality. The same command goes on with "
-        "what was stopped.",
+        "best of before and after by the label-free quality. The same command resumes what "
+        "was stopped.",
     )
     add_network_arguments(parser, onnx=False)
     add_reading_arguments(parser)

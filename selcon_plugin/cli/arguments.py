@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from selcon_plugin.hosts import find_config
 from selcon_plugin.retrieval import NetworkSource
 from selcon_plugin.retrieval.source import hash_files
+
+if TYPE_CHECKING:
+    from selcon_plugin.inference.embedder import Embedder
 
 
 def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,10 +43,6 @@ def add_import_argument(parser: argparse.ArgumentParser) -> None:
         help="Python file to import first, such as one with a method of your own; may be "
         "given several times",
     )
-
-
-if TYPE_CHECKING:
-    from selcon_plugin.inference.embedder import Embedder
 
 
 def add_network_arguments(parser: argparse.ArgumentParser, *, onnx: bool = True) -> None:
@@ -162,8 +162,6 @@ def network_source(args: argparse.Namespace) -> NetworkSource | None:
 
 def network_key(args: argparse.Namespace) -> str:
     """Return a short text that changes with the network: its files and its backbone."""
-    from selcon_plugin.inference.embedder import find_config
-
     weights = args.weights or args.onnx
     config = "" if args.backbone else args.config_file or find_config(weights)
     return hash_files(*filter(None, (weights, config)), prefix=args.backbone)[:16]

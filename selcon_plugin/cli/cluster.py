@@ -22,6 +22,7 @@ from selcon_plugin.clustering import labeler_names, labeler_options
 from selcon_plugin.config.checks import check_name
 from selcon_plugin.config.loading import import_files
 from selcon_plugin.workflows.cluster_folder import cluster_folder
+from selcon_plugin.workflows.terminal import echo
 
 _DEFAULT_LABELER = "DBSCAN"
 
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> int:
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         device=args.device,
-        say=partial(print, flush=True),
+        echo=echo,
     )
     return 0
 

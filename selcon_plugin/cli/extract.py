@@ -16,7 +16,7 @@ from selcon_plugin.cli.arguments import (
 )
 from selcon_plugin.config.checks import make_output_folder
 from selcon_plugin.config.loading import import_files
-from selcon_plugin.hosts import load_config
+from selcon_plugin.hosts import get_host, host_of
 
 
 def main(argv: list[str]) -> int:
@@ -83,10 +83,9 @@ def _embed(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def _extract_by_config(args: argparse.Namespace) -> tuple[int, int]:
-    """Let ``MODEL.WEIGHTS`` of a FastReID config name the network."""
-    cfg = load_config(
+    """Let the config name the network, as FastReID's MODEL.WEIGHTS does."""
+    host = get_host(host_of(args.config_file))
+    cfg = host.load_config(
         args.config_file, args.opts, images=args.images, camera_pattern=args.camera_pattern
     )
-    from selcon_plugin.fastreid_ext.extract import extract_folder
-
-    return extract_folder(cfg, args.output)
+    return host.extract(cfg, args.output)

@@ -11,11 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from selcon_plugin.cli.train import _eval, _train
 from selcon_plugin.engine.stopping import RunStopped
-
-# The hosts are imported inside the commands: `selcon doctor` must run where they cannot be
-# imported, and FastReID reads FASTREID_DATASETS when it is.
 
 _USAGE = """\
 usage: selcon COMMAND [ARGUMENTS]
@@ -57,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Callable[[list[str]], int]] = {
-        "train": _train,
-        "eval": _eval,
-        "bench": _command("selcon_plugin.workflows.bench"),
+        "train": _command("selcon_plugin.cli.train"),
+        "eval": _command("selcon_plugin.cli.train", "evaluate"),
+        "bench": _command("selcon_plugin.cli.bench"),
         "report": _command("selcon_plugin.cli.report"),
         "cluster": _command("selcon_plugin.cli.cluster"),
         "adapt": _command("selcon_plugin.cli.adapt"),
@@ -68,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "search": _command("selcon_plugin.cli.search"),
         "export": _command("selcon_plugin.cli.export"),
         "config": _command("selcon_plugin.cli.config"),
-        "demo": _command("selcon_plugin.workflows.demo"),
+        "demo": _command("selcon_plugin.cli.demo"),
         "doctor": _command("selcon_plugin.cli.doctor"),
     }
     if not arguments or arguments[0] not in commands:
@@ -78,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if asked_for_help else 2
     try:
         return commands[arguments[0]](arguments[1:])
-    except RunStopped as stop:  # which has said how to go on
+    except RunStopped as stop:  # which has logged how to resume
         return stop.code
     except KeyboardInterrupt:
         sys.stderr.write(f"selcon {arguments[0]}: interrupted\n")
@@ -93,11 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _command(module: str) -> Callable[[list[str]], int]:
-    """Return the ``main`` of a module, which is imported when it is called."""
+def _command(module: str, function: str = "main") -> Callable[[list[str]], int]:
+    """Return a function of a module, which is imported when the function is called."""
 
     def run(argv: list[str]) -> int:
-        status: int = importlib.import_module(module).main(argv)
+        status: int = getattr(importlib.import_module(module), function)(argv)
         return status
 
     return run

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
-from typing import Any
 
 from selcon_plugin.cli.arguments import add_import_argument
 from selcon_plugin.config.loading import import_files
+from selcon_plugin.hosts import host_of_settings
 from selcon_plugin.report import write_comparison, write_report
 
 
@@ -51,22 +50,10 @@ def main(argv: list[str]) -> int:
             args.runs[0],
             args.output,
             images=False if args.no_images else None,
-            defaults_of=_defaults_of,
+            find_host=host_of_settings,
         )
     else:
         output = args.output or "comparison.html"
-        file = write_comparison(args.runs, output, defaults_of=_defaults_of)
+        file = write_comparison(args.runs, output, find_host=host_of_settings)
     sys.stdout.write(f"{file} ({file.stat().st_size / 1e6:.1f} MB)\n")
     return 0
-
-
-def _defaults_of(settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the defaults of the host that trained; None where it is not installed."""
-    try:
-        if "selcon.method" in settings:
-            from selcon_plugin.torchreid_ext.config import default_values
-        else:
-            from selcon_plugin.fastreid_ext.config import default_values
-    except ImportError:
-        return None
-    return default_values(settings)

@@ -1,15 +1,15 @@
-"""``selcon train`` and ``selcon eval``: parse, load the config, call the host."""
+"""``selcon train`` and ``selcon eval``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
 
 from selcon_plugin.cli.arguments import add_folder_arguments, add_import_argument
-from selcon_plugin.config.checks import make_output_folder
+from selcon_plugin.config.host_data import Processes, ProcessFailure
 from selcon_plugin.config.loading import import_files
-from selcon_plugin.hosts import is_torchreid, load_config
+from selcon_plugin.hosts import get_host, host_names, host_of
+from selcon_plugin.workflows.train import launch
 
 
 def _train_parser(prog: str) -> argparse.ArgumentParser:
@@ -23,14 +23,14 @@ def _train_parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--host",
-        choices=("fastreid", "torchreid"),
+        choices=host_names(),
         default="",
         help="framework that trains; default: the one whose keys the config has",
     )
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the last checkpoint in OUTPUT_DIR (torchreid: data.save_dir)",
+        help="resume from the last checkpoint in OUTPUT_DIR (torchreid: data.save_dir)",
     )
     parser.add_argument(
         "--eval-only",
@@ -65,11 +65,27 @@ def _train_parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _train(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
+    """Train.
+
+    Args:
+        argv: Arguments after ``selcon train``.
+
+    Returns:
+        Exit status: 0, or 1 if one of several processes failed.
+    """
     return _launch(_train_parser("train").parse_args(argv))
 
 
-def _eval(argv: list[str]) -> int:
+def evaluate(argv: list[str]) -> int:
+    """Evaluate a checkpoint.
+
+    Args:
+        argv: Arguments after ``selcon eval``.
+
+    Returns:
+        As of :func:`main`.
+    """
     args = _train_parser("eval").parse_args(argv)
     args.eval_only = True
     return _launch(args)
@@ -77,47 +93,29 @@ def _eval(argv: list[str]) -> int:
 
 def _launch(args: argparse.Namespace) -> int:
     import_files(args.imports)
-    cfg = load_config(
+    host = get_host(args.host or host_of(args.config_file))
+    cfg = host.load_config(
         args.config_file,
         args.opts,
         images=args.images,
         camera_pattern=args.camera_pattern,
-        host=args.host,
     )
-    if is_torchreid(cfg):
-        from selcon_plugin.torchreid_ext.host import run_torchreid
-
-        if args.num_gpus > 1 or args.num_machines > 1:
-            raise ValueError(
-                "torchreid trains in one process, on all GPUs that CUDA_VISIBLE_DEVICES "
-                "shows it: leave out --num-gpus and --num-machines"
-            )
-        run_torchreid(cfg, resume=args.resume, eval_only=args.eval_only)
-        return 0
-    from selcon_plugin.fastreid_ext.data import check_processes
-    from selcon_plugin.fastreid_ext.host import run_fastreid
-    from selcon_plugin.fastreid_ext.launch import ProcessFailure, check_launch, launch
-
-    make_output_folder("OUTPUT_DIR", cfg.OUTPUT_DIR)
-    check_launch(args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
-    if args.num_gpus > 1 and not args.eval_only:
-        # To start processes that all fail takes its time.
-        check_processes(cfg, args.num_gpus * args.num_machines)
+    processes = Processes(
+        per_machine=args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        meeting_point=args.dist_url,
+        timeout_minutes=args.dist_timeout,
+    )
     try:
         launch(
-            partial(
-                run_fastreid,
-                resume=args.resume,
-                eval_only=args.eval_only,
-                config_file=args.config_file,
-                imports=args.imports,
-            ),
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            timeout_minutes=args.dist_timeout,
-            args=(cfg,),
+            host,
+            cfg,
+            processes,
+            eval_only=args.eval_only,
+            resume=args.resume,
+            source=args.config_file,
+            imports=args.imports,
         )
     except ProcessFailure as error:
         sys.stderr.write(f"selcon train: error: {error}\n")

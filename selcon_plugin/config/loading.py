@@ -7,7 +7,7 @@ import difflib
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,19 +67,64 @@ def import_files(files: Sequence[str]) -> None:
         spec.loader.exec_module(module)
 
 
-def _merge_file(cfg: Any, keys: ConfigKeys, file: str) -> None:
+def merge_file(cfg: Any, keys: ConfigKeys, file: str) -> None:
+    """Merge a config file into a config, in place.
+
+    Args:
+        cfg: Config of a host, not frozen.
+        keys: The plugin's keys in it.
+        file: Path of a YAML file.
+
+    Raises:
+        ValueError: If a key or a value does not fit; names the closest or what is legal.
+    """  # noqa: DOC502  (raised by what this calls)
     with _explained(cfg, keys, file):
         cfg.merge_from_file(file)
 
 
-def _merge_options(cfg: Any, keys: ConfigKeys, opts: Sequence[str]) -> None:
+def merge_options(cfg: Any, keys: ConfigKeys, opts: Sequence[str]) -> None:
+    """Merge the ``KEY VALUE`` pairs of a command line into a config, in place.
+
+    Args:
+        cfg: Config of a host, not frozen.
+        keys: The plugin's keys in it.
+        opts: Keys and values in turn; values are read as Python literals.
+
+    Raises:
+        ValueError: If a value is missing, or as of :func:`merge_file`.
+    """
     source = "the command line"
     if len(opts) % 2:
         raise ValueError(f"{source}: the key {opts[-1]} has no value: KEY VALUE")
-    for key in opts[::2]:
+    _merge_pairs(cfg, keys, opts, source)
+
+
+def merge_overrides(cfg: Any, keys: ConfigKeys, overrides: Mapping[str, Any]) -> None:
+    """Merge values by full keys into a config, in place.
+
+    Args:
+        cfg: Config of a host, not frozen.
+        keys: The plugin's keys in it.
+        overrides: Python values. A text for a key whose value is a text stays as it is, for
+            another key it is read as on a command line.
+
+    Raises:
+        ValueError: As of :func:`merge_file`.
+    """  # noqa: DOC502  (raised by what this calls)
+    flat = flatten_config(cfg)
+    pairs: list[Any] = []
+    for key, value in overrides.items():
+        # As a literal: yacs would take the folder "2024" for a number.
+        is_text = isinstance(value, str) and isinstance(flat.get(key), str)
+        pairs += [key, repr(value) if is_text else value]
+    _merge_pairs(cfg, keys, pairs, "the settings")
+
+
+def _merge_pairs(cfg: Any, keys: ConfigKeys, pairs: Sequence[Any], source: str) -> None:
+    for key in pairs[::2]:
         _check_key(cfg, key, source)
     with _explained(cfg, keys, source):
-        cfg.merge_from_list(list(opts))
+        cfg.merge_from_list(list(pairs))
 
 
 def _check_key(cfg: Any, key: str, source: str) -> None:

@@ -1,87 +1,146 @@
-"""FastReID as a host: load its config, train and evaluate."""
+"""FastReID as a host."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from selcon_plugin.config.loading import (
-    _merge_file,
-    _merge_options,
-    builtin_config,
-    import_files,
+import torch
+from fastreid.config import get_cfg
+from fastreid.data.datasets import DATASET_REGISTRY
+from fastreid.engine import default_setup
+from fastreid.evaluation.testing import verify_results
+
+from selcon_plugin.config.checks import make_output_folder
+from selcon_plugin.config.demo import Demo
+from selcon_plugin.config.help import ConfigHelp
+from selcon_plugin.config.host import Host
+from selcon_plugin.config.host_data import (
+    Adaptation,
+    NetworkSettings,
+    Processes,
+    RunFiles,
+    RunKeys,
+    RunResult,
 )
 from selcon_plugin.engine.threads import reserve_cpu_core
+from selcon_plugin.fastreid_ext import config
+from selcon_plugin.fastreid_ext.data import check_processes
+from selcon_plugin.fastreid_ext.demo import FastReIDDemo
+from selcon_plugin.fastreid_ext.extract import extract_folder
+from selcon_plugin.fastreid_ext.inference import load_network
+from selcon_plugin.fastreid_ext.launch import check_launch, launch
+from selcon_plugin.fastreid_ext.results import results_by_test_set, write_results
+from selcon_plugin.fastreid_ext.trainer import (
+    SelConTrainer,
+    load_trained_model,
+    share_host_log,
+)
+from selcon_plugin.models.inference import InferenceNetwork
+from selcon_plugin.runs.results import delete_results
+
+_TIMM_PREFIX = "timm:"
+_FINAL = "model_final.pth"
+_CHECKPOINT = re.compile(r"model_(\d+)\.pth")  # counts epochs from 0
 
 
-def _load_fastreid_config(
-    config_file: str, opts: Sequence[str], images: str, camera_pattern: str
-) -> Any:
-    from fastreid.config import get_cfg
+class FastReIDHost(Host):
+    """Trains with the plugin's ``SelConTrainer``, in one process or several."""
 
-    from selcon_plugin.fastreid_ext import add_selcon_config, complete_config
-    from selcon_plugin.fastreid_ext.config import KEYS
+    name = "fastreid"
+    title = "FastReID"
+    keys = config.KEYS
+    run_keys = RunKeys(
+        output="OUTPUT_DIR",
+        epochs="SOLVER.MAX_EPOCH",
+        batch_size="SOLVER.IMS_PER_BATCH",
+        learning_rate="SOLVER.BASE_LR",
+        num_workers="DATALOADER.NUM_WORKERS",
+        weights="MODEL.WEIGHTS",
+    )
+    run_files = RunFiles(
+        begun="last_checkpoint",
+        log="log.txt",
+        progress=re.compile(
+            r"(?:eta: (?:(?P<days>\d+) days?, )?(?P<time>\d+:\d+:\d+)  )?"
+            r"epoch/iter: (?P<epoch>\d+)/"
+        ),
+        first_epoch=0,
+    )
+    folder_config = "image_folder.yml"
+    checkpoint_key = "model"
 
-    cfg = add_selcon_config(get_cfg())
-    if images:
-        config_file = config_file or builtin_config("image_folder.yml")
-    if config_file:
-        _merge_file(cfg, KEYS, config_file)
-    _merge_options(cfg, KEYS, opts)
-    # Set as they are: a config option would be read as a Python literal, and take the
-    # folder "2024" for a number.
-    if camera_pattern:
-        cfg.DATASETS.IMAGE_FOLDER.CAMERA_PATTERN = camera_pattern
-    if images:
-        cfg.DATASETS.NAMES, cfg.DATASETS.TESTS = ("ImageFolderReID",), ()
-        cfg.DATASETS.IMAGE_FOLDER.ROOT = str(Path(images).expanduser())
-        if cfg.MODEL.META_ARCHITECTURE == "Baseline":
-            cfg.MODEL.META_ARCHITECTURE = "SelCon"
-    return complete_config(cfg)
+    def default_config(self) -> Any:
+        """Return FastReID's default config with the plugin's keys."""
+        return config.add_selcon_config(get_cfg())
 
+    def complete_config(self, cfg: Any) -> Any:
+        """Return a checked copy of a config."""
+        return config.complete_config(cfg)
 
-def run_fastreid(
-    cfg: Any,
-    *,
-    resume: bool = False,
-    eval_only: bool = False,
-    config_file: str = "",
-    imports: Sequence[str] = (),
-) -> Any:
-    """Train or evaluate in FastReID, in one process of possibly several.
+    def _name_images(self, cfg: Any, images: str, camera_pattern: str) -> None:
+        if camera_pattern:
+            cfg.DATASETS.IMAGE_FOLDER.CAMERA_PATTERN = camera_pattern
+        if images:
+            cfg.DATASETS.NAMES, cfg.DATASETS.TESTS = ("ImageFolderReID",), ()
+            cfg.DATASETS.IMAGE_FOLDER.ROOT = str(Path(images).expanduser())
+            if cfg.MODEL.META_ARCHITECTURE == "Baseline":
+                cfg.MODEL.META_ARCHITECTURE = "SelCon"
 
-    Args:
-        cfg: Complete config.
-        resume: Whether to go on from the last checkpoint, if there is one.
-        eval_only: Whether to evaluate ``MODEL.WEIGHTS`` instead.
-        config_file: Where the config came from, for FastReID's log.
-        imports: Python files to import first; a process of its own has not done so.
+    def _of_network(self, network: NetworkSettings) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "MODEL.META_ARCHITECTURE": "SelCon",
+            "MODEL.BACKBONE.PRETRAIN": bool(network.pretrained),
+        }
+        if network.backbone:
+            kind = "TIMM" if network.backbone.startswith(_TIMM_PREFIX) else "TORCHREID"
+            found["MODEL.BACKBONE.NAME"] = f"build_{kind.lower()}_backbone"
+            name = network.backbone.removeprefix(_TIMM_PREFIX)
+            found[f"MODEL.BACKBONE.{kind}_NAME"] = name
+            found["MODEL.BACKBONE.PRETRAIN_PATH"] = ""
+        if isinstance(network.pretrained, str):
+            found["MODEL.BACKBONE.PRETRAIN_PATH"] = network.pretrained
+        if network.input_size:
+            found["INPUT.SIZE_TRAIN"] = list(network.input_size)
+            found["INPUT.SIZE_TEST"] = list(network.input_size)
+        return found
 
-    Returns:
-        FastReID's results.
+    def _of_device(self, device: str) -> dict[str, Any]:
+        return {"MODEL.DEVICE": device}
 
-    Raises:
-        ValueError: If there is nothing to evaluate.
-    """
-    import_files(imports)
-    from fastreid.engine import default_setup
-    from fastreid.evaluation.testing import verify_results
+    def _of_dataset(self, name: str) -> dict[str, Any]:
+        return {"DATASETS.NAMES": (name,), "DATASETS.TESTS": (name,)}
 
-    from selcon_plugin.fastreid_ext import SelConTrainer
-    from selcon_plugin.fastreid_ext.results import results_by_test_set, write_results
-    from selcon_plugin.fastreid_ext.trainer import load_trained_model, share_host_log
-    from selcon_plugin.runs.results import delete_results
+    def help(self) -> ConfigHelp:
+        """Return what is known of the config's keys."""
+        return self._config_help(own=config.OWN_OPTIONS, checked=config.HOST_OPTIONS)
 
-    default_setup(cfg, argparse.Namespace(eval_only=eval_only, config_file=config_file))
-    share_host_log()
-    if eval_only:
-        if not cfg.DATASETS.TESTS:
-            raise ValueError("DATASETS.TESTS is empty: there is nothing to evaluate on")
-        results = SelConTrainer.test(cfg, load_trained_model(cfg))
-    else:
+    def default_values(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the defaults, with those of the method of another config."""
+        return config.default_values(settings)
+
+    def check_trainable(self, cfg: Any) -> None:
+        """Refuse a meta-architecture that trains on identities, and unknown data sets."""
+        SelConTrainer.check_meta_architecture(cfg)
+        known = list(DATASET_REGISTRY._obj_map)
+        for name in (*cfg.DATASETS.NAMES, *cfg.DATASETS.TESTS):
+            if name not in known:
+                raise ValueError(
+                    f"unknown data set {name!r}; known are {', '.join(sorted(known))}"
+                )
+
+    def _set_up(self, cfg: Any, *, eval_only: bool, source: str) -> None:
+        make_output_folder("OUTPUT_DIR", cfg.OUTPUT_DIR)
+        default_setup(cfg, argparse.Namespace(eval_only=eval_only, config_file=source))
+        share_host_log()
+
+    def train(self, cfg: Any, *, resume: bool = False, source: str = "") -> RunResult:
+        """Train in this process, one of possibly several."""
+        self._set_up(cfg, eval_only=False, source=source)
         trainer = SelConTrainer(cfg)
         trainer.resume_or_load(resume=resume)
         delete_results(cfg.OUTPUT_DIR)
@@ -90,6 +149,114 @@ def run_fastreid(
         with threads, trainer.meter.running():
             results = trainer.train()
         write_results(trainer, results)
-    if results:
-        verify_results(cfg, results_by_test_set(cfg, results))
-    return results
+        folder = Path(cfg.OUTPUT_DIR)
+        return RunResult(folder, folder / _FINAL, results_by_test_set(cfg, results or {}))
+
+    def evaluate(self, cfg: Any, *, source: str = "") -> Mapping[str, Any]:
+        """Evaluate ``MODEL.WEIGHTS`` on ``DATASETS.TESTS``."""
+        self._set_up(cfg, eval_only=True, source=source)
+        if not cfg.DATASETS.TESTS:
+            raise ValueError("DATASETS.TESTS is empty: there is nothing to evaluate on")
+        results = SelConTrainer.test(cfg, load_trained_model(cfg)) or {}
+        metrics = results_by_test_set(cfg, results)
+        if metrics:
+            verify_results(cfg, metrics)
+        return metrics
+
+    def check_expected(self, cfg: Any, result: RunResult) -> None:
+        """Compare the metrics with ``TEST.EXPECTED_RESULTS``."""
+        if result.metrics:
+            verify_results(cfg, result.metrics)
+
+    def launch(
+        self,
+        main: Callable[..., Any],
+        args: tuple[Any, ...],
+        processes: Processes,
+        *,
+        training: Any = None,
+    ) -> None:
+        """Call a function in all processes of a run, or of torchrun."""
+        check_launch(
+            processes.per_machine,
+            processes.num_machines,
+            processes.machine_rank,
+            processes.meeting_point,
+        )
+        if processes.per_machine > 1 and training is not None:
+            # Starting processes that all fail takes its time.
+            make_output_folder("OUTPUT_DIR", training.OUTPUT_DIR)
+            check_processes(training, processes.per_machine * processes.num_machines)
+        launch(
+            main,
+            processes.per_machine,
+            num_machines=processes.num_machines,
+            machine_rank=processes.machine_rank,
+            dist_url=processes.meeting_point,
+            timeout_minutes=processes.timeout_minutes,
+            args=args,
+        )
+
+    def demo(self, cfg: Any) -> Demo:
+        """Return the demo's steps in FastReID."""
+        return FastReIDDemo(cfg)
+
+    def load_network(
+        self, cfg: Any, weights: str | Path, device: torch.device
+    ) -> InferenceNetwork:
+        """Build the network of a config, trained with or without labels."""
+        return load_network(cfg, weights, device)
+
+    def adaptation_overrides(self, adaptation: Adaptation) -> dict[str, Any]:
+        """Return what is set to train a network further."""
+        found = {
+            "MODEL.META_ARCHITECTURE": "SelCon",
+            "MODEL.WEIGHTS": adaptation.weights,
+            "MODEL.BACKBONE.PRETRAIN": False,
+            "MODEL.SELCON.METHOD": adaptation.method,
+            "MODEL.SELCON.KEEP_CHECKPOINTS": 0,
+            "MODEL.SELCON.KEEP_BEST_BY": "none",  # all checkpoints are measured
+            "SOLVER.OPT": "Adam",
+            "SOLVER.BASE_LR": adaptation.learning_rate,
+            "SOLVER.MAX_EPOCH": adaptation.epochs,
+            "SOLVER.SCHED": "MultiStepLR",
+            "SOLVER.STEPS": [adaptation.epochs + 1],  # constant
+            "SOLVER.WARMUP_ITERS": 0,
+            "SOLVER.DELAY_EPOCHS": 0,
+            "SOLVER.IMS_PER_BATCH": adaptation.batch_size,
+            "SOLVER.CHECKPOINT_PERIOD": adaptation.checkpoint_period,
+            "TEST.IMS_PER_BATCH": adaptation.batch_size,
+            "DATALOADER.NUM_WORKERS": adaptation.num_workers,
+            "OUTPUT_DIR": adaptation.folder,
+        }
+        if adaptation.device != "auto":
+            found["MODEL.DEVICE"] = adaptation.device
+        return found | (_of_foreign(adaptation) if adaptation.foreign else {})
+
+    def checkpoints(self, folder: str | Path, epochs: int) -> list[tuple[int, Path]]:
+        """List the checkpoints of a run by epochs trained, the final one last."""
+        found = [
+            (int(match[1]) + 1, file)
+            for file in Path(folder).glob("model_*.pth")
+            if (match := _CHECKPOINT.fullmatch(file.name))
+        ]
+        final = Path(folder, _FINAL)
+        return [*sorted(found), *([(epochs, final)] if final.exists() else [])]
+
+    def extract(self, cfg: Any, output: str | Path) -> tuple[int, int]:
+        """Write the features of ``DATASETS.NAMES`` by ``MODEL.WEIGHTS`` to a file."""
+        return extract_folder(cfg, output)
+
+
+def _of_foreign(adaptation: Adaptation) -> dict[str, Any]:
+    """Return what keeps the head of a network that the plugin did not train."""
+    clustering = {
+        f"MODEL.SELCON.CLUSTERING.{name.upper()}": value
+        for name, value in adaptation.clustering.items()
+    }
+    return {
+        "MODEL.SELCON.NUM_PARTS": 0,
+        "MODEL.SELCON.PROJECT_GLOBAL": False,
+        "MODEL.SELCON.CLUSTERING.LABELER": "DBSCAN",
+        **clustering,
+    }

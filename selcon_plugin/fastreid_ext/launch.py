@@ -27,6 +27,7 @@ from torch.multiprocessing.spawn import (
     spawn,
 )
 
+from selcon_plugin.config.host_data import ProcessFailure
 from selcon_plugin.engine.stopping import stop_signals_go_to
 
 # Long enough for one process to cluster or to evaluate while the others wait.
@@ -40,10 +41,6 @@ _USUAL_CAUSES = {
     "SIGKILL": " (out of memory?)",
     "SIGABRT": " (did NCCL wait in vain? see the log above)",
 }
-
-
-class ProcessFailure(RuntimeError):  # noqa: N818  (as in ProcessExitedException)
-    """A training process failed or was killed; the others have been ended."""
 
 
 _MEETING_POINT = re.compile(r"tcp://\S+:\d+|env://|file://\S+")

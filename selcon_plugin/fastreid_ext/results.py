@@ -1,4 +1,4 @@
-"""``results.json`` and report of a run in FastReID."""
+"""``results.json`` of a run in FastReID."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from selcon_plugin.fastreid_ext.config import default_values
-from selcon_plugin.report import finish_run
 from selcon_plugin.runs import results as run_record
 from selcon_plugin.runs.metrics import read_metrics
 
@@ -31,7 +29,7 @@ def results_by_test_set(cfg: Any, results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_results(trainer: Any, results: Mapping[str, Any] | None) -> None:
-    """Write ``results.json`` and the report into the run's folder, on the main process.
+    """Write ``results.json`` into the run's folder, on the main process.
 
     Args:
         trainer: The trainer, after training.
@@ -55,7 +53,6 @@ def write_results(trainer: Any, results: Mapping[str, Any] | None) -> None:
         device=torch.device(cfg.MODEL.DEVICE),
         host="fastreid",
     )
-    finish_run(cfg.OUTPUT_DIR, default_values)
 
 
 def _last_num_clusters(trainer: Any) -> int | None:

@@ -22,20 +22,17 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from selcon_plugin.config.checks import check_device
-from selcon_plugin.datasets import read_image_folder
+from selcon_plugin.datasets import ImageItem, read_image_folder
 from selcon_plugin.datasets.numbering import number_names
 from selcon_plugin.datasets.reading import ImageReadError, describe_faults, read_rgb
 from selcon_plugin.engine.image_check import check_unreadable_ratio
 from selcon_plugin.inference.folder_features import FolderFeatures
-from selcon_plugin.models.inference import InferenceNetwork
 from selcon_plugin.models.preprocessing import Preprocessing
 
 __all__ = ["Embedder", "FolderFeatures"]
 
 logger = logging.getLogger(__name__)
 
-# What a run in either host writes beside its checkpoints.
-_CONFIG = "config.yaml"
 _Image = str | Path | Image.Image | NDArray[np.uint8]
 
 
@@ -101,15 +98,16 @@ class Embedder:
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If there is no config, or the weights are of another network.
-        """
+        """  # noqa: DOC502  (raised by what this calls)
         file = Path(weights).expanduser()
         if not file.is_file():
             raise FileNotFoundError(f"there is no checkpoint {str(weights)!r}")
-        if backbone and config_file:
-            raise ValueError("the config names the backbone: leave out one of the two")
-        return cls(
-            _load_network(file, str(config_file), backbone, _device(device), list(options))
-        )
+        place = choose_device(device)
+        # Imported here: an exported model needs neither hosts nor methods.
+        from selcon_plugin.hosts import find_network
+
+        network = find_network(file, str(config_file), backbone)
+        return cls(network.host.load_network(network.load_config(options), file, place))
 
     @classmethod
     def from_onnx(cls, file: str | Path) -> Embedder:
@@ -189,8 +187,39 @@ class Embedder:
             FileNotFoundError: If there is no such folder.
             ValueError: If it holds no images.
         """  # noqa: DOC502  (raised by what this calls)
+        return self.embed_items(
+            read_image_folder(folder, camera_pattern=camera_pattern),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            max_unreadable_ratio=max_unreadable_ratio,
+            show_progress=show_progress,
+        )
+
+    def embed_items(
+        self,
+        items: Sequence[ImageItem],
+        *,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        max_unreadable_ratio: float = 0.05,
+        show_progress: bool = False,
+    ) -> FolderFeatures:
+        """Compute the features of images that have been listed.
+
+        Args:
+            items: What ``selcon_plugin.datasets.read_image_folder`` returned.
+            batch_size: Images computed together.
+            num_workers: Processes that read images; 0 to read in this one.
+            max_unreadable_ratio: As of :meth:`embed_folder`.
+            show_progress: Whether to draw a progress bar.
+
+        Returns:
+            Features of the images that can be read, in the order of ``items``.
+
+        Raises:
+            BadImagesError: If more images cannot be read, or none can.
+        """  # noqa: DOC502  (raised by what this calls)
         _check_batch_size(batch_size)
-        items = read_image_folder(folder, camera_pattern=camera_pattern)
         reader = _FolderReader([item.path for item in items], self.backend.preprocessing)
         loader: Iterable[list[NDArray[np.uint8] | str]] = DataLoader(
             reader, batch_size, num_workers=num_workers, collate_fn=list
@@ -249,50 +278,18 @@ class _FolderReader(Dataset[NDArray[np.uint8] | str]):
             return str(error)
 
 
-def find_config(weights: str | Path) -> str:
-    """Find the config that a run left in its folder.
+def choose_device(name: str) -> torch.device:
+    """Return where to compute.
 
     Args:
-        weights: A checkpoint of the run. torchreid's lie in a sub-folder.
+        name: ``"auto"`` for a GPU if there is one, or as in PyTorch.
 
     Returns:
-        Path of ``config.yaml``; empty where there is none.
+        The device.
+
+    Raises:
+        ValueError: If there is no such device.
     """
-    folder = Path(weights).expanduser().absolute().parent
-    folders = [folder, folder.parent] if folder.name == "model" else [folder]
-    found = [str(place / _CONFIG) for place in folders if (place / _CONFIG).is_file()]
-    return found[0] if found else ""
-
-
-def _load_network(
-    file: Path, config_file: str, backbone: str, device: torch.device, options: list[str]
-) -> InferenceNetwork:
-    # The hosts are imported here: an exported model must run where there is none.
-    from selcon_plugin.hosts import host_of, load_config
-
-    use_gpu = ["use_gpu", "False"]  # of a run: where to compute is said by the device
-    if backbone:
-        from selcon_plugin.torchreid_ext.inference import load_network
-
-        options = ["model.name", backbone, *options, *use_gpu]
-        cfg = load_config("", options, host="torchreid")
-        return load_network(cfg, file, device)
-    config_file = config_file or find_config(file)
-    if not config_file:
-        raise ValueError(
-            f"there is no {_CONFIG} beside {file}: name the config that it was trained "
-            "with (--config-file), or for plain weights the model (--backbone osnet_x0_25)"
-        )
-    if host_of(config_file) == "torchreid":
-        from selcon_plugin.torchreid_ext.inference import load_network
-
-        return load_network(load_config(config_file, [*options, *use_gpu]), file, device)
-    from selcon_plugin.fastreid_ext.inference import load_network as load_fastreid_network
-
-    return load_fastreid_network(load_config(config_file, options), file, device)
-
-
-def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_device("device", name)

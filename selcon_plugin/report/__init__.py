@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from selcon_plugin.config.host import Host
 from selcon_plugin.distributed import rank
 from selcon_plugin.io.atomic import write_atomically
-from selcon_plugin.report.collect import RunData, collect_run
+from selcon_plugin.report.collect import FindHost, RunData, collect_run
 from selcon_plugin.report.compare import comparison_page
 from selcon_plugin.report.page import run_page
 
@@ -19,16 +19,13 @@ REPORT_FILE = "report.html"
 
 logger = logging.getLogger(__name__)
 
-# Returns the default config for a config, both by full keys.
-DefaultsOf = Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
-
 
 def write_report(
     folder: str | Path,
     output: str | Path = "",
     *,
     images: bool | None = None,
-    defaults_of: DefaultsOf | None = None,
+    find_host: FindHost | None = None,
 ) -> Path:
     """Write the report of a run.
 
@@ -37,7 +34,7 @@ def write_report(
         output: HTML file to write; by default ``report.html`` in the folder.
         images: Whether crops are shown; by default as the run's option ``report_images``
             says.
-        defaults_of: Returns the default config for a config, both by full keys.
+        find_host: Returns the host of a run's settings.
 
     Returns:
         The file.
@@ -45,7 +42,7 @@ def write_report(
     Raises:
         FileNotFoundError: If the folder holds no run.
     """  # noqa: DOC502  (raised by what this calls)
-    run = collect_run(folder, defaults_of=defaults_of)
+    run = collect_run(folder, find_host=find_host)
     if images is None:
         images = run.setting("report_images") is not False
     file = Path(output or Path(folder) / REPORT_FILE)
@@ -58,14 +55,14 @@ def write_comparison(
     folders: Sequence[str | Path],
     output: str | Path,
     *,
-    defaults_of: DefaultsOf | None = None,
+    find_host: FindHost | None = None,
 ) -> Path:
     """Write a page that compares runs.
 
     Args:
         folders: Folders of two or more runs.
         output: HTML file to write.
-        defaults_of: Returns the default config for a config, both by full keys.
+        find_host: Returns the host of a run's settings.
 
     Returns:
         The file.
@@ -77,24 +74,24 @@ def write_comparison(
     resolved = [Path(folder).resolve() for folder in folders]
     if len(set(resolved)) < max(2, len(resolved)):
         raise ValueError("a comparison needs two runs or more, each of them once")
-    runs = [collect_run(folder, defaults_of=defaults_of) for folder in folders]
+    runs = [collect_run(folder, find_host=find_host) for folder in folders]
     file = Path(output)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(comparison_page(runs), file)
     return file
 
 
-def finish_run(folder: str | Path, defaults_of: DefaultsOf) -> None:
+def finish_run(folder: str | Path, host: Host | None = None) -> None:
     """Write the report at the end of a run, on the main process; never fail the run.
 
     Args:
         folder: Folder of the run; nothing is written if it is empty.
-        defaults_of: As in :func:`write_report`.
+        host: The host that trained.
     """
     if not folder or rank() > 0:
         return
     try:
-        file = write_report(folder, defaults_of=defaults_of)
+        file = write_report(folder, find_host=lambda _: host)
     except Exception as error:
         logger.warning("The report could not be written: %s", error)
     else:

@@ -14,6 +14,7 @@ import yaml
 from numpy.typing import NDArray
 
 from selcon_plugin.config.checks import flatten_config
+from selcon_plugin.config.host import Host
 from selcon_plugin.engine.image_list import IMAGE_LIST
 from selcon_plugin.runs.embedding import EmbeddingRecord
 from selcon_plugin.runs.metrics import METRICS_FILE, read_metrics
@@ -25,6 +26,8 @@ CONFIG_FILE = "config.yaml"
 logger = logging.getLogger(__name__)
 
 _Read = TypeVar("_Read")
+# Returns the host of a run's settings by full keys; None where it is not known.
+FindHost = Callable[[Mapping[str, Any]], Host | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +85,7 @@ class RunData:
         embedding: Features and clusters; None if not known.
         ranked: Ranked results of the last evaluation, by test set.
         broken: What could not be read, in words.
+        host: Package that trained; empty if it is not known.
     """
 
     folder: Path
@@ -93,23 +97,19 @@ class RunData:
     embedding: EmbeddingRecord | None = None
     ranked: Mapping[str, list[RankedQuery]] = field(default_factory=dict)
     broken: tuple[str, ...] = ()
+    host: str = ""
 
     @property
     def name(self) -> str:
         """Name of the folder."""
         return self.folder.resolve().name
 
-    @property
-    def host(self) -> str:
-        """Package that trained, as far as the config or the results tell."""
-        if "selcon.method" in self.settings:
-            return "torchreid"
-        return str(self.results.get("host", "fastreid"))
-
     def setting(self, name: str) -> Any:
         """Look up a setting of the plugin by its option's name; None if not known."""
-        key = f"selcon.{name}"
-        return self.settings.get(key, self.settings.get(f"MODEL.{key}".upper()))
+        # The plugin's node has this name in each host's config, in the host's case.
+        end = f".selcon.{name}"
+        found = (v for k, v in self.settings.items() if f".{k}".lower().endswith(end))
+        return next(found, None)
 
     def curve(self, name: str) -> Curve:
         """Return a figure over the epochs; an empty one where it was not measured."""
@@ -128,13 +128,13 @@ class RunData:
 def collect_run(
     folder: str | Path,
     *,
-    defaults_of: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] | None = None,
+    find_host: FindHost | None = None,
 ) -> RunData:
     """Read what a run left in its folder; what is missing or broken is left out.
 
     Args:
         folder: Folder of a run, finished or not.
-        defaults_of: Returns the default config for a config, both by full keys.
+        find_host: Returns the host of a run's settings, from which their defaults come.
 
     Returns:
         What is known.
@@ -159,16 +159,18 @@ def collect_run(
     if embedding and (images is None or len(embedding.labels) != len(images.paths)):
         embedding = None
         reader.broken.append("the record of the features is of other images")
+    host = find_host(settings) if find_host and settings else None
     return RunData(
         folder,
         results,
         _curves(records, results),
         settings,
-        reader.read(lambda: defaults_of(settings)) if defaults_of and settings else None,
+        reader.read(lambda: host.default_values(settings)) if host else None,
         images,
         embedding,
         reader.read(lambda: read_ranked(folder)) or {},
         tuple(reader.broken),
+        host.name if host else str(results.get("host", "")),
     )
 
 

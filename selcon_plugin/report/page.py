@@ -68,7 +68,7 @@ def run_page(run: RunData, *, images: bool = True) -> str:
         Section("about", "About this run", _about(run)),
     ]
     method = run.results.get("method") or run.setting("method") or "method not known"
-    subtitle = f"{method} in {run.host}"
+    subtitle = f"{method} in {run.host}" if run.host else str(method)
     return document(f"Report: {run.name}", run.name, subtitle, sections)
 
 

@@ -19,9 +19,8 @@ from selcon_plugin.engine.run import seed_all
 from selcon_plugin.io.atomic import write_atomically
 from selcon_plugin.io.safe_loading import safe_extraction
 from selcon_plugin.methods import method_class
-from selcon_plugin.report import finish_run
 from selcon_plugin.runs.results import delete_results, write_results
-from selcon_plugin.torchreid_ext.config import KEYS, default_values
+from selcon_plugin.torchreid_ext.config import KEYS
 from selcon_plugin.torchreid_ext.datasets import (
     image_dataset_names,
     register_image_folder,
@@ -281,5 +280,4 @@ def run_config(cfg: CfgNode, *, resume: bool = False) -> ImageSelConEngine:
             device=next(engine.model.parameters()).device,
             host="torchreid",
         )
-        finish_run(folder, default_values)
     return engine

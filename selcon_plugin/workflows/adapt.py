@@ -1,41 +1,46 @@
-"""Adapt a trained network to a folder of images, and keep what became better.
+"""Adapt a trained network to a folder of images, and keep the best checkpoint.
 
-The network trains on the images without labels. Before, and at each checkpoint, its
-features of the same images are measured by
-:func:`~selcon_plugin.metrics.label_free.label_free_quality`; the best of all is the result,
-the given network among them: by that score it never ends worse than it began.
+The network trains on the images without labels. Before the training and at each checkpoint,
+:func:`~selcon_plugin.metrics.label_free.label_free_quality` scores its features of the same
+images. The result is the checkpoint with the best score; the given network is one of the
+candidates, so the score of the result is never worse than that of the given network.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import math
+import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
-from selcon_plugin.config.checks import make_output_folder
-from selcon_plugin.datasets import read_image_folder
-from selcon_plugin.inference.embedder import Embedder
+from selcon_plugin.config.checks import make_output_folder, read_config_file
+from selcon_plugin.config.host import Host
+from selcon_plugin.config.host_data import Adaptation
+from selcon_plugin.config.keys import own_method_options
+from selcon_plugin.datasets import ImageItem, read_image_folder
+from selcon_plugin.hosts import TrainedNetwork, find_network
+from selcon_plugin.inference.embedder import Embedder, choose_device
 from selcon_plugin.inference.folder_features import FolderFeatures
 from selcon_plugin.io.atomic import write_atomically
+from selcon_plugin.methods import method_names
 from selcon_plugin.metrics.label_free import LabelFreeQuality, label_free_quality
-from selcon_plugin.workflows.adapt_hosts import AdaptHost, find_host
 from selcon_plugin.workflows.cluster_folder import fingerprint
 from selcon_plugin.workflows.folder_clusters import default_options
+from selcon_plugin.workflows.train import train
 
 __all__ = ["AdaptSettings", "Adapted", "Candidate", "adapt"]
 
-logger = logging.getLogger(__name__)
-
 ADAPTED_FILE, CONFIG_FILE, RECORD_FILE = "adapted.pth", "config.yaml", "adapt.json"
 TRAINING_FOLDER = "training"
+_DEFAULT_METHOD = "SelConCluster"
 # Each takes as long to measure as a clustering of the training does.
 _CHECKPOINTS = 5
 
@@ -106,13 +111,13 @@ class Candidate:
 
     @property
     def value(self) -> float:
-        """The figure that decides."""
+        """The score that decides."""
         return -1.0 if self.quality is None else self.quality.value
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """What an adaptation came to.
+    """The result of an adaptation.
 
     Attributes:
         file: The network.
@@ -136,17 +141,17 @@ def adapt(
     settings: AdaptSettings,
     output: str | Path,
     *,
-    say: Callable[[str], None] = lambda _: None,
+    echo: Callable[[str], None] = lambda _: None,
 ) -> Adapted:
     """Adapt a network to a folder of images.
 
     Writes ``adapted.pth``, ``config.yaml``, with which it is loaded, and ``adapt.json``,
-    what was measured. The same call after a kill goes on where it was.
+    what was measured. The same call resumes an adaptation that was stopped.
 
     Args:
         settings: What to adapt, and how.
         output: Folder to write to.
-        say: Takes lines for the user.
+        echo: Takes lines for the user.
 
     Returns:
         The network and what was measured.
@@ -161,62 +166,131 @@ def adapt(
     make_output_folder("--output", str(output))
     output = Path(output)
     items = read_image_folder(settings.images, camera_pattern=settings.camera_pattern)
-    host = find_host(settings.weights, settings.config_file, settings.backbone)
-    given_config = host.load_config(settings.options)
+    network = find_network(settings.weights, settings.config_file, settings.backbone)
+    given_config = network.load_config(settings.options)
     record = _Record.open(output / RECORD_FILE, settings, fingerprint(items))
     if record.done:
-        say(f"{output} holds this adaptation, complete: nothing to do")
+        echo(f"{output} holds this adaptation, complete: nothing to do")
         return record.result(output)
-    measure = _Measure(settings, record, say)
+    measure = _Measure(network.host, items, settings, record, echo)
     measure(0, settings.weights, given_config)
     training = output / TRAINING_FOLDER
-    cfg = host.training_config(
-        images=settings.images,
-        camera_pattern=settings.camera_pattern,
-        settings=_run_settings(settings, len(items), training),
-        options=settings.options,
-    )
-    _train(host, cfg, say)
-    for epochs, file in host.checkpoints(training, settings.epochs):
+    cfg = training_config(network, settings, len(items), training)
+    try:
+        train(network.host, cfg, resume=True)
+    except FloatingPointError as error:
+        echo(f"Training ended early: {error}")
+    for epochs, file in network.host.checkpoints(training, settings.epochs):
         measure(epochs, file, cfg)
-    _write_best(host, record, output, {0: given_config}, cfg)
+    _write_best(network.host, record, output, given_config, cfg)
     result = record.finish(output)
-    _say_result(result, say)
+    _report(result, echo)
     return result
 
 
-def _run_settings(settings: AdaptSettings, num_images: int, folder: Path) -> dict[str, Any]:
-    """Name what is set in the config of either host."""
-    return {
-        "weights": str(Path(settings.weights).expanduser()),
-        "method": settings.method,
-        "epochs": settings.epochs,
-        "learning_rate": settings.learning_rate,
-        "batch_size": settings.batch_size,
-        "num_workers": settings.num_workers,
-        "checkpoint_period": settings.checkpoint_period,
-        "device": settings.device,
-        "folder": str(folder),
-        "clustering": {**default_options("DBSCAN", num_images), "center_cameras": True},
-    }
+def training_config(
+    network: TrainedNetwork, settings: AdaptSettings, num_images: int, folder: Path
+) -> Any:
+    """Make the config of the training.
+
+    Args:
+        network: The given network.
+        settings: What to adapt, and how.
+        num_images: Images of the folder.
+        folder: Folder of the run.
+
+    Returns:
+        Complete config: that of the network, in which the training is that of ``settings``.
+        A network that the plugin did not train keeps its head, and is clustered with the
+        options that fit the number of images.
+    """
+    host = network.host
+    own_method = _own_method(network)
+    method = settings.method or own_method or _DEFAULT_METHOD
+    adaptation = Adaptation(
+        weights=str(network.weights),
+        method=method,
+        folder=str(folder),
+        epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        batch_size=settings.batch_size,
+        num_workers=settings.num_workers,
+        checkpoint_period=settings.checkpoint_period,
+        device=settings.device,
+        clustering={**default_options("DBSCAN", num_images), "center_cameras": True},
+        foreign=not own_method,
+    )
+    file = network.config_file
+    if own_method and method != own_method:
+        file = _without_method_options(network, folder)
+    return host.load_config(
+        file,
+        settings.options,
+        overrides={
+            **host.inference_overrides(network.backbone),
+            **host.adaptation_overrides(adaptation),
+        },
+        images=settings.images,
+        camera_pattern=settings.camera_pattern,
+    )
 
 
-def _train(host: AdaptHost, cfg: Any, say: Callable[[str], None]) -> None:
-    try:
-        host.train(cfg)
-    except FloatingPointError as error:
-        say(f"Training ended early: {error}")
+def _plugin_node(host: Host, content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Find the plugin's node in a config; None in one of another kind."""
+    node: Any = content
+    for name in host.keys.path.split("."):
+        if name not in node:
+            return None
+        node = node[name]
+    found: dict[str, Any] = node
+    return found
+
+
+def _effective_content(network: TrainedNetwork) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(network.load_config().dump())
+    return content
+
+
+def _own_method(network: TrainedNetwork) -> str:
+    """Return the method that the config trains with; "" for another kind of config."""
+    host, file = network.host, network.config_file
+    if not file or _plugin_node(host, read_config_file(file)) is None:
+        return ""
+    node = _plugin_node(host, _effective_content(network))
+    assert node is not None
+    return str(node[host.keys.case("method")])
+
+
+def _without_method_options(network: TrainedNetwork, folder: Path) -> str:
+    """Write the config anew, without the options of the method that it names."""
+    content = _effective_content(network)
+    node = _plugin_node(network.host, content)
+    assert node is not None
+    for method in method_names():
+        for option in own_method_options(method):
+            node.pop(network.host.keys.case(option), None)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "base.yaml"
+    write_atomically(yaml.safe_dump(content), file)
+    return str(file)
 
 
 class _Measure:
     """Measures a network, unless the record has it already."""
 
     def __init__(
-        self, settings: AdaptSettings, record: _Record, say: Callable[[str], None]
+        self,
+        host: Host,
+        items: Sequence[ImageItem],
+        settings: AdaptSettings,
+        record: _Record,
+        echo: Callable[[str], None],
     ) -> None:
+        self._host = host
+        self._items = items
         self._settings = settings
         self._record = record
-        self._say = say
+        self._echo = echo
         self._paths: tuple[str, ...] | None = None
 
     def __call__(self, epochs: int, file: str | Path, cfg: Any) -> None:
@@ -239,12 +313,12 @@ class _Measure:
         place = str(Path(file).expanduser().absolute())  # a later call may be elsewhere
         self._record.add(Candidate(epochs, place, quality))
         name = f"after {epochs} epochs" if epochs else "as given"
-        self._say(f"{name}: {_summary(quality)}")
+        self._echo(f"{name}: {_summary(quality)}")
 
     def _features(self, file: str | Path, cfg: Any) -> FolderFeatures:
-        found = self._embedder(file, cfg).embed_folder(
-            self._settings.images,
-            camera_pattern="none",
+        device = choose_device(self._settings.device)
+        found = Embedder(self._host.load_network(cfg, file, device)).embed_items(
+            self._items,
             batch_size=self._settings.batch_size,
             num_workers=self._settings.num_workers,
             show_progress=sys.stderr.isatty(),
@@ -252,19 +326,10 @@ class _Measure:
         if self._paths not in (None, found.paths):
             raise ValueError(
                 f"the images in {self._settings.images} changed while they were measured: "
-                "leave the folder alone, and begin anew with another --output"
+                "leave the folder alone, and start over with another --output"
             )
         self._paths = found.paths
         return found
-
-    def _embedder(self, file: str | Path, cfg: Any) -> Embedder:
-        # Through a file: an embedder is made from what a run leaves.
-        config_file = self._record.folder / TRAINING_FOLDER / f"measured_{CONFIG_FILE}"
-        config_file.parent.mkdir(exist_ok=True)
-        write_atomically(cfg.dump(), config_file)
-        return Embedder.from_checkpoint(
-            file, config_file=config_file, device=self._settings.device
-        )
 
 
 def _summary(quality: LabelFreeQuality | None) -> str:
@@ -279,32 +344,31 @@ def _summary(quality: LabelFreeQuality | None) -> str:
     )
 
 
-def _say_result(result: Adapted, say: Callable[[str], None]) -> None:
+def _report(result: Adapted, echo: Callable[[str], None]) -> None:
     before, best = result.before.value, result.best.value
     if result.improved:
-        say(
+        echo(
             f"The network after {result.best.epochs} epochs is the best, quality "
             f"{before:.4f} -> {best:.4f}: {result.file}"
         )
     else:
-        say(
+        echo(
             f"No epoch is better than the given network, quality {before:.4f}: it is kept "
             f"as {result.file}. Try a smaller learning rate, or other settings"
         )
 
 
 def _write_best(
-    host: AdaptHost,
-    record: _Record,
-    output: Path,
-    given: Mapping[int, Any],
-    trained_config: Any,
+    host: Host, record: _Record, output: Path, given_config: Any, trained_config: Any
 ) -> None:
-    best = record.best
-    if best.epochs == 0 and best.quality is None:
+    best, cfg = record.best, trained_config
+    if best.epochs:
+        host.write_network(best.file, output / ADAPTED_FILE)
+    elif best.quality is None:
         raise ValueError("the given network's features hold NaN or infinity")
-    host.write_network(best.file, output / ADAPTED_FILE, trained=best.epochs > 0)
-    cfg = given.get(best.epochs, trained_config)
+    else:
+        shutil.copyfile(Path(best.file).expanduser(), output / ADAPTED_FILE)
+        cfg = given_config
     write_atomically(cfg.dump(), output / CONFIG_FILE)
 
 
@@ -319,7 +383,7 @@ class _Record:
 
     @classmethod
     def open(cls, file: Path, settings: AdaptSettings, images: str) -> _Record:
-        """Read the record of an earlier call, or begin one."""
+        """Read the record of an earlier call, or start one."""
         facts = {**dataclasses.asdict(settings), "image_list": images}
         facts["options"] = list(settings.options)
         for free in ("num_workers", "device"):  # they do not change what comes out
@@ -331,7 +395,7 @@ class _Record:
             earlier = content["settings"]
             candidates = [_candidate(entry) for entry in content["candidates"]]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is damaged: remove it to begin anew") from error
+            raise ValueError(f"{file} is damaged: remove it to start over") from error
         changed = [key for key in facts if earlier.get(key) != facts[key]]
         if changed:
             raise ValueError(
@@ -357,7 +421,7 @@ class _Record:
         self._write()
 
     def result(self, output: Path) -> Adapted:
-        """Return what a complete adaptation came to."""
+        """Return the result of a complete adaptation."""
         return Adapted(
             output / ADAPTED_FILE, self.candidates[0], self.best, tuple(self.candidates)
         )

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from selcon_plugin.workflows.bench_hosts import HOSTS
+from selcon_plugin.io.atomic import write_atomically
 
 METRICS = ("mAP", "Rank-1", "mINP")
 
@@ -48,14 +48,17 @@ class Run:
         settings: Effective values by their full keys.
         host: Package of the host.
         imports: Python files that it imports first.
+        comparable: The settings by keys that are the same in all hosts, as far as there are
+            such; empty where ``settings`` have them.
     """
 
     config: str
     seed: int
     folder: Path
     settings: Mapping[str, Any] = field(default_factory=dict)
-    host: str = "fastreid"
+    host: str = ""
     imports: Sequence[str] = ()
+    comparable: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.config} seed {self.seed}"
@@ -197,12 +200,12 @@ class Report:
         """Write ``table.md``, ``table.csv`` and ``table.json`` into a folder."""
         rows = summarize(self.outcomes, self.num_seeds)
         notes = "\n".join(self.notes())
-        write_file(output / "table.md", f"{self.table()}\n\n{notes}\n")
+        write_atomically(f"{self.table()}\n\n{notes}\n", output / "table.md")
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_file(output / "table.csv", text.getvalue())
+        write_atomically(text.getvalue(), output / "table.csv")
         content = {
             "command": self.command,
             "date": _now(),
@@ -210,7 +213,7 @@ class Report:
             "differences": self.differing(),
             "runs": [_run_as_json(outcome) for outcome in self.outcomes],
         }
-        write_file(output / "table.json", json.dumps(content, indent=2) + "\n")
+        write_atomically(json.dumps(content, indent=2) + "\n", output / "table.json")
 
     def table(self) -> str:
         """Lay out the rows in Markdown, readable on a terminal as well."""
@@ -254,7 +257,7 @@ class Report:
         settings: dict[str, dict[str, Any]] = {}
         for outcome in self.outcomes:
             run = outcome.run
-            own = {**HOSTS[run.host].comparable(run.settings), _HOST: run.host}
+            own = {**(run.comparable or run.settings), _HOST: run.host}
             first = settings.setdefault(run.config, own)
             if outcome.record is not None:
                 first[_STEPS] = outcome.record["steps"]
@@ -314,15 +317,3 @@ def _machine(record: Mapping[str, Any]) -> str:
 
 def _now() -> str:
     return datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-
-
-def write_file(file: Path, text: str) -> None:
-    """Write a file in one step: a reader finds the old text or the new one.
-
-    Args:
-        file: Where to; its folder exists.
-        text: Written as UTF-8.
-    """
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +21,16 @@ from selcon_plugin.clustering import PseudoLabels, build_labeler
 from selcon_plugin.clustering.camera_centering import num_centered
 from selcon_plugin.config.checks import make_output_folder
 from selcon_plugin.datasets import ImageItem, read_image_folder
+from selcon_plugin.datasets.numbering import number_names
+from selcon_plugin.datasets.reading import fault_of
 from selcon_plugin.engine.estimates import (
     check_memory,
     clustering_estimate,
     extraction_estimate,
     product_rate,
 )
+from selcon_plugin.inference.embedder import Embedder, choose_device
+from selcon_plugin.inference.folder_features import FolderFeatures
 from selcon_plugin.io.atomic import write_atomically
 from selcon_plugin.report.sheets import SheetRow, contact_sheet
 from selcon_plugin.workflows.folder_clusters import (
@@ -36,16 +42,12 @@ from selcon_plugin.workflows.folder_clusters import (
     write_csv,
 )
 
-if TYPE_CHECKING:
-    from selcon_plugin.inference.embedder import Embedder
-    from selcon_plugin.inference.folder_features import FolderFeatures
-
 __all__ = ["cluster_folder", "fingerprint"]
 
 CSV_FILE, FEATURES_FILE, SHEET_FILE = "clusters.csv", "features.npz", "contact_sheet.jpg"
 LINKS_FOLDER = "links"
-# What the features beside it were made of.
-_FACTS_FILE = "features.json"
+# The network and the images that the features beside it were computed from.
+_SOURCE_FILE = "features.json"
 # JPEG files hold no picture that is longer.
 _MOST_SHEET_ROWS = 400
 
@@ -64,13 +66,13 @@ def cluster_folder(
     batch_size: int = 64,
     num_workers: int = 0,
     device: str = "auto",
-    say: Callable[[str], None] = lambda _: None,
+    echo: Callable[[str], None] = lambda _: None,
 ) -> FolderClusters:
     """Cluster a folder of images, and write the clusters.
 
     ``clusters.csv`` is written into ``output``, and ``features.npz``, from which the same
     network clusters the same images again without computing anything. Time and memory are
-    said before either is begun.
+    reported before either is started.
 
     Args:
         load_embedder: Makes the network; called only if there are no features of it yet.
@@ -85,7 +87,7 @@ def cluster_folder(
         batch_size: Images computed together.
         num_workers: Processes that read images.
         device: Where to cluster: ``"auto"`` for a GPU if there is one.
-        say: Takes lines for the user.
+        echo: Takes lines for the user.
 
     Returns:
         The clusters.
@@ -103,46 +105,38 @@ def cluster_folder(
     make_output_folder("--output", str(output))
     output = Path(output)
     items = read_image_folder(folder, camera_pattern=camera_pattern)
-    facts = {"network": network_key, "images": fingerprint(items)}
-    found = _kept_features(output, facts)
+    source = {"network": network_key, "images": fingerprint(items)}
+    found = _kept_features(output, source)
     if found is None:
-        found = _compute_features(
-            load_embedder(), folder, len(items), batch_size, num_workers, say
-        )
-        # In this order: a kill between the two leaves features that nobody believes.
-        (output / _FACTS_FILE).unlink(missing_ok=True)
+        found = _compute_features(load_embedder(), items, batch_size, num_workers, echo)
+        # In this order: a kill between the two leaves features that are not used.
+        (output / _SOURCE_FILE).unlink(missing_ok=True)
         found.save(output / FEATURES_FILE)
-        write_atomically(json.dumps(facts) + "\n", output / _FACTS_FILE)
+        write_atomically(json.dumps(source) + "\n", output / _SOURCE_FILE)
     else:
-        say(f"{len(found.paths):,} features of this network are in {output} already")
+        echo(f"{len(found.paths):,} features of this network are in {output} already")
+        found = _with_cameras(found, items, output)
     values = {**default_options(labeler, len(found.paths)), **(options or {})}
+    labels = _cluster(found, labeler, values, str(choose_device(device)), echo)
     camera_of = {item.path: item.camera or "" for item in items}
-    cameras = [camera_of.get(path, "") for path in found.paths]
-    labels = _cluster(found, cameras, labeler, values, _device(device), say)
     clusters = FolderClusters(
         found.paths,
-        cameras,
+        [camera_of.get(path, "") for path in found.paths],
         labels.labels.numpy(),
         cluster_confidence(found.features, labels.labels.numpy()),
     )
     write_csv(clusters, output / CSV_FILE, folder=folder)
-    say(f"{_summary(labels)}: {output / CSV_FILE}")
+    echo(f"{_summary(labels)}: {output / CSV_FILE}")
     if links:
         link_clusters(clusters, output / LINKS_FOLDER)
-        say(f"A folder for each cluster: {output / LINKS_FOLDER}")
+        echo(f"A folder for each cluster: {output / LINKS_FOLDER}")
     if contact_sheet_rows and clusters.num_clusters:
         rows = [
             _sheet_row(clusters, number)
             for number in range(min(contact_sheet_rows, clusters.num_clusters))
         ]
-        say(f"The largest clusters: {contact_sheet(output / SHEET_FILE, rows)}")
+        echo(f"The largest clusters: {contact_sheet(output / SHEET_FILE, rows)}")
     return clusters
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
 
 
 def fingerprint(items: Sequence[ImageItem]) -> str:
@@ -164,46 +158,50 @@ def fingerprint(items: Sequence[ImageItem]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _kept_features(output: Path, facts: Mapping[str, str]) -> FolderFeatures | None:
+def _kept_features(output: Path, source: Mapping[str, str]) -> FolderFeatures | None:
     """Read the features of an earlier call, if of this network and these images."""
-    from selcon_plugin.inference.folder_features import FolderFeatures
-
     try:
-        same = json.loads((output / _FACTS_FILE).read_text()) == facts
+        same = json.loads((output / _SOURCE_FILE).read_text()) == source
         return FolderFeatures.load(output / FEATURES_FILE) if same else None
     except (OSError, ValueError):  # none, or damaged: they can be computed again
         return None
 
 
+def _with_cameras(
+    found: FolderFeatures, items: Sequence[ImageItem], output: Path
+) -> FolderFeatures:
+    """Number the cameras of features that were computed with another camera pattern."""
+    camera_of = {item.path: item.camera for item in items}
+    numbers = number_names([camera_of.get(path) for path in found.paths])
+    camids = np.array(numbers, dtype=np.int64)
+    if np.array_equal(camids, found.camids):
+        return found
+    found = dataclasses.replace(found, camids=camids)
+    found.save(output / FEATURES_FILE)
+    return found
+
+
 def _compute_features(
     embedder: Embedder,
-    folder: str | Path,
-    num_images: int,
+    items: Sequence[ImageItem],
     batch_size: int,
     num_workers: int,
-    say: Callable[[str], None],
+    echo: Callable[[str], None],
 ) -> FolderFeatures:
-    from selcon_plugin.datasets.reading import fault_of
-
     # An unreadable image would end the measurement: the next one takes its place.
-    first = []
-    for item in read_image_folder(folder, camera_pattern="none"):
-        if not fault_of(item.path):
-            first.append(item.path)
-        if len(first) == batch_size:
-            break
+    readable = (item.path for item in items if not fault_of(item.path))
+    first = list(itertools.islice(readable, batch_size))
     if first:
         expected = extraction_estimate(
             lambda count: embedder(first[:count], batch_size=batch_size),
-            num_images,
+            len(items),
             embedder.dim,
             batch_size=len(first),
         )
-        say(f"{num_images:,} images: their features take {expected}")
-        check_memory(expected, f"computing the features of {num_images:,} images")
-    return embedder.embed_folder(
-        folder,
-        camera_pattern="none",
+        echo(f"{len(items):,} images: their features take {expected}")
+        check_memory(expected, f"computing the features of {len(items):,} images")
+    return embedder.embed_items(
+        items,
         batch_size=batch_size,
         num_workers=num_workers,
         show_progress=sys.stderr.isatty(),
@@ -212,11 +210,10 @@ def _compute_features(
 
 def _cluster(
     found: FolderFeatures,
-    cameras: Sequence[str],
     labeler: str,
     options: Mapping[str, Any],
     device: str,
-    say: Callable[[str], None],
+    echo: Callable[[str], None],
 ) -> PseudoLabels:
     num_images, dim = found.features.shape
     neighbors = build_labeler(labeler, **options).num_neighbors(num_images)
@@ -224,19 +221,16 @@ def _cluster(
         num_images, dim, k1=neighbors, products_per_second=product_rate(dim, device)
     )
     chosen = ", ".join(f"{name} {value}" for name, value in options.items())
-    say(f"Clustering takes {expected}: {labeler} ({chosen or 'its defaults'})")
+    echo(f"Clustering takes {expected}: {labeler} ({chosen or 'its defaults'})")
     if device == "cpu":
         check_memory(expected, f"clustering {num_images:,} images")
     started = time.perf_counter()
-    known = sorted({camera for camera in cameras if camera})
-    number_of = {camera: number for number, camera in enumerate(known)}
-    camids = np.array([number_of.get(camera, -1) for camera in cameras], dtype=np.int64)
-    if centered := num_centered(torch.from_numpy(camids)):
-        say(f"The features of {centered} cameras are made alike in their means")
+    if centered := num_centered(torch.from_numpy(found.camids)):
+        echo(f"The features of {centered} cameras are made alike in their means")
     labels = cluster_features(
-        found.features, camids, labeler=labeler, options=options, device=device
+        found.features, found.camids, labeler=labeler, options=options, device=device
     )
-    say(f"Clustered in {time.perf_counter() - started:.1f} s")
+    echo(f"Clustered in {time.perf_counter() - started:.1f} s")
     return labels
 
 

@@ -5,9 +5,8 @@ import re
 
 import pytest
 
-from selcon_plugin.cli.config import config_help_of
 from selcon_plugin.cli.main import main
-from selcon_plugin.hosts import load_config
+from selcon_plugin.hosts import get_host, load_config
 
 HOSTS = {"fastreid": "MODEL.SELCON.TEMPERATURE", "torchreid": "selcon.temperature"}
 
@@ -74,7 +73,7 @@ def test_key_of_a_method_of_ones_own_is_explained(tmp_path, capsys):
 
 
 def test_examples_are_legal(host):
-    config_help = config_help_of(host)
+    config_help = get_host(host).help()
     for key, found in config_help.plugin_keys.items():
         command = config_help.explain(key).splitlines()[-1]
         opts = re.search(r"FILE (.*)$", command)[1].split(" ")

@@ -14,8 +14,11 @@ import pytest
 import yaml
 
 from helpers import programs
+from selcon_plugin.cli.bench import main
 from selcon_plugin.config.checks import flatten_config
-from selcon_plugin.workflows import bench
+from selcon_plugin.hosts import get_host
+from selcon_plugin.workflows import bench, bench_runs
+from selcon_plugin.workflows.bench_runs import progress
 from selcon_plugin.workflows.bench_table import METRICS
 
 EPOCHS = 3
@@ -31,7 +34,7 @@ def run_bench(*arguments):
     ):
         patch.setattr(subprocess, "Popen", programs.popen)
         warnings.simplefilter("default")  # pytest makes errors of what FastReID warns of
-        status = bench.main([str(argument) for argument in arguments])
+        status = main([str(argument) for argument in arguments])
     return status, output.getvalue()
 
 
@@ -87,8 +90,8 @@ def tell(tiny, folder):
             os.kill(os.getpid(), signals.pop())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "_POLL_SECONDS", 0.05)
-        patch.setattr(bench, "_show", stop_in_the_second_run)
+        patch.setattr(bench_runs, "_POLL_SECONDS", 0.05)
+        patch.setattr(bench_runs, "show_status", stop_in_the_second_run)
         first = run_bench(*arguments)
     kept = (output / "plain" / "seed0" / "results.json").stat().st_mtime_ns
     files_when_stopped = {file.name for file in second_run.iterdir()}
@@ -103,7 +106,7 @@ def results_of(story, name, seed):
 def test_stopped_bench_goes_on_where_it_stopped(story):
     status, text = story.first
     assert status == 143  # SIGTERM
-    assert "Stopped. The same command goes on" in text
+    assert "Stopped. The same command resumes" in text
     assert "results.json" not in story.files_when_stopped
     status, text = story.second
     assert status == 0
@@ -158,7 +161,7 @@ def test_finished_bench_only_reads(story, monkeypatch):
     def begin(_run):
         raise AssertionError("a finished run began again")
 
-    monkeypatch.setattr(bench, "_command", begin)
+    monkeypatch.setattr(bench_runs, "_command", begin)
     before = (story.output / "table.csv").read_text()
     status, text = run_bench(*story.arguments, "DATALOADER.NUM_WORKERS", "1")
     assert status == 0
@@ -201,6 +204,32 @@ def test_failed_run_is_reported_and_does_not_end_the_others(tiny_values, tmp_pat
     )
     assert "0 of 1" in table
     assert (output / "good" / "seed0" / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("log", "text"),
+    [
+        ("Loading checkpoint", "1 min 15 s, starting"),
+        (" epoch/iter: 0/4  total_loss: 1", "epoch 1/20, 1 min 15 s"),
+        ("eta: 0:00:09  epoch/iter: 2/14  loss", "epoch 3/20, 1 min 15 s, 9.0 s left"),
+        (
+            "eta: 0:00:09  epoch/iter: 2/14 \neta: 1 day, 2:03:04  epoch/iter: 3/19  ",
+            "epoch 4/20, 1 min 15 s, 26 h 3 min left",
+        ),
+    ],
+)
+def test_progress_is_read_from_the_log(log, text):
+    assert progress(log, 20, 75.0, get_host("fastreid").run_files) == text
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("OUTPUT_DIR", "x"), ("MODEL.SELCON.SEED", "7")]
+)
+def test_keys_that_the_bench_sets_are_refused(tiny_values, tmp_path, key, value):
+    config = write_config(tmp_path / "a.yml", tiny_values)
+    with pytest.raises(ValueError, match=f"{key} is set by --output and --seeds"):
+        run_bench("--configs", config, "--output", tmp_path / "out", key, value)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

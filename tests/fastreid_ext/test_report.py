@@ -1,9 +1,9 @@
 """What a run in FastReID leaves for its report."""
 
 from selcon_plugin.fastreid_ext import SelConTrainer
-from selcon_plugin.fastreid_ext.config import default_values
 from selcon_plugin.fastreid_ext.results import write_results
-from selcon_plugin.report import collect_run
+from selcon_plugin.hosts import get_host, host_of_settings
+from selcon_plugin.report import collect_run, finish_run
 from selcon_plugin.report.page import changed_settings
 from selcon_plugin.runs.embedding import EmbeddingRecord
 
@@ -17,7 +17,8 @@ def trained(cfg, **changes):
     with open(f"{cfg.OUTPUT_DIR}/config.yaml", "w") as stream:
         stream.write(trainer.cfg.dump())
     write_results(trainer, results)
-    return collect_run(cfg.OUTPUT_DIR, defaults_of=default_values)
+    finish_run(cfg.OUTPUT_DIR, get_host("fastreid"))
+    return collect_run(cfg.OUTPUT_DIR, find_host=host_of_settings)
 
 
 def test_a_run_leaves_a_report(tiny_cfg):

@@ -23,7 +23,7 @@ from selcon_plugin.hosts import load_config
 from selcon_plugin.io.safe_loading import data_only, load_data, safe_extraction
 from selcon_plugin.models.torchreid import create_torchreid_backbone
 from selcon_plugin.torchreid_ext import ImageSelConEngine
-from selcon_plugin.workflows.bench import _read_results
+from selcon_plugin.workflows.bench_runs import _read_results
 
 FASTREID = tiny.FASTREID | {"OUTPUT_DIR": "out"}
 TORCHREID = tiny.TORCHREID | {"data.root": "datasets", "data.save_dir": "out"}

@@ -10,7 +10,8 @@ from torch import nn
 
 from selcon_plugin.datasets.reading import ImageReadError
 from selcon_plugin.engine.image_check import BadImagesError
-from selcon_plugin.inference.embedder import Embedder, find_config
+from selcon_plugin.hosts import find_config
+from selcon_plugin.inference.embedder import Embedder
 from selcon_plugin.inference.folder_features import FolderFeatures
 from selcon_plugin.models.inference import InferenceNetwork, load_all_tensors
 from selcon_plugin.models.pillow_resize import PillowResize

@@ -6,6 +6,7 @@ import html.parser
 import itertools
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -223,7 +224,8 @@ def test_a_record_of_other_images_is_not_shown(make_run):
 def test_settings_that_differ_are_marked(make_run):
     folder = make_run(SEED=3, EMA_DECAY=0.0)
     defaults = {"MODEL.SELCON.SEED": 0, "MODEL.SELCON.EMA_DECAY": 0.0}
-    text = " ".join(Outline(report(folder, defaults_of=lambda _: defaults)).text)
+    host = SimpleNamespace(name="fastreid", default_values=lambda _: defaults)
+    text = " ".join(Outline(report(folder, find_host=lambda _: host)).text)
     top, full = text.split("The full config")
     assert "MODEL.SELCON.SEED 3 0" in top
     assert "EMA_DECAY" not in top
@@ -262,9 +264,9 @@ def test_a_report_that_fails_is_a_warning(make_run, monkeypatch, caplog):
         raise OSError("disk full")
 
     monkeypatch.setattr("selcon_plugin.report.write_report", fail)
-    finish_run(folder, lambda _: None)
+    finish_run(folder)
     assert "disk full" in caplog.text
-    finish_run("", lambda _: None)
+    finish_run("")
 
 
 # --- figures ------------------------------------------------------------------------------

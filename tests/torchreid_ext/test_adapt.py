@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 from selcon_plugin.cli.main import main
+from selcon_plugin.hosts import find_network
 from selcon_plugin.inference.embedder import Embedder
 from selcon_plugin.io.safe_loading import load_data
 from selcon_plugin.metrics.label_free import LabelFreeQuality
 from selcon_plugin.models.torchreid import build_plain_model
 from selcon_plugin.workflows import adapt as adapt_module
-from selcon_plugin.workflows.adapt import AdaptSettings, Candidate, adapt
-from selcon_plugin.workflows.adapt_hosts import AdaptHost, find_host
+from selcon_plugin.workflows.adapt import AdaptSettings, Candidate, adapt, training_config
 
 SMALL = ("data.height", "64", "data.width", "32", "selcon.iters_per_epoch", "2")
 
@@ -87,7 +87,7 @@ def test_the_best_checkpoint_is_written_and_loads_by_itself(
 ) -> None:
     scripted(0.3, 0.6, 0.5)
     said: list[str] = []
-    result = adapt(settings, tmp_path / "out", say=said.append)
+    result = adapt(settings, tmp_path / "out", echo=said.append)
     assert [c.epochs for c in result.candidates] == [0, 1, 2]
     assert (result.best.epochs, result.improved) == (1, True)
     assert "after 1 epochs is the best, quality 0.3000 -> 0.6000" in said[-1]
@@ -108,7 +108,7 @@ def test_the_best_checkpoint_is_written_and_loads_by_itself(
     assert record["best_epochs"] == 1
 
     # Complete: nothing is done again.
-    again = adapt(settings, tmp_path / "out", say=said.append)
+    again = adapt(settings, tmp_path / "out", echo=said.append)
     assert "nothing to do" in said[-1]
     assert again == result
 
@@ -118,7 +118,7 @@ def test_a_harmful_learning_rate_leaves_the_given_network(
 ) -> None:
     harmful = AdaptSettings(**{**vars(settings), "learning_rate": 1e4, "epochs": 1})
     said: list[str] = []
-    result = adapt(harmful, tmp_path / "out", say=said.append)
+    result = adapt(harmful, tmp_path / "out", echo=said.append)
     assert not result.improved
     assert result.file.read_bytes() == weights.read_bytes()
     assert "No epoch is better" in said[-1]
@@ -133,13 +133,8 @@ def test_the_network_begins_as_it_was_given(
 ) -> None:
     # So little is learned that the features stay: behind the pooling, too.
     still = AdaptSettings(**{**vars(settings), "learning_rate": 1e-12, "epochs": 1})
-    host = find_host(still.weights, "", still.backbone)
-    cfg = host.training_config(
-        images=still.images,
-        camera_pattern="",
-        settings=adapt_module._run_settings(still, 40, tmp_path / "run"),
-        options=still.options,
-    )
+    network = find_network(still.weights, backbone=still.backbone)
+    cfg = training_config(network, still, 40, tmp_path / "run")
     from selcon_plugin.torchreid_ext.train import build_model
 
     model = build_model(cfg).eval()
@@ -156,16 +151,16 @@ def test_a_killed_adaptation_goes_on(
     settings: AdaptSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scripted
 ) -> None:
     seen = scripted(0.2, 0.4, 0.3)
-    train = AdaptHost.train
+    train = adapt_module.train
 
-    def killed(*_: object) -> None:
+    def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(AdaptHost, "train", killed)
+    monkeypatch.setattr(adapt_module, "train", killed)
     with pytest.raises(KeyboardInterrupt):
         adapt(settings, tmp_path / "out")
     assert seen == [0.2]
-    monkeypatch.setattr(AdaptHost, "train", train)
+    monkeypatch.setattr(adapt_module, "train", train)
     result = adapt(settings, tmp_path / "out")
     assert seen == [0.2, 0.4, 0.3]  # the given network is not measured again
     assert result.best.epochs == 1
@@ -178,13 +173,13 @@ def test_a_killed_adaptation_goes_on(
 def test_training_that_breaks_down_is_said_and_what_there_is_counts(
     settings: AdaptSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scripted
 ) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise FloatingPointError("ten steps in a row")
 
     scripted(0.2)
-    monkeypatch.setattr(AdaptHost, "train", broken)
+    monkeypatch.setattr(adapt_module, "train", broken)
     said: list[str] = []
-    result = adapt(settings, tmp_path / "out", say=said.append)
+    result = adapt(settings, tmp_path / "out", echo=said.append)
     assert "Training ended early: ten steps in a row" in said
     assert not result.improved
 
@@ -205,13 +200,8 @@ def test_another_method_than_that_of_the_config(
                 "options": SMALL[4:],
             }
         )
-        host = find_host(second.weights, "", "")
-        cfg = host.training_config(
-            images=second.images,
-            camera_pattern="",
-            settings=adapt_module._run_settings(second, 40, tmp_path / f"two{method}"),
-            options=second.options,
-        )
+        network = find_network(second.weights)
+        cfg = training_config(network, second, 40, tmp_path / f"two{method}")
         assert cfg.selcon.method == expected
         assert (cfg.data.height, cfg.selcon.embedding_dim) == (64, 512)
 

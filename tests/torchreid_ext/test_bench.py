@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from helpers import programs
-from selcon_plugin.workflows import bench
-from selcon_plugin.workflows.bench import progress
-from selcon_plugin.workflows.bench_hosts import HOSTS
+from selcon_plugin.cli.bench import main
+from selcon_plugin.hosts import get_host
+from selcon_plugin.workflows.bench_runs import progress
 
 pytest.importorskip("fastreid")
 
@@ -37,7 +37,7 @@ def run_bench(*arguments: object) -> tuple[int, str]:
     ):
         patch.setattr(subprocess, "Popen", programs.popen)
         warnings.simplefilter("default")  # pytest makes errors of what the hosts warn of
-        status = bench.main([str(argument) for argument in arguments])
+        status = main([str(argument) for argument in arguments])
     return status, output.getvalue()
 
 
@@ -109,12 +109,6 @@ def test_both_hosts_stand_in_one_table(configs: list[Path], tmp_path: Path) -> N
     assert text.count("finished earlier") == 2
 
 
-def test_data_set_is_named_as_each_host_does(configs: list[Path]) -> None:
-    fastreid, torchreid = HOSTS["fastreid"], HOSTS["torchreid"]
-    assert fastreid.dataset_options("Market1501")[1] == "('Market1501',)"
-    assert torchreid.dataset_options("Market1501")[1] == "['market1501']"
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -134,6 +128,6 @@ def test_mistakes_end_before_training(
 def test_progress_is_read_from_what_torchreid_prints() -> None:
     log = "=> Start training\nepoch: [3/20][10/31]\ttime 0.5 (0.5)\teta 0:04:05\tloss 1 (1)"
     assert (
-        progress(log, 20, 75.0, HOSTS["torchreid"])
+        progress(log, 20, 75.0, get_host("torchreid").run_files)
         == "epoch 3/20, 1 min 15 s, 4 min 5 s left"
     )

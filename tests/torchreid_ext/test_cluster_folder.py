@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from selcon_plugin.cli.main import main
+from selcon_plugin.datasets import ImageItem
+from selcon_plugin.datasets.numbering import number_names
 from selcon_plugin.inference.embedder import Embedder
 from selcon_plugin.inference.folder_features import FolderFeatures
 from selcon_plugin.models.torchreid import build_plain_model
@@ -74,6 +76,7 @@ def test_folder_to_table_links_and_sheet(
         assert sheet.height > 130
     features = FolderFeatures.load(output / "features.npz")
     assert features.features.shape == (24, 512)
+    assert features.camids.tolist() == [int("cam1" in path) for path in features.paths]
 
     # The same images and network again: nothing is computed, another eps is instant.
     assert main([*command, "--eps", "0.4", *small]) == 0
@@ -95,10 +98,11 @@ class _Counted:
         means = [np.asarray(Image.open(image)).mean(axis=(0, 1)) for image in images]
         return np.array([m / np.linalg.norm(m) for m in means], dtype=np.float32)
 
-    def embed_folder(self, folder: Path, **_: object) -> FolderFeatures:
+    def embed_items(self, items: list[ImageItem], **_: object) -> FolderFeatures:
         self.folders += 1
-        paths = tuple(sorted(map(str, Path(folder).rglob("*.png"))))
-        return FolderFeatures(paths, np.full(len(paths), -1), self(paths, batch_size=8))
+        paths = tuple(item.path for item in items)
+        camids = np.array(number_names([item.camera for item in items]))
+        return FolderFeatures(paths, camids, self(paths, batch_size=8))
 
 
 def test_features_are_kept_for_the_same_network_and_images_alone(
@@ -115,7 +119,9 @@ def test_features_are_kept_for_the_same_network_and_images_alone(
 
     first = cluster("a")
     assert max(first) >= 0
+    assert set(FolderFeatures.load(output / "features.npz").camids.tolist()) == {0, 1}
     assert (cluster("a", camera_pattern="none"), embedder.folders) == (first, 1)
+    assert set(FolderFeatures.load(output / "features.npz").camids.tolist()) == {-1}
     cluster("b")
     assert embedder.folders == 2
     Image.new("RGB", (24, 48), (9, 200, 9)).save(folder / "cam0" / "new.png")
@@ -141,7 +147,7 @@ def test_large_cameras_are_made_alike_and_it_says_so(
             network_key="a",
             options=options,
             **other,
-            say=lines.append,
+            echo=lines.append,
         )
         return [line for line in lines if "made alike" in line]
 

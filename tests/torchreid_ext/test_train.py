@@ -9,11 +9,10 @@ from PIL import Image
 
 from selcon_plugin.cli.main import main
 from selcon_plugin.datasets import SyntheticPersonsSpec
-from selcon_plugin.hosts import load_config
+from selcon_plugin.hosts import host_of_settings, load_config
 from selcon_plugin.report import collect_run
 from selcon_plugin.report.page import changed_settings
 from selcon_plugin.torchreid_ext import ImageSelConEngine, register_synthetic_persons
-from selcon_plugin.torchreid_ext.config import default_values
 from selcon_plugin.torchreid_ext.train import build_datamanager, build_engine
 
 SPEC = {
@@ -104,7 +103,7 @@ def test_run_leaves_its_results(selcon, tmp_path):
 
 def test_run_leaves_a_report(selcon, tmp_path, capsys):
     assert selcon(**{"data.save_dir": tmp_path / "out", "selcon.seed": 4}) == 0
-    run = collect_run(tmp_path / "out", defaults_of=default_values)
+    run = collect_run(tmp_path / "out", find_host=host_of_settings)
     assert run.host == "torchreid"
     assert run.curve("total_loss").epochs == (1.0, 2.0)
     assert run.curve("mAP").epochs == (2.0,)

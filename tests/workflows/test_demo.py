@@ -13,9 +13,9 @@ from PIL import Image
 pytest.importorskip("fastreid")
 
 from helpers.tiny import SPEC
+from selcon_plugin.cli.demo import main
 from selcon_plugin.datasets import generate_synthetic_persons
 from selcon_plugin.engine.threads import reserve_cpu_core
-from selcon_plugin.workflows import demo
 
 TINY = {
     "MODEL.DEVICE": "cpu",
@@ -51,7 +51,7 @@ def run(tmp_path, dataset_root, monkeypatch, capfd):
         argv = ["--output", str(tmp_path / "out"), "--data-root", str(dataset_root)]
         with warnings.catch_warnings():  # pytest makes errors of what the demo logs
             warnings.simplefilter("default")
-            assert demo.main([*argv, *arguments, *OPTIONS, *options]) == status
+            assert main([*argv, *arguments, *OPTIONS, *options]) == status
         return capfd.readouterr().out
 
     return run_demo
@@ -161,7 +161,7 @@ def test_training_without_labels_lifts_map_by_a_wide_margin(tmp_path):
     argv = ["--output", str(out), "--data-root", str(tmp_path / "data"), "--epochs", "6"]
     with warnings.catch_warnings():
         warnings.simplefilter("default")
-        assert demo.main(argv) == 0
+        assert main(argv) == 0
     results = json.loads((out / "results.json").read_text())
     assert 15 < results["before"]["mAP"] < 40
     assert results["after"]["mAP"] > results["before"]["mAP"] + 20

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import selcon_plugin
+from selcon_plugin.config.host import Host
 from selcon_plugin.datasets import SyntheticPersonsSpec, generate_synthetic_persons
 
 ROOT = Path(__file__).parents[2]
@@ -77,17 +78,16 @@ def test_fits_embeds_indexes_and_searches(tmp_path, crops, host, backbone):
         assert match.camera == re.search(r"c(\d)", match.path)[1]
 
 
-def test_options_become_the_keys_of_the_host(monkeypatch, tmp_path, crops):
-    from selcon_plugin.workflows import fit as api
-
+@pytest.mark.parametrize("host", ["fastreid", "torchreid"])
+def test_options_become_the_keys_of_the_host(monkeypatch, tmp_path, crops, host):
+    needs(host)
     seen = {}
 
-    def note(config_file, words, images, camera_pattern, resume):
-        seen.update(zip(words[::2], words[1::2], strict=True))
-        (tmp_path / "results.json").write_text("{}")
+    def note(self, file, *, overrides, images, camera_pattern):
+        seen.update(overrides)
+        raise InterruptedError
 
-    monkeypatch.setattr(api, "_run_fastreid", note)
-    monkeypatch.setattr(api, "_run_torchreid", note)
+    monkeypatch.setattr(Host, "load_config", note)
     asked = {
         "backbone": "osnet_x0_25",
         "temperature": 0.1,
@@ -95,36 +95,42 @@ def test_options_become_the_keys_of_the_host(monkeypatch, tmp_path, crops):
         "input_size": (128, 64),
         "device": "cpu",
     }
-    api.fit(crops, tmp_path, host="fastreid", **asked, keys={"SOLVER.BASE_LR": 0.5})
-    assert seen == {
-        "OUTPUT_DIR": str(tmp_path),
-        "MODEL.META_ARCHITECTURE": "SelCon",
-        "MODEL.SELCON.METHOD": "SelConCluster",
-        "MODEL.SELCON.TEMPERATURE": 0.1,
-        "MODEL.SELCON.CLUSTERING.EPS": "auto",
-        "MODEL.BACKBONE.NAME": "build_torchreid_backbone",
-        "MODEL.BACKBONE.TORCHREID_NAME": "osnet_x0_25",
-        "MODEL.BACKBONE.PRETRAIN": True,
-        "MODEL.BACKBONE.PRETRAIN_PATH": "",
-        "INPUT.SIZE_TRAIN": [128, 64],
-        "INPUT.SIZE_TEST": [128, 64],
-        "MODEL.DEVICE": "cpu",
-        "SOLVER.BASE_LR": 0.5,
+    own = {
+        "fastreid": {"keys": {"SOLVER.BASE_LR": 0.5}},
+        "torchreid": {"pretrained": "w.pth"},
     }
-    seen.clear()
-    api.fit(crops, tmp_path, host="torchreid", pretrained="w.pth", **asked)
-    assert seen == {
-        "data.save_dir": str(tmp_path),
-        "selcon.method": "SelConCluster",
-        "selcon.temperature": 0.1,
-        "selcon.clustering.eps": "auto",
-        "model.name": "osnet_x0_25",
-        "model.pretrained": True,
-        "selcon.weights": "w.pth",
-        "data.height": 128,
-        "data.width": 64,
-        "use_gpu": False,
+    with pytest.raises(InterruptedError):
+        selcon_plugin.fit(crops, tmp_path, host=host, **asked, **own[host])
+    expected = {
+        "fastreid": {
+            "OUTPUT_DIR": str(tmp_path),
+            "MODEL.META_ARCHITECTURE": "SelCon",
+            "MODEL.SELCON.METHOD": "SelConCluster",
+            "MODEL.SELCON.TEMPERATURE": 0.1,
+            "MODEL.SELCON.CLUSTERING.EPS": "auto",
+            "MODEL.BACKBONE.NAME": "build_torchreid_backbone",
+            "MODEL.BACKBONE.TORCHREID_NAME": "osnet_x0_25",
+            "MODEL.BACKBONE.PRETRAIN": True,
+            "MODEL.BACKBONE.PRETRAIN_PATH": "",
+            "INPUT.SIZE_TRAIN": [128, 64],
+            "INPUT.SIZE_TEST": [128, 64],
+            "MODEL.DEVICE": "cpu",
+            "SOLVER.BASE_LR": 0.5,
+        },
+        "torchreid": {
+            "data.save_dir": str(tmp_path),
+            "selcon.method": "SelConCluster",
+            "selcon.temperature": 0.1,
+            "selcon.clustering.eps": "auto",
+            "model.name": "osnet_x0_25",
+            "model.pretrained": True,
+            "selcon.weights": "w.pth",
+            "data.height": 128,
+            "data.width": 64,
+            "use_gpu": False,
+        },
     }
+    assert seen == expected[host]
 
 
 def test_mistakes_are_said_in_words(tmp_path, crops):

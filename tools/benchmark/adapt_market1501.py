@@ -57,7 +57,7 @@ def main() -> None:
         options=("selcon.iters_per_epoch", str(args.iterations)),
     )
     started = time.perf_counter()
-    result = adapt(settings, output / "adapt", say=_say)
+    result = adapt(settings, output / "adapt", echo=_say)
     minutes = (time.perf_counter() - started) / 60
     after = _evaluated(output / "after.json", args.market, result.file, "", args.batch_size)
     _say(

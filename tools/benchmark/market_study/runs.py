@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from market_study.protocols import CONFIGS, Options
-from selcon_plugin.workflows.bench_table import write_file
+from selcon_plugin.io.atomic import write_atomically
 
 _CHECKOUT = CONFIGS.parent
 _RESULTS = "results.json"
@@ -80,7 +80,7 @@ class Variant:
         if not self.record.is_file():
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             content = {**vars(self), "commit": _commit()}
-            write_file(self.record, json.dumps(content, indent=1, default=str) + "\n")
+            write_atomically(json.dumps(content, indent=1, default=str) + "\n", self.record)
 
     @classmethod
     def load(cls, record: Path) -> Variant:
@@ -184,7 +184,7 @@ def run_variants(variants: Sequence[Variant], seeds: int, budget: Budget) -> Non
     for variant in missing:
         variant.save()
         base = {"_BASE_": str(variant.config), **nested(variant.options)}
-        write_file(_config_file(variant), yaml.safe_dump(base, sort_keys=False))
+        write_atomically(yaml.safe_dump(base, sort_keys=False), _config_file(variant))
     first = missing[0]
     command = [
         *(sys.executable, "-m", "selcon_plugin", "bench"),

@@ -12,7 +12,7 @@ from market_study.choose import Changes, climb
 from market_study.protocols import Protocol, options_of, variant_name
 from market_study.runs import Budget, Variant, run_variants, variants_in
 from market_study.split import DATASET_FOLDER, has_official_test, make_official
-from selcon_plugin.workflows.bench_table import write_file
+from selcon_plugin.io.atomic import write_atomically
 
 PHASES = ("choose", "report", "correlate", "tables")
 _TRAINED = PHASES[:2]
@@ -151,7 +151,8 @@ class Study:
             for seed, results in variant.results().items()
         ]
         rows = correlation.correlate(runs)
-        write_file(self.output / "correlation.md", correlation.table(rows, len(runs)))
+        table = correlation.table(rows, len(runs))
+        write_atomically(table, self.output / "correlation.md")
         print(f"Written: {self.output / 'correlation.md'}")
 
     def tables(self) -> None:
@@ -164,7 +165,7 @@ class Study:
             found["report"],
             correlated.read_text() if correlated.is_file() else "",
         )
-        write_file(self.output / "tables.md", page)
+        write_atomically(page, self.output / "tables.md")
         print(f"Written: {self.output / 'tables.md'}")
 
 

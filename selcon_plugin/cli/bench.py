@@ -1,0 +1,82 @@
+"""``selcon bench``: several configs on several seeds, in one table."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shlex
+
+from selcon_plugin.cli.arguments import add_import_argument
+from selcon_plugin.config.loading import import_files
+from selcon_plugin.workflows.bench import BenchTerminated, run_bench
+from selcon_plugin.workflows.terminal import echo
+
+
+def main(argv: list[str]) -> int:
+    """Run the bench.
+
+    Args:
+        argv: Arguments after ``selcon bench``.
+
+    Returns:
+        Exit status: 0, 1 if a run failed, or 130 (Ctrl-C) or 143 (SIGTERM) if the bench was
+        stopped.
+
+    Raises:
+        ValueError: If an argument is wrong.
+    """
+    args = _parser().parse_args(argv)
+    # Options that follow the files directly are read as files.
+    files = list(itertools.takewhile(_is_config_file, args.configs))
+    options = args.configs[len(files) :] + args.opts
+    if not files:
+        raise ValueError(f"--configs needs .yml files, got {options[0]!r}")
+    import_files(args.imports)
+    try:
+        outcomes = run_bench(
+            files,
+            args.output,
+            seeds=args.seeds,
+            dataset=args.dataset,
+            epochs=args.epochs,
+            options=options,
+            imports=args.imports,
+            command=shlex.join(["selcon", "bench", *argv]),
+        )
+    except KeyboardInterrupt as stop:
+        echo("\nStopped. The same command resumes where this one stopped.")
+        return 143 if isinstance(stop, BenchTerminated) else 130
+    return int(any(outcome.error for outcome in outcomes))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="selcon bench",
+        description="Train and evaluate each config on each seed, and write a table "
+        "(Markdown, CSV, JSON). The same command resumes a bench that was stopped.",
+    )
+    parser.add_argument(
+        "--configs", nargs="+", required=True, metavar="FILE.yml", help="configs"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="seeds 0..N-1; default: 3"
+    )
+    parser.add_argument(
+        "--dataset", default="", metavar="NAME", help="data to train and test all on"
+    )
+    parser.add_argument("--epochs", type=int, metavar="N", help="epochs to train all for")
+    parser.add_argument(
+        "--output", default="logs/bench", metavar="FOLDER", help="default: logs/bench"
+    )
+    add_import_argument(parser)
+    parser.add_argument(
+        "opts",
+        metavar="KEY VALUE",
+        nargs=argparse.REMAINDER,
+        help="config options, for all configs of the host whose keys they are",
+    )
+    return parser
+
+
+def _is_config_file(word: str) -> bool:
+    return word.endswith((".yml", ".yaml"))

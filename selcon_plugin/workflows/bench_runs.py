@@ -1,0 +1,219 @@
+"""The runs of a bench: each is a process of its own, watched until it ends.
+
+Its peak memory is its own, and its end does not end the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from selcon_plugin.config.host_data import RunFiles
+from selcon_plugin.engine.progress import duration
+from selcon_plugin.hosts import get_host
+from selcon_plugin.runs.results import RESULTS_FILE
+from selcon_plugin.workflows.bench_table import METRICS, Outcome, Run
+from selcon_plugin.workflows.terminal import echo, show_status
+
+__all__ = ["SETTINGS_FILE", "failure", "finish", "progress"]
+
+SETTINGS_FILE = "bench.yaml"  # the effective config that a run was started with
+_CONSOLE = "console.txt"  # what a run printed
+_LOCK = ".lock"
+
+_POLL_SECONDS = 1.0
+_STOP_SECONDS = 60.0
+
+
+def finish(run: Run, title: str) -> Outcome:
+    """Read a finished run, or train what is left of it.
+
+    Args:
+        run: The run; its folder holds its settings.
+        title: Its name in the lines for the user.
+
+    Returns:
+        What it measured, or why it failed.
+
+    Raises:
+        ValueError: If its ``results.json`` is not what a run writes.
+    """  # noqa: DOC502  (raised by what this calls)
+    started = time.monotonic()
+    with _exclusive(run.folder, title) as lock:
+        if (run.folder / RESULTS_FILE).exists():
+            when = "finished earlier"
+        else:
+            error = _train(run, title, lock)
+            if error:
+                echo(f"{title}: FAILED: {error}\n    see {run.folder / _CONSOLE}")
+                return Outcome(run, error=error)
+            when = f"in {duration(time.monotonic() - started)}"
+        record = _read_results(run.folder / RESULTS_FILE)
+    echo(f"{title}: {when}{_summary(record['metrics'])}")
+    return Outcome(run, record)
+
+
+def _read_results(file: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(file.read_text())
+        record["metrics"].items()
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is not what a run writes: {error!r}. Remove it, and the run "
+            "resumes from its last checkpoint"
+        ) from error
+    return record
+
+
+def _command(run: Run) -> list[str]:
+    """Return the command that trains and evaluates a run, or resumes it."""
+    # The copy, not the file that was given: it may be edited while the bench runs.
+    config = str(run.folder / SETTINGS_FILE)
+    return [
+        *(sys.executable, "-m", "selcon_plugin", "train"),
+        *("--resume", "--config-file", config),
+        *(word for file in run.imports for word in ("--import", file)),
+    ]
+
+
+def _train(run: Run, title: str, lock: int) -> str:
+    """Train in a process of its own; return why it failed, or nothing."""
+    host, console = get_host(run.host), run.folder / _CONSOLE
+    log = run.folder / (host.run_files.log or _CONSOLE)
+    log_start, console_start = _size(log), _size(console)
+    epochs = run.settings[host.run_keys.epochs]
+    if not sys.stdout.isatty():
+        echo(f"{title}: starts, prints into {console}")
+    started = time.monotonic()
+    with console.open("ab") as stream:
+        process = subprocess.Popen(
+            _command(run),
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            pass_fds=(lock,),  # held as long as the run lives, should the bench be killed
+        )
+    try:
+        while process.poll() is None:
+            elapsed = time.monotonic() - started
+            state = progress(_tail(log, log_start), epochs, elapsed, host.run_files)
+            show_status(f"{title}: {state}")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=_POLL_SECONDS)
+    finally:
+        _stop(process)
+    if process.returncode:
+        return failure(process.returncode, _tail(console, console_start))
+    if not (run.folder / RESULTS_FILE).exists():
+        return f"it ended without writing {RESULTS_FILE}"
+    return ""
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process, if it still runs; it finishes a step and writes a checkpoint."""
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(timeout=_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def progress(log: str, epochs: int, elapsed: float, files: RunFiles) -> str:
+    """Describe how far a run is.
+
+    Args:
+        log: End of the host's log.
+        epochs: Epochs of the whole run.
+        elapsed: Seconds since this part of the run started.
+        files: How to read the log.
+
+    Returns:
+        Epoch, time, and time left as the host estimates it.
+    """
+    found = list(files.progress.finditer(log))
+    if not found:
+        return f"{duration(elapsed)}, starting"
+    last = found[-1]
+    text = (
+        f"epoch {int(last['epoch']) + 1 - files.first_epoch}/{epochs}, {duration(elapsed)}"
+    )
+    if last["time"] is None:
+        return text
+    hours, minutes, seconds = map(int, last["time"].split(":"))
+    left = ((int(last["days"] or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    return f"{text}, {duration(left)} left"
+
+
+def failure(status: int, console: str) -> str:
+    """Describe why a run ended.
+
+    Args:
+        status: Its exit status; below 0 for the signal that ended it.
+        console: End of what it printed.
+
+    Returns:
+        One line.
+    """
+    if status < 0:
+        name = signal.Signals(-status).name
+        hint = "; out of memory?" if name == "SIGKILL" else ""
+        return f"ended by {name}{hint}"
+    lines = [line.strip() for line in console.splitlines() if line.strip()]
+    return f"exit status {status}: {lines[-1] if lines else 'it printed nothing'}"
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def _tail(file: Path, start: int) -> str:
+    """Read the end of a file, of what was written after ``start``."""
+    if not file.exists():
+        return ""
+    with file.open("rb") as stream:
+        stream.seek(max(start, _size(file) - 8192))
+        return stream.read().decode(errors="replace")
+
+
+@contextlib.contextmanager
+def _exclusive(folder: Path, title: str) -> Iterator[int]:
+    """Wait until no process trains in a folder, then keep others out.
+
+    A bench that was killed leaves its last run running. The system frees the lock when both
+    are gone.
+
+    Yields:
+        The lock's file descriptor.
+    """
+    import fcntl
+
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                echo(f"{title}: another process trains in {folder}, waiting for it")
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _summary(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    return "".join(
+        f"; {test_set}: "
+        + ", ".join(f"{name} {found[name]:.1f} %" for name in METRICS if name in found)
+        for test_set, found in metrics.items()
+    )
