@@ -16,25 +16,19 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
 
-from selcon_plugin.datasets.image_folder import (
-    NO_CAMERAS,
-    camera_finder,
-    read_image_folder,
-)
-from selcon_plugin.datasets.reading import ImageReadError, read_rgb
 from selcon_plugin.engine.image_check import check_unreadable_ratio
 from selcon_plugin.retrieval.approximate import Approximate, SearchKind, choose_kind
+from selcon_plugin.retrieval.exact import search_exactly
+from selcon_plugin.retrieval.images import images_below, read_ahead
+from selcon_plugin.retrieval.results import Added, Match
 from selcon_plugin.retrieval.source import (
     ImageEmbedder,
     NetworkSource,
@@ -50,60 +44,13 @@ from selcon_plugin.retrieval.threshold import (
 
 logger = logging.getLogger(__name__)
 
-_READERS = 8
 _IMAGES_PER_COMMIT = 4096
 # Rows that the approximate search lacks and an exact one looks at, until it is extended.
 _MAX_TAIL = 10_000
-_ROWS_AT_ONCE = 16_384
 # Candidates of the approximate search that are ranked again, per result.
 _CANDIDATES_PER_RESULT = 4
 _MIN_CANDIDATES = 64
 _SAMPLED_QUERIES = 256  # of the threshold
-
-
-@dataclass(frozen=True)
-class Added:
-    """What adding a folder did.
-
-    Attributes:
-        new: Images that were not in the index.
-        changed: Images whose file had changed, and whose feature was replaced.
-        known: Images that were in the index already.
-        unreadable: Path and reason of each file that cannot be read.
-    """
-
-    new: int
-    changed: int
-    known: int
-    unreadable: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Match:
-    """An image that was found.
-
-    Attributes:
-        path: Its file.
-        similarity: Cosine with the query.
-        camera: Name of its camera; None where unknown.
-    """
-
-    path: str
-    similarity: float
-    camera: str | None
-
-
-@dataclass(frozen=True)
-class QueryResult:
-    """What was found for a query.
-
-    Attributes:
-        query: Its file.
-        matches: The images, most similar first.
-    """
-
-    query: str
-    matches: tuple[Match, ...]
 
 
 class Index:
@@ -280,7 +227,7 @@ class Index:
         if batch_size < 1:
             raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size}")
         self.check_network(embedder)
-        found = _images_below(folder, camera_pattern)
+        found = images_below(folder, camera_pattern)
         with self._store.writing():
             live = self._store.live
             known = {
@@ -295,7 +242,7 @@ class Index:
             images: list[IndexedImage] = []
             features: list[NDArray[np.float32]] = []
             with bar:
-                for batch in _read_ahead(todo, batch_size):
+                for batch in read_ahead(todo, batch_size):
                     good = [pair for pair in batch if not isinstance(pair[1], str)]
                     faults += [fault for _, fault in batch if isinstance(fault, str)]
                     if good:
@@ -465,7 +412,7 @@ class Index:
         count = min(_SAMPLED_QUERIES, len(rows))
         sample = rows[np.arange(count) * len(rows) // count]
         queries = self._store.features()[sample].astype(np.float32)
-        similarity, found = _exact(
+        similarity, found = search_exactly(
             queries, self._store.features(), rows, min(LONGEST_LIST + 1, len(rows))
         )
         itself = found == sample[:, None]
@@ -501,14 +448,14 @@ class Index:
         few = 10 * len(rows) <= self._store.num_live
         search = self._approximate() if made and not few else None
         if search is None:
-            return _exact(queries, features, rows, count)
+            return search_exactly(queries, features, rows, count)
         tail = rows[rows >= search.num_rows]
-        similarity, found = _exact(queries, features, tail, count)
+        similarity, found = search_exactly(queries, features, tail, count)
         wanted = max(_MIN_CANDIDATES, _CANDIDATES_PER_RESULT * count)
         candidates = search.candidates(queries, wanted, allowed[: search.num_rows])
         for number, query in enumerate(queries):
             near = np.sort(candidates[number][candidates[number] >= 0])
-            best = _exact(query[None], features, near, count)
+            best = search_exactly(query[None], features, near, count)
             both = np.concatenate([similarity[number], best[0][0]])
             both_rows = np.concatenate([found[number], best[1][0]])
             order = np.lexsort((both_rows, -both))[:count]
@@ -527,133 +474,3 @@ class Index:
             return None
         self._loaded = (made["file"], search)
         return search
-
-
-def search(
-    index: Index | str | Path,
-    queries: Sequence[str | Path],
-    *,
-    embedder: ImageEmbedder | None = None,
-    top: int = 10,
-    camera: Sequence[str] = (),
-    not_camera: Sequence[str] = (),
-    threshold: float = -1.0,
-) -> list[QueryResult]:
-    """Find the persons of some images in an index.
-
-    Args:
-        index: The index, or its folder.
-        queries: Image files. One that is in the index is not found by itself.
-        embedder: The network of the index; read from where the index says if None.
-        top: Images per query.
-        camera: Look only among these cameras; all if empty.
-        not_camera: Do not look among these.
-        threshold: Leave out what is less similar.
-
-    Returns:
-        For each query what was found, most similar first.
-
-    Raises:
-        ValueError: If the network is not that of the index, or an argument is wrong.
-        FileNotFoundError: If there is no index, or its network is gone.
-        ImageReadError: If a query cannot be read.
-    """  # noqa: DOC502  (raised by what this calls)
-    if not isinstance(index, Index):
-        index = Index.open(index)
-    files = [os.fspath(query) for query in queries]
-    images = [read_rgb(file) for file in files]
-    if embedder is None:
-        if index.source is None:
-            raise ValueError("the index does not say where its network is: give embedder")
-        embedder = index.source.load()
-    index.check_network(embedder)
-    found = index.search(
-        np.asarray(embedder(images), dtype=np.float32).reshape(len(files), index.dim),
-        top=top,
-        camera=camera,
-        not_camera=not_camera,
-        threshold=threshold,
-        leave_out=files,
-    )
-    return [QueryResult(file, matches) for file, matches in zip(files, found, strict=True)]
-
-
-def _exact(
-    queries: NDArray[np.float32],
-    features: NDArray[np.generic],
-    rows: NDArray[np.int64],
-    count: int,
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Find the nearest of some rows; of equal ones the first.
-
-    Args:
-        queries: Shape ``(Q, D)``.
-        features: Shape ``(N, D)``.
-        rows: Rows to look at, rising.
-        count: Rows per query.
-
-    Returns:
-        Similarities and rows ``(Q, count)``; -inf and -1 where there are fewer.
-    """
-    best = np.full((len(queries), count), -np.inf, dtype=np.float32)
-    found = np.full((len(queries), count), -1, dtype=np.int64)
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        block = rows[start : start + _ROWS_AT_ONCE]
-        products = queries @ features[block].astype(np.float32).T
-        for number, values in enumerate(products):
-            # Only what is better than the worst so far; a tie with it came later.
-            columns = np.flatnonzero(values > best[number, -1])
-            if len(columns) > count:
-                limit = np.partition(values[columns], -count)[-count]
-                columns = columns[values[columns] >= limit]
-            value = np.concatenate([best[number], values[columns]])
-            row = np.concatenate([found[number], block[columns]])
-            order = np.argsort(-value, kind="stable")[:count]
-            best[number], found[number] = value[order], row[order]
-    return best, found
-
-
-def _images_below(folder: str | Path, camera_pattern: str) -> list[IndexedImage]:
-    root = Path(folder).expanduser().absolute()
-    find_camera = camera_finder(camera_pattern)
-    images = []
-    for item in read_image_folder(root, camera_pattern=NO_CAMERAS):
-        camera = find_camera(Path(item.path).relative_to(root))
-        try:
-            status = os.stat(item.path)
-        except OSError:  # a broken link: reading it says so
-            images.append(IndexedImage(item.path, camera, 0, 0))
-        else:
-            images.append(
-                IndexedImage(item.path, camera, status.st_size, status.st_mtime_ns)
-            )
-    named = [image.camera for image in images if image.camera is not None]
-    if camera_pattern not in ("", NO_CAMERAS) and not named:
-        raise ValueError(
-            f"the camera pattern {camera_pattern!r} fits none of the {len(images)} files, "
-            f"for instance not {images[0].path!r}; none leaves cameras out"
-        )
-    return images
-
-
-_Read = tuple[IndexedImage, Image.Image | str]
-
-
-def _read_ahead(images: Sequence[IndexedImage], batch_size: int) -> Iterator[list[_Read]]:
-    """Decode batches on threads, one batch ahead of the one that is used."""
-    pending: deque[list[Future[_Read]]] = deque()
-    with ThreadPoolExecutor(_READERS) as pool:
-        for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size]
-            pending.append([pool.submit(_read, image) for image in batch])
-            if len(pending) > 1:
-                yield [future.result() for future in pending.popleft()]
-        while pending:
-            yield [future.result() for future in pending.popleft()]
-
-
-def _read(image: IndexedImage) -> _Read:
-    try:
-        return image, read_rgb(image.path)
-    except ImageReadError as error:
-        return image, str(error)

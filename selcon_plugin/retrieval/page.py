@@ -12,7 +12,7 @@ from PIL import Image
 
 from selcon_plugin.datasets.reading import ImageReadError, read_rgb
 from selcon_plugin.io.atomic import write_atomically
-from selcon_plugin.retrieval.index import Match, QueryResult
+from selcon_plugin.retrieval.results import Match, QueryResult
 
 _THUMBNAIL = (96, 192)  # width and height at most
 _QUALITY = 80

@@ -52,8 +52,7 @@ def build(name="test_resnet", num_parts=2):
     model = TestFeature(
         backbone,
         head,
-        pixel_mean=PREPROCESSING.pixel_mean,
-        pixel_std=PREPROCESSING.pixel_std,
+        PREPROCESSING,
         images_normalized=True,
     )
     model.train()

@@ -15,7 +15,7 @@ from PIL import Image
 
 from selcon_plugin.datasets import read_image_folder
 from selcon_plugin.engine.image_check import BadImagesError
-from selcon_plugin.retrieval import Index, search
+from selcon_plugin.retrieval import Index, exact, search
 from selcon_plugin.retrieval import index as index_module
 from selcon_plugin.retrieval.approximate import choose_kind
 from selcon_plugin.retrieval.store import IndexedImage
@@ -74,7 +74,7 @@ def brute_force(queries, features, top, keep=None):
 
 @pytest.mark.parametrize("rows_at_once", [16_384, 7])
 def test_flat_search_is_the_sort_of_all_cosines(tmp_path, monkeypatch, rows_at_once):
-    monkeypatch.setattr(index_module, "_ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr(exact, "_ROWS_AT_ONCE", rows_at_once)
     rng = np.random.default_rng(0)
     features, queries = unit(rng, 200), unit(rng, 5)
     features[150] = features[3]  # a tie: the first is first
@@ -285,7 +285,7 @@ def test_cameras_come_from_the_paths_even_if_there_is_one(tmp_path, embedder, dr
     assert index.cameras == ["0"]
     with pytest.raises(ValueError, match="fits none of the 24 files"):
         index.add(folder, embedder, camera_pattern="lens")
-    with pytest.raises(ValueError, match="no regular expression"):
+    with pytest.raises(ValueError, match=r"'\('.*regular expression"):
         index.add(folder, embedder, camera_pattern="(")
 
 

@@ -1,0 +1,43 @@
+"""Exact nearest neighbors among all rows of an index."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+_ROWS_AT_ONCE = 16_384
+
+
+def search_exactly(
+    queries: NDArray[np.float32],
+    features: NDArray[np.generic],
+    rows: NDArray[np.int64],
+    count: int,
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Find the nearest of some rows; of equal ones the first.
+
+    Args:
+        queries: Shape ``(Q, D)``.
+        features: Shape ``(N, D)``.
+        rows: Rows to look at, rising.
+        count: Rows per query.
+
+    Returns:
+        Similarities and rows ``(Q, count)``; -inf and -1 where there are fewer.
+    """
+    best = np.full((len(queries), count), -np.inf, dtype=np.float32)
+    found = np.full((len(queries), count), -1, dtype=np.int64)
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        block = rows[start : start + _ROWS_AT_ONCE]
+        products = queries @ features[block].astype(np.float32).T
+        for number, values in enumerate(products):
+            # Only what is better than the worst so far; a tie with it came later.
+            columns = np.flatnonzero(values > best[number, -1])
+            if len(columns) > count:
+                limit = np.partition(values[columns], -count)[-count]
+                columns = columns[values[columns] >= limit]
+            value = np.concatenate([best[number], values[columns]])
+            row = np.concatenate([found[number], block[columns]])
+            order = np.argsort(-value, kind="stable")[:count]
+            best[number], found[number] = value[order], row[order]
+    return best, found
