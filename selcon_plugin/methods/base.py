@@ -1,6 +1,6 @@
-"""What a method is: banks, a loss that reads them, an update that writes them.
+"""Base class of methods: banks, a loss that reads them, an update that writes them.
 
-The way of one batch, whatever the method::
+Every method handles a batch in these steps::
 
     losses = method.loss(embeddings, index, camids)   # READS the banks
     sum(losses.values()).backward()
@@ -29,9 +29,9 @@ MethodClass = TypeVar("MethodClass", bound="type[Method]")
 class Method(nn.Module, ABC):
     """Base of all methods.
 
-    The whole state is persistent buffers, so that a checkpoint of the model around it holds
-    everything and a resumed run goes on exactly where it stopped. A method never sees an
-    identity.
+    The whole state is in persistent buffers, so that a checkpoint of the model that
+    contains the method is complete, and a resumed run continues bit-identically. A method
+    never receives ground-truth identities.
 
     Args:
         num_images: Training images M; a bank row for each.
@@ -40,19 +40,18 @@ class Method(nn.Module, ABC):
         part_dim: Part feature dimension D.
 
     Attributes:
-        needs_clusters: Whether :meth:`prepare` wants pseudo-labels.
+        needs_clusters: Whether :meth:`prepare` requires pseudo-labels.
         needs_cameras: Whether the cameras of images must be known; checked by
             :meth:`check_cameras`.
-        uses_parts: Whether part features are used; without, the head builds none.
-        default_sampler: How batches are drawn unless the user says otherwise: ``"stream"``
-            for shuffled images, else a planner of :mod:`selcon_plugin.samplers.cluster`.
-        collapse_remedy: What to do if all features become alike, for the warning.
+        uses_parts: Whether part features are used; otherwise the head has no part branch.
+        default_sampler: Sampling of batches unless the user sets another: ``"stream"`` for
+            shuffled images, or a planner of :mod:`selcon_plugin.samplers.cluster`.
+        collapse_remedy: Remedy in the warning that all features have become similar.
         labels: Cluster of each image, int64 ``(M,)``, -1 for outliers and where the method
             has no clusters.
-        instance_level: Whether the labels make every image its own class, for want of
-            clusters.
+        instance_level: Whether every image is its own class, because there are no clusters.
         epoch: Epoch in progress, counted from 0.
-        step: Updates done so far.
+        step: Number of updates so far.
         prepared: Whether the banks have been filled.
     """
 
@@ -82,12 +81,12 @@ class Method(nn.Module, ABC):
         self.register_buffer("_epoch", torch.zeros((), dtype=torch.int64))
         self.register_buffer("_step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("_prepared", torch.zeros((), dtype=torch.bool))
-        # Plain copies of what follows from the buffers: reading a buffer on a GPU would
+        # These are plain copies of values in the buffers: reading a buffer on a GPU would
         # make every step wait for the device.
         self.epoch, self.step, self.prepared = 0, 0, False
         self.instance_level = False
-        # What loss() handed to update() of the same step, by remember(): not state. Number
-        # of images and memo of each call.
+        # Values that loss() passes to update() of the same step by remember(): number of
+        # images and memo of each call. They are not part of the state.
         self._memos: list[tuple[int, Any]] = []
         self.register_load_state_dict_post_hook(self._read_counters)  # type: ignore[no-untyped-call, unused-ignore]
 
@@ -100,19 +99,20 @@ class Method(nn.Module, ABC):
         module._read_labels()
 
     def _read_labels(self) -> None:
-        """Note what follows from the labels; after they are set, and after a checkpoint."""
-        # From the labels in either case, so that a resumed run sees what the unbroken one
-        # saw: a labeler that makes singletons of outliers may find nothing else, too.
+        """Update the attributes that follow from the labels, also after a checkpoint."""
+        # In both cases they are derived from the labels, so that a resumed run has the same
+        # values as an uninterrupted one: a labeler that makes singletons of outliers may
+        # also find nothing else.
         every = torch.arange(self.num_images, device=self.labels.device)
         self.instance_level = torch.equal(self.labels, every)
 
     def start_epoch(self, epoch: int) -> None:
-        """Tell the method which epoch begins, counted from 0."""
+        """Set the epoch that starts, counted from 0."""
         self.epoch = epoch
         self._epoch.fill_(epoch)
 
     def _set_labels(self, pseudo_labels: PseudoLabels | None) -> PseudoLabels:
-        """Keep the labels as state; part of ``prepare`` of a method that clusters."""
+        """Store the labels; ``prepare`` of a method that clusters calls this."""
         if pseudo_labels is None or pseudo_labels.num_images != self.num_images:
             given = pseudo_labels
             raise ValueError(
@@ -132,29 +132,31 @@ class Method(nn.Module, ABC):
         self._step.fill_(self.step)
 
     def remember(self, index: Tensor, memo: Any) -> None:
-        """Hand what :meth:`loss` found to :meth:`update` of the same step.
+        """Pass a value from :meth:`loss` to :meth:`update` of the same step.
 
-        For methods that write what they read with: ``remember`` in ``loss``, :meth:`recall`
-        in ``update``. What belongs to a step that is skipped is never recalled.
+        This is for methods whose write depends on the loss: they call ``remember`` in
+        ``loss`` and :meth:`recall` in ``update``. The values of a skipped step are never
+        recalled.
 
         Args:
-            index: As given to :meth:`loss`.
-            memo: Anything, without gradient.
+            index: As passed to :meth:`loss`.
+            memo: Any value without gradient.
         """
         self._memos.append((len(index), memo))
 
     def recall(self, index: Tensor) -> list[Any]:
-        """Take what :meth:`loss` remembered of the batch, a memo for each call of it.
+        """Remove and return the values that :meth:`loss` remembered, one for each call.
 
         Args:
-            index: As given to :meth:`update`.
+            index: As passed to :meth:`update`.
 
         Returns:
             The memos in the order of the calls.
 
         Raises:
-            RuntimeError: If they are not those of as many images: ``loss`` was not called,
-                or was called for a step that was not taken (see :meth:`take_memos`).
+            RuntimeError: If the number of their images differs from the batch's: ``loss``
+                was not called, or was called for a step that was not taken (see
+                :meth:`take_memos`).
         """
         memos = self.take_memos()
         if sum(size for size, _ in memos) != len(index):
@@ -162,10 +164,10 @@ class Method(nn.Module, ABC):
         return [memo for _, memo in memos]
 
     def take_memos(self) -> list[tuple[int, Any]]:
-        """Take away what was remembered since the last call.
+        """Remove and return everything that was remembered since the last call.
 
-        The engine keeps it beside the batch until the step is taken, and then gives it to
-        :meth:`return_memos`. A loop of your own calls this to skip a step.
+        The engine keeps it with the batch until the step is taken, and then passes it to
+        :meth:`return_memos`. A custom training loop calls this to skip a step.
 
         Returns:
             Number of images and memo of each call of :meth:`loss`; empty for a method that
@@ -175,15 +177,15 @@ class Method(nn.Module, ABC):
         return taken
 
     def return_memos(self, memos: Sequence[tuple[int, Any]]) -> None:
-        """Give back what :meth:`take_memos` took, right before :meth:`update`.
+        """Restore the result of :meth:`take_memos`, right before :meth:`update`.
 
         Args:
-            memos: Those of the batch that is to be written.
+            memos: Memos of the batch that is to be written.
         """
         self._memos = list(memos)
 
     def check_cameras(self, camids: Tensor | None) -> None:
-        """Refuse images without camera ids if the method cannot do without.
+        """Refuse images without camera ids if the method requires them.
 
         Args:
             camids: Camera of each image, int64 ``(M,)``, -1 where unknown; or None.
@@ -194,33 +196,34 @@ class Method(nn.Module, ABC):
         if self.needs_cameras and (camids is None or not bool((camids >= 0).any())):
             raise ValueError(
                 f"{type(self).__name__} learns from the camera of each image, and no "
-                "camera is known here: give camera ids (for a folder of images "
-                "--camera-pattern), or choose a method without"
+                "camera is known here: provide camera ids (for a folder of images "
+                "--camera-pattern), or choose a method that needs none"
             )
 
     def clustering_features(self) -> Tensor | None:
-        """Return features ``(M, C)`` to be clustered in place of freshly extracted ones.
+        """Return features ``(M, C)`` to be clustered instead of newly extracted ones.
 
-        None, the rule, to extract. A method that clusters its own bank returns it once it
-        is prepared; its :meth:`prepare` then gets the bank as the embeddings.
+        Most methods return None, so that features are extracted. A method that clusters its
+        own bank returns it once it is prepared; its :meth:`prepare` then gets the bank as
+        the embeddings.
         """
         return None
 
     def image_features(self) -> Tensor | None:
-        """Return the features of all images that the method keeps, ``(M, C)``, if it does.
+        """Return the method's stored features of all images, ``(M, C)``, or None.
 
-        They are watched for a collapse where nothing is clustered.
+        They are monitored for a collapse if nothing is clustered.
         """
         return None
 
     def make_views(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Make further views of a training batch, for :meth:`loss` to compare.
+        """Create further views of a training batch for :meth:`loss`.
 
         Args:
             images: The augmented batch, RGB on the scale 0..255, shape ``(B, 3, H, W)``.
 
         Returns:
-            Batches of the same shape and scale; none unless a method says otherwise.
+            Batches of the same shape and scale; empty unless a method overrides this.
         """
         return ()
 
@@ -233,7 +236,7 @@ class Method(nn.Module, ABC):
     ) -> None:
         """Fill or rebuild the banks from the features of all training images.
 
-        Called once before training, and again each epoch by methods that cluster.
+        It is called once before training, and for methods that cluster in each epoch.
 
         Args:
             embeddings: Features of images 0..M-1 in order, ``(M, C)`` and ``(M, S, D)``.
@@ -250,16 +253,16 @@ class Method(nn.Module, ABC):
         camids: Tensor | None,
         *views: Embeddings,
     ) -> dict[str, Tensor]:
-        """Compute the training losses of a batch; reads the banks and never writes them.
+        """Compute the training losses of a batch; only read the banks.
 
-        Called once per step, or several times where gradients are accumulated.
+        It is called once per step, or several times if gradients are accumulated.
 
         Args:
             embeddings: Features of the batch, with gradient.
-            index: Which training image each is, int64, shape ``(B,)``.
+            index: Index of each training image, int64, shape ``(B,)``.
             camids: Camera of each image, int64, shape ``(B,)``, or None.
-            *views: Features of what :meth:`make_views` made of the batch, with gradient; a
-                method that makes none need not take them.
+            *views: Features of the views of :meth:`make_views`, with gradient; a method
+                without views need not accept them.
 
         Returns:
             Scalars by name; training minimizes their sum.
@@ -267,25 +270,25 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def update(self, index: Tensor, embeddings: Embeddings) -> None:
-        """Write a batch into the banks; once, after the optimizer step.
+        """Write a batch into the banks; called once, after the optimizer step.
 
         In a distributed run the batches of all ranks are gathered first, so that the banks
         stay identical on every rank.
 
         Args:
-            index: As given to :meth:`loss`; the batches of several calls joined.
-            embeddings: As given to :meth:`loss`; gradients are ignored.
+            index: As passed to :meth:`loss`; the batches of several calls are concatenated.
+            embeddings: As passed to :meth:`loss`; gradients are ignored.
         """
 
     def diagnostics(self) -> dict[str, float]:
-        """Report what a user watches during training, from the last batch and the banks."""
+        """Return metrics for the log, computed from the last batch and the banks."""
         return {}
 
     def selected_positives(self) -> tuple[Tensor, Tensor] | None:
         """Return the last batch's anchors ``(B,)`` and their neighbors ``(B, K)``.
 
-        None where the method has no per-image neighbors, or none yet. Used by diagnostics
-        that know the identities; training does not look at it.
+        The result is None if the method has no neighbors per image, or none yet. It is used
+        by diagnostics that know the identities, but not by training.
         """
         return None
 

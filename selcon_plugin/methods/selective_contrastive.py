@@ -1,8 +1,9 @@
 """Selective Contrastive Learning (SCL): every image its own class, plus its neighbors.
 
-START HERE to see one training step. No clusters and no identities: an image's positives are
-its own row and its K nearest rows, its negatives the next N rows, ranked on every batch
-against live banks of global and part features; the loss compares with the mixture bank.
+START HERE to see one training step. There are no clusters and no identities: an image's
+positives are its own row and its K nearest rows, and its negatives are the next N rows.
+They are ranked on every batch against current banks of global and part features; the loss
+compares features with the mixture bank.
 
 Pang et al., "Fully Unsupervised Person Re-identification via Selective Contrastive
 Learning", 2020. https://arxiv.org/abs/2010.07608
@@ -37,7 +38,7 @@ from selcon_plugin.selection import (
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _UNKNOWN_CAMERA = -1
 NEGATIVE_CAMERAS = ("all", "own", "unbiased")
-# Listed Jaccard neighbors per positive asked for: the camera term reorders them.
+# Stored Jaccard neighbors per requested positive: the camera term reorders them.
 _LISTED_PER_NEIGHBOR = 4
 
 
@@ -45,48 +46,50 @@ _LISTED_PER_NEIGHBOR = 4
 class SelectiveContrastive(Method):
     """Selective Contrastive Learning.
 
-    Differs from the released code where that code differs from its own equations: the
-    gradient is the true gradient of the loss, since the mixture bank is written after the
-    step and not during the backward pass; warm-up negatives never include the own row.
+    The method differs from the released code where that code differs from the paper's
+    equations: the gradient is the true gradient of the loss, because the mixture bank is
+    written after the step and not during the backward pass; and warm-up negatives never
+    include the own row.
 
     Args:
         num_images: Training images M.
         global_dim: Global feature dimension C.
         num_parts: Parts S, 0 for none.
         part_dim: Part feature dimension D.
-        selection: What ranks the candidates. ``"distance"``: the fused distance on every
+        selection: Ranking of the candidates. ``"distance"``: the fused distance on every
             batch, as in the paper. ``"jaccard"``: the Jaccard distance of the last
             clustering, then the fused distance. ``"cluster"``: the fused distance, with
-            positives from the own cluster alone and negatives from outside of it. The last
-            two need clusters.
-        num_neighbors: K, neighbors that count as positives.
-        num_negatives: N, the next nearest rows, which count as negatives.
-        self_weight: λ_t, weight of the image's own row. Small values collapse.
+            positives only from the own cluster and negatives from outside it. The last two
+            need clusters.
+        num_neighbors: K, neighbors that are positives.
+        num_negatives: N, the next nearest rows, which are negatives.
+        self_weight: λ_t, weight of the image's own row. Small values lead to a collapse.
         neighbor_scale: α, factor on the weight shared by the neighbors.
-        part_loss_weight: λ_p, weight of the parts' loss; the global loss gets 1 - λ_p.
+        part_loss_weight: λ_p, weight of the parts' loss; the global loss has 1 - λ_p.
         global_distance_weight: λ_g, weight of the global distance in the ranking.
         same_camera_penalty: λ_c, added to the distance of images from one camera.
-        negative_cameras: Cameras whose images may be negatives: ``"all"``; ``"own"``,
-            that of the image alone, so that telling cameras apart is no help; or
-            ``"unbiased"``, all, but against positives of the own camera those of the own
-            camera alone. Images of unknown camera take all. Not during warm-up.
-        temperature: τ, divides the similarities.
+        negative_cameras: Cameras whose images may be negatives: ``"all"``; ``"own"``, only
+            that of the image, so that discriminating cameras does not lower the loss; or
+            ``"unbiased"``, all, but against positives of the own camera only those of the
+            own camera. Images of unknown camera have negatives from all. This does not
+            apply during warm-up.
+        temperature: τ, by which similarities are divided.
         bank_momentum: Weight of the old row when a bank is written.
-        mixture_update: Whose mixture rows an image writes: all its ``"positives"`` or
-            ``"self"``.
+        mixture_update: Mixture rows that an image writes: those of all its ``"positives"``
+            or only its own, ``"self"``.
         normalize_parts: Whether the concatenated parts are scaled to unit length before
-            loss and mixture bank. The released code leaves their norm at √S.
-        warmup_epochs: Epochs at the start whose only positive is the image itself and whose
-            negatives are random.
+            loss and mixture bank. In the released code their norm is √S.
+        warmup_epochs: Epochs at the start, in which the only positive is the image itself
+            and negatives are random.
         camera_weight: Weight of a sample by the cameras that see its cluster, as in
             :class:`ClusterMethod`; needs clusters.
-        focal_gamma: Exponent of the focal factor: images that already find their positives
+        focal_gamma: Exponent of the focal factor: images that already match their positives
             count less; 0 for none.
         bank_dtype: Type of the banks; half precision halves their memory.
         seed: Seed of the warm-up's random negatives.
 
     Raises:
-        ValueError: If ``camera_weight`` is asked for without clusters.
+        ValueError: If ``camera_weight`` is set without clusters.
     """
 
     collapse_remedy = (
@@ -162,7 +165,7 @@ class SelectiveContrastive(Method):
                 "_listed_index", torch.zeros(num_images, listed, dtype=torch.int64)
             )
             self.register_buffer("_listed_distance", torch.ones(num_images, listed))
-        # The last batch's, for diagnostics: not state.
+        # The selection of the last batch is for diagnostics, and not part of the state.
         self._last: Selection | None = None
 
     def prepare(
@@ -171,9 +174,9 @@ class SelectiveContrastive(Method):
         camids: Tensor | None,
         pseudo_labels: PseudoLabels | None = None,
     ) -> None:
-        """Fill the ranking banks, note cameras and clusters; empty the mixture bank once.
+        """Fill the ranking banks, store cameras and clusters, zero the mixture bank once.
 
-        The mixture bank of a run that clusters again is kept: it holds what was learned.
+        If a run clusters again, its mixture bank is kept, because it was learned.
         """
         mixture_bank = self.memory.mixture_bank.clone() if self.prepared else None
         self.memory.initialize(*embeddings)
@@ -202,13 +205,13 @@ class SelectiveContrastive(Method):
         camids: Tensor | None,
         *views: Embeddings,
     ) -> dict[str, Tensor]:
-        """Choose positives and negatives, then contrast both branches with the bank."""
+        """Select positives and negatives, then contrast both branches with the bank."""
         chosen = self._last = self.select(embeddings, index, camids)
         self.remember(index, chosen)
         global_features, part_features = embeddings
         branches = global_features
         if part_features is not None:
-            # Both branches of an image share its candidates: the bank is read once.
+            # Both branches of an image have the same candidates: the bank is read once.
             parts = self.memory.concatenate_parts(part_features)
             branches = torch.stack([global_features, parts], dim=1)
         loss = self.criterion(
@@ -233,7 +236,7 @@ class SelectiveContrastive(Method):
     def select(
         self, embeddings: Embeddings, index: Tensor, camids: Tensor | None
     ) -> Selection:
-        """Choose the bank rows of positives and negatives for a batch.
+        """Select the bank rows of positives and negatives for a batch.
 
         Args:
             embeddings: Features of the batch.
@@ -267,7 +270,7 @@ class SelectiveContrastive(Method):
             "num_negatives": self.num_negatives,
         }
         allowed = self._allowed_negatives(camids)
-        # Where no clusters were found the images' own neighbors stand in for them.
+        # If no clusters were found, the images' own neighbors are used instead.
         if self.selection == "cluster" and not self.instance_level:
             return select_within_clusters(
                 distance, index, self.labels, allowed_negatives=allowed, **counts
@@ -283,7 +286,7 @@ class SelectiveContrastive(Method):
     def _rank_by_jaccard(
         self, distance: Tensor, index: Tensor, camids: Tensor | None
     ) -> Tensor:
-        """Put the neighbors of the last clustering first, where they are asked for."""
+        """Rank the neighbors of the last clustering first if the option asks for it."""
         if self.selection != "jaccard":
             return distance
         listed = self._listed_index[index]
@@ -294,14 +297,14 @@ class SelectiveContrastive(Method):
         return prefer_listed(distance, listed, listed_distance)
 
     def _allowed_negatives(self, camids: Tensor | None) -> Tensor | None:
-        """Return which rows may be negatives of which image, (B, M); None for all."""
+        """Return which rows may be negatives of each image, ``(B, M)``; None for all."""
         if self.negative_cameras != "own" or camids is None:
             return None
         own = camids[:, None]
         return (self._bank_camids == own) | (own < 0)
 
     def _ignored_pairs(self, chosen: Selection, camids: Tensor | None) -> dict[str, Tensor]:
-        """Return the pairs that the camera tells apart, as the loss takes them."""
+        """Return the masks of camera-confounded pairs, as arguments of the loss."""
         unbiased = self.negative_cameras == "unbiased" and self.epoch >= self.warmup_epochs
         if not unbiased or camids is None:
             return {}
@@ -344,18 +347,18 @@ class SelectiveContrastive(Method):
         neighbors = self._last.positive_index[:, 1:]
         if self._last.positive_mask is None:
             return anchors, neighbors
-        # Rows differ in length: each neighbor with its anchor.
+        # Rows differ in length: each neighbor is returned with its anchor.
         present = self._last.positive_mask[:, 1:]
         return anchors[:, None].expand_as(neighbors)[present], neighbors[present][:, None]
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, float]:
-        """Report how close the last batch's rows are to their own and neighbors' rows.
+        """Measure how similar the last batch's rows are to their own and neighbors' rows.
 
         Returns:
             ``bank_agreement``: mean cosine between global and mixture row of the last
             batch's images. ``neighbor_similarity``: mean cosine between their global rows
-            and their neighbors'. ``same_camera_neighbors``: share of neighbors from the
+            and their neighbors'. ``same_camera_neighbors``: fraction of neighbors from the
             own camera, where cameras are known.
         """
         if self._last is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 METHOD_PREFIX = "method."
 TEACHER_PREFIX = "teacher."
-# What a run adds to the network.
+# Prefixes of the modules that a run adds to the network.
 RUN_PREFIXES = (METHOD_PREFIX, TEACHER_PREFIX)
 # The teacher's copies of backbone and head.
 _TEACHER_WEIGHTS = f"{TEACHER_PREFIX}module."
