@@ -172,7 +172,7 @@ def test_empty_gallery_and_uneven_labels_are_named(tmp_path, query):
         ranked_sheet(
             tmp_path / "s.png", query, nobody, {"m": np.zeros((2, 0))}, queries=[0]
         )
-    with pytest.raises(ValueError, match="equally many, got 1, 2 and 1"):
+    with pytest.raises(ValueError, match="same length, got 1, 2 and 1"):
         LabeledImages(["a"], np.array([1, 2]), np.array([1]))
 
 

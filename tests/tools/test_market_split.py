@@ -100,7 +100,7 @@ def test_fewer_training_identities_keep_the_validation_set():
         ({"num_validation": 0}, "cannot hold out 0"),
         (
             {"num_validation": 2, "num_train": 5},
-            "cannot train on 5 identities: 4 of 6 identities",
+            "cannot train on 5 identities: 4 of 6 remain",
         ),
     ],
 )
