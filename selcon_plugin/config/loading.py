@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selcon_plugin.config.checks import flatten_config
+from selcon_plugin.config.checks import flatten_config, read_config_tree
 from selcon_plugin.options import KINDS
 
 if TYPE_CHECKING:
@@ -69,17 +69,18 @@ def import_files(files: Sequence[str]) -> None:
 
 def _merge_file(cfg: Any, keys: ConfigKeys, file: str) -> None:
     with _explained(cfg, keys, file):
-        cfg.merge_from_file(file)
+        cfg.merge_from_other_cfg(type(cfg)(read_config_tree(file, keys.rename_in_tree)))
 
 
 def _merge_options(cfg: Any, keys: ConfigKeys, opts: Sequence[str]) -> None:
     source = "the command line"
     if len(opts) % 2:
         raise ValueError(f"{source}: the key {opts[-1]} has no value: KEY VALUE")
+    opts = keys.rename_in_words(opts)
     for key in opts[::2]:
         _check_key(cfg, key, source)
     with _explained(cfg, keys, source):
-        cfg.merge_from_list(list(opts))
+        cfg.merge_from_list(opts)
 
 
 def _check_key(cfg: Any, key: str, source: str) -> None:
