@@ -1,19 +1,21 @@
-"""Settings of a method, read from its constructor: defaults, types and legal ranges.
+"""Options, each stated once: name, default, type, legal range and meaning.
 
-A method states each option once, in its signature::
+A method states its options in its constructor's signature, a run in the fields of a
+dataclass::
 
     def __init__(self, ..., *, temperature: Annotated[float, Interval(0, above=True)] = 0.1)
 
-From there come the constructor's default, the config key (``TEMPERATURE``), its check and
-the error that names key, value and legal range; what it means comes from the docstring.
+From there come the default, the config key (``TEMPERATURE``), its check and the error that
+names key, value and legal range; the meaning comes from the docstring.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -83,13 +85,26 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Option:
-    """One setting of a method.
+class ChoiceOf:
+    """Legal values that are looked up when the options are read, not when they are stated.
+
+    A script may register a method of its own after the import.
 
     Attributes:
-        name: Constructor argument.
+        names: Returns the legal values.
+    """
+
+    names: Callable[[], Iterable[str]]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a method, a labeler, a run or a host.
+
+    Attributes:
+        name: Constructor argument, or field of a dataclass.
         default: Its default.
-        kind: ``int``, ``float``, ``bool`` or ``str``.
+        kind: ``int``, ``float``, ``bool``, ``str`` or ``list``.
         legal: Range or choice; None if every value of the type is legal.
         words: Special values that are also legal, such as "auto" for automatic selection.
         meaning: Description in Markdown, without a full stop.
@@ -149,17 +164,21 @@ class Option:
 
 
 def options_of(constructor: Callable[..., Any]) -> dict[str, Option]:
-    """Read the keyword-only options of a class or function.
+    """Read the options of a dataclass, or the keyword-only ones of a class or function.
 
     A class whose constructor takes ``**options`` passes them to its base class, so it also
     has the options of the base class.
 
     Args:
-        constructor: A class, or a function; options are its keyword-only arguments.
+        constructor: A dataclass, whose fields are options; another class, or a function,
+            whose keyword-only arguments are.
 
     Returns:
         Options by name, in the order of the signature, a class's own before its base's.
     """
+    if dataclasses.is_dataclass(constructor):
+        meanings = described_names(constructor.__doc__, "Attributes")
+        return _with_meanings(_options_of_fields(constructor), meanings)
     if not inspect.isclass(constructor):
         meanings = described_names(constructor.__doc__)
         return _with_meanings(_options_of_function(constructor), meanings)
@@ -179,6 +198,27 @@ def options_of(constructor: Callable[..., Any]) -> dict[str, Option]:
         if inspect.Parameter.VAR_KEYWORD not in kinds:
             break
     return _with_meanings(options, meanings)
+
+
+def option_table(
+    rows: Mapping[str, tuple[Any, Interval | Choice | None, str]],
+) -> tuple[Option, ...]:
+    """Make options from rows, for keys that are no arguments and no fields.
+
+    Args:
+        rows: By name: default, which also gives the type; legal range; meaning.
+
+    Returns:
+        The options.
+
+    Example:
+        >>> option_table({"train.lr": (0.1, Interval(0), "learning rate")})[0].describe()
+        'a number >= 0'
+    """
+    return tuple(
+        Option(name, default, type(default), legal, meaning=meaning)
+        for name, (default, legal, meaning) in rows.items()
+    )
 
 
 def _with_meanings(
@@ -214,9 +254,10 @@ def described_names(docstring: str | None, section: str = "Args") -> dict[str, s
 def _as_markdown(description: str) -> str:
     text = " ".join(description.split()).removesuffix(".")
     text = _LITERAL.sub(r"`\1`", _ROLE.sub(r"`\1`", text))
-    # "K, neighbors ..." starts with a symbol.
-    begins_with_word = text[:1].isupper() and text[1:2].islower()
-    return text[:1].lower() + text[1:] if begins_with_word else text
+    # "K, neighbors ..." starts with a symbol, "SpCL's criterion" with a name.
+    first = text.partition(" ")[0]
+    is_word = first[:1].isupper() and first[1:].islower()
+    return text[:1].lower() + text[1:] if is_word else text
 
 
 def _options_of_function(function: Callable[..., Any]) -> dict[str, Option]:
@@ -226,14 +267,30 @@ def _options_of_function(function: Callable[..., Any]) -> dict[str, Option]:
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
             continue
         hint = hints[parameter.name]
-        legal = None
-        if get_origin(hint) is Annotated:
-            hint, legal = get_args(hint)[:2]
-        kind, words = _split_words(hint)
-        options[parameter.name] = Option(
-            parameter.name, parameter.default, kind, legal, words
-        )
+        options[parameter.name] = _option(parameter.name, parameter.default, hint)
     return options
+
+
+def _options_of_fields(cls: Any) -> dict[str, Option]:
+    hints = get_type_hints(cls, include_extras=True)
+    options = {}
+    for entry in dataclasses.fields(cls):
+        default = entry.default
+        if default is dataclasses.MISSING:
+            assert entry.default_factory is not dataclasses.MISSING
+            default = entry.default_factory()
+        options[entry.name] = _option(entry.name, default, hints[entry.name])
+    return options
+
+
+def _option(name: str, default: Any, hint: Any) -> Option:
+    legal = None
+    if get_origin(hint) is Annotated:
+        hint, legal = get_args(hint)[:2]
+    if isinstance(legal, ChoiceOf):
+        legal = Choice(tuple(legal.names()))
+    kind, words = _split_words(hint)
+    return Option(name, default, kind, legal, words)
 
 
 def _split_words(hint: Any) -> tuple[type, tuple[str, ...]]:

@@ -34,7 +34,7 @@ LAYERS = (
     ("datasets", "samplers"),
     ("features", "distance", "selection", "memory"),
     ("registry",),
-    ("distributed", "options", "io", "_version", "_moved"),
+    ("distributed", "options", "renamed", "io", "_version", "_moved", "renamed"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 # Only these import a host's package.

@@ -99,7 +99,11 @@ def _parser() -> argparse.ArgumentParser:
         "or --preprocess 1e-2",
     )
     parser.add_argument(
-        "--license", default=LICENCE_NOTE, metavar="TEXT", help="note in the metadata"
+        "--license",
+        "--licence",  # the name before 0.2
+        default=LICENCE_NOTE,
+        metavar="TEXT",
+        help="note in the metadata",
     )
     add_import_argument(parser)
     add_network_arguments(parser, onnx=False)

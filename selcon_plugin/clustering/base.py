@@ -190,9 +190,14 @@ def labeler_names() -> list[str]:
     return _LABELERS.names()
 
 
+def labeler_class(name: str) -> type[Labeler]:
+    """Return the class registered under ``name``."""
+    return _LABELERS[name]
+
+
 def labeler_options(name: str) -> dict[str, Option]:
     """Return the options of the labeler registered under ``name``."""
-    return options_of(_LABELERS[name])
+    return options_of(labeler_class(name))
 
 
 def build_labeler(
@@ -214,7 +219,7 @@ def build_labeler(
         The labeler.
     """
     checked = check_options(labeler_options(name), options, owner=name)
-    labeler = _LABELERS[name](**checked)
+    labeler = labeler_class(name)(**checked)
     labeler.center_cameras = center_cameras
     labeler.filters = tuple(filters)
     return labeler

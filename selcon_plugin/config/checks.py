@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,28 @@ import yaml
 from selcon_plugin.options import Option
 
 _BASE_KEY = "_BASE_"
+_MARK = "_selcon_checked"  # attribute of a config, none of its keys
+# Set between the check and what relies on it, to what needs none.
+_SET_LATER = ("MODEL.HEADS.NUM_CLASSES",)
+
+
+def mark_checked(cfg: Any) -> None:
+    """Note in a config that it has been checked as it is.
+
+    Args:
+        cfg: The host's config; copies of it are marked, too.
+    """
+    cfg.__dict__[_MARK] = _content(cfg)
+
+
+def is_checked(cfg: Any) -> bool:
+    """Tell whether a config has been checked, and no value was changed since."""
+    return bool(cfg.__dict__.get(_MARK) == _content(cfg))
+
+
+def _content(cfg: Mapping[str, Any]) -> str:
+    flat = flatten_config(cfg)
+    return repr({key: value for key, value in flat.items() if key not in _SET_LATER})
 
 
 def check_values(cfg: Mapping[str, Any], options: Iterable[Option]) -> None:
@@ -132,17 +154,56 @@ def read_config_file(file: str, source: str = "--config-file") -> dict[str, Any]
         ValueError: If it, or a base, is not YAML of keys and values, has a tag that would
             make an object, or is its own base.
     """  # noqa: DOC502  (raised by what this calls)
-    own = content = _read_yaml(file, source)
+    return _read_chain(file, source)[0]
+
+
+def read_config_tree(
+    file: str, prepare: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Read a config file together with what it is based on.
+
+    Args:
+        file: Its path.
+        prepare: Called with the content of each file before they are merged.
+
+    Returns:
+        All keys; what a file sets takes the place of what its ``_BASE_`` does.
+
+    Raises:
+        FileNotFoundError: If there is no such file, or no such base.
+        ValueError: If a file cannot be read, or a key is a group in one file only.
+    """  # noqa: DOC502  (raised by what this calls)
+    merged: dict[str, Any] = {}
+    for content in reversed(_read_chain(file, "--config-file")):
+        prepare(content)
+        _merge_into(merged, {k: v for k, v in content.items() if k != _BASE_KEY})
+    return merged
+
+
+def _merge_into(tree: dict[str, Any], content: Mapping[str, Any]) -> None:
+    for key, value in content.items():
+        if isinstance(value, dict) and key in tree:
+            if not isinstance(tree[key], dict):
+                raise ValueError(f"{key} is a group of keys here, and a value in its base")
+            _merge_into(tree[key], value)
+        else:
+            tree[key] = value
+
+
+def _read_chain(file: str, source: str) -> list[dict[str, Any]]:
+    """Read a file, its base, the base's base, and so on."""
+    chain = [_read_yaml(file, source)]
     seen, base = {Path(file).resolve()}, file
-    while _BASE_KEY in content:
-        source, name = f"{_BASE_KEY} in {base}", str(content[_BASE_KEY])
+    while _BASE_KEY in chain[-1]:
+        source, name = f"{_BASE_KEY} in {base}", str(chain[-1][_BASE_KEY])
         # Relative to the file that names it.
         base = str(Path(base).parent / Path(name).expanduser())
         content = _read_yaml(base, source)
         if Path(base).resolve() in seen:
             raise ValueError(f"{source} leads back to {base}: name another base, or none")
         seen.add(Path(base).resolve())
-    return own
+        chain.append(content)
+    return chain
 
 
 def _read_yaml(file: str, source: str) -> dict[str, Any]:

@@ -85,6 +85,7 @@ class ConfigHelp:
         Raises:
             ValueError: If there is none, or more than one; names those that are close.
         """
+        text = self.keys.present_key(text)
         if text in self.defaults:
             return text
         end = f".{text.lower()}"

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, get_args
+from dataclasses import dataclass
+from typing import Any
 
 from selcon_plugin.clustering import (
     Labeler,
@@ -18,70 +18,35 @@ from selcon_plugin.clustering import (
     OutlierPolicy,
     ReliabilityFilter,
     SingleCameraFilter,
-    build_labeler,
+    labeler_class,
     labeler_names,
     labeler_options,
 )
-from selcon_plugin.config.option_meanings import MEANINGS
-from selcon_plugin.engine.best_weights import KEEP_BEST_BY, NEVER
+from selcon_plugin.engine.run_options import ClusteringOptions, RunOptions
 from selcon_plugin.methods import method_class, method_names, method_options
-from selcon_plugin.models.wave_block import WaveBlockKind
-from selcon_plugin.options import Choice, Interval, Option
-from selcon_plugin.samplers.cluster import AUTO, STREAM_SAMPLER
-from selcon_plugin.samplers.planners import planner_names
+from selcon_plugin.options import Option, options_of
+from selcon_plugin.renamed import OPTIONS, VALUES, accept_renamed
+from selcon_plugin.samplers.cluster import AUTO
 
 Node = MutableMapping[str, Any]
 _OptionsOf = Callable[[str], Mapping[str, Option]]
 
+# What keys of both hosts mean.
+CAMERA_PATTERN = (
+    "regular expression whose first group, or match, is the camera in a path below the "
+    'folder; "" first sub-folder, "none" no cameras'
+)
+EMBEDDING_DIM = "length of the global feature; 0 is as wide as the backbone"
+
 
 def run_options() -> dict[str, Option]:
     """Return the options of a run that belong to no method."""
-    samplers = (AUTO, STREAM_SAMPLER, *planner_names())
-    options = (
-        # Read anew each time: a script may register a method of its own after the import.
-        Option("method", "SelectiveContrastive", str, Choice(tuple(method_names()))),
-        Option("num_parts", 8, int, Interval(0)),
-        Option("project_global", True, bool, None),
-        Option("diagnostics_period", 20, int, Interval(0)),
-        Option("keep_checkpoints", 0, int, Interval(0)),
-        Option("keep_best_by", NEVER, str, Choice(KEEP_BEST_BY)),
-        Option("sampler", AUTO, str, Choice(samplers)),
-        Option("outlier_ratio", 0.0, float, Interval(0, 1, below=True)),
-        Option("iters_per_epoch", 0, int, Interval(0)),
-        Option("micro_batches", 1, int, Interval(1)),
-        Option("ghost_batch_size", 0, int, Interval(0)),
-        Option("extra_images", "", str, None),
-        Option("max_unreadable_ratio", 0.05, float, Interval(0, 1, below=True)),
-        Option("wave_block", "none", str, Choice(("none", *get_args(WaveBlockKind)))),
-        Option("ema_decay", 0.0, float, Interval(0, 1, below=True)),
-        Option("on_nonfinite", "skip", str, Choice(("skip", "stop"))),
-        Option("max_nonfinite_steps", 10, int, Interval(1)),
-        Option("report_images", True, bool, None),
-        Option("tensorboard_pictures", False, bool, None),
-        Option("seed", 0, int, Interval(0)),
-    )
-    return _described(options)
-
-
-def _described(options: Sequence[Option]) -> dict[str, Option]:
-    return {
-        option.name: replace(option, meaning=MEANINGS.get(option.name, ""))
-        for option in options
-    }
+    return options_of(RunOptions)
 
 
 def clustering_options() -> dict[str, Option]:
     """Return the options of clustering that do not belong to a labeler."""
-    options = (
-        Option("labeler", "DBSCAN", str, Choice(tuple(labeler_names()))),
-        Option("period", 1, int, Interval(1)),
-        Option("features", "global", str, Choice(("global", "fused"))),
-        Option("center_cameras", False, bool, None),
-        Option("reliability", False, bool, None),
-        Option("drop_single_camera", False, bool, None),
-        Option("outliers", "drop", str, Choice(("drop", "singleton", "nearest"))),
-    )
-    return _described(options)
+    return options_of(ClusteringOptions)
 
 
 def own_method_options(name: str) -> dict[str, Option]:
@@ -103,31 +68,32 @@ def sampler_of(method: str, sampler: str) -> str:
 
 
 def configured_labeler(
-    clustering: Mapping[str, Any], options: Mapping[str, Any]
+    clustering: ClusteringOptions, options: Mapping[str, Any]
 ) -> Labeler:
     """Build a labeler with its filters.
 
     Args:
-        clustering: Values of :func:`clustering_options`.
-        options: Constructor arguments of the labeler.
+        clustering: Options of the clustering.
+        options: Constructor arguments of the labeler; checked.
 
     Returns:
         The labeler.
-    """
+
+    Raises:
+        ValueError: If a filter needs what the labeler does not have.
+    """  # noqa: DOC502  (raised by what this calls)
     filters: list[LabelFilter] = []
-    if clustering["reliability"]:
+    if clustering.reliability:
         filters.append(ReliabilityFilter())
-    if clustering["drop_single_camera"]:
+    if clustering.drop_single_camera:
         filters.append(SingleCameraFilter())
-    if clustering["outliers"] != "drop":
-        filters.append(OutlierPolicy(clustering["outliers"]))
-    labeler = build_labeler(
-        clustering["labeler"],
-        center_cameras=clustering["center_cameras"],
-        filters=filters,
-        **options,
-    )
-    if clustering["reliability"]:
+    if clustering.outliers != "drop":
+        policy: Any = clustering.outliers  # its check leaves the policies only
+        filters.append(OutlierPolicy(policy))
+    labeler = labeler_class(clustering.labeler)(**options)
+    labeler.center_cameras = clustering.center_cameras
+    labeler.filters = tuple(filters)
+    if clustering.reliability:
         labeler.check_reach(ReliabilityFilter().delta)
     return labeler
 
@@ -167,7 +133,7 @@ class ConfigKeys:
     Attributes:
         path: Full key of the node that holds them, for error messages.
         case: Spells an option's name as a key: ``str.upper`` or ``str.lower``.
-        extra: Options of the run that this host alone has.
+        extra: Options of the run that only this host has.
     """
 
     path: str
@@ -178,6 +144,11 @@ class ConfigKeys:
     def clustering_key(self) -> str:
         """Key of the node of clustering, inside that of :attr:`path`."""
         return self.case("clustering")
+
+    @property
+    def clustering_path(self) -> str:
+        """Full key of the node of clustering."""
+        return f"{self.path}.{self.clustering_key}"
 
     def run_options(self) -> dict[str, Option]:
         """Return the options of the run, those of this host included."""
@@ -192,31 +163,130 @@ class ConfigKeys:
             self.clustering_key: self._spelled({**clustering, **_LABELERS.defaults()}),
         }
 
+    def former_keys(self) -> dict[str, None]:
+        """Return the former names of keys, unset.
+
+        They stand in the config until it is checked, so that a script may merge files that
+        have them.
+        """
+        return {self.case(name): None for name in OPTIONS}
+
     def _spelled(self, values: Mapping[str, Any]) -> dict[str, Any]:
         return {self.case(name): value for name, value in values.items()}
 
     def _groups(self, node: Node) -> Iterator[tuple[Node, str, _Group]]:
         yield node, self.path, _METHODS
-        yield node[self.clustering_key], f"{self.path}.{self.clustering_key}", _LABELERS
+        yield node[self.clustering_key], self.clustering_path, _LABELERS
 
-    def check(self, node: Node) -> None:
-        """Check every key, and put the chosen method's and labeler's defaults for None.
+    def present_key(self, text: str) -> str:
+        """Return a key, or the end of one, with its present name for a former one.
 
         Args:
-            node: The plugin's node; changed in place.
+            text: For instance ``MODEL.SELCON.MAX_BAD_SHARE`` or ``max_bad_share``.
+        """
+        node, dot, name = text.rpartition(".")
+        present = OPTIONS.get(name.lower())
+        return f"{node}{dot}{self.case(present)}" if present else text
+
+    # --- names of earlier releases --------------------------------------------------------
+
+    def rename_in_tree(self, content: dict[str, Any]) -> None:
+        """Put what a config file sets by former names under the present ones.
+
+        Args:
+            content: The file's content; changed in place.
+
+        Raises:
+            ValueError: If it sets both names of a key.
+        """  # noqa: DOC502  (raised by what this calls)
+        owner, nodes = content, self.path.split(".")
+        for name in nodes[:-1]:
+            if not isinstance(owner.get(name), dict):
+                return
+            owner = owner[name]
+        if isinstance(owner.get(nodes[-1]), dict):
+            owner[nodes[-1]] = accept_renamed(
+                owner[nodes[-1]], spell=self.case, label=lambda key: f"{self.path}.{key}"
+            )
+
+    def rename_in_words(self, words: Sequence[Any]) -> list[Any]:
+        """Put what a command line sets by former names under the present ones.
+
+        Args:
+            words: ``KEY VALUE`` pairs.
+
+        Returns:
+            Pairs; of a key that comes several times, the last.
+
+        Raises:
+            ValueError: If it sets both names of a key.
+        """  # noqa: DOC502  (raised by what this calls)
+        given = dict(zip(words[::2], words[1::2], strict=True))
+        renamed = accept_renamed(given, spell=lambda name: f"{self.path}.{self.case(name)}")
+        return [word for pair in renamed.items() for word in pair]
+
+    def _rename_in_node(self, node: Node) -> None:
+        """Take the former names out of a node, and what a script set by them over."""
+        former = {key: node.pop(key, None) for key in self.former_keys()}
+        given = {key: value for key, value in former.items() if value is not None}
+        # A present key with its default counts as not set.
+        defaults = self.defaults() if given else {}
+        given |= {
+            key: node[key]
+            for key in map(self.case, {*OPTIONS.values(), *VALUES})
+            if key in node and (not defaults or node[key] != defaults[key])
+        }
+        label = f"{self.path}.{{}}".format
+        for key, value in accept_renamed(given, spell=self.case, label=label).items():
+            node[key] = value
+
+    # --- the check ------------------------------------------------------------------------
+
+    def check(self, node: Node) -> None:
+        """Check every key once; put the chosen method's and labeler's defaults for None.
+
+        What reads the node afterwards trusts it.
+
+        Args:
+            node: The plugin's node; changed in place: values are in their options' types,
+                and those of former names under the present ones.
 
         Raises:
             ValueError: If a value is illegal (names key, value and legal range), or if a
                 key was set that the chosen method or labeler does not have.
         """  # noqa: DOC502  (raised by what this calls)
-        self.run_values(node)
-        self.clustering_values(node)
-        for owner, _, group in self._groups(node):
-            self.selected(node, group.kind)
+        self._rename_in_node(node)
+        self._check_each(node, self.path, self.run_options())
+        clustering = node[self.clustering_key]
+        self._check_each(clustering, self.clustering_path, clustering_options())
+        for owner, label, group in self._groups(node):
             chosen = owner[self.case(group.chooser)]
-            for name, option in group.options_of(chosen).items():
-                if owner[self.case(name)] is None:
-                    owner[self.case(name)] = option.default
+            self._refuse_others(owner, label, group, chosen)
+            known = group.options_of(chosen)
+            given = {n: o for n, o in known.items() if owner[self.case(n)] is not None}
+            self._check_each(owner, label, given)
+            self._fill(owner, known)
+
+    def _check_each(self, owner: Node, label: str, options: Mapping[str, Option]) -> None:
+        for name, option in options.items():
+            key = self.case(name)
+            owner[key] = option.check(owner[key], label=f"{label}.{key}")
+
+    def _refuse_others(self, owner: Node, label: str, group: _Group, chosen: str) -> None:
+        """Refuse options of methods, or labelers, other than the chosen one."""
+        known = group.options_of(chosen)
+        for name, default in group.defaults().items():
+            key = self.case(name)
+            if name not in known and owner[key] != default:
+                raise ValueError(
+                    f"{label}.{key} is {owner[key]!r}, but {group.kind} {chosen} has no "
+                    f"such option; it has {', '.join(self.case(other) for other in known)}"
+                )
+
+    def _fill(self, owner: Node, options: Mapping[str, Option]) -> None:
+        for name, option in options.items():
+            if owner[self.case(name)] is None:
+                owner[self.case(name)] = option.default
 
     def fill_defaults(self, node: Node, settings: Mapping[str, Any]) -> None:
         """Put, for None, the defaults of the method and the labeler of another config.
@@ -225,79 +295,56 @@ class ConfigKeys:
             node: The plugin's node, with the defaults; changed in place.
             settings: The other config, by full keys. What is not registered here is left.
         """
-        chosen = []
+        self._rename_in_node(node)
         for owner, label, group in self._groups(node):
             key = self.case(group.chooser)
-            chosen.append((owner, key, owner[key]))
-            if settings.get(f"{label}.{key}") in group.names():
-                owner[key] = settings[f"{label}.{key}"]
-        self.check(node)
-        for owner, key, default in chosen:
-            owner[key] = default
+            chosen = settings.get(f"{label}.{key}")
+            name = str(chosen if chosen in group.names() else owner[key])
+            self._fill(owner, group.options_of(name))
 
-    def run_values(self, node: Node) -> dict[str, Any]:
-        """Return the values of the run's options, checked.
+    # --- reading a checked node -----------------------------------------------------------
 
-        Args:
-            node: The plugin's node.
-
-        Returns:
-            Values by option.
-        """
-        return self._checked(node, self.path, self.run_options())
-
-    def clustering_values(self, node: Node) -> dict[str, Any]:
-        """Return the values of the options of clustering, checked.
+    def run(self, node: Node) -> RunOptions:
+        """Return the options of the run.
 
         Args:
-            node: The plugin's node.
+            node: The plugin's node, checked.
 
         Returns:
-            Values by option.
+            The options.
         """
-        label = f"{self.path}.{self.clustering_key}"
-        return self._checked(node[self.clustering_key], label, clustering_options())
+        return RunOptions(**{name: node[self.case(name)] for name in run_options()})
 
-    def _checked(
-        self, node: Node, label: str, options: Mapping[str, Option]
-    ) -> dict[str, Any]:
-        return {
-            name: option.check(node[self.case(name)], label=f"{label}.{self.case(name)}")
-            for name, option in options.items()
-        }
+    def clustering(self, node: Node) -> ClusteringOptions:
+        """Return the options of clustering.
+
+        Args:
+            node: The plugin's node, checked.
+
+        Returns:
+            The options.
+        """
+        own = node[self.clustering_key]
+        return ClusteringOptions(
+            **{name: own[self.case(name)] for name in clustering_options()}
+        )
 
     def selected(self, node: Node, kind: str) -> dict[str, Any]:
-        """Return the options of the chosen method or labeler, checked.
+        """Return the options of the chosen method or labeler.
 
         Args:
-            node: The plugin's node.
+            node: The plugin's node, checked.
             kind: ``"method"`` or ``"labeler"``.
 
         Returns:
             Constructor arguments; options left at None are absent. A method with a seed
             gets the run's.
-
-        Raises:
-            ValueError: If a value is illegal, or a key was set that the chosen one does not
-                have.
         """
-        owner, label, group = next(g for g in self._groups(node) if g[2].kind == kind)
-        name = owner[self.case(group.chooser)]
-        known = group.options_of(name)
-        values = {}
-        for option_name, default in group.defaults().items():
-            key = self.case(option_name)
-            value = owner[key]
-            if option_name in known:
-                if value is not None:
-                    option = known[option_name]
-                    values[option_name] = option.check(value, label=f"{label}.{key}")
-            elif value != default:
-                raise ValueError(
-                    f"{label}.{key} is {value!r}, but {kind} {name} has no such option; it "
-                    f"has {', '.join(self.case(other) for other in known)}"
-                )
-        if kind == "method" and "seed" in method_options(name):
+        owner, _, group = next(g for g in self._groups(node) if g[2].kind == kind)
+        chosen = owner[self.case(group.chooser)]
+        values = {name: owner[self.case(name)] for name in group.options_of(chosen)}
+        values = {name: value for name, value in values.items() if value is not None}
+        if kind == "method" and "seed" in method_options(chosen):
             values["seed"] = node[self.case("seed")]
         return values
 
@@ -305,14 +352,14 @@ class ConfigKeys:
         """Build the labeler that a config describes.
 
         Args:
-            node: The plugin's node.
+            node: The plugin's node, checked.
 
         Returns:
             The labeler with its filters.
         """
-        return configured_labeler(
-            self.clustering_values(node), self.selected(node, "labeler")
-        )
+        return configured_labeler(self.clustering(node), self.selected(node, "labeler"))
+
+    # --- merging --------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def allow_type_change(self, node: Node) -> Iterator[None]:
@@ -355,7 +402,7 @@ class ConfigKeys:
         path, _, name = key.rpartition(".")
         if path == self.path:
             known, group = self.run_options(), _METHODS
-        elif path == f"{self.path}.{self.clustering_key}":
+        elif path == self.clustering_path:
             known, group = clustering_options(), _LABELERS
         else:
             return ""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selcon_plugin.config.checks import flatten_config
+from selcon_plugin.config.checks import flatten_config, read_config_tree
 from selcon_plugin.options import KINDS
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def merge_file(cfg: Any, keys: ConfigKeys, file: str) -> None:
         ValueError: If a key or a value does not fit; names the closest or what is legal.
     """  # noqa: DOC502  (raised by what this calls)
     with _explained(cfg, keys, file):
-        cfg.merge_from_file(file)
+        cfg.merge_from_other_cfg(type(cfg)(read_config_tree(file, keys.rename_in_tree)))
 
 
 def merge_options(cfg: Any, keys: ConfigKeys, opts: Sequence[str]) -> None:
@@ -121,10 +121,11 @@ def merge_overrides(cfg: Any, keys: ConfigKeys, overrides: Mapping[str, Any]) ->
 
 
 def _merge_pairs(cfg: Any, keys: ConfigKeys, pairs: Sequence[Any], source: str) -> None:
+    pairs = keys.rename_in_words(pairs)
     for key in pairs[::2]:
         _check_key(cfg, key, source)
     with _explained(cfg, keys, source):
-        cfg.merge_from_list(list(pairs))
+        cfg.merge_from_list(pairs)
 
 
 def _check_key(cfg: Any, key: str, source: str) -> None:

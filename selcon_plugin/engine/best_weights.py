@@ -10,6 +10,8 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 
+from selcon_plugin.renamed import present_value
+
 logger = logging.getLogger(__name__)
 
 NEVER = "none"
@@ -62,5 +64,6 @@ class BestWeights:
         Args:
             state: What :meth:`state_dict` returned.
         """
-        if state["figure"] == self.figure and state["value"] is not None:
+        figure = present_value("keep_best_by", state["figure"])
+        if figure == self.figure and state["value"] is not None:
             self.value = float(state["value"])

@@ -35,11 +35,12 @@ from selcon_plugin.clustering import (
 from selcon_plugin.distributed import on_any_rank, rank, share_buffers
 from selcon_plugin.engine.best_weights import BestWeights
 from selcon_plugin.engine.estimates import check_memory, clustering_estimate, product_rate
-from selcon_plugin.engine.guard import SKIP, StepGuard, zero_nonfinite_features
+from selcon_plugin.engine.guard import StepGuard, zero_nonfinite_features
 from selcon_plugin.engine.image_check import report_unreadable
 from selcon_plugin.engine.images import IndexedImages
 from selcon_plugin.engine.network import EmbeddingNetwork
 from selcon_plugin.engine.progress import Stage, duration
+from selcon_plugin.engine.run_options import ClusteringOptions, RunOptions
 from selcon_plugin.features import Embeddings
 from selcon_plugin.methods import Method
 from selcon_plugin.metrics.collapse import (
@@ -83,13 +84,9 @@ class TrainingRun:
         labeler: Features to pseudo-labels; None for a method without clusters.
         extract: Computes the embeddings of all training images.
         calibrate: Makes fresh normalization layers ready for them.
-        seed: Seed of the run.
-        cluster_period: Epochs from one clustering to the next.
-        cluster_features: ``"global"`` or ``"fused"``: what is clustered.
+        options: Options of the run.
+        clustering: Options of the clustering.
         min_clusters: Clusters a batch needs.
-        max_unreadable_ratio: Share of the images that may become unreadable.
-        on_nonfinite: What to do about NaN and infinity: ``"skip"`` or ``"stop"``.
-        max_nonfinite_steps: Steps skipped in a row after which the run stops all the same.
         folder: Where what a report shows is kept; nothing is if it is empty.
         report: Takes what a clustering measured, by name; on the main process.
         best: Keeps the best weights by a label-free figure; None for none.
@@ -102,13 +99,9 @@ class TrainingRun:
     labeler: Labeler | None
     extract: Callable[[], Embeddings]
     calibrate: Callable[[], object]
-    seed: int = 0
-    cluster_period: int = 1
-    cluster_features: str = "global"
+    options: RunOptions = field(default_factory=RunOptions)
+    clustering: ClusteringOptions = field(default_factory=ClusteringOptions)
     min_clusters: int = 2
-    max_unreadable_ratio: float = 0.05
-    on_nonfinite: str = SKIP
-    max_nonfinite_steps: int = 10
     folder: str = ""
     report: Callable[[Mapping[str, float]], None] = field(default=lambda _: None)
     best: BestWeights | None = None
@@ -126,8 +119,8 @@ class TrainingRun:
         self.guard = StepGuard(
             self.network,
             self.dataset.paths,
-            on_nonfinite=self.on_nonfinite,
-            max_nonfinite_steps=self.max_nonfinite_steps,
+            on_nonfinite=self.options.on_nonfinite,
+            max_nonfinite_steps=self.options.max_nonfinite_steps,
         )
 
     @property
@@ -175,7 +168,7 @@ class TrainingRun:
             epoch: Counted from 0.
         """
         self.method.start_epoch(epoch)
-        _seed_from(self.seed, epoch, rank())
+        _seed_from(self.options.seed, epoch, rank())
 
     def start_step(self, step: int) -> None:
         """Seed all random streams.
@@ -184,7 +177,7 @@ class TrainingRun:
             step: Optimizer steps before this one.
         """
         # The 1 keeps this stream apart from the epochs'.
-        _seed_from(self.seed, step, rank(), 1)
+        _seed_from(self.options.seed, step, rank(), 1)
 
     def refresh_pseudo_labels(self, epoch: int, step: int, steps_done: int = 0) -> None:
         """Cluster the images if it is time, and draw this epoch's batches from the labels.
@@ -201,7 +194,7 @@ class TrainingRun:
         if (
             self.labeler is not None
             and not steps_done
-            and (not self.method.prepared or epoch % self.cluster_period == 0)
+            and (not self.method.prepared or epoch % self.clustering.period == 0)
         ):
             self._cluster(epoch)
         if isinstance(self.sampler, ClusterSampler):
@@ -301,7 +294,7 @@ class TrainingRun:
             self.dataset,
             unreported=on_any_rank(self.dataset.pop_unreported()),
             unreadable=on_any_rank(self.dataset.unreadable),
-            max_unreadable_ratio=self.max_unreadable_ratio,
+            max_unreadable_ratio=self.options.max_unreadable_ratio,
             what_happened="others were drawn in their place, with their own labels",
         )
 
@@ -353,7 +346,7 @@ class TrainingRun:
         self.dataset.reset_unreadable()
         self._share_statistics()
         embeddings, bad = zero_nonfinite_features(
-            self.extract(), self.dataset.paths, self.on_nonfinite
+            self.extract(), self.dataset.paths, self.options.on_nonfinite
         )
         unreadable = on_any_rank(self.dataset.unreadable)
         if unreadable.any():
@@ -361,7 +354,7 @@ class TrainingRun:
                 self.dataset,
                 unreported=on_any_rank(self.dataset.pop_unreported()),
                 unreadable=unreadable,
-                max_unreadable_ratio=self.max_unreadable_ratio,
+                max_unreadable_ratio=self.options.max_unreadable_ratio,
                 what_happened="their features are zero, and they are in no cluster",
             )
             rows = unreadable.nonzero().flatten().to(self.network.device)
@@ -426,7 +419,7 @@ class TrainingRun:
         """Label the images that have features; the others are in no cluster."""
         assert self.labeler is not None
         features, camids = embeddings.global_features, self._camids()
-        if self.cluster_features == "fused":
+        if self.clustering.features == "fused":
             features = self.network.test_feature(embeddings)
         previous = self.method.labels if self.method.prepared else None
         if not usable.all():

@@ -8,9 +8,9 @@ configs/README.md for the tables.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,12 +27,14 @@ from selcon_plugin.config.checks import (
     check_size,
     check_values,
     flatten_config,
+    is_checked,
+    mark_checked,
     value_of,
 )
-from selcon_plugin.config.keys import ConfigKeys, sampler_of
+from selcon_plugin.config.keys import CAMERA_PATTERN, EMBEDDING_DIM, ConfigKeys, sampler_of
 from selcon_plugin.datasets import SyntheticPersonsSpec
 from selcon_plugin.methods import method_options
-from selcon_plugin.options import Choice, Interval, Option, described_names
+from selcon_plugin.options import Choice, Interval, option_table, options_of
 
 logger = logging.getLogger(__name__)
 
@@ -52,159 +54,99 @@ def _optimizer_names() -> tuple[str, ...]:
 KEYS = ConfigKeys(
     "MODEL.SELCON",
     str.upper,
-    extra=(
-        Option(
-            "test_camera_term",
-            False,
-            bool,
-            None,
-            meaning="add `SAME_CAMERA_PENALTY` at test time too. Uses camera ids of the "
-            "test set: say so next to the number",
-        ),
+    extra=option_table(
+        {
+            "test_camera_term": (
+                False,
+                None,
+                "add `SAME_CAMERA_PENALTY` at test time too. Uses camera ids of the test "
+                "set: say so next to the number",
+            )
+        }
     ),
 )
-
-
-def _own_options() -> tuple[Option, ...]:
-    spec = described_names(SyntheticPersonsSpec.__doc__, "Attributes")
-    timm, torchreid = "build_timm_backbone", "build_torchreid_backbone"
-    node = "DATASETS.SYNTHETIC_PERSONS"
-    return (
-        Option(
-            "MODEL.BACKBONE.TIMM_NAME",
-            "",
-            str,
-            None,
-            meaning=f"timm model for `MODEL.BACKBONE.NAME: {timm}`",
-        ),
-        Option(
-            "MODEL.BACKBONE.TORCHREID_NAME",
-            "",
-            str,
-            None,
-            meaning=f"torchreid model for `MODEL.BACKBONE.NAME: {torchreid}`, such as "
-            "`osnet_ain_x1_0`",
-        ),
-        Option(
-            "DATASETS.IMAGE_FOLDER.ROOT",
-            "",
-            str,
-            None,
-            meaning="folder of the data set `ImageFolderReID`",
-        ),
-        Option(
-            "DATASETS.IMAGE_FOLDER.CAMERA_PATTERN",
-            "",
-            str,
-            None,
-            meaning="regular expression whose first group, or match, is the camera in a "
-            'path below the folder; "" first sub-folder, "none" no cameras',
-        ),
-        *(
-            Option(f"{node}.{name.upper()}", value, int, None, meaning=spec[name])
-            for name, value in dataclasses.asdict(SyntheticPersonsSpec()).items()
-        ),
-        Option(
-            "SOLVER.AMP.DTYPE",
-            FLOAT16,
-            str,
-            Choice((FLOAT16, BFLOAT16)),
-            meaning="type of mixed precision (`SOLVER.AMP.ENABLED`), in steps and for the "
-            "features that are clustered; `bfloat16` needs no loss scale, and works on a "
-            "CPU",
-        ),
-        # FastReID's verify_results reads this key, its defaults lack it.
-        Option(
-            "TEST.EXPECTED_RESULTS",
-            [],
-            list,
-            None,
-            meaning="rows `[data set, metric, value, tolerance]`; the run fails if a "
-            "result is off",
-        ),
-    )
-
-
 # Keys beside MODEL.SELCON.
-OWN_OPTIONS = _own_options()
-
-
+OWN_OPTIONS = (
+    *option_table(
+        {
+            "MODEL.BACKBONE.TIMM_NAME": (
+                "",
+                None,
+                "timm model for `MODEL.BACKBONE.NAME: build_timm_backbone`",
+            ),
+            "MODEL.BACKBONE.TORCHREID_NAME": (
+                "",
+                None,
+                "torchreid model for `MODEL.BACKBONE.NAME: build_torchreid_backbone`, such "
+                "as `osnet_ain_x1_0`",
+            ),
+            "DATASETS.IMAGE_FOLDER.ROOT": (
+                "",
+                None,
+                "folder of the data set `ImageFolderReID`",
+            ),
+            "DATASETS.IMAGE_FOLDER.CAMERA_PATTERN": ("", None, CAMERA_PATTERN),
+        }
+    ),
+    *(
+        replace(option, name=f"DATASETS.SYNTHETIC_PERSONS.{option.name.upper()}")
+        for option in options_of(SyntheticPersonsSpec).values()
+    ),
+    *option_table(
+        {
+            "SOLVER.AMP.DTYPE": (
+                FLOAT16,
+                Choice((FLOAT16, BFLOAT16)),
+                "type of mixed precision (`SOLVER.AMP.ENABLED`), in steps and for the "
+                "features that are clustered; `bfloat16` needs no loss scale, and works on "
+                "a CPU",
+            ),
+            # FastReID's verify_results reads this key, its defaults lack it.
+            "TEST.EXPECTED_RESULTS": (
+                [],
+                None,
+                "rows `[data set, metric, value, tolerance]`; the run fails if a result is "
+                "off",
+            ),
+        }
+    ),
+)
 _SCHEDULES = ("MultiStepLR", "CosineAnnealingLR")  # those FastReID has arguments for
-
+_FROM_0, _FROM_1 = Interval(0), Interval(1)
 # FastReID's keys whose wrong values it meets late, or in silence.
-HOST_OPTIONS = (
-    Option(
-        "SOLVER.IMS_PER_BATCH",
-        64,
-        int,
-        Interval(1),
-        meaning="images in a training batch, over all processes",
-    ),
-    Option("SOLVER.MAX_EPOCH", 120, int, Interval(1), meaning="epochs in all"),
-    Option(
-        "SOLVER.BASE_LR",
-        0.01,
-        float,
-        Interval(0),
-        meaning="learning rate after the warm-up",
-    ),
-    Option("SOLVER.WEIGHT_DECAY", 0.0, float, Interval(0), meaning="weight decay"),
-    Option(
-        "SOLVER.MOMENTUM", 0.9, float, Interval(0, 1, below=True), meaning="momentum of SGD"
-    ),
-    Option(
-        "SOLVER.WARMUP_ITERS",
-        0,
-        int,
-        Interval(0),
-        meaning="steps over which the learning rate rises",
-    ),
-    Option(
-        "SOLVER.CHECKPOINT_PERIOD",
-        20,
-        int,
-        Interval(1),
-        meaning="epochs between checkpoints",
-    ),
-    Option("SOLVER.OPT", "Adam", str, Choice(_optimizer_names()), meaning="optimizer"),
-    Option(
-        "SOLVER.SCHED",
-        "MultiStepLR",
-        str,
-        Choice(_SCHEDULES),
-        meaning="schedule of the learning rate",
-    ),
-    Option(
-        "TEST.IMS_PER_BATCH",
-        64,
-        int,
-        Interval(1),
-        meaning="images in a batch of extraction and evaluation",
-    ),
-    Option(
-        "TEST.EVAL_PERIOD",
-        20,
-        int,
-        Interval(0),
-        meaning="epochs between evaluations; 0 is at the end alone",
-    ),
-    Option(
-        "DATALOADER.NUM_WORKERS", 8, int, Interval(0), meaning="processes that read images"
-    ),
-    Option(
-        "DATALOADER.NUM_INSTANCE",
-        4,
-        int,
-        Interval(1),
-        meaning="images K of each cluster in a batch",
-    ),
-    Option(
-        "MODEL.HEADS.EMBEDDING_DIM",
-        0,
-        int,
-        Interval(0),
-        meaning="length of the global feature; 0 is as wide as the backbone",
-    ),
+HOST_OPTIONS = option_table(
+    {
+        "SOLVER.IMS_PER_BATCH": (
+            64,
+            _FROM_1,
+            "images in a training batch, over all processes",
+        ),
+        "SOLVER.MAX_EPOCH": (120, _FROM_1, "epochs in all"),
+        "SOLVER.BASE_LR": (0.01, _FROM_0, "learning rate after the warm-up"),
+        "SOLVER.WEIGHT_DECAY": (0.0, _FROM_0, "weight decay"),
+        "SOLVER.MOMENTUM": (0.9, Interval(0, 1, below=True), "momentum of SGD"),
+        "SOLVER.WARMUP_ITERS": (0, _FROM_0, "steps over which the learning rate rises"),
+        "SOLVER.CHECKPOINT_PERIOD": (20, _FROM_1, "epochs between checkpoints"),
+        "SOLVER.OPT": ("Adam", Choice(_optimizer_names()), "optimizer"),
+        "SOLVER.SCHED": (
+            "MultiStepLR",
+            Choice(_SCHEDULES),
+            "schedule of the learning rate",
+        ),
+        "TEST.IMS_PER_BATCH": (
+            64,
+            _FROM_1,
+            "images in a batch of extraction and evaluation",
+        ),
+        "TEST.EVAL_PERIOD": (
+            20,
+            _FROM_0,
+            "epochs between evaluations; 0 is only at the end",
+        ),
+        "DATALOADER.NUM_WORKERS": (8, _FROM_0, "processes that read images"),
+        "DATALOADER.NUM_INSTANCE": (4, _FROM_1, "images K of each cluster in a batch"),
+        "MODEL.HEADS.EMBEDDING_DIM": (0, _FROM_0, EMBEDDING_DIM),
+    }
 )
 _REGISTRIES = {
     "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
@@ -225,8 +167,7 @@ def add_selcon_config(cfg: CfgNode) -> CfgNode:
     Returns:
         The same config.
     """
-    cfg.MODEL.SELCON = CfgNode(KEYS.defaults())
-
+    cfg.MODEL.SELCON = CfgNode({**KEYS.defaults(), **KEYS.former_keys()})
     for option in OWN_OPTIONS:
         *nodes, name = option.name.split(".")
         node = cfg
@@ -237,18 +178,14 @@ def add_selcon_config(cfg: CfgNode) -> CfgNode:
 
 
 def selected_method_options(cfg: CfgNode) -> dict[str, Any]:
-    """Read the options of the chosen method from ``MODEL.SELCON``, checked.
+    """Read the options of the chosen method from ``MODEL.SELCON``.
 
     Args:
-        cfg: Config with the plugin's keys.
+        cfg: Config with the plugin's keys, checked.
 
     Returns:
         Constructor arguments of the method.
-
-    Raises:
-        ValueError: If a value is illegal (names key, value and legal range), or if a key
-            was set that the chosen method does not have.
-    """  # noqa: DOC502  (raised by what this calls)
+    """
     return KEYS.selected(cfg.MODEL.SELCON, "method")
 
 
@@ -312,8 +249,10 @@ def _check_host_keys(cfg: CfgNode) -> None:
 def complete_config(cfg: CfgNode) -> CfgNode:
     """Return a checked copy of a config, with everything a SelCon run needs.
 
-    Adds the plugin's keys if the caller's script did not; moves a run without CUDA to the
-    CPU, where there is no float16.
+    This is the one check: what is built from a config calls it, and of a config that it
+    returned, unless a value has been changed since, it only makes a copy. It adds the
+    plugin's keys if the caller's script did not, and moves a run without CUDA to the CPU,
+    where there is no float16.
 
     Args:
         cfg: FastReID config; not changed.
@@ -325,6 +264,8 @@ def complete_config(cfg: CfgNode) -> CfgNode:
         ValueError: If a key of ``MODEL.SELCON`` is illegal, or one of FastReID's that a run
             needs; names key, value and what is legal.
     """  # noqa: DOC502  (raised by what this calls)
+    if is_checked(cfg):
+        return cfg.clone()
     frozen = cfg.is_frozen()
     cfg = cfg.clone()
     cfg.defrost()
@@ -338,6 +279,7 @@ def complete_config(cfg: CfgNode) -> CfgNode:
         cfg.MODEL.DEVICE = "cpu"
     if cfg.SOLVER.AMP.ENABLED:
         _check_precision(cfg)
+    mark_checked(cfg)
     if frozen:
         cfg.freeze()
     return cfg

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from selcon_plugin.engine.network import EmbeddingNetwork, usable_parts
 from selcon_plugin.fastreid_ext.config import complete_config, selected_method_options
 from selcon_plugin.io.safe_loading import MIN_LOADED_RATIO, data_only, loading_noted
-from selcon_plugin.methods import build_method
+from selcon_plugin.methods import method_class
 from selcon_plugin.models.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -71,8 +71,7 @@ class SelCon(EmbeddingNetwork):
         options = selected_method_options(cfg)
         self.global_distance_weight = options.get("global_distance_weight", 0.5)
         if cfg.MODEL.HEADS.NUM_CLASSES:
-            self.method = build_method(
-                node.METHOD,
+            self.method = method_class(node.METHOD)(
                 cfg.MODEL.HEADS.NUM_CLASSES,
                 self.heads.global_dim,
                 self.heads.num_parts,

@@ -305,7 +305,6 @@ class SelConTrainer(DefaultTrainer):
 
     def _build_run(self, model: SelCon, loader: selcon_data.TrainLoader) -> TrainingRun:
         cfg, dataset = self.cfg, loader.dataset
-        clustering = cfg.MODEL.SELCON.CLUSTERING
         test_view = selcon_data.build_extraction_loader(cfg, dataset).dataset
         return TrainingRun(
             model,
@@ -316,15 +315,11 @@ class SelConTrainer(DefaultTrainer):
             calibrate=lambda: calibrate_normalization(
                 model, test_view, cfg.TEST.IMS_PER_BATCH
             ),
-            seed=cfg.MODEL.SELCON.SEED,
-            cluster_period=clustering.PERIOD,
-            cluster_features=clustering.FEATURES,
+            options=KEYS.run(cfg.MODEL.SELCON),
+            clustering=KEYS.clustering(cfg.MODEL.SELCON),
             min_clusters=clusters_per_batch(
                 sampler_name(cfg), cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE
             ),
-            max_unreadable_ratio=cfg.MODEL.SELCON.MAX_UNREADABLE_RATIO,
-            on_nonfinite=cfg.MODEL.SELCON.ON_NONFINITE,
-            max_nonfinite_steps=cfg.MODEL.SELCON.MAX_NONFINITE_STEPS,
             best=self.best,
             folder=cfg.OUTPUT_DIR,
             report=self._report_clusters,

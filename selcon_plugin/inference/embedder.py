@@ -28,6 +28,7 @@ from selcon_plugin.datasets.reading import ImageReadError, describe_faults, read
 from selcon_plugin.engine.image_check import check_unreadable_ratio
 from selcon_plugin.inference.folder_features import FolderFeatures
 from selcon_plugin.models.preprocessing import Preprocessing
+from selcon_plugin.renamed import accept_old_arguments
 
 __all__ = ["Embedder", "FolderFeatures"]
 
@@ -157,6 +158,7 @@ class Embedder:
         )
         return self._embed(batches)
 
+    @accept_old_arguments
     def embed_folder(
         self,
         folder: str | Path,

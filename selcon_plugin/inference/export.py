@@ -48,6 +48,7 @@ from selcon_plugin.inference.onnx import (
 from selcon_plugin.io.atomic import replacing
 from selcon_plugin.models.inference import InferenceNetwork
 from selcon_plugin.models.pillow_resize import PillowResize
+from selcon_plugin.renamed import accept_old_arguments
 
 __all__ = [
     "LICENCE_NOTE",
@@ -184,6 +185,7 @@ def check_crops(folder: str | Path = "", number: int = 32) -> list[Image.Image]:
     return [read_rgb(paths[place]) for place in places]
 
 
+@accept_old_arguments
 def export_onnx(
     network: InferenceNetwork,
     file: str | Path,
@@ -235,6 +237,7 @@ def export_onnx(
     return check
 
 
+@accept_old_arguments
 def export_torchscript(
     network: InferenceNetwork,
     file: str | Path,

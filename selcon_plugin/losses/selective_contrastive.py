@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selcon_plugin.distance import bank_product
+from selcon_plugin.renamed import accept_old_arguments
 
 # No more than this many values (1 GiB in float32) are gathered, however large the bank.
 _MAX_GATHERED_VALUES = 2**28
@@ -125,6 +126,7 @@ def _present_candidates(
     return torch.cat([positive_mask, negative_mask], dim=1)
 
 
+@accept_old_arguments
 def selective_contrastive_loss(
     features: Tensor,
     bank: Tensor,
@@ -317,6 +319,7 @@ class SelectiveContrastiveLoss(nn.Module):
             f"focal_gamma={self.focal_gamma}"
         )
 
+    @accept_old_arguments
     def forward(
         self,
         features: Tensor,

@@ -21,6 +21,7 @@ from selcon_plugin.clustering import OUTLIER, PseudoLabels
 from selcon_plugin.features import Embeddings
 from selcon_plugin.options import Option, check_options, options_of
 from selcon_plugin.registry import Registry
+from selcon_plugin.renamed import accept_renamed, rename_tensors
 
 _METHODS: Registry[type[Method]] = Registry("method")
 MethodClass = TypeVar("MethodClass", bound="type[Method]")
@@ -105,6 +106,13 @@ class Method(nn.Module, ABC):
         # also find nothing else.
         every = torch.arange(self.num_images, device=self.labels.device)
         self.instance_level = torch.equal(self.labels, every)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
+        # Called for this module before its children: what changes here they see.
+        rename_tensors(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def start_epoch(self, epoch: int) -> None:
         """Set the epoch that starts, counted from 0."""
@@ -340,5 +348,5 @@ def build_method(
         False
     """
     cls = method_class(name)
-    checked = check_options(options_of(cls), options, owner=name)
+    checked = check_options(options_of(cls), accept_renamed(options), owner=name)
     return cls(num_images, global_dim, num_parts, part_dim, **checked)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from selcon_plugin.distributed import gather_batch
 from selcon_plugin.features import Embeddings
@@ -37,13 +37,6 @@ def gray_images(images: Tensor) -> Tensor:
     red, green, blue = images.float().unbind(dim=1)
     luma = red + 0.587 * (green - red) + 0.114 * (blue - red)
     return luma[:, None].expand_as(images)
-
-
-def _rename_old_bank(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
-    """Load checkpoints of version 0.1, where the bank was spelled ``grey_memory``."""
-    old = f"{prefix}grey_memory."
-    for key in [key for key in state if key.startswith(old)]:
-        state[f"{prefix}gray_memory.{key.removeprefix(old)}"] = state.pop(key)
 
 
 @register_method("CACL")
@@ -112,7 +105,6 @@ class CACL(ClusterMethod):
         self.gray_cluster_weight = gray_cluster_weight
         self.memory = InstanceMemory(num_images, global_dim, momentum=bank_momentum)
         self.gray_memory = InstanceMemory(num_images, global_dim, momentum=bank_momentum)
-        self.register_load_state_dict_pre_hook(_rename_old_bank)  # type: ignore[no-untyped-call, unused-ignore]
 
     def make_views(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the gray view of a batch."""

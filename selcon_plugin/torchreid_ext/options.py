@@ -1,9 +1,12 @@
-"""Divide the engine's options into those of the run, the method and the clustering."""
+"""Options of an engine, divided into those of the run, the method and the clustering."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from yacs.config import CfgNode
 
 from selcon_plugin.clustering import Labeler, labeler_options
 from selcon_plugin.config.keys import (
@@ -11,53 +14,106 @@ from selcon_plugin.config.keys import (
     configured_labeler,
     run_options,
 )
+from selcon_plugin.engine.run_options import ClusteringOptions, RunOptions
 from selcon_plugin.methods import method_options
 from selcon_plugin.options import check_options
+from selcon_plugin.renamed import accept_renamed
+from selcon_plugin.torchreid_ext.config import KEYS
 
 # Options of a run that are the model's, in torchreid a thing of its own.
 MODEL_OPTIONS = ("num_parts", "project_global", "ghost_batch_size", "wave_block")
 
 
-def _sort_options(
-    method: str, options: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Divide options into those of the run, complete, and those of the method."""
-    own = method_options(method)
-    run = run_options()
-    for name in ("method", *MODEL_OPTIONS):
-        del run[name]
-    chosen = {name: value for name, value in options.items() if name in run}
-    rest = {name: value for name, value in options.items() if name not in run}
-    unknown = [name for name in rest if name not in own]
-    if unknown:
-        raise ValueError(
-            f"ImageSelConEngine has no option {unknown[0]} with the method {method}: it "
-            f"has {', '.join(run)}, and of the method {', '.join(own)}"
+@dataclass(frozen=True)
+class EngineOptions:
+    """Options of an engine, checked.
+
+    Attributes:
+        run: Options of the run, its method among them; those of the model are not used.
+        method: Constructor arguments of the method.
+        clustering: Options of the clustering.
+        labeler: What finds the clusters.
+    """
+
+    run: RunOptions
+    method: Mapping[str, Any]
+    clustering: ClusteringOptions
+    labeler: Labeler
+
+    @classmethod
+    def of_config(cls, cfg: CfgNode) -> EngineOptions:
+        """Read the options of a config.
+
+        Args:
+            cfg: Complete config.
+
+        Returns:
+            Its options.
+        """
+        node = cfg.selcon
+        return cls(
+            KEYS.run(node),
+            KEYS.selected(node, "method"),
+            KEYS.clustering(node),
+            KEYS.labeler(node),
         )
-    values = {name: option.default for name, option in run.items()}
-    values |= check_options(run, chosen, owner="ImageSelConEngine")
-    if "seed" in own:
-        rest["seed"] = values["seed"]
-    return values, check_options(own, rest, owner=method)
+
+    @classmethod
+    def of_arguments(
+        cls,
+        method: str,
+        clustering: Labeler | Mapping[str, Any] | None,
+        options: Mapping[str, Any],
+    ) -> EngineOptions:
+        """Read and check the options that a script gives to an engine.
+
+        Args:
+            method: Registered name.
+            clustering: A labeler, options of clustering and labeler, or None.
+            options: Options of the run and of the method, by name.
+
+        Returns:
+            The options.
+
+        Raises:
+            ValueError: If an option is unknown or illegal, or set by two names.
+        """
+        own, run = method_options(method), run_options()
+        for name in ("method", *MODEL_OPTIONS):
+            del run[name]
+        given = accept_renamed(options)
+        of_method = {name: value for name, value in given.items() if name not in run}
+        unknown = [name for name in of_method if name not in own]
+        if unknown:
+            raise ValueError(
+                f"ImageSelConEngine has no option {unknown[0]} with the method {method}: "
+                f"it has {', '.join(run)}, and of the method {', '.join(own)}"
+            )
+        of_run = {name: value for name, value in given.items() if name in run}
+        checked = RunOptions(
+            method=method, **check_options(run, of_run, owner="ImageSelConEngine")
+        )
+        arguments = check_options(own, of_method, owner=method)
+        if "seed" in own:
+            arguments["seed"] = checked.seed
+        return cls(checked, arguments, *_read_clustering(clustering))
 
 
 def _read_clustering(
-    clustering: Labeler | Mapping[str, Any] | None,
-) -> tuple[dict[str, Any], Labeler]:
-    """Read the argument ``clustering`` into its own values and a labeler."""
-    known = clustering_options()
-    values = {name: option.default for name, option in known.items()}
-    if isinstance(clustering, Labeler):
-        return values, clustering
-    given = dict(clustering or {})
-    own = {name: given.pop(name) for name in list(given) if name in known}
-    values |= check_options(known, own, owner="clustering")
-    options = labeler_options(values["labeler"])
-    for name in given:
+    given: Labeler | Mapping[str, Any] | None,
+) -> tuple[ClusteringOptions, Labeler]:
+    """Read the engine's argument ``clustering``."""
+    if isinstance(given, Labeler):
+        return ClusteringOptions(), given
+    values, known = dict(given or {}), clustering_options()
+    own = {name: values.pop(name) for name in list(values) if name in known}
+    clustering = ClusteringOptions(**check_options(known, own, owner="clustering"))
+    options = labeler_options(clustering.labeler)
+    for name in values:
         if name not in options:
             raise ValueError(
-                f"clustering has no option {name} with the labeler {values['labeler']}: it "
-                f"has {', '.join(known)}, and of the labeler {', '.join(options)}"
+                f"clustering has no option {name} with the labeler {clustering.labeler}: "
+                f"it has {', '.join(known)}, and of the labeler {', '.join(options)}"
             )
-    checked = check_options(options, given, owner=values["labeler"])
-    return values, configured_labeler(values, checked)
+    checked = check_options(options, values, owner=clustering.labeler)
+    return clustering, configured_labeler(clustering, checked)

@@ -13,14 +13,13 @@ from yacs.config import CfgNode
 
 from selcon_plugin.compat.torchreid import import_torchreid
 from selcon_plugin.config.checks import check_name, make_output_folder
-from selcon_plugin.config.keys import clustering_options, run_options
 from selcon_plugin.datasets import SyntheticPersonsSpec
 from selcon_plugin.engine.run import seed_all
 from selcon_plugin.io.atomic import write_atomically
 from selcon_plugin.io.safe_loading import safe_extraction
 from selcon_plugin.methods import method_class
 from selcon_plugin.runs.results import delete_results, write_results
-from selcon_plugin.torchreid_ext.config import KEYS
+from selcon_plugin.torchreid_ext.config import complete_config
 from selcon_plugin.torchreid_ext.datasets import (
     image_dataset_names,
     register_image_folder,
@@ -32,7 +31,7 @@ from selcon_plugin.torchreid_ext.models import (
     build_selcon_model,
     load_network,
 )
-from selcon_plugin.torchreid_ext.options import MODEL_OPTIONS
+from selcon_plugin.torchreid_ext.options import EngineOptions
 
 logger = logging.getLogger(__name__)
 
@@ -158,11 +157,12 @@ def build_engine(cfg: CfgNode) -> ImageSelConEngine:
     """Build data, model, optimizer, schedule and engine.
 
     Args:
-        cfg: Complete config.
+        cfg: Config; it is checked unless it has been.
 
     Returns:
         The engine, ready to run.
     """
+    cfg = complete_config(cfg)
     torchreid, node, train = import_torchreid(), cfg.selcon, cfg.train
     seed_all(node.seed)
     datamanager = build_datamanager(cfg)
@@ -191,21 +191,15 @@ def build_engine(cfg: CfgNode) -> ImageSelConEngine:
         gamma=train.gamma,
         max_epoch=train.max_epoch,
     )
-    run = {name: node[name] for name in run_options()}
-    for of_model in MODEL_OPTIONS:
-        del run[of_model]
-    clustering = {name: node.clustering[name] for name in clustering_options()}
-    method_options = KEYS.selected(node, "method")
     return ImageSelConEngine(
         datamanager,
         model,
         optimizer,
         scheduler,
-        clustering={**clustering, **KEYS.selected(node, "labeler")},
         use_gpu=cfg.use_gpu,
         num_instances=cfg.sampler.num_instances,
         checkpoint_period=node.checkpoint_period,
-        **{**run, **method_options},
+        checked=EngineOptions.of_config(cfg),
     )
 
 
@@ -213,7 +207,7 @@ def run_config(cfg: CfgNode, *, resume: bool = False) -> ImageSelConEngine:
     """Train and evaluate, or evaluate alone (``test.evaluate``).
 
     Args:
-        cfg: Complete config.
+        cfg: Config; it is checked unless it has been.
         resume: Whether to go on from the last checkpoint in ``data.save_dir``, if there is
             one. ``model.resume`` names another.
 
@@ -225,6 +219,7 @@ def run_config(cfg: CfgNode, *, resume: bool = False) -> ImageSelConEngine:
             ``data.save_dir`` cannot be written to.
         FileNotFoundError: If there is no file that the config names.
     """
+    cfg = complete_config(cfg)
     test, train, folder = cfg.test, cfg.train, cfg.data.save_dir
     if test.evaluate and not (cfg.model.load_weights or cfg.model.resume):
         raise ValueError("model.load_weights must name a checkpoint to evaluate")

@@ -17,6 +17,7 @@ from selcon_plugin.config.keys import (
     run_options,
     sampler_of,
 )
+from selcon_plugin.engine.run_options import ClusteringOptions, RunOptions
 from selcon_plugin.methods import method_class, method_names, method_options
 from selcon_plugin.options import Interval, Option
 from selcon_plugin.samplers.cluster import STREAM_SAMPLER, clusters_per_batch
@@ -112,9 +113,17 @@ def test_illegal_value_names_key_value_and_legal_range(values, words):
 
 
 def test_whole_numbers_become_numbers():
-    assert KEYS.selected(node_with(TEMPERATURE=1), "method")["temperature"] == 1.0
-    values = KEYS.run_values(node_with(OUTLIER_RATIO=0))
-    assert isinstance(values["outlier_ratio"], float)
+    node = node_with(TEMPERATURE=1, OUTLIER_RATIO=0)
+    KEYS.check(node)
+    assert isinstance(KEYS.selected(node, "method")["temperature"], float)
+    assert isinstance(KEYS.run(node).outlier_ratio, float)
+
+
+def test_read_options_are_those_of_the_node():
+    node = node_with({"PERIOD": 3, "LABELER": "KMeans"}, NUM_PARTS=2, SEED=4)
+    KEYS.check(node)
+    assert KEYS.run(node) == RunOptions(num_parts=2, seed=4)
+    assert KEYS.clustering(node) == ClusteringOptions(labeler="KMeans", period=3)
 
 
 def test_selected_options_leave_out_what_was_not_set():
@@ -185,13 +194,10 @@ def test_clusters_that_a_batch_needs(sampler, clusters):
 
 
 def test_filters_follow_the_labeler_in_order():
-    defaults = {name: option.default for name, option in clustering_options().items()}
-    assert list(configured_labeler(defaults, {}).filters) == []
-    all_on = defaults | {
-        "reliability": True,
-        "drop_single_camera": True,
-        "outliers": "singleton",
-    }
+    assert list(configured_labeler(ClusteringOptions(), {}).filters) == []
+    all_on = ClusteringOptions(
+        reliability=True, drop_single_camera=True, outliers="singleton"
+    )
     labeler = configured_labeler(all_on, {"eps": 0.4})
     assert [type(one) for one in labeler.filters] == [
         ReliabilityFilter,
@@ -201,4 +207,5 @@ def test_filters_follow_the_labeler_in_order():
     assert type(labeler) is type(build_labeler("DBSCAN"))
     assert labeler.eps == 0.4
     assert not labeler.center_cameras
-    assert configured_labeler(defaults | {"center_cameras": True}, {}).center_cameras
+    centered = ClusteringOptions(center_cameras=True)
+    assert configured_labeler(centered, {}).center_cameras

@@ -14,6 +14,7 @@ from selcon_plugin.engine.best_weights import BestWeights
 from selcon_plugin.engine.images import IndexedImages
 from selcon_plugin.engine.network import EmbeddingNetwork
 from selcon_plugin.engine.run import TrainingRun, seed_all
+from selcon_plugin.engine.run_options import ClusteringOptions, RunOptions
 from selcon_plugin.features import Embeddings, GlobalPartEmbedding
 from selcon_plugin.methods import Method
 from selcon_plugin.metrics.identities import cluster_diagnostics
@@ -182,7 +183,7 @@ def drawn():
 
 def test_epoch_has_its_own_random_streams(make_run):
     def streams(seed, epoch):
-        run = make_run(Recorded(), seed=seed)
+        run = make_run(Recorded(), options=RunOptions(seed=seed))
         seed_all(99)
         run.start_epoch(epoch)
         assert run.method.epoch == epoch
@@ -214,7 +215,12 @@ def test_batches_begin_where_the_epoch_does(make_run):
 )
 def test_clusters_are_renewed_every_few_epochs(make_run, period, epochs):
     labeler = Scripted(LABELS)
-    run = make_run(Recorded(clusters=True), labeler, planner="pk", cluster_period=period)
+    run = make_run(
+        Recorded(clusters=True),
+        labeler,
+        planner="pk",
+        clustering=ClusteringOptions(period=period),
+    )
     clustered = []
     for epoch in range(4):
         before = len(labeler.given)
@@ -225,7 +231,12 @@ def test_clusters_are_renewed_every_few_epochs(make_run, period, epochs):
 
 def test_run_that_was_never_prepared_clusters_at_once(make_run):
     labeler = Scripted(LABELS)
-    run = make_run(Recorded(clusters=True), labeler, planner="pk", cluster_period=3)
+    run = make_run(
+        Recorded(clusters=True),
+        labeler,
+        planner="pk",
+        clustering=ClusteringOptions(period=3),
+    )
     run.refresh_pseudo_labels(1, 3)
     assert len(labeler.given) == 1
     assert run.method.labels.tolist() == LABELS
@@ -262,7 +273,12 @@ def test_batch_that_needs_more_clusters_falls_back(make_run):
 @pytest.mark.parametrize("kind", ["global", "fused"])
 def test_what_is_clustered(make_run, kind):
     labeler = Scripted(LABELS)
-    run = make_run(Recorded(clusters=True), labeler, planner="pk", cluster_features=kind)
+    run = make_run(
+        Recorded(clusters=True),
+        labeler,
+        planner="pk",
+        clustering=ClusteringOptions(features=kind),
+    )
     run.refresh_pseudo_labels(0, 0)
     (embeddings,) = run.extracted
     expected = {

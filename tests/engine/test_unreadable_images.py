@@ -28,6 +28,7 @@ from selcon_plugin.engine.image_list import images_to_resume_with, write_image_l
 from selcon_plugin.engine.images import IndexedImages
 from selcon_plugin.engine.network import EmbeddingNetwork
 from selcon_plugin.engine.run import TrainingRun
+from selcon_plugin.engine.run_options import RunOptions
 from selcon_plugin.features import GlobalPartEmbedding
 from selcon_plugin.methods import build_method
 from selcon_plugin.models.preprocessing import Preprocessing
@@ -260,7 +261,7 @@ def make_run(images):
             labeler,
             extract=lambda: extract_embeddings(network, batches(), len(images)),
             calibrate=lambda: calibrate_normalization(network, images, 4),
-            max_unreadable_ratio=0.2,
+            options=RunOptions(max_unreadable_ratio=0.2),
         )
 
     return make

@@ -5,12 +5,13 @@ from typing import Annotated
 import pytest
 from fastreid.config import get_cfg
 
-from selcon_plugin.fastreid_ext import add_selcon_config, complete_config
+from selcon_plugin.fastreid_ext import SelConTrainer, add_selcon_config, complete_config
 from selcon_plugin.fastreid_ext.config import selected_method_options
+from selcon_plugin.fastreid_ext.results import write_results
 from selcon_plugin.hosts import load_config
 from selcon_plugin.methods import base, build_method, method_names, method_options
 from selcon_plugin.methods.selective_contrastive import SelectiveContrastive
-from selcon_plugin.options import Interval
+from selcon_plugin.options import Interval, Option
 
 
 def test_config_key_is_constructor_argument():
@@ -166,3 +167,96 @@ def test_camera_term_excludes_reranking():
         load_config(
             "", ["MODEL.SELCON.TEST_CAMERA_TERM", "True", "TEST.RERANK.ENABLED", "True"]
         )
+
+
+# --- names of earlier releases ------------------------------------------------------------
+
+NODE = "MODEL:\n  SELCON:\n"
+
+
+def test_former_keys_in_a_file_its_base_and_the_command_line(tmp_path):
+    (tmp_path / "base.yml").write_text(
+        f"{NODE}    OUTLIER_RATIO: 0.5\n    MAX_BAD_SHARE: 0.25\n    MAX_BAD_STEPS: 2\n"
+    )
+    file = tmp_path / "run.yml"
+    file.write_text(
+        f"_BASE_: base.yml\n{NODE}    OUTLIER_SHARE: 0.25\n"
+        "    KEEP_BEST_BY: outlier_share\n    MAX_NONFINITE_STEPS: 4\n"
+    )
+    opts = ["MODEL.SELCON.ON_BAD_NUMBERS", "stop", "MODEL.SELCON.MAX_BAD_SHARE", "0.125"]
+    node = load_config(str(file), opts).MODEL.SELCON
+    # What a file sets takes the place of what its base does, whatever each calls it.
+    assert node.OUTLIER_RATIO == 0.25
+    assert node.MAX_NONFINITE_STEPS == 4
+    assert node.KEEP_BEST_BY == "outlier_ratio"
+    assert node.ON_NONFINITE == "stop"
+    assert node.MAX_UNREADABLE_RATIO == 0.125
+    assert not {"OUTLIER_SHARE", "MAX_BAD_SHARE", "ON_BAD_NUMBERS"} & node.keys()
+
+
+def test_both_names_in_one_place_are_refused(tmp_path):
+    file = tmp_path / "run.yml"
+    file.write_text(f"{NODE}    OUTLIER_RATIO: 0.5\n    OUTLIER_SHARE: 0.5\n")
+    match = r"MODEL\.SELCON\.OUTLIER_SHARE and MODEL\.SELCON\.OUTLIER_RATIO"
+    with pytest.raises(ValueError, match=match):
+        load_config(str(file))
+    opts = ["MODEL.SELCON.OUTLIER_RATIO", "0.5", "MODEL.SELCON.OUTLIER_SHARE", "0.5"]
+    with pytest.raises(ValueError, match=match):
+        load_config("", opts)
+
+
+def test_script_that_merges_a_file_with_former_keys(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(f"{NODE}    METHOD: PPLR\n    PART_SHARE: 0.25\n    MAX_BAD_STEPS: 3\n")
+    cfg = add_selcon_config(get_cfg())
+    cfg.merge_from_file(str(file))
+    cfg = complete_config(cfg)
+    assert cfg.MODEL.SELCON.PART_WEIGHT == 0.25
+    assert cfg.MODEL.SELCON.MAX_NONFINITE_STEPS == 3
+    assert selected_method_options(cfg)["part_weight"] == 0.25
+
+
+# --- one check ----------------------------------------------------------------------------
+
+
+def test_checked_config_is_not_checked_again(monkeypatch):
+    checks = []
+    check = Option.check
+
+    def counted(self, value, *, label=None):
+        checks.append(label or self.name)
+        return check(self, value, label=label)
+
+    monkeypatch.setattr(Option, "check", counted)
+    cfg = complete_config(get_cfg())
+    assert checks
+    assert max(map(checks.count, checks)) == 1
+    number = len(checks)
+    again = complete_config(copy.deepcopy(cfg))
+    assert len(checks) == number
+    assert str(again) == str(cfg)
+    again.MODEL.SELCON.SEED = -1
+    with pytest.raises(ValueError, match=r"SEED must be .*>= 0, got -1"):
+        complete_config(again)
+
+
+def test_training_checks_each_key_once(tiny_cfg, monkeypatch):
+    tiny_cfg.MODEL.SELCON.METHOD = "ClusterContrast"
+    for key in ("NUM_NEIGHBORS", "NUM_NEGATIVES", "WARMUP_EPOCHS"):
+        tiny_cfg.MODEL.SELCON[key] = None
+    tiny_cfg.SOLVER.MAX_EPOCH = tiny_cfg.TEST.EVAL_PERIOD = 1
+    checks = []
+    check = Option.check
+
+    def counted(self, value, *, label=None):
+        checks.append(label or self.name)
+        return check(self, value, label=label)
+
+    monkeypatch.setattr(Option, "check", counted)
+    trainer = SelConTrainer(tiny_cfg)
+    trainer.resume_or_load(resume=False)
+    results = trainer.train()
+    write_results(trainer, results)
+    assert "MODEL.SELCON.CLUSTERING.PERIOD" in checks
+    twice = {name for name in checks if checks.count(name) > 1}
+    assert not twice

@@ -10,9 +10,11 @@ from selcon_plugin.clustering import labeler_names, labeler_options
 from selcon_plugin.config.checks import flatten_config
 from selcon_plugin.config.keys import clustering_options, own_method_options
 from selcon_plugin.config.loading import builtin_config
+from selcon_plugin.engine.run_options import RunOptions
 from selcon_plugin.hosts import host_of, load_config
 from selcon_plugin.methods import build_method, method_names
 from selcon_plugin.torchreid_ext.config import KEYS, complete_config, get_default_config
+from selcon_plugin.torchreid_ext.options import EngineOptions
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = [str(file.relative_to(CONFIGS)) for file in sorted(CONFIGS.rglob("*.yml"))]
@@ -246,3 +248,34 @@ def test_configs_of_the_package_are_complete(name):
     cfg = load_config(builtin_config(name))  # the host is told by the keys
     assert cfg.data.save_dir == f"logs/torchreid/{Path(name).stem}"
     assert cfg.train.batch_size % cfg.sampler.num_instances == 0
+
+
+def test_former_keys_in_a_file_its_base_and_the_command_line(tmp_path):
+    written(tmp_path, selcon={"outlier_ratio": 0.5, "max_bad_share": 0.25})
+    (tmp_path / "config.yml").rename(tmp_path / "base.yml")
+    file = tmp_path / "run.yml"
+    file.write_text(
+        "_BASE_: base.yml\nselcon:\n  outlier_share: 0.25\n  keep_best_by: outlier_share\n"
+    )
+    node = load("selcon.max_bad_steps", "3", file=str(file)).selcon
+    assert node.outlier_ratio == 0.25
+    assert node.max_unreadable_ratio == 0.25
+    assert node.max_nonfinite_steps == 3
+    assert node.keep_best_by == "outlier_ratio"
+    assert not {"outlier_share", "max_bad_share", "max_bad_steps"} & node.keys()
+
+
+def test_both_names_in_one_place_are_refused(tmp_path):
+    file = written(tmp_path, selcon={"image_share": 0.5, "image_weight": 0.5})
+    with pytest.raises(ValueError, match=r"selcon\.image_share and selcon\.image_weight"):
+        load(file=file)
+
+
+def test_engine_takes_former_names():
+    options = EngineOptions.of_arguments("O2CAP", None, {"image_share": 0.5, "seed": 2})
+    assert options.method["image_weight"] == 0.5
+    assert options.run == RunOptions(method="O2CAP", seed=2)
+    with pytest.raises(ValueError, match=r"on_bad_numbers and on_nonfinite"):
+        EngineOptions.of_arguments(
+            "O2CAP", None, {"on_bad_numbers": "skip", "on_nonfinite": "skip"}
+        )

@@ -10,6 +10,7 @@ from PIL import Image
 from selcon_plugin.cli.main import main
 from selcon_plugin.datasets import SyntheticPersonsSpec
 from selcon_plugin.hosts import host_of_settings, load_config
+from selcon_plugin.options import Option
 from selcon_plugin.report import collect_run
 from selcon_plugin.report.page import changed_settings
 from selcon_plugin.torchreid_ext import ImageSelConEngine, register_synthetic_persons
@@ -99,6 +100,25 @@ def test_run_leaves_its_results(selcon, tmp_path):
     assert record["num_clusters"] is None
     assert record["versions"]["torch"] == torch.__version__
     assert record["device"].endswith("1 thread")
+
+
+def test_run_checks_each_key_once(selcon, tmp_path, monkeypatch):
+    checks = []
+    check = Option.check
+
+    def counted(self, value, *, label=None):
+        checks.append(label or self.name)
+        return check(self, value, label=label)
+
+    monkeypatch.setattr(Option, "check", counted)
+    values = {"data.save_dir": tmp_path / "out", "train.max_epoch": 1}
+    others = {
+        f"selcon.{name}": None
+        for name in ("num_neighbors", "num_negatives", "warmup_epochs")
+    }
+    assert selcon(**values, **{"selcon.method": "ClusterContrast"}, **others) == 0
+    assert "selcon.clustering.period" in checks
+    assert not {name for name in checks if checks.count(name) > 1}
 
 
 def test_run_leaves_a_report(selcon, tmp_path, capsys):
