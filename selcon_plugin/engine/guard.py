@@ -177,7 +177,8 @@ class StepGuard:
             for name, value in bad.items()
             if name not in ("features", "gradients")
         ]
-        index, embeddings, _ = self._network.pending_batch()
+        seen = self._network.pending_batch()
+        index, embeddings = seen.index, seen.embeddings
         every = gather_batch(index)
         of_pixels = gather_batch(index[~_finite_rows(images.to(index.device))])
         of_features = gather_batch(index[~_finite_embeddings(embeddings)])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,8 @@ def usable_parts(
     return channels, num_parts
 
 
-class SeenBatch(NamedTuple):
+@dataclass(frozen=True)
+class SeenBatch:
     """A batch between its losses and the write into the banks.
 
     Attributes:
