@@ -81,8 +81,8 @@ def accept_renamed(
     result = {}
     for key, value in values.items():
         name = names.get(key, key)
-        if name != key and value is None:
-            # Unset, as all keys are that stand in a written config and that nobody set.
+        if value is None:
+            # Unset, as are many keys of a config that a run has written.
             result.setdefault(name, values.get(name))
             continue
         if name != key:

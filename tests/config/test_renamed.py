@@ -87,6 +87,9 @@ def test_unset_former_name_is_dropped(caplog):
     assert accept_renamed(values) == present
     assert accept_renamed(dict(reversed(values.items()))) == present
     assert not notices(caplog)
+    unset = {"max_bad_share": 0.25, "max_unreadable_ratio": None}
+    assert accept_renamed(unset) == {"max_unreadable_ratio": 0.25}
+    assert accept_renamed(dict(reversed(unset.items()))) == {"max_unreadable_ratio": 0.25}
 
 
 def test_arguments_of_functions(caplog):
