@@ -78,7 +78,7 @@ def accept_renamed(
     """
     names = {spell(old): spell(new) for old, new in names.items()}
     present = {spell(name): by_old for name, by_old in VALUES.items()}
-    result = {}
+    result: dict[str, Any] = {}
     for key, value in values.items():
         name = names.get(key, key)
         if value is None:
