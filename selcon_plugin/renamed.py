@@ -78,11 +78,15 @@ def accept_renamed(
     """
     names = {spell(old): spell(new) for old, new in names.items()}
     present = {spell(name): by_old for name, by_old in VALUES.items()}
-    result = {}
+    result: dict[str, Any] = {}
     for key, value in values.items():
         name = names.get(key, key)
+        if value is None:
+            # Unset, as are many keys of a config that a run has written.
+            result.setdefault(name, values.get(name))
+            continue
         if name != key:
-            if name in values:
+            if values.get(name) is not None:
                 raise ValueError(
                     f"{label(key)} and {label(name)} are two names of one option: leave "
                     f"out {label(key)}, the former one"
@@ -137,6 +141,26 @@ def present_metrics(record: Mapping[str, Any]) -> dict[str, Any]:
         The same, in the same order.
     """
     return {_METRICS.get(name, name): value for name, value in record.items()}
+
+
+def present_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's config by the present keys; without a notice.
+
+    Args:
+        settings: The config by full keys, of either host.
+
+    Returns:
+        The same, in the same order.
+    """
+    result = {}
+    for key, value in settings.items():
+        node, dot, name = key.rpartition(".")
+        if node.lower() in ("model.selcon", "selcon"):
+            present = OPTIONS.get(name.lower(), name.lower())
+            value = present_value(present, value)
+            name = present.upper() if name.isupper() else present
+        result[f"{node}{dot}{name}"] = value
+    return result
 
 
 def rename_tensors(state: dict[str, Any], prefix: str) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from selcon_plugin.config.checks import flatten_config
 from selcon_plugin.config.host import Host
 from selcon_plugin.engine.image_list import IMAGE_LIST
+from selcon_plugin.renamed import present_settings
 from selcon_plugin.runs.embedding import EmbeddingRecord
 from selcon_plugin.runs.metrics import METRICS_FILE, read_metrics
 from selcon_plugin.runs.ranked import RankedQuery, read_ranked
@@ -227,7 +228,9 @@ def _read_settings(file: Path) -> dict[str, Any]:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is no YAML: {error}") from error
-    return flatten_config(content) if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        return {}
+    return present_settings(flatten_config(content))
 
 
 def _read_images(file: Path) -> TrainingImages:

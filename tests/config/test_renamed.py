@@ -12,7 +12,13 @@ from selcon_plugin.engine.best_weights import BestWeights
 from selcon_plugin.losses import selective_contrastive_loss
 from selcon_plugin.methods import build_method, method_names
 from selcon_plugin.models.wave_block import WaveBlock
-from selcon_plugin.renamed import OPTIONS, VALUES, accept_old_arguments, accept_renamed
+from selcon_plugin.renamed import (
+    OPTIONS,
+    VALUES,
+    accept_old_arguments,
+    accept_renamed,
+    present_settings,
+)
 from selcon_plugin.runs.metrics import read_metrics
 
 KEYS = ConfigKeys("here.selcon", str.upper)
@@ -73,6 +79,17 @@ def test_options_of_methods(method, former, present, caplog):
         build_method(method, 10, 8, 2, 4, **{former: 0.25, present: 0.25})
     with pytest.raises(ValueError, match=f"{present} must be"):
         build_method(method, 10, 8, 2, 4, **{former: -1.0})
+
+
+def test_unset_former_name_is_dropped(caplog):
+    values = {"max_bad_share": None, "max_unreadable_ratio": 0.25, "part_share": None}
+    present = {"max_unreadable_ratio": 0.25, "part_weight": None}
+    assert accept_renamed(values) == present
+    assert accept_renamed(dict(reversed(values.items()))) == present
+    assert not notices(caplog)
+    unset = {"max_bad_share": 0.25, "max_unreadable_ratio": None}
+    assert accept_renamed(unset) == {"max_unreadable_ratio": 0.25}
+    assert accept_renamed(dict(reversed(unset.items()))) == {"max_unreadable_ratio": 0.25}
 
 
 def test_arguments_of_functions(caplog):
@@ -199,6 +216,23 @@ def test_metrics_of_an_earlier_run(tmp_path, caplog):
         }
     ]
     assert not notices(caplog)  # nobody can change them
+
+
+def test_settings_of_an_earlier_run():
+    former = {
+        "MODEL.SELCON.MAX_BAD_SHARE": 0.25,
+        "MODEL.SELCON.KEEP_BEST_BY": "outlier_share",
+        "selcon.part_share": 0.5,
+        "other.part_share": 1,
+        "SOLVER.MAX_EPOCH": 2,
+    }
+    assert present_settings(former) == {
+        "MODEL.SELCON.MAX_UNREADABLE_RATIO": 0.25,
+        "MODEL.SELCON.KEEP_BEST_BY": "outlier_ratio",
+        "selcon.part_weight": 0.5,
+        "other.part_share": 1,
+        "SOLVER.MAX_EPOCH": 2,
+    }
 
 
 def test_best_weights_of_an_earlier_checkpoint():
