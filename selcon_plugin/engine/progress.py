@@ -1,8 +1,8 @@
 """Progress of a run: one bar or log line for each of its stages.
 
-On a terminal a stage is a bar with the time left, and a line of the log when it ends. If the
-output is not a terminal, only lines are logged: one each minute, and one at the end. Nothing
-here knows a host.
+On a terminal a stage is a bar with the time left, and a line of the log when it ends. If
+the output is not a terminal, only lines are logged: one each minute, and one at the end.
+Nothing here knows a host.
 """
 
 from __future__ import annotations
