@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from selcon_plugin.report import write_comparison, write_report
-from selcon_plugin.retrieval.index import Match, QueryResult
+from selcon_plugin.retrieval.results import Match, QueryResult
 from selcon_plugin.retrieval.page import write_page
 
 sync_api = pytest.importorskip("playwright.sync_api")
