@@ -63,10 +63,13 @@ setup(
     package_dir={"selcon_plugin.configs": "configs"},
     package_data={
         "selcon_plugin": ["py.typed"],
-        "selcon_plugin.report": ["*.css", "*.js"],
+        "selcon_plugin.report": ["templates/*"],
         "selcon_plugin.configs": ["*.yml", "*.yaml", "*.md", "*/*.yml"],
     },
     install_requires=[
+        "filelock>=3.32",
+        "jinja2>=3.1",
+        "markupsafe>=2.1",
         "numba>=0.59",
         "numpy>=1.24",
         "pillow>=9.4",

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from selcon_plugin.engine.progress import duration
+
 __all__ = [
     "Estimate",
     "available_memory",
@@ -57,14 +59,8 @@ class Estimate:
         return Estimate(self.seconds + other.seconds, max(self.memory, other.memory))
 
     def __str__(self) -> str:
-        return f"about {_duration(self.seconds)} and {_size(self.memory)} of memory"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{max(1, round(seconds))} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{seconds / 3600:.1f} h"
+        time_needed = duration(self.seconds, approximate=True)
+        return f"about {time_needed} and {_size(self.memory)} of memory"
 
 
 def _size(num_bytes: int) -> str:

@@ -1,8 +1,8 @@
-"""What a person sees of a run while it goes on: a line for each of its stages.
+"""Progress of a run: one bar or log line for each of its stages.
 
-On a terminal a stage is a bar with the time left, and a line of the log when it ends. Where
-the output is no terminal, lines of the log alone: each minute, and at the end. Nothing here
-knows a host.
+On a terminal a stage is a bar with the time left, and a line of the log when it ends. If
+the output is not a terminal, only lines are logged: one each minute, and one at the end.
+Nothing here knows a host.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from selcon_plugin.distributed import rank
 from selcon_plugin.runs.results import peak_gpu_memory_mib, peak_memory_mib
@@ -33,15 +34,23 @@ def on_terminal() -> bool:
     return rank() == 0 and sys.stdout.isatty() and sys.stderr.isatty()
 
 
-def duration(seconds: float) -> str:
-    """Write a time for people: ``8.4 s``, ``2 min 5 s``, ``3 h 20 min``.
+def duration(seconds: float, *, approximate: bool = False) -> str:
+    """Format a duration: ``8.4 s``, ``2 min 5 s``, ``3 h 20 min``.
 
     Args:
         seconds: Seconds, 0 or more.
+        approximate: Whether the duration is a rough estimate, which deserves one unit only:
+            ``4 s``, ``10 min``, ``2.5 h``.
 
     Returns:
-        The time in at most two units.
+        The duration in at most two units.
+
+    Example:
+        >>> duration(8000), duration(75.2), duration(3.14)
+        ('2 h 13 min', '1 min 15 s', '3.1 s')
     """
+    if approximate:
+        return _approximate_duration(seconds)
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -54,8 +63,15 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min"
 
 
+def _approximate_duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{seconds / 3600:.1f} h"
+
+
 def memory() -> str:
-    """Say how much memory this process has taken at most, and on a GPU if it has one."""
+    """Return how much memory this process has taken at most, and on a GPU if it has one."""
     text = f"{peak_memory_mib() / 1024:.1f} GiB"
     on_gpu = peak_gpu_memory_mib()
     return f"{text}, GPU {on_gpu / 1024:.1f} GiB" if on_gpu else text
@@ -156,37 +172,26 @@ def _plural(unit: str, count: int = 2) -> str:
     return f"{unit}es" if unit.endswith("ch") else f"{unit}s"
 
 
-class _AboveBars(logging.Handler):
-    """Lets a handler write to the terminal while bars are out of the way."""
-
-    def __init__(self, inner: logging.StreamHandler[Any]) -> None:
-        super().__init__(inner.level)
-        self._inner = inner
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write a record above the bars."""
-        with tqdm.external_write_mode(file=self._inner.stream):
-            self._inner.handle(record)
-
-
 @contextlib.contextmanager
 def _lines_above_bars() -> Iterator[None]:
     """Keep what is logged on the terminal from running into a bar."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    earlier = [log.handlers for log in loggers]
-    for log in loggers:
-        log.handlers = [
-            _AboveBars(handler)
-            if isinstance(handler, logging.StreamHandler)
-            and handler.stream in (sys.stdout, sys.stderr)
-            else handler
-            for handler in log.handlers
-        ]
-    try:
+    # tqdm would add a handler to a logger that has none on the terminal, so that a line
+    # appeared twice, and would drop the level of the handler that it replaces.
+    levels = {
+        log: min(handler.level for handler in handlers)
+        for log in map(logging.getLogger, _LOGGERS)
+        if (handlers := [h for h in log.handlers if _writes_to_terminal(h)])
+    }
+    with logging_redirect_tqdm(list(levels)):
+        for log, level in levels.items():
+            log.handlers[-1].setLevel(level)
         yield
-    finally:
-        for log, handlers in zip(loggers, earlier, strict=True):
-            log.handlers = handlers
+
+
+def _writes_to_terminal(handler: logging.Handler) -> bool:
+    return isinstance(handler, logging.StreamHandler) and (
+        handler.stream in (sys.stdout, sys.stderr)
+    )
 
 
 class ProgressLoader:

@@ -1,12 +1,12 @@
 """Atomic creation of folders: other processes see a complete folder or none."""
 
-import contextlib
 import logging
-import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+
+from selcon_plugin.io.locks import exclusive
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +34,10 @@ def publish_folder(
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     stem = folder.name.rsplit("-", 1)[0]
-    with exclusive(folder.parent / f".{stem}.lock") as is_locked:
+    with exclusive(folder.parent / f".{stem}.lock") as lock:
         if is_complete(folder):
             return folder
-        if is_locked:
+        if lock is not None:
             _remove_partial_folders(folder.parent, stem)
         partial = folder.parent / f".{stem}-{uuid.uuid4().hex}{_PARTIAL_SUFFIX}"
         try:
@@ -68,46 +68,3 @@ def _remove_partial_folders(parent: Path, stem: str) -> None:
     for stale in parent.glob(f".{stem}-*{_PARTIAL_SUFFIX}"):
         logger.info("removing %s, left by an interrupted run", stale)
         shutil.rmtree(stale, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def exclusive(path: Path) -> Iterator[bool]:
-    """Hold a lock that the operating system releases when the process ends.
-
-    Args:
-        path: Lock file; it exists while the lock is held.
-
-    Yields:
-        Whether the lock is held. It is False if the operating system or the file system
-        has no such locks; then several processes may do the same work, and the first one
-        to rename its result wins.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield False
-        return
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError:
-            os.close(descriptor)
-            yield False
-            return
-        if _is_open_file(descriptor, path):
-            break
-        os.close(descriptor)  # the previous holder removed this file: lock the new one
-    try:
-        yield True
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _is_open_file(descriptor: int, path: Path) -> bool:
-    """Return whether `path` still refers to the open file."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False

@@ -1,6 +1,7 @@
-"""Small charts as SVG, each with the same figures as a table.
+"""Small charts as SVG, each with the same values as a table.
 
-Lines differ by color, dash and marker: none of them is needed alone.
+Lines differ by color, dash and marker, so that each of these suffices to identify a line.
+Text is escaped here: ``Markup.format`` escapes what it inserts.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
+
+from markupsafe import Markup
+
+from selcon_plugin.report.document import Table
 
 # Colors are classes c0..c6 of the style sheet (Okabe and Ito's palette).
 NUM_COLORS = 7
-# Stands for a figure that is not known.
+# Replaces a value that is not known.
 UNKNOWN = "n/a"
 _DASHES = ("", "6 3", "2 3", "8 3 2 3", "12 4", "4 2 1 2", "1 2")
 _WIDTH, _HEIGHT = 480, 250
@@ -35,6 +39,44 @@ class Series:
     name: str
     x: Sequence[float]
     y: Sequence[float]
+
+
+@dataclass(frozen=True)
+class LegendEntry:
+    """A line of a legend.
+
+    Attributes:
+        text: What the marker stands for.
+        marker: SVG of the marker.
+        group: Name of the group of marks that the entry can highlight; may be empty.
+    """
+
+    text: str
+    marker: Markup
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart, ready to be shown.
+
+    Attributes:
+        title: What the chart shows.
+        description: The same for those who cannot see it.
+        drawing: What is inside the SVG element.
+        legend: An entry for each line.
+        table_title: Heading of the table.
+        table: The values.
+        size: Width and height of the drawing.
+    """
+
+    title: str
+    description: str
+    drawing: Markup
+    legend: Sequence[LegendEntry]
+    table_title: str
+    table: Table
+    size: tuple[int, int] = (_WIDTH, _HEIGHT)
 
 
 def marker_path(number: int, x: float, y: float, size: float) -> str:
@@ -72,8 +114,8 @@ def line_chart(
     steps: bool = False,
     rule: tuple[float, str] | None = None,
     from_zero: bool = False,
-) -> str:
-    """Draw lines, with a legend and a table of the same figures.
+) -> Chart | None:
+    """Draw lines, with a legend and a table of the same values.
 
     Args:
         series: Lines; those without a finite value are left out.
@@ -81,30 +123,31 @@ def line_chart(
         x_label: What the horizontal axis shows.
         y_label: What the vertical axis shows.
         steps: Whether values hold for an interval that begins at their place: a histogram.
-        rule: Place of a vertical line, and what it is.
+        rule: Place of a vertical line, and its name.
         from_zero: Whether the vertical axis begins at 0.
 
     Returns:
-        HTML of a figure; empty where no line has two points.
+        The chart; None if no line has two points.
     """
     lines = [_finite(line) for line in series]
     lines = [line for line in lines if line.x]
     if max((len(line.x) for line in lines), default=0) < 2:
-        return ""
+        return None
     plot = _Plot(lines, from_zero, rule[0] if rule else None)
-    body = [plot.grid(x_label, y_label)]
-    for number, line in enumerate(lines):
-        body.append(_draw(plot, line, number, steps))
+    drawing = plot.grid(x_label, y_label)
+    for index, line in enumerate(lines):
+        drawing += _draw(plot, line, index, steps)
     if rule is not None:
-        body.append(plot.rule(*rule))
+        drawing += plot.rule(*rule)
     names = ", ".join(line.name for line in lines)
-    said = escape(f"{title}: {names} over {x_label}. The table below has the figures.")
-    legend = _legend(lines) if len(lines) > 1 else ""
-    return (
-        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{said}">'
-        f"{''.join(body)}</svg>{legend}{_table(lines, x_label)}</figure>"
+    table_title, table = _table(lines, x_label)
+    return Chart(
+        title,
+        f"{title}: {names} over {x_label}. The table below has the values.",
+        drawing,
+        [_legend_entry(line, index) for index, line in enumerate(lines)],
+        table_title,
+        table,
     )
 
 
@@ -118,7 +161,7 @@ def _finite(line: Series) -> Series:
 
 
 class _Plot:
-    """Axes: from figures to places in the picture."""
+    """Axes: from values to places in the picture."""
 
     def __init__(
         self, lines: Sequence[Series], from_zero: bool, rule: float | None
@@ -142,78 +185,81 @@ class _Plot:
         low, high = self._y
         return _HEIGHT - _BOTTOM - (value - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
 
-    def grid(self, x_label: str, y_label: str) -> str:
-        parts = []
+    def grid(self, x_label: str, y_label: str) -> Markup:
+        drawn = Markup()
         for value in self.y_ticks:
-            y = self.y(value)
-            parts.append(
-                f'<path class="grid" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>'
-                f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">'
-                f"{number(value)}</text>"
+            drawn += Markup(
+                '<path class="grid" d="M{left} {y:.1f}H{right}"/>'
+                '<text x="{x}" y="{base:.1f}" text-anchor="end">{number}</text>'
+            ).format(
+                left=_LEFT,
+                right=_WIDTH - _RIGHT,
+                y=self.y(value),
+                x=_LEFT - 6,
+                base=self.y(value) + 4,
+                number=number(value),
             )
         for value in self.x_ticks:
             if self._x[0] <= value <= self._x[1]:
-                parts.append(
-                    f'<text x="{self.x(value):.1f}" y="{_HEIGHT - _BOTTOM + 16}" '
-                    f'text-anchor="middle">{number(value)}</text>'
-                )
+                drawn += Markup(
+                    '<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>'
+                ).format(self.x(value), _HEIGHT - _BOTTOM + 16, number(value))
         middle = (_LEFT + _WIDTH - _RIGHT) / 2
-        parts.append(
-            f'<text x="{middle}" y="{_HEIGHT - 6}" text-anchor="middle">'
-            f"{escape(x_label)}</text>"
+        drawn += Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(
+            middle, _HEIGHT - 6, x_label
         )
         if y_label:
             height = (_TOP + _HEIGHT - _BOTTOM) / 2
-            parts.append(
-                f'<text transform="translate(12 {height}) rotate(-90)" '
-                f'text-anchor="middle">{escape(y_label)}</text>'
-            )
-        return "".join(parts)
+            drawn += Markup(
+                '<text transform="translate(12 {}) rotate(-90)" '
+                'text-anchor="middle">{}</text>'
+            ).format(height, y_label)
+        return drawn
 
-    def rule(self, value: float, name: str) -> str:
+    def rule(self, value: float, name: str) -> Markup:
         x = self.x(value)
         anchor, place = ("end", x - 5) if x > _WIDTH / 2 else ("start", x + 5)
-        return (
-            f'<path class="rule" d="M{x:.1f} {_TOP}V{_HEIGHT - _BOTTOM}"/>'
-            f'<text class="strong" x="{place:.1f}" y="{_TOP + 10}" text-anchor="{anchor}">'
-            f"{escape(name)}</text>"
-        )
+        return Markup(
+            '<path class="rule" d="M{:.1f} {}V{}"/>'
+            '<text class="strong" x="{:.1f}" y="{}" text-anchor="{}">{}</text>'
+        ).format(x, _TOP, _HEIGHT - _BOTTOM, place, _TOP + 10, anchor, name)
 
 
-def _draw(plot: _Plot, line: Series, number_: int, steps: bool) -> str:
-    color = f"c{number_ % NUM_COLORS}"
+def _draw(plot: _Plot, line: Series, index: int, steps: bool) -> Markup:
+    color = f"c{index % NUM_COLORS}"
     places = [(plot.x(x), plot.y(y)) for x, y in zip(line.x, line.y, strict=True)]
     if steps:
         path = f"M{places[0][0]:.1f} {places[0][1]:.1f}"
         path += "".join(f"H{x:.1f}V{y:.1f}" for x, y in places[1:])
     else:
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-    dash = _DASHES[number_ % len(_DASHES)]
-    drawn = f'<path class="line s{color}" stroke-dasharray="{dash}" d="{path}"/>'
+    dash = _DASHES[index % len(_DASHES)]
+    drawn = Markup('<path class="line s{}" stroke-dasharray="{}" d="{}"/>').format(
+        color, dash, path
+    )
     if steps or len(places) > _MARKERS_UP_TO:
         return drawn
-    marks = "".join(
-        f'<path class="f{color}" d="{marker_path(number_, x, y, 3)}">'
-        f"<title>{escape(line.name)}: {number(value)} at {number(at)}</title></path>"
-        for (x, y), at, value in zip(places, line.x, line.y, strict=True)
+    mark = Markup('<path class="f{}" d="{}"><title>{}: {} at {}</title></path>')
+    for (x, y), at, value in zip(places, line.x, line.y, strict=True):
+        shape = marker_path(index, x, y, 3)
+        drawn += mark.format(color, shape, line.name, number(value), number(at))
+    return drawn
+
+
+def _legend_entry(line: Series, index: int) -> LegendEntry:
+    marker = Markup(
+        '<path class="line sc{color}" stroke-dasharray="{dash}" d="M0 6H30"/>'
+        '<path class="fc{color}" d="{shape}"/>'
+    ).format(
+        color=index % NUM_COLORS,
+        dash=_DASHES[index % len(_DASHES)],
+        shape=marker_path(index, 15, 6, 3),
     )
-    return drawn + marks
+    return LegendEntry(line.name, marker)
 
 
-def _legend(lines: Sequence[Series]) -> str:
-    entries = "".join(
-        '<li><svg viewBox="0 0 30 12" aria-hidden="true">'
-        f'<path class="line sc{i % NUM_COLORS}" '
-        f'stroke-dasharray="{_DASHES[i % len(_DASHES)]}" d="M0 6H30"/>'
-        f'<path class="fc{i % NUM_COLORS}" d="{marker_path(i, 15, 6, 3)}"/></svg>'
-        f"{escape(line.name)}</li>"
-        for i, line in enumerate(lines)
-    )
-    return f'<ul class="legend">{entries}</ul>'
-
-
-def _table(lines: Sequence[Series], x_label: str) -> str:
-    """Write the figures; of long lines evenly spaced ones, the last among them."""
+def _table(lines: Sequence[Series], x_label: str) -> tuple[str, Table]:
+    """Return the values; of long lines evenly spaced ones, the last among them."""
     columns = [dict(zip(line.x, line.y, strict=True)) for line in lines]
     places = sorted(set(itertools.chain(*columns)))
     kept = places
@@ -225,35 +271,7 @@ def _table(lines: Sequence[Series], x_label: str) -> str:
         for place in kept
     ]
     note = "" if kept is places else f" ({len(kept)} of {len(places)} rows)"
-    return (
-        f"<details><summary>Table{note}</summary>"
-        f"{table([x_label, *(line.name for line in lines)], rows)}</details>"
-    )
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, first: bool = True) -> str:
-    """Write a table that scrolls by itself where it is wide.
-
-    Args:
-        head: Headings of the columns, plain text.
-        rows: Cells, plain text.
-        first: Whether the first cell of a row is its heading.
-
-    Returns:
-        HTML.
-    """
-    heading = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
-    body = []
-    for row in rows:
-        cells = [f"<td>{escape(cell)}</td>" for cell in row]
-        if first and row:
-            cells[0] = f'<th scope="row">{escape(row[0])}</th>'
-        body.append(f"<tr>{''.join(cells)}</tr>")
-    return (
-        '<div class="scroll" tabindex="0" role="region" '
-        f'aria-label="{escape(head[0])}, table"><table><thead><tr>{heading}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )
+    return f"Table{note}", Table([x_label, *(line.name for line in lines)], rows)
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -282,13 +300,13 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def number(value: float) -> str:
-    """Write a number as short as it reads well.
+    """Format a number briefly.
 
     Args:
         value: Any number.
 
     Returns:
-        At most four digits that count, without needless zeros.
+        At most four significant digits, without trailing zeros.
 
     Example:
         >>> [number(value) for value in (0.0, 12936.0, 0.35000001, 1e-7, 66.8537)]

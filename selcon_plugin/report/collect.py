@@ -1,4 +1,4 @@
-"""What is known of a run: everything that its folder holds, read and checked."""
+"""Reads a run from its folder, which may be incomplete or damaged."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ class TrainingImages:
 
     @property
     def identities_known(self) -> bool:
-        """Whether identities say anything: all known, and neither one nor all distinct."""
+        """Whether identities are informative: all known, neither equal nor all distinct."""
         distinct = len(set(self.pids.tolist()))
         return bool((self.pids >= 0).all()) and 1 < distinct < len(self.pids)
 
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """A figure over the epochs.
+    """A metric over the epochs.
 
     Attributes:
         epochs: When it was measured, in epochs trained.
-        values: What was measured.
+        values: The measured values.
     """
 
     epochs: tuple[float, ...]
@@ -74,18 +74,18 @@ class Curve:
 
 @dataclass(frozen=True, eq=False)
 class RunData:
-    """A run, as its folder tells it.
+    """A run, as read from its folder.
 
     Attributes:
         folder: The folder.
         results: ``results.json`` of a finished run, else empty.
         curves: What was measured during training, by name.
         settings: The config by full keys; empty if it is not known.
-        defaults: What the keys are where nobody sets them; None if that is not known.
+        defaults: Default values of the keys; None if they are not known.
         images: The training images; None if not known.
         embedding: Features and clusters; None if not known.
         ranked: Ranked results of the last evaluation, by test set.
-        broken: What could not be read, in words.
+        broken: Descriptions of what could not be read.
         host: Package that trained; empty if it is not known.
     """
 
@@ -113,7 +113,7 @@ class RunData:
         return next(found, None)
 
     def curve(self, name: str) -> Curve:
-        """Return a figure over the epochs; an empty one where it was not measured."""
+        """Return a metric over the epochs; an empty curve if it was not measured."""
         return self.curves.get(name, Curve((), ()))
 
     @property
@@ -138,7 +138,7 @@ def collect_run(
         find_host: Returns the host of a run's settings, from which their defaults come.
 
     Returns:
-        What is known.
+        The run.
 
     Raises:
         FileNotFoundError: If the folder does not exist, or holds no run.
@@ -247,7 +247,7 @@ def _read_images(file: Path) -> TrainingImages:
 def _curves(
     records: list[dict[str, float]], results: Mapping[str, Any]
 ) -> dict[str, Curve]:
-    """Sort what was measured by name, over epochs where their length is known."""
+    """Group the measurements by name, over epochs if their length is known."""
     steps, epochs = results.get("steps"), results.get("epochs")
     per_epoch = steps / epochs if steps and epochs else 1.0
     points: dict[str, list[tuple[float, float]]] = {}

@@ -6,18 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from selcon_plugin.report.charts import UNKNOWN, Series, line_chart, table
+from selcon_plugin.report.charts import UNKNOWN, Chart, Series, line_chart
 from selcon_plugin.report.collect import RunData
+from selcon_plugin.report.curves import drawn, epoch_label
+from selcon_plugin.report.document import Section, Table, render_page
 from selcon_plugin.report.notes import find_notes
-from selcon_plugin.report.page import (
-    Section,
-    changed_settings,
-    document,
-    epoch_label,
-    headline,
-)
+from selcon_plugin.report.page import changed_settings, headline
 
-# Figures drawn for all runs: title, unit, factor.
+# Metrics drawn for all runs: title, unit, factor.
 _CURVES: dict[str, tuple[str, str, float]] = {
     "total_loss": ("Loss", "", 1.0),
     "mAP": ("mAP on the test set", "%", 1.0),
@@ -27,7 +23,7 @@ _CURVES: dict[str, tuple[str, str, float]] = {
     "ami": ("Agreement of the clusters with the identities (AMI)", "", 1.0),
     "lr": ("Learning rate", "", 1.0),
 }
-# Keys that tell runs apart without saying how they were trained.
+# Keys that differ between any two runs, however they were trained.
 _NO_SETTINGS = ("OUTPUT_DIR", "data.save_dir")
 
 
@@ -42,13 +38,18 @@ def comparison_page(runs: Sequence[RunData]) -> str:
     """
     names = run_names([run.folder for run in runs])
     sections = [
-        Section("summary", "Figures", _figures(runs, names)),
+        Section("summary", "Metrics", _metrics(runs, names)),
         Section("curves", "Training", _curves(runs, names)),
-        Section("settings", "What differs between the configs", _differences(runs, names)),
-        Section("notes", "Warnings", _notes(runs, names)),
+        Section("settings", "Differences between the configs", _differences(runs, names)),
+        Section("notes", "Warnings", _warnings(runs, names)),
     ]
-    subtitle = ", ".join(names)
-    return document("Comparison of runs", f"{len(runs)} runs compared", subtitle, sections)
+    return render_page(
+        "compare.html.j2",
+        title="Comparison of runs",
+        heading=f"{len(runs)} runs compared",
+        subtitle=", ".join(names),
+        sections=sections,
+    )
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:
@@ -72,17 +73,17 @@ def run_names(folders: Sequence[Path]) -> list[str]:
     return names
 
 
-def _figures(runs: Sequence[RunData], names: Sequence[str]) -> str:
-    figures = [dict(headline(run)) for run in runs]
-    columns = list(dict.fromkeys(key for found in figures for key in found))
+def _metrics(runs: Sequence[RunData], names: Sequence[str]) -> Table:
+    metrics = [dict(headline(run)) for run in runs]
+    columns = list(dict.fromkeys(key for found in metrics for key in found))
     rows = [
         [name, *(found.get(column, UNKNOWN) for column in columns)]
-        for name, found in zip(names, figures, strict=True)
+        for name, found in zip(names, metrics, strict=True)
     ]
-    return table(["Run", *columns], rows)
+    return Table(["Run", *columns], rows)
 
 
-def _curves(runs: Sequence[RunData], names: Sequence[str]) -> str:
+def _curves(runs: Sequence[RunData], names: Sequence[str]) -> list[Chart]:
     charts = []
     labels = {epoch_label(run) for run in runs}
     x_label = (
@@ -98,11 +99,10 @@ def _curves(runs: Sequence[RunData], names: Sequence[str]) -> str:
             for run, name in zip(runs, names, strict=True)
         ]
         charts.append(line_chart(lines, title=title, x_label=x_label, y_label=unit))
-    drawn = "".join(charts)
-    return f'<div class="charts">{drawn}</div>' if drawn else ""
+    return drawn(charts)
 
 
-def _differences(runs: Sequence[RunData], names: Sequence[str]) -> str:
+def _differences(runs: Sequence[RunData], names: Sequence[str]) -> Table | str:
     keys = list(dict.fromkeys(key for run in runs for key in run.settings))
 
     def value(run: RunData, key: str) -> Any:
@@ -124,14 +124,16 @@ def _differences(runs: Sequence[RunData], names: Sequence[str]) -> str:
             )
     if not any(run.settings for run in runs):
         return ""
-    return table(["Key", *names], rows) if rows else "<p>Nothing but the folder.</p>"
+    return (
+        Table(["Key", *names], rows) if rows else "The configs differ only in the folder."
+    )
 
 
-def _notes(runs: Sequence[RunData], names: Sequence[str]) -> str:
+def _warnings(runs: Sequence[RunData], names: Sequence[str]) -> Table | str:
     rows = [
         [name, note.text]
         for run, name in zip(runs, names, strict=True)
         for note in find_notes(run)
         if note.level == "warning"
     ]
-    return table(["Run", "Warning"], rows) if rows else "<p>None.</p>"
+    return Table(["Run", "Warning"], rows) if rows else "There are no warnings."

@@ -13,7 +13,7 @@ from PIL import Image
 
 from selcon_plugin.datasets.reading import ImageReadError, read_rgb
 
-# Together with text and figures a page stays below 10 MB.
+# Together with text and drawings a page stays below 10 MB.
 MAX_CROP_BYTES = 3_500_000
 MAX_SPRITE_BYTES = 4_500_000
 
@@ -44,8 +44,8 @@ class Crops:
     """Makes ``data:`` URIs of image files.
 
     Args:
-        enabled: Whether there are to be pictures at all; a report without keeps crops
-            private.
+        enabled: Whether pictures are made at all; a report without pictures keeps the
+            crops private.
     """
 
     def __init__(self, enabled: bool = True) -> None:
@@ -55,14 +55,14 @@ class Crops:
         self._made: dict[str, str] = {}
 
     def uri(self, path: str) -> str:
-        """Return a crop as a ``data:`` URI, each file once.
+        """Return a crop as a ``data:`` URI; each file is read once.
 
         Args:
             path: Image file.
 
         Returns:
-            The URI; empty without pictures, for a file that cannot be read, and once the
-            budget is spent.
+            The URI; empty without pictures, for a file that cannot be read, and after the
+            budget is used up.
         """
         if not self.enabled:
             return ""
@@ -114,13 +114,13 @@ def _jpeg_uri(image: Image.Image, quality: int) -> str:
 
 
 def short_paths(paths: Sequence[str]) -> list[str]:
-    """Name files without the folders that they share.
+    """Shorten paths by the folders that all files share.
 
     Args:
         paths: Files.
 
     Returns:
-        Their names, as short as tells them apart.
+        The shortened paths.
 
     Example:
         >>> short_paths(["/data/a/1.jpg", "/data/b/1.jpg"])

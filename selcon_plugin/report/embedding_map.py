@@ -1,17 +1,18 @@
-"""A map of the images: near each other where their features are."""
+"""A map of the images: neighbors on the map have similar features."""
 
 from __future__ import annotations
 
-import json
-from html import escape
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from numpy.typing import NDArray
 
-from selcon_plugin.report.charts import NUM_COLORS, marker_path
+from selcon_plugin.report.charts import NUM_COLORS, LegendEntry, marker_path, number
 from selcon_plugin.report.collect import RunData
-from selcon_plugin.report.crops import Crops, short_paths
+from selcon_plugin.report.crops import Crops, Sprite, short_paths
 
 _WIDTH, _HEIGHT, _MARGIN = 800, 560, 16
 # Five shapes and seven colors have no common factor: so many pairs are distinct.
@@ -20,8 +21,48 @@ _LISTED = 14
 _PERPLEXITY = 30.0
 
 
+@dataclass(frozen=True)
+class MapView:
+    """The points of the map in one coloring.
+
+    Attributes:
+        name: What the colors show: ``"cluster"`` or ``"camera"``.
+        shown: Whether this view is shown first.
+        description: What the drawing shows, for those who cannot see it.
+        drawing: What is inside the SVG element.
+        legend: The groups, the largest first.
+    """
+
+    name: str
+    shown: bool
+    description: str
+    drawing: Markup
+    legend: Sequence[LegendEntry]
+
+
+@dataclass(frozen=True)
+class EmbeddingMap:
+    """The map, ready to be shown.
+
+    Attributes:
+        subset: Which images are on the map.
+        time: When the features were computed.
+        views: Colorings.
+        sprite: Crops of the points; None without pictures.
+        data: Points and layout of the sprite, for the script.
+        size: Width and height of the drawing.
+    """
+
+    subset: str
+    time: str
+    views: Sequence[MapView]
+    sprite: Sprite | None
+    data: dict[str, Any]
+    size: tuple[int, int] = (_WIDTH, _HEIGHT)
+
+
 def lay_out(points: NDArray[np.floating], seed: int = 0) -> NDArray[np.float64]:
-    """Lay points out in the plane by t-SNE, begun at their principal components.
+    """Lay points out in the plane by t-SNE, starting from their principal components.
 
     Van der Maaten and Hinton, "Visualizing data using t-SNE", 2008; the start as in Kobak
     and Berens, "The art of using t-SNE for single-cell transcriptomics", 2019.
@@ -50,7 +91,7 @@ def lay_out(points: NDArray[np.floating], seed: int = 0) -> NDArray[np.float64]:
     return places
 
 
-def embedding_map(run: RunData, crops: Crops) -> str:
+def embedding_map(run: RunData, crops: Crops) -> EmbeddingMap | None:
     """Draw the map, colored by cluster and by camera.
 
     Args:
@@ -58,11 +99,11 @@ def embedding_map(run: RunData, crops: Crops) -> str:
         crops: Makes the pictures that are shown at a point.
 
     Returns:
-        HTML; empty where features or images are not known.
+        The map; None if features or images are not known.
     """
     record, images = run.embedding, run.images
     if record is None or images is None or not len(record.sample):
-        return ""
+        return None
     places = (
         lay_out(record.points) * (_WIDTH - 2 * _MARGIN, _HEIGHT - 2 * _MARGIN) + _MARGIN
     )
@@ -75,36 +116,27 @@ def embedding_map(run: RunData, crops: Crops) -> str:
         views.append(("camera", cameras, "camera unknown"))
     sprite = crops.sprite([images.paths[i] for i in record.sample])
     names = short_paths(images.paths)
-    data = {
-        "points": [
-            [round(float(x), 1), round(float(y), 1), names[i], int(label), int(camera)]
-            for (x, y), i, label, camera in zip(
-                places, record.sample, labels, cameras, strict=True
-            )
-        ],
-        "sprite": sprite
-        and {"columns": sprite.columns, "rows": sprite.rows, "cell": sprite.cell},
+    points = [
+        [round(float(x), 1), round(float(y), 1), names[i], int(label), int(camera)]
+        for (x, y), i, label, camera in zip(
+            places, record.sample, labels, cameras, strict=True
+        )
+    ]
+    layout = sprite and {
+        "columns": sprite.columns,
+        "rows": sprite.rows,
+        "cell": sprite.cell,
     }
-    radios = "".join(
-        f'<input type="radio" name="view" id="by-{name}" value="{name}"'
-        f"{' checked' * (name == views[0][0])}>"
-        f'<label for="by-{name}">Color by {name}</label>'
-        for name, _, _ in views
-    )
-    drawn = "".join(
-        _view(name, groups, rest, places, shown=number == 0)
-        for number, (name, groups, rest) in enumerate(views)
-    )
-    style = f' style="background-image:url({sprite.uri})"' if sprite else ""
-    return (
-        '<fieldset class="toggle"><legend class="hidden">Colors of the map</legend>'
-        f'{radios}</fieldset><div class="map" id="map-box" tabindex="0" role="group" '
-        f'aria-label="Map of {len(places)} images. Arrow keys go from image to image." '
-        f'aria-describedby="map-now">{drawn}'
-        f'<div class="tip" id="map-tip" hidden><div class="crop"{style}></div>'
-        '<div id="map-text"></div></div></div>'
-        '<p class="hidden" id="map-now" aria-live="polite"></p>'
-        f'<script type="application/json" id="map-data">{in_script(data)}</script>'
+    count, total = len(record.sample), len(record.labels)
+    return EmbeddingMap(
+        f"{number(count)} of {number(total)} images" if count < total else "All images",
+        f"epoch {record.epoch}" if record.epoch else "the start",
+        [
+            _view(name, groups, rest, places, shown=index == 0)
+            for index, (name, groups, rest) in enumerate(views)
+        ],
+        sprite,
+        {"points": points, "sprite": layout},
     )
 
 
@@ -115,59 +147,43 @@ def _view(
     places: NDArray[np.float64],
     *,
     shown: bool,
-) -> str:
+) -> MapView:
     """Draw the points of all groups, largest first, and the legend."""
     known, counts = np.unique(groups[groups >= 0], return_counts=True)
     order = known[np.argsort(-counts, kind="stable")].tolist()
     if name == "camera":
         order.sort()
-    parts, entries = [], []
-    loose = groups < 0
+    drawing = Markup()
+    legend: list[LegendEntry] = []
+    ungrouped = groups < 0
     others = np.isin(groups, order[_DISTINCT:])
-    if loose.any():
-        parts.append(_marks("rest", 0, places[loose], 1.6))
-        entries.append(_entry("rest", 0, f"{rest} ({int(loose.sum())})"))
+    if ungrouped.any():
+        drawing += _marks("rest", 0, places[ungrouped], 1.6)
+        legend.append(_entry("rest", 0, f"{rest} ({int(ungrouped.sum())})"))
     if others.any():
-        parts.append(_marks("other", 0, places[others], 2.4))
-        entries.append(_entry("other", 0, f"smaller {name}s ({int(others.sum())})"))
-    for number, group in enumerate(order[:_DISTINCT]):
+        drawing += _marks("other", 0, places[others], 2.4)
+        legend.append(_entry("other", 0, f"smaller {name}s ({int(others.sum())})"))
+    for index, group in enumerate(order[:_DISTINCT]):
         chosen = groups == group
-        color = f"fc{number % NUM_COLORS}"
-        parts.append(_marks(color, number, places[chosen], 3.2, f"{name}-{group}"))
-        if number < _LISTED:
+        color = f"fc{index % NUM_COLORS}"
+        drawing += _marks(color, index, places[chosen], 3.2, f"{name}-{group}")
+        if index < _LISTED:
             text = f"{name} {group} ({int(chosen.sum())})"
-            entries.insert(number, _entry(color, number, text, f"{name}-{group}"))
-    title = f"Map of {len(places)} images colored by {name}"
-    hidden = "" if shown else " hidden"
-    return (
-        f'<div class="view" id="view-{name}"{hidden}><h3 class="print">By {name}</h3>'
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">'
-        f'{"".join(parts)}<circle class="ring" r="8" cx="-20" cy="-20"/></svg>'
-        f'<ul class="legend keys">{"".join(entries)}</ul></div>'
-    )
+            legend.insert(index, _entry(color, index, text, f"{name}-{group}"))
+    description = f"Map of {len(places)} images colored by {name}"
+    return MapView(name, shown, description, drawing, legend)
 
 
 def _marks(
-    color: str, number: int, places: NDArray[np.float64], size: float, group: str = ""
-) -> str:
-    path = "".join(marker_path(number, float(x), float(y), size) for x, y in places)
-    named = f' data-group="{escape(group)}"' if group else ""
-    return f'<path class="mark {color}"{named} d="{path}"/>'
+    color: str, index: int, places: NDArray[np.float64], size: float, group: str = ""
+) -> Markup:
+    path = "".join(marker_path(index, float(x), float(y), size) for x, y in places)
+    named = Markup(' data-group="{}"').format(group) if group else ""
+    return Markup('<path class="mark {}"{} d="{}"/>').format(color, named, path)
 
 
-def _entry(color: str, number: int, text: str, group: str = "") -> str:
-    marker = (
-        f'<svg viewBox="0 0 12 12" aria-hidden="true"><path class="mark {color}" '
-        f'd="{marker_path(number, 6, 6, 3.6)}"/></svg>'
+def _entry(color: str, index: int, text: str, group: str = "") -> LegendEntry:
+    marker = Markup('<path class="mark {}" d="{}"/>').format(
+        color, marker_path(index, 6, 6, 3.6)
     )
-    if not group:
-        return f"<li>{marker}{escape(text)}</li>"
-    return (
-        f'<li><button type="button" aria-pressed="false" data-group="{escape(group)}">'
-        f"{marker}{escape(text)}</button></li>"
-    )
-
-
-def in_script(data: object) -> str:
-    """Write data as JSON that cannot end the script element around it."""
-    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    return LegendEntry(text, marker, group)

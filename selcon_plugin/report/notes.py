@@ -1,4 +1,4 @@
-"""What a reader of a report should know first, in plain words."""
+"""Warnings and notes that a reader of a report should see first."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _FEW_LOSSES = 4
 
 @dataclass(frozen=True)
 class Note:
-    """Something to know about a run.
+    """A warning or a note about a run.
 
     Attributes:
-        level: ``"warning"`` for what speaks against the result, ``"info"`` for the rest.
-        text: What is so.
+        level: ``"warning"`` if the result is doubtful, ``"info"`` otherwise.
+        text: What was found.
         remedy: What to do about it; may be empty.
     """
 
@@ -33,7 +33,7 @@ class Note:
 
 
 def find_notes(run: RunData) -> list[Note]:
-    """Look for what speaks against a run, and for what its report lacks.
+    """Find signs of a failed run, and what is missing from its report.
 
     Args:
         run: The run.
@@ -42,7 +42,7 @@ def find_notes(run: RunData) -> list[Note]:
         Warnings first.
     """
     found = [*_of_clusters(run), *_of_cameras(run), *_of_training(run), *_of_images(run)]
-    found += _of_what_is_missing(run)
+    found += _of_missing_records(run)
     return sorted(found, key=lambda note: note.level == "info")
 
 
@@ -68,14 +68,14 @@ def _of_clusters(run: RunData) -> Iterator[Note]:
         if (value := run.curve(name).last) is not None
     }
     if measured.get("largest_cluster_ratio") == 1 and clusters == 1:
-        del measured["largest_cluster_ratio"]  # said above
+        del measured["largest_cluster_ratio"]  # reported above
     signs = find_collapse_signs(measured, _num_images(run))
     if signs:
         text = str(signs)
         yield Note(
             "warning",
             f"The features look collapsed: {text}.",
-            "Begin with pretrained weights, lower the learning rate, or lower eps.",
+            "Start from pretrained weights, lower the learning rate, or lower eps.",
         )
 
 
@@ -92,12 +92,12 @@ def _of_cameras(run: RunData) -> Iterator[Note]:
     cameras = images.camids[images.camids >= 0]
     if len(np.unique(cameras)) < 2:
         return
-    share = float(np.mean(cameras_of_clusters(record.labels, images.camids) == 1))
-    if share > _MANY_ONE_CAMERA_CLUSTERS:
+    ratio = float(np.mean(cameras_of_clusters(record.labels, images.camids) == 1))
+    if ratio > _MANY_ONE_CAMERA_CLUSTERS:
         yield Note(
             "warning",
-            f"{100 * share:.0f} % of the clusters hold images of one camera only: the "
-            "features may tell cameras apart rather than people.",
+            f"{100 * ratio:.0f} % of the clusters hold images of one camera only: the "
+            "features may discriminate cameras rather than persons.",
             "Use a method on camera proxies (CAP, O2CAP), drop such clusters "
             "(DROP_SINGLE_CAMERA), or raise eps.",
         )
@@ -124,9 +124,9 @@ def _of_training(run: RunData) -> Iterator[Note]:
 
 
 def _comparable_losses(run: RunData) -> list[float]:
-    """Return the losses since the warm-up, which is easier; none if clusters grew more.
+    """Return the losses after the warm-up, whose loss is lower; none if clusters increased.
 
-    Each cluster more makes a cluster loss larger, however good the features.
+    A cluster loss grows with the number of clusters, however good the features are.
     """
     clusters = run.curve("num_clusters").values
     if clusters and clusters[-1] > clusters[0]:
@@ -148,19 +148,19 @@ def _of_images(run: RunData) -> Iterator[Note]:
         )
 
 
-def _of_what_is_missing(run: RunData) -> Iterator[Note]:
+def _of_missing_records(run: RunData) -> Iterator[Note]:
     for text in run.broken:
-        yield Note("warning", f"Not shown, since it could not be read: {text}.")
+        yield Note("warning", f"Not shown, because it could not be read: {text}.")
     if not run.results:
         yield Note(
             "info",
-            "The run has not finished: figures are those so far.",
-            "Go on with --resume, then build the report again.",
+            "The run has not finished: the metrics are those measured so far.",
+            "Resume it with --resume, then build the report again.",
         )
     elif not run.metrics:
         yield Note(
             "info",
-            "The run has no test set: whether the features rank well is not known.",
+            "The run has no test set: the ranking accuracy is not known.",
             "Look at the clusters and the neighbors below.",
         )
     if run.embedding is None:

@@ -1,4 +1,4 @@
-"""Pictures of what was learned: ranked results, clusters and the loss curve.
+"""Image files that show results: ranked lists, clusters and the loss curve.
 
 Nothing here knows a host or needs a display.
 
@@ -12,16 +12,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from selcon_plugin.runs.metrics import read_metrics
 from selcon_plugin.runs.ranked import LabeledImages, rank_gallery
+from selcon_plugin.runs.sheets import (
+    BACKGROUND,
+    FRAME,
+    FRAME_COLOR,
+    GAP,
+    LINE,
+    TEXT_COLOR,
+    SheetRow,
+    draw_sheet,
+    framed_thumbnail,
+    sheet_font,
+)
 
 __all__ = [
     "LabeledImages",
@@ -35,14 +46,8 @@ __all__ = [
 
 RIGHT_COLOR = (22, 163, 74)
 WRONG_COLOR = (220, 38, 38)
-QUERY_COLOR = (64, 64, 64)
-_BACKGROUND = (255, 255, 255)
-_TEXT_COLOR = (32, 32, 32)
-
-_FRAME = 4
-_GAP = 4
-_QUERY_GAP = 16  # between the query and its results
-_LINE = 18  # height of a line of text
+QUERY_COLOR = FRAME_COLOR
+_QUERY_GAP = 16  # between the query and its results, in pixels
 
 
 def ranked_sheet(
@@ -89,39 +94,36 @@ def ranked_sheet(
     """
     tables = {name: np.asarray(table) for name, table in distances.items()}
     _check_sheet(query, gallery, tables, queries)
-    font = _font()
-    label_width = 2 * _GAP + max(math.ceil(font.getlength(name)) for name in tables)
-    cell = (image_size[0] + 2 * _FRAME, image_size[1] + 2 * _FRAME)
+    font = sheet_font()
+    label_width = 2 * GAP + max(math.ceil(font.getlength(name)) for name in tables)
+    cell = (image_size[0] + 2 * FRAME, image_size[1] + 2 * FRAME)
     columns = min(top, len(gallery))
     left = label_width + cell[0] + _QUERY_GAP  # of the first result
-    block_height = _LINE + len(tables) * (cell[1] + _GAP) + _GAP
+    block_height = LINE + len(tables) * (cell[1] + GAP) + GAP
     sheet = Image.new(
         "RGB",
-        (left + columns * (cell[0] + _GAP), len(queries) * block_height + _GAP),
-        _BACKGROUND,
+        (left + columns * (cell[0] + GAP), len(queries) * block_height + GAP),
+        BACKGROUND,
     )
     draw = ImageDraw.Draw(sheet)
-    y = _GAP
+    y = GAP
     for number in queries:
         pid, camid = int(query.pids[number]), int(query.camids[number])
         title = f"person {pid}: {Path(query.paths[number]).name}"
-        draw.text((label_width, y), title, fill=_TEXT_COLOR, font=font)
-        y += _LINE
+        draw.text((label_width, y), title, fill=TEXT_COLOR, font=font)
+        y += LINE
         for name, table in tables.items():
-            draw.text((_GAP, y + cell[1] // 2 - _LINE // 2), name, _TEXT_COLOR, font)
-            query_image = _framed(query.paths[number], image_size, QUERY_COLOR)
+            draw.text((GAP, y + cell[1] // 2 - LINE // 2), name, TEXT_COLOR, font)
+            query_image = framed_thumbnail(query.paths[number], image_size, QUERY_COLOR)
             sheet.paste(query_image, (label_width, y))
             ranked = rank_gallery(table[number], pid, camid, gallery, top=top)
             for column, match in enumerate(ranked):
                 color = RIGHT_COLOR if gallery.pids[match] == pid else WRONG_COLOR
-                image = _framed(gallery.paths[match], image_size, color)
-                sheet.paste(image, (left + column * (cell[0] + _GAP), y))
-            y += cell[1] + _GAP
-        y += _GAP
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-    return path
+                image = framed_thumbnail(gallery.paths[match], image_size, color)
+                sheet.paste(image, (left + column * (cell[0] + GAP), y))
+            y += cell[1] + GAP
+        y += GAP
+    return _save(sheet, path)
 
 
 def _check_sheet(
@@ -147,19 +149,6 @@ def _check_sheet(
             raise ValueError(f"there are queries 0 to {len(query) - 1}, but not {number}")
 
 
-@dataclass(frozen=True)
-class SheetRow:
-    """A line of a contact sheet.
-
-    Attributes:
-        title: Written above the images.
-        paths: Image files, in the order in which they are drawn.
-    """
-
-    title: str
-    paths: Sequence[str]
-
-
 def contact_sheet(
     path: str | Path,
     rows: Sequence[SheetRow],
@@ -169,13 +158,13 @@ def contact_sheet(
 ) -> Path:
     """Draw groups of images, one row for each.
 
-    Of a group with more images than columns, images evenly spaced over its list are drawn,
-    the first and the last among them.
+    Of a group with more images than columns, evenly spaced ones are drawn, the first and
+    the last among them. An image that cannot be read is gray.
 
     Args:
         path: PNG or JPEG file to write; its folder is made if absent.
         rows: The groups.
-        columns: Images in a row at most, at least 2.
+        columns: Maximum number of images in a row, at least 2.
         image_size: Width and height in pixels at which images are drawn.
 
     Returns:
@@ -183,52 +172,16 @@ def contact_sheet(
 
     Raises:
         ValueError: If there are no rows, or fewer than 2 columns.
-    """
-    if not rows:
-        raise ValueError("there are no groups of images to draw")
-    if columns < 2:
-        raise ValueError(f"columns must be 2 or more, got {columns}")
-    font = _font()
-    cell = (image_size[0] + 2 * _FRAME, image_size[1] + 2 * _FRAME)
-    widest = max(min(columns, len(row.paths)) * (cell[0] + _GAP) for row in rows)
-    longest = math.ceil(max(font.getlength(row.title) for row in rows))
-    height = _LINE + cell[1] + 2 * _GAP
-    sheet = Image.new(
-        "RGB",
-        (max(widest, longest + _GAP) + _GAP, len(rows) * height + _GAP),
-        _BACKGROUND,
-    )
-    draw = ImageDraw.Draw(sheet)
-    for number, row in enumerate(rows):
-        y = _GAP + number * height
-        draw.text((_GAP, y), row.title, fill=_TEXT_COLOR, font=font)
-        shown = min(columns, len(row.paths))
-        places = np.linspace(0, len(row.paths) - 1, shown).round().astype(int)
-        for column, place in enumerate(places):
-            image = _framed(row.paths[place], image_size, QUERY_COLOR)
-            sheet.paste(image, (_GAP + column * (cell[0] + _GAP), y + _LINE))
+    """  # noqa: DOC502  (raised by what this calls)
+    sheet = draw_sheet(rows, columns=columns, image_size=image_size)
+    return _save(sheet, path)
+
+
+def _save(sheet: Image.Image, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
     return path
-
-
-def _framed(
-    path: str, image_size: tuple[int, int], color: tuple[int, int, int]
-) -> Image.Image:
-    """Read an image, bring it to size and put a frame around it."""
-    width, height = image_size
-    framed = Image.new("RGB", (width + 2 * _FRAME, height + 2 * _FRAME), color)
-    with Image.open(path) as image:
-        framed.paste(image.convert("RGB").resize(image_size), (_FRAME, _FRAME))
-    return framed
-
-
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    try:
-        return ImageFont.load_default(size=12)
-    except TypeError:  # Pillow below 10.1 has its small bitmap font only
-        return ImageFont.load_default()
 
 
 def loss_curve(

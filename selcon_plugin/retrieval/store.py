@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selcon_plugin.io.atomic import remove_partial_files, write_atomically
-from selcon_plugin.io.atomic_folder import exclusive
+from selcon_plugin.io.locks import exclusive
 
 MANIFEST = "index.json"
 _LOCK = ".lock"
@@ -166,15 +166,15 @@ class Store:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Write alone: others wait until this one has ended.
+        """Exclude other writers, which wait until this one is done.
 
         Yields:
             Nothing. What others have written before is read first.
         """
-        with exclusive(self.folder / _LOCK) as alone:
+        with exclusive(self.folder / _LOCK) as lock:
             now = Store.open(self.folder)
             self.manifest, self.images, self._live = now.manifest, now.images, now._live
-            if alone:
+            if lock is not None:
                 remove_partial_files(self.folder)
                 self._remove_leftovers()
             yield

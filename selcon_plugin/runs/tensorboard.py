@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from selcon_plugin.clustering import OUTLIER
-from selcon_plugin.datasets.reading import ImageReadError, read_rgb
+from selcon_plugin.runs.sheets import SheetRow, draw_sheet, thumbnail
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,6 @@ _MAX_DIMENSIONS = 64
 _SPRITE = (32, 64)  # width, height
 _SHEET_CLUSTERS, _SHEET_IMAGES = 8, 8
 _SHEET_CELL = (64, 128)
-_GAP = 4
 
 
 def cluster_sheet(paths: Sequence[str], features: Tensor, labels: Tensor) -> Image.Image:
@@ -43,32 +42,20 @@ def cluster_sheet(paths: Sequence[str], features: Tensor, labels: Tensor) -> Ima
         labels: Cluster of each image, int64 ``(M,)``, -1 for an outlier.
 
     Returns:
-        At most 8 rows of at most 8 images, evenly spaced over each cluster; a blank image
-        without clusters.
-    """
+        At most 8 rows of at most 8 images, evenly spaced over each cluster.
+
+    Raises:
+        ValueError: If there is no cluster.
+    """  # noqa: DOC502  (raised by what this calls)
     rows = []
     sizes = torch.bincount(labels[labels != OUTLIER])
-    for cluster in sizes.argsort(descending=True, stable=True)[:_SHEET_CLUSTERS]:
+    for cluster in sizes.argsort(descending=True, stable=True)[:_SHEET_CLUSTERS].tolist():
         members = (labels == cluster).nonzero().flatten()
         own = features[members]
         order = (own @ own.mean(dim=0)).argsort(descending=True, stable=True)
-        spread = np.linspace(0, len(order) - 1, min(_SHEET_IMAGES, len(order)))
-        rows.append(members[order[spread.round().astype(int)]].tolist())
-    width, height = (side + _GAP for side in _SHEET_CELL)
-    size = (_SHEET_IMAGES * width + _GAP, max(1, len(rows)) * height + _GAP)
-    sheet = Image.new("RGB", size, "white")
-    for row, members in enumerate(rows):
-        for column, image in enumerate(members):
-            place = (_GAP + column * width, _GAP + row * height)
-            sheet.paste(_thumbnail(paths[image], _SHEET_CELL), place)
-    return sheet
-
-
-def _thumbnail(path: str, size: tuple[int, int]) -> Image.Image:
-    try:
-        return read_rgb(path).resize(size)
-    except ImageReadError:
-        return Image.new("RGB", size, "gray")
+        title = f"cluster {cluster}: {len(members)} images"
+        rows.append(SheetRow(title, [paths[i] for i in members[order].tolist()]))
+    return draw_sheet(rows, columns=_SHEET_IMAGES, image_size=_SHEET_CELL)
 
 
 def chosen_points(labels: Tensor, limit: int = _MAX_POINTS) -> Tensor:
@@ -167,6 +154,6 @@ def _sprites(paths: Sequence[str]) -> Tensor:
     sprites = np.full((len(paths), side, side, 3), 255, dtype=np.uint8)
     left = (side - _SPRITE[0]) // 2
     for sprite, path in zip(sprites, paths, strict=True):
-        crop: NDArray[np.uint8] = np.asarray(_thumbnail(path, _SPRITE))
+        crop: NDArray[np.uint8] = np.asarray(thumbnail(path, _SPRITE))
         sprite[:, left : left + _SPRITE[0]] = crop
     return torch.from_numpy(sprites).permute(0, 3, 1, 2).float() / 255.0

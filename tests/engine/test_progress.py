@@ -67,6 +67,14 @@ def test_duration_in_words(seconds, text):
     assert duration(seconds) == text
 
 
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "1 s"), (59.9, "60 s"), (600, "10 min"), (9000, "2.5 h")],
+)
+def test_approximate_duration_has_one_unit(seconds, text):
+    assert duration(seconds, approximate=True) == text
+
+
 def test_memory_of_this_process_is_shown():
     gib = float(re.match(r"(\d+\.\d) GiB", progress.memory())[1])
     assert 0.1 <= gib < 64
@@ -154,6 +162,19 @@ def test_log_lines_stand_above_the_bar_and_handlers_come_back(terminal, capsys):
     assert "too low" not in err
     # The bar is wiped before the line and drawn again after it.
     assert re.search(r"\r +\r<look>\n.*Reading: ", err)
+
+
+def test_line_of_several_loggers_appears_once_above_the_bar(terminal, capsys):
+    root, log = logging.getLogger(), logging.getLogger("selcon_plugin")
+    handler = logging.StreamHandler(sys.stderr)
+    root.addHandler(handler)
+    assert log.propagate
+    try:
+        with Stage("Reading", 3):
+            log.warning("look")
+    finally:
+        root.removeHandler(handler)
+    assert capsys.readouterr().err.count("look") == 1
 
 
 def test_watched_loader_is_the_loader(clock, lines):

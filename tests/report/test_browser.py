@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from selcon_plugin.report import write_comparison, write_report
+from selcon_plugin.retrieval.results import Match, QueryResult
+from selcon_plugin.retrieval.page import write_page
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(
@@ -129,6 +131,13 @@ def test_nothing_is_wider_than_the_window(make_run, open_page, tmp_path, width, 
     pages = [make_run("a"), make_run("b")]
     page = open_page(write_comparison(pages, tmp_path / "comparison.html"), **view)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    files = sorted((tmp_path / "a").glob("*.png"))
+    matches = tuple(Match(str(file), 0.9, "door") for file in files[1:9])
+    found = tmp_path / "search.html"
+    write_page(found, [QueryResult(str(files[0]), matches)], summary="48 images")
+    page = open_page(found, **view)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator(".results img").count() == 8
 
 
 def test_both_maps_are_printed(make_run, open_page):

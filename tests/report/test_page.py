@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from jinja2 import UndefinedError
+from markupsafe import Markup
 from PIL import Image
 
 from selcon_plugin.report import (
@@ -21,6 +23,7 @@ from selcon_plugin.report import (
 )
 from selcon_plugin.report.charts import Series, line_chart, ticks
 from selcon_plugin.report.crops import Crops
+from selcon_plugin.report.document import Section, Table, render_page
 from selcon_plugin.report.embedding_map import lay_out
 from selcon_plugin.runs.embedding import EmbeddingRecord
 
@@ -129,6 +132,39 @@ def test_names_and_values_are_escaped(make_run):
     for tag in ("b", "i", "u"):
         assert not outline.of(tag)
     assert "<b>&'\"x.png" in {image["alt"].split(",")[0] for image in outline.of("img")}
+
+
+def test_data_of_the_map_cannot_end_its_script(make_run):
+    page = report(make_run())
+    (data,) = re.findall(r'id="map-data">(.*?)</script>', page, re.DOTALL)
+    assert "<" not in data
+    assert json.loads(data)["points"][0][2] == "<b>&'\"x.png"
+
+
+def test_sections_name_their_headings(make_run):
+    outline = Outline(report(make_run()))
+    labels = {section["aria-labelledby"] for section in outline.of("section")}
+    assert labels == {heading["id"] for heading in outline.of("h2")}
+
+
+def test_a_template_that_lacks_a_value_is_an_error():
+    sections = [Section("about", "About", {"rows": []})]
+    texts = {"title": "a", "heading": "a", "subtitle": "a"}
+    with pytest.raises(UndefinedError, match="head"):
+        render_page("run.html.j2", **texts, sections=sections)
+
+
+def test_a_name_that_is_no_text_is_shown_as_far_as_it_is():
+    texts = {"title": "a", "heading": "a\udcffb", "subtitle": "a"}
+    assert "<h1>a?b</h1>" in render_page("compare.html.j2", **texts, sections=[])
+
+
+def test_only_a_page_with_a_script_allows_one(make_run, tmp_path):
+    assert "script-src" in report(make_run("a"))
+    runs = [tmp_path / "a", make_run("b")]
+    page = write_comparison(runs, tmp_path / "c.html").read_text(encoding="utf-8")
+    assert "script-src" not in page
+    assert not Outline(page).of("script")
 
 
 def test_no_images_leaves_every_crop_out(make_run):
@@ -284,10 +320,27 @@ def test_ticks_enclose_the_values(low, high):
 
 
 def test_a_chart_shows_its_figures_at_their_places():
-    page = line_chart([Series("a", [0, 10], [0.0, 4.0])], title="T", x_label="x")
-    assert "M52.0 210.0L466.0 12.0" in page  # the corners of the plot
-    assert page.count("<tr>") == 3
-    assert line_chart([Series("a", [1.0], [float("nan")])], title="T", x_label="x") == ""
+    chart = line_chart([Series("a", [0, 10], [0.0, 4.0])], title="T", x_label="x")
+    assert chart is not None
+    assert "M52.0 210.0L466.0 12.0" in chart.drawing  # the corners of the plot
+    assert chart.table == Table(["x", "a"], [["0", "0"], ["10", "4"]])
+    assert line_chart([Series("a", [1.0], [float("nan")])], title="T", x_label="x") is None
+
+
+def test_text_in_a_chart_is_escaped():
+    chart = line_chart(
+        [Series("<b>&", [0, 1], [0.0, 4.0]), Series("c", [0, 1], [1.0, 2.0])],
+        title="T",
+        x_label="<i>",
+        y_label="<u>",
+        rule=(0.5, '"<s>'),
+    )
+    assert chart is not None
+    assert isinstance(chart.drawing, Markup)
+    for text in ("&lt;b&gt;&amp;: 4 at 1", "&lt;i&gt;", "&lt;u&gt;", "&#34;&lt;s&gt;"):
+        assert text in chart.drawing
+    for tag in ("<b", "<i", "<u", "<s>"):
+        assert tag not in chart.drawing
 
 
 def test_layout_keeps_groups_together_and_repeats():

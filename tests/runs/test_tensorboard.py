@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize, pdist
 
+from selcon_plugin.report.sheets import contact_sheet
 from selcon_plugin.runs import tensorboard as pictures
+from selcon_plugin.runs.sheets import SheetRow, thumbnail
 from selcon_plugin.runs.tensorboard import (
     chosen_points,
     cluster_sheet,
@@ -32,14 +34,29 @@ def images(tmp_path):
     return paths, features, labels
 
 
+# A row is a line of text of 18 pixels and cells of 72 x 136, which have a frame of 4.
+ROW, COLUMN = 18 + 136 + 2 * 4, 72 + 4
+MIDDLES = [4 + 36 + COLUMN * column for column in range(8)]
+FIRST = 4 + 18 + 68  # height of the middle of the first row
+
+
 def test_sheet_has_a_row_for_each_cluster_the_largest_first(images):
     sheet = cluster_sheet(*images)
-    assert sheet.size == (8 * 68 + 4, 2 * 132 + 4)
-    centers = [[4 + 32 + 68 * column for column in range(8)], [68, 68 + 132]]
-    rows = [[sheet.getpixel((x, y)) for x in centers[0]] for y in centers[1]]
+    assert sheet.size == (4 * COLUMN + 4, 2 * ROW + 4)
+    rows = [[sheet.getpixel((x, FIRST + y)) for x in MIDDLES[:4]] for y in (0, ROW)]
     lime, red, white = (0, 255, 0), (255, 0, 0), (255, 255, 255)
-    assert rows[0] == [lime] * 4 + [white] * 4
-    assert rows[1] == [red] * 3 + [white] * 5
+    assert rows == [[lime] * 4, [red] * 3 + [white]]
+
+
+def test_sheet_of_tensorboard_and_of_a_folder_are_one(images, tmp_path):
+    paths, features, labels = images
+    rows = [
+        SheetRow("cluster 1: 4 images", paths[3:7]),
+        SheetRow("cluster 0: 3 images", paths[:3]),
+    ]
+    written = contact_sheet(tmp_path / "sheet.png", rows, columns=8)
+    with Image.open(written) as sheet:
+        assert sheet.tobytes() == cluster_sheet(paths, features, labels).tobytes()
 
 
 def test_row_goes_from_the_middle_of_the_cluster_outwards(tmp_path):
@@ -50,17 +67,30 @@ def test_row_goes_from_the_middle_of_the_cluster_outwards(tmp_path):
         paths.append(str(tmp_path / f"{i}.png"))
         Image.new("RGB", (2, 4), (50 * i, 0, 0)).save(paths[-1])
     sheet = cluster_sheet(paths, features, torch.zeros(4, dtype=torch.int64))
-    shown = [sheet.getpixel((36 + 68 * column, 68))[0] // 50 for column in range(4)]
+    shown = [sheet.getpixel((x, FIRST))[0] // 50 for x in MIDDLES[:4]]
     assert shown == [2, 1, 3, 0]
 
 
-def test_unreadable_image_is_gray_and_no_cluster_is_blank(images):
+def test_unreadable_image_is_gray_and_no_cluster_is_an_error(images):
     paths, features, _ = images
     paths = ["/nowhere/0.png", *paths[1:]]
     only = torch.tensor([0, *[-1] * 8])
-    assert cluster_sheet(paths, features, only).getpixel((36, 68)) == (128, 128, 128)
-    blank = cluster_sheet(paths, features, torch.full((9,), -1))
-    assert blank.getcolors() == [(blank.width * blank.height, (255, 255, 255))]
+    sheet = cluster_sheet(paths, features, only)
+    assert sheet.getpixel((MIDDLES[0], FIRST)) == (128, 128, 128)
+    with pytest.raises(ValueError, match="no groups"):
+        cluster_sheet(paths, features, torch.full((9,), -1))
+
+
+def test_images_are_rotated_as_their_exif_data_says(tmp_path):
+    image = Image.new("RGB", (128, 64), "red")
+    image.paste("blue", (0, 0, 64, 64))  # the left half; the upper one after rotation
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise
+    path = str(tmp_path / "rotated.jpg")
+    image.save(path, exif=exif, quality=95)
+    upper, lower = (thumbnail(path, (64, 128)).getpixel((32, y)) for y in (20, 108))
+    assert upper[2] > 200
+    assert lower[0] > 200
 
 
 def test_points_are_whole_clusters_then_outliers(images):
@@ -100,7 +130,7 @@ def test_projector_files_hold_what_tensorboard_reads(images, tmp_path):
     )
     events = event_accumulator.EventAccumulator(str(folder)).Reload()
     (sheet,) = events.Images("largest_clusters")
-    assert (sheet.step, sheet.width, sheet.height) == (7, 548, 268)
+    assert (sheet.step, sheet.width, sheet.height) == (7, 4 * COLUMN + 4, 2 * ROW + 4)
 
 
 def test_files_stay_small_however_many_images(images, tmp_path):

@@ -1,0 +1,170 @@
+"""Charts of a run: what was measured over the epochs, and the distances of pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from selcon_plugin.report.charts import Chart, Series, line_chart, number
+from selcon_plugin.report.collect import RunData
+from selcon_plugin.runs.embedding import (
+    OTHER_CAMERA,
+    SAME_CAMERA,
+    SAME_CLUSTER,
+    UNKNOWN_CAMERA,
+)
+
+
+class _Measured(NamedTuple):
+    """A chart of curves: their names in the metrics, each with its name in the legend."""
+
+    title: str
+    lines: dict[str, str]
+    unit: str = ""
+    factor: float = 1.0
+    from_zero: bool = True
+
+
+_CHARTS = (
+    _Measured("Learning rate", {"lr": "learning rate"}),
+    _Measured("Clusters", {"num_clusters": "clusters"}),
+    _Measured("Images in no cluster", {"outlier_ratio": "in no cluster"}, "%", 100.0),
+    _Measured(
+        "Quality of the clusters, measured without labels",
+        {"silhouette": "silhouette", "stability": "agreement with the previous epoch"},
+        from_zero=False,
+    ),
+    _Measured(
+        "Quality of the clusters, measured by the identities",
+        {"ami": "adjusted mutual information", "purity": "purity"},
+    ),
+    _Measured(
+        "Selected neighbors that are the same person",
+        {"neighbor_precision": "same person"},
+        "%",
+        100.0,
+    ),
+    _Measured("Effective rank of the features", {"effective_rank": "effective rank"}),
+)
+
+
+def training_charts(run: RunData) -> list[Chart]:
+    """Draw what was measured during training.
+
+    Args:
+        run: The run.
+
+    Returns:
+        Charts of the loss, of the accuracy and of what else was measured.
+    """
+    x_label = epoch_label(run)
+    charts = [
+        line_chart(_loss_series(run), title="Loss", x_label=x_label),
+        line_chart(
+            _accuracy_series(run),
+            title="Accuracy on the test set",
+            x_label=x_label,
+            y_label="%",
+        ),
+    ]
+    for measured in _CHARTS:
+        lines = [
+            Series(text, curve.epochs, [measured.factor * value for value in curve.values])
+            for name, text in measured.lines.items()
+            if (curve := run.curve(name)).values
+        ]
+        chart = line_chart(
+            lines,
+            title=measured.title,
+            x_label=x_label,
+            y_label=measured.unit,
+            from_zero=measured.from_zero,
+        )
+        charts.append(chart)
+    return drawn(charts)
+
+
+def drawn(charts: Iterable[Chart | None]) -> list[Chart]:
+    """Leave out the charts that have nothing to show."""
+    return [chart for chart in charts if chart is not None]
+
+
+def epoch_label(run: RunData) -> str:
+    """Return what the horizontal axis of a run's curves counts."""
+    known = run.results.get("steps") and run.results.get("epochs")
+    return "epochs trained" if known else "steps trained"
+
+
+def _loss_series(run: RunData) -> list[Series]:
+    """Return the losses over the epochs, the total first; its parts only if several."""
+    names = sorted(n for n in run.curves if n.startswith("loss") and n != "loss_scale")
+    lines = [("total_loss", "total")] if "total_loss" in run.curves else []
+    if len(names) > 1:
+        lines += [(name, name.removeprefix("loss_").replace("_", " ")) for name in names]
+    return [Series(text, run.curve(n).epochs, run.curve(n).values) for n, text in lines]
+
+
+def _accuracy_series(run: RunData) -> list[Series]:
+    """Return mAP and Rank-1 over the epochs, of each test set."""
+    return [
+        Series(name, curve.epochs, curve.values)
+        for name, curve in run.curves.items()
+        if name.split("/")[-1] in ("mAP", "Rank-1")
+    ]
+
+
+@dataclass(frozen=True)
+class Distances:
+    """The distances of pairs of training images.
+
+    Attributes:
+        chart: Histograms.
+        reach: Largest distance that was computed, as text; empty if there is no limit.
+    """
+
+    chart: Chart
+    reach: str
+
+
+def distances(run: RunData) -> Distances | None:
+    """Draw histograms of the distances of pairs of images, by kind of pair.
+
+    Args:
+        run: The run.
+
+    Returns:
+        The chart; None if no distances were recorded.
+    """
+    record = run.embedding
+    if record is None or not record.counts.any():
+        return None
+    names = {
+        SAME_CAMERA: "from one camera",
+        OTHER_CAMERA: "from two cameras",
+        UNKNOWN_CAMERA: "cameras not known",
+        SAME_CLUSTER: "in one cluster",
+    }
+    left = record.edges[:-1].tolist()
+    lines = []
+    for row, name in names.items():
+        total = int(record.counts[row].sum())
+        if total:
+            percentages = (100.0 * record.counts[row] / total).tolist()
+            lines.append(Series(f"{name} ({number(total)} pairs)", left, percentages))
+    rule = (record.eps, f"eps {number(record.eps)}") if math.isfinite(record.eps) else None
+    chart = line_chart(
+        lines,
+        title=f"{record.distance} distance of pairs of images",
+        x_label=f"{record.distance} distance",
+        y_label="% of the pairs of a line",
+        steps=True,
+        rule=rule,
+        from_zero=True,
+    )
+    if chart is None:
+        return None
+    # Jaccard distances are computed of images with a common neighbor only.
+    is_jaccard = record.distance == "Jaccard"
+    return Distances(chart, number(round(record.reach, 2)) if is_jaccard else "")

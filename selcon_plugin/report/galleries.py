@@ -1,0 +1,242 @@
+"""Pictures of a run: its clusters, ranked results and nearest neighbors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selcon_plugin.report.charts import UNKNOWN, number
+from selcon_plugin.report.collect import RunData, TrainingImages, cameras_of_clusters
+from selcon_plugin.report.crops import Crops, short_paths
+from selcon_plugin.report.document import Cell, Picture, Strip, Table
+from selcon_plugin.runs.embedding import EmbeddingRecord
+from selcon_plugin.runs.ranked import RankedImage, RankedQuery
+
+_SHEETS = 6  # clusters of each kind
+_SHEET_CROPS = 8
+_SMALLEST_SHOWN = 4
+_LISTED_CLUSTERS = 100
+
+
+@dataclass(frozen=True)
+class ClusterGallery:
+    """The clusters of a run.
+
+    Attributes:
+        kinds: Headings, each with its clusters.
+        table_title: Heading of the table.
+        table: The largest clusters.
+        smallest: Images that a cluster must have to be called tight or doubtful.
+    """
+
+    kinds: Sequence[tuple[str, Sequence[Strip]]]
+    table_title: str
+    table: Table
+    smallest: int = _SMALLEST_SHOWN
+
+
+@dataclass(frozen=True)
+class RankedLists:
+    """Queries and what is ranked first for them.
+
+    Attributes:
+        groups: Headings, which may be empty, each with its queries.
+        with_identities: Whether identities tell which results are right.
+    """
+
+    groups: Sequence[tuple[str, Sequence[Strip]]]
+    with_identities: bool
+
+
+def cluster_gallery(run: RunData, crops: Crops) -> ClusterGallery | None:
+    """Show the largest, the tightest and the most doubtful clusters.
+
+    Args:
+        run: The run.
+        crops: Makes the pictures.
+
+    Returns:
+        The clusters; None if they are not known.
+    """
+    record, images = run.embedding, run.images
+    if record is None or images is None or not record.clustered:
+        return None
+    clusters = _Clusters(record, images, crops)
+    sizes, tightness = clusters.sizes, clusters.tightness
+    by_size = np.argsort(-sizes, kind="stable").tolist()
+    rated = [
+        c for c in by_size if sizes[c] >= _SMALLEST_SHOWN and math.isfinite(tightness[c])
+    ]
+    kinds = {
+        "Largest": by_size,
+        "Tightest": sorted(rated, key=lambda c: -tightness[c]),
+        "Most doubtful": sorted(rated, key=lambda c: tightness[c]),
+    }
+    rows = [clusters.row(c) for c in by_size[:_LISTED_CLUSTERS]]
+    heading = "All clusters" if len(rows) == len(sizes) else f"The {len(rows)} largest"
+    return ClusterGallery(
+        [
+            (kind, [clusters.strip(c) for c in chosen[:_SHEETS]])
+            for kind, chosen in kinds.items()
+            if chosen
+        ],
+        f"{heading}, as a table",
+        Table(["Cluster", "Images", "Cameras", "Silhouette"], rows),
+    )
+
+
+class _Clusters:
+    """Sizes, cameras and silhouettes of the clusters, and their pictures."""
+
+    def __init__(
+        self, record: EmbeddingRecord, images: TrainingImages, crops: Crops
+    ) -> None:
+        self._record, self._images, self._crops = record, images, crops
+        self._names = short_paths(images.paths)
+        inside = record.labels >= 0
+        self.sizes = np.bincount(record.labels[inside], minlength=record.num_clusters)
+        self.cameras = cameras_of_clusters(record.labels, images.camids)
+        sums = np.bincount(
+            record.labels[inside],
+            weights=record.silhouette.astype(np.float64)[inside],
+            minlength=len(self.sizes),
+        )
+        self.tightness: np.ndarray[Any, Any] = sums / np.maximum(self.sizes, 1)
+
+    def row(self, cluster: int) -> list[str]:
+        cameras = self.cameras[cluster]
+        return [
+            str(cluster),
+            str(self.sizes[cluster]),
+            str(cameras) if cameras else UNKNOWN,
+            number(round(float(self.tightness[cluster]), 3)),
+        ]
+
+    def strip(self, cluster: int) -> Strip:
+        """Show images from the most to the least typical, evenly spaced."""
+        images, silhouette = self._images, self._record.silhouette
+        members = np.flatnonzero(self._record.labels == cluster)
+        typical = np.nan_to_num(silhouette[members].astype(np.float64))
+        members = members[np.argsort(-typical, kind="stable")]
+        count = min(_SHEET_CROPS, len(members))
+        chosen = members[np.linspace(0, len(members) - 1, count).round().astype(int)]
+        cells = [
+            Cell(
+                _picture(
+                    self._crops,
+                    images.paths[i],
+                    _with_camera(self._names[i], images.camids[i]),
+                )
+            )
+            for i in chosen.tolist()
+        ]
+        return Strip(self._title(cluster), cells)
+
+    def _title(self, cluster: int) -> str:
+        parts = [_plural(int(self.sizes[cluster]), "image")]
+        if self.cameras[cluster]:
+            parts.append(_plural(int(self.cameras[cluster]), "camera"))
+        if math.isfinite(self.tightness[cluster]):
+            parts.append(f"silhouette {round(self.tightness[cluster], 2) + 0.0:.2f}")
+        if self._images.identities_known:
+            people = len(np.unique(self._images.pids[self._record.labels == cluster]))
+            parts.append(_plural(people, "true identity", "true identities"))
+        return f"Cluster {cluster}: {', '.join(parts)}"
+
+
+def ranked_results(run: RunData, crops: Crops) -> RankedLists | None:
+    """Show the queries of the test sets with their hits and misses.
+
+    Args:
+        run: The run.
+        crops: Makes the pictures.
+
+    Returns:
+        The queries; None if the run has no test set.
+    """
+    if not run.ranked:
+        return None
+    several = len(run.ranked) > 1
+    groups = [
+        (name if several else "", [_query_strip(query, crops) for query in queries])
+        for name, queries in run.ranked.items()
+    ]
+    return RankedLists(groups, with_identities=True)
+
+
+def _query_strip(query: RankedQuery, crops: Crops) -> Strip:
+    precision = query.average_precision
+    known = "" if math.isnan(precision) else f", average precision {100 * precision:.0f} %"
+    text = f"query {Path(query.path).name}, camera {query.camid}"
+    cells = [Cell(_picture(crops, query.path, text), "query", "query")]
+    cells += [
+        _result(rank, result, crops) for rank, result in enumerate(query.results, start=1)
+    ]
+    return Strip(f"Person {query.pid}, camera {query.camid}{known}", cells)
+
+
+def _result(rank: int, result: RankedImage, crops: Crops) -> Cell:
+    kind, sign, meaning = (
+        ("hit", "✓", "same person") if result.right else ("miss", "✗", "another person")
+    )
+    text = (
+        f"rank {rank}, {meaning}: {Path(result.path).name}, camera {result.camid}, "
+        f"distance {result.distance:.3g}"
+    )
+    return Cell(_picture(crops, result.path, text), f"{sign} {rank}", kind)
+
+
+def nearest_neighbors(run: RunData, crops: Crops) -> RankedLists | None:
+    """Show some training images with those whose features are nearest.
+
+    Args:
+        run: The run.
+        crops: Makes the pictures.
+
+    Returns:
+        The images; None if they are not known.
+    """
+    record, images = run.embedding, run.images
+    if record is None or images is None or not len(record.anchors):
+        return None
+    names = short_paths(images.paths)
+
+    def picture(i: int) -> Picture:
+        text = _with_camera(names[i], images.camids[i])
+        if record.clustered:
+            label = record.labels[i]
+            text += f", cluster {label}" if label >= 0 else ", no cluster"
+        return _picture(crops, images.paths[i], text)
+
+    strips = []
+    for anchor, neighbors, cosines in zip(
+        record.anchors.tolist(),
+        record.neighbors.tolist(),
+        record.similarity.tolist(),
+        strict=True,
+    ):
+        query = picture(anchor)
+        cells = [Cell(query, "image", "query")]
+        cells += [
+            Cell(picture(i), f"{cosine:.2f}")
+            for i, cosine in zip(neighbors, cosines, strict=True)
+        ]
+        strips.append(Strip(query.text, cells))
+    return RankedLists([("", strips)], with_identities=False)
+
+
+def _picture(crops: Crops, path: str, text: str) -> Picture:
+    return Picture(crops.uri(path), text)
+
+
+def _with_camera(name: str, camid: int) -> str:
+    return f"{name}, camera {camid}" if camid >= 0 else name
+
+
+def _plural(count: int, noun: str, plural: str = "") -> str:
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
