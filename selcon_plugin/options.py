@@ -1,12 +1,12 @@
-"""Options, each stated once: name, default, type, legal range and meaning.
+"""Declaration of options: name, default, type, legal range and meaning in one place.
 
-A method states its options in its constructor's signature, a run in the fields of a
+A method declares its options in its constructor's signature, a run in the fields of a
 dataclass::
 
     def __init__(self, ..., *, temperature: Annotated[float, Interval(0, above=True)] = 0.1)
 
-From there come the default, the config key (``TEMPERATURE``), its check and the error that
-names key, value and legal range; the meaning comes from the docstring.
+The declaration provides the default, the config key (``TEMPERATURE``), its check and the
+error with key, value and legal range; the docstring provides the meaning.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-KINDS: dict[type, str] = {  # types of values in a config, in words
+KINDS: dict[type, str] = {  # descriptions of the types of config values
     int: "a whole number",
     float: "a number",
     bool: "True or False",
@@ -86,12 +86,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class ChoiceOf:
-    """Legal values that are looked up when the options are read, not when they are stated.
+    """Legal values that are determined when the options are read, not when declared.
 
-    A script may register a method of its own after the import.
+    A script may register its own method after the import.
 
     Attributes:
-        names: Returns the legal values.
+        names: Function that returns the legal values.
     """
 
     names: Callable[[], Iterable[str]]
@@ -99,14 +99,14 @@ class ChoiceOf:
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a method, a labeler, a run or a host.
+    """Option of a method, a labeler, a run or a host.
 
     Attributes:
         name: Constructor argument, or field of a dataclass.
-        default: Its default.
-        kind: ``int``, ``float``, ``bool``, ``str`` or ``list``.
+        default: Default value.
+        kind: Type of the value: ``int``, ``float``, ``bool``, ``str`` or ``list``.
         legal: Range or choice; None if every value of the type is legal.
-        words: Special values that are also legal, such as "auto" for automatic selection.
+        special_values: Strings that are also legal, such as "auto".
         meaning: Description in Markdown, without a full stop.
     """
 
@@ -114,7 +114,7 @@ class Option:
     default: Any
     kind: type
     legal: Interval | Choice | None
-    words: tuple[str, ...] = ()
+    special_values: tuple[str, ...] = ()
     meaning: str = field(default="", compare=False)
 
     def check(self, value: Any, *, label: str | None = None) -> Any:
@@ -132,7 +132,7 @@ class Option:
                 value and the legal range.
         """
         label = label or self.name
-        if isinstance(value, str) and value in self.words:
+        if isinstance(value, str) and value in self.special_values:
             return value
         right_type = isinstance(value, self.kind) and not (
             isinstance(value, bool) and self.kind is not bool
@@ -150,7 +150,7 @@ class Option:
         """Return a description of the legal values."""
         kind = KINDS[self.kind]
         legal = kind if self.legal is None else f"{kind} {self.legal}"
-        return " or ".join([legal, *map(repr, self.words)])
+        return " or ".join([legal, *map(repr, self.special_values)])
 
     def describe_legal(self) -> str:
         """Return the legal values in short form for tables: ``>= 0``, ``a, b``."""
@@ -160,18 +160,18 @@ class Option:
             return ", ".join(self.legal.values)
         if self.legal is None:
             return self.describe()
-        return " or ".join([str(self.legal), *self.words])
+        return " or ".join([str(self.legal), *self.special_values])
 
 
 def options_of(constructor: Callable[..., Any]) -> dict[str, Option]:
-    """Read the options of a dataclass, or the keyword-only ones of a class or function.
+    """Read the options of a dataclass, or the keyword-only arguments of a constructor.
 
     A class whose constructor takes ``**options`` passes them to its base class, so it also
     has the options of the base class.
 
     Args:
-        constructor: A dataclass, whose fields are options; another class, or a function,
-            whose keyword-only arguments are.
+        constructor: Dataclass whose fields are options, or another class or a function
+            whose keyword-only arguments are options.
 
     Returns:
         Options by name, in the order of the signature, a class's own before its base's.
@@ -203,10 +203,10 @@ def options_of(constructor: Callable[..., Any]) -> dict[str, Option]:
 def option_table(
     rows: Mapping[str, tuple[Any, Interval | Choice | None, str]],
 ) -> tuple[Option, ...]:
-    """Make options from rows, for keys that are no arguments and no fields.
+    """Create options from rows, for keys that are neither arguments nor fields.
 
     Args:
-        rows: By name: default, which also gives the type; legal range; meaning.
+        rows: Default (which also gives the type), legal range and meaning by name.
 
     Returns:
         The options.
@@ -289,11 +289,11 @@ def _option(name: str, default: Any, hint: Any) -> Option:
         hint, legal = get_args(hint)[:2]
     if isinstance(legal, ChoiceOf):
         legal = Choice(tuple(legal.names()))
-    kind, words = _split_words(hint)
-    return Option(name, default, kind, legal, words)
+    kind, special_values = _split_special_values(hint)
+    return Option(name, default, kind, legal, special_values)
 
 
-def _split_words(hint: Any) -> tuple[type, tuple[str, ...]]:
+def _split_special_values(hint: Any) -> tuple[type, tuple[str, ...]]:
     """Split ``float | Literal["auto"]`` into its type and its special values."""
     if get_origin(hint) not in (Union, UnionType):
         return hint, ()

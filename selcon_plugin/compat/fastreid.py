@@ -177,8 +177,8 @@ def _let_optimizers_keep_their_gradients() -> None:
     """Make FastReID's optimizers keep the gradients of its contiguous buffers.
 
     Without it: **training silently has no effect**. FastReID packs all weights into a few
-    buffers (``ContiguousParams``) and passes those to the optimizer, with gradients that
-    share memory with the weights' own. Since torch 2.0 ``optimizer.zero_grad()`` sets the
+    buffers (``ContiguousParams``) and passes those to the optimizer, with gradients in the
+    same memory as the weights' own. Since torch 2.0 ``optimizer.zero_grad()`` sets the
     buffers' gradients to None by default: the optimizer then skips every step, while the
     gradients of the weights accumulate unused.
 

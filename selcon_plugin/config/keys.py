@@ -118,7 +118,9 @@ class _Group:
         for name in self.names():
             for key, option in self.options_of(name).items():
                 same = key not in defaults or defaults[key] == option.default
-                defaults[key] = option.default if same and not option.words else None
+                defaults[key] = (
+                    option.default if same and not option.special_values else None
+                )
         return defaults
 
 

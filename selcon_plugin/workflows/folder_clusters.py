@@ -102,7 +102,7 @@ def default_options(labeler: str, num_images: int) -> dict[str, Any]:
     known = labeler_options(labeler)
     sizes = NeighborhoodSizes.for_images(num_images)
     chosen: dict[str, Any] = {name: value for name, value in vars(sizes).items()}
-    if "eps" in known and "auto" in known["eps"].words:
+    if "eps" in known and "auto" in known["eps"].special_values:
         chosen["eps"] = "auto"
     if labeler == "HDBSCAN" and sizes != NeighborhoodSizes():
         chosen["min_cluster_size"] = sizes.min_samples

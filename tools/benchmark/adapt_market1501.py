@@ -57,13 +57,13 @@ def main() -> None:
         options=("selcon.iters_per_epoch", str(args.iterations)),
     )
     started = time.perf_counter()
-    result = adapt(settings, output / "adapt", echo=_say)
+    result = adapt(settings, output / "adapt", echo=_echo)
     minutes = (time.perf_counter() - started) / 60
     after = _evaluated(output / "after.json", args.market, result.file, "", args.batch_size)
-    _say(
+    _echo(
         f"Adapted in {minutes:.0f} min (this part), {describe_device(torch.device('cpu'))}"
     )
-    _say("| network | label-free quality | mAP | Rank-1 |\n| --- | --- | --- | --- |")
+    _echo("| network | label-free quality | mAP | Rank-1 |\n| --- | --- | --- | --- |")
     name = Path(args.weights).stem
     for row, candidate, found in (
         (f"{name}, before", result.before, before),
@@ -73,7 +73,7 @@ def main() -> None:
             after,
         ),
     ):
-        _say(
+        _echo(
             f"| {row} | {candidate.value:.3f} | {found['mAP']:.1f} "
             f"| {found['Rank-1']:.1f} |"
         )
@@ -94,7 +94,7 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _say(line: str) -> None:
+def _echo(line: str) -> None:
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 
@@ -114,7 +114,7 @@ def _evaluated(
         distance, query[1], gallery[1], query[2], gallery[2], use_cython=False
     )
     found = {"mAP": 100 * float(average_precision), "Rank-1": 100 * float(cmc[0])}
-    _say(f"{weights}: mAP {found['mAP']:.1f}, Rank-1 {found['Rank-1']:.1f}")
+    _echo(f"{weights}: mAP {found['mAP']:.1f}, Rank-1 {found['Rank-1']:.1f}")
     write_atomically(json.dumps(found), file)
     return found
 
