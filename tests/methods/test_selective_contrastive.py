@@ -41,11 +41,7 @@ def make_method(
 
 
 def step(
-    method: SelectiveContrastive,
-    index: Tensor,
-    camids: Tensor | None = None,
-    *,
-    seed: int = 1,
+    method: Any, index: Tensor, camids: Tensor | None = None, *, seed: int = 1
 ) -> Tensor:
     parts = method.num_parts > 0
     embeddings = embeddings_of(len(index), seed=seed, parts=parts)

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -258,7 +259,7 @@ def test_no_display_and_no_pyplot_are_needed(tmp_path):
     subprocess.run(
         [sys.executable, "-c", code, metrics, tmp_path / "loss.png"],
         check=True,
-        env={"MPLCONFIGDIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path)},
+        env={"MPLCONFIGDIR": matplotlib.get_cachedir(), "PYTHONPATH": ":".join(sys.path)},
     )
 
 

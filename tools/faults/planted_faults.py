@@ -54,7 +54,7 @@ MEMORY, CLUSTER_MEMORY = (
     ("tests/memory/test_tri_bank.py",),
     ("tests/memory/test_cluster.py",),
 )
-SELECTION, SAMPLERS = ("tests/test_selection.py",), ("tests/samplers/test_samplers.py",)
+SELECTION, SAMPLERS = ("tests/test_selection.py",), ("tests/samplers",)
 SELECTIVE_LOSS = ("tests/losses/test_selective_contrastive.py",)
 CENTERING = ("tests/clustering/test_camera_centering.py",)
 DATA = ("tests/fastreid_ext/test_data.py",)
