@@ -43,10 +43,11 @@ check: $(STAMP)
 	$(BIN)/codespell
 	$(BIN)/mypy
 
-# Strict: a link that leads nowhere fails. The variable silences news of the theme's makers.
+# Strict: a link or a reference that leads nowhere fails, and so does a table that is not up to date.
 docs: $(STAMP) $(VENV)/installed-docs
 	$(BIN)/python tools/config_tables.py --check
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python tools/result_tables.py --check
+	$(BIN)/python -m sphinx -b html -j auto -W --keep-going --quiet docs site
 
 $(VENV)/installed-docs: $(STAMP) requirements/docs.txt
 	$(INSTALL) -c requirements/constraints.txt -r requirements/docs.txt
@@ -59,7 +60,7 @@ format: $(STAMP)
 venv: $(STAMP)
 
 # On PyPI, torch for Linux brings gigabytes of CUDA libraries. For a machine without a GPU
-# the index of CPU builds is offered ignore_prefixes PyPI, if it answers: pip itself would wait long
+# the index of CPU builds is offered in addition to PyPI, if it answers: pip itself would wait long
 # for one that does not.
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 TORCH_INDEX = $$(test "$(TORCH_BUILD)-$$(uname -s)" = cpu-Linux \

@@ -23,7 +23,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
 ]
-exclude_patterns = ["benchmarks/results", "images/*.md"]
+exclude_patterns = ["benchmarks/results", "api/modules/modules.rst"]
 nitpicky = True
 
 # Markdown
@@ -34,9 +34,9 @@ myst_heading_anchors = 4
 apidoc_modules = [
     {
         "path": "../selcon_plugin",
-        "destination": "api",
+        "destination": "api/modules",
         "exclude_patterns": ["**/compiled/*"],  # kernels of clustering, not for callers
-        "separate_modules": True,
+        "separate_modules": False,
         "module_first": True,
         "include_private": False,
     }
@@ -47,14 +47,19 @@ autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
-# Only the package's own names have pages here; those of torch, NumPy and the hosts do not.
-nitpick_ignore_regex = [(r"py:.*", r"(?!selcon_plugin\.).*"), (r"py:.*", r".*\._\w+")]
+# The names of torch, NumPy and the hosts have no pages here, nor have private names and types.
+nitpick_ignore_regex = [
+    (r"py:.*", r"(?!selcon_plugin\.).*"),
+    (r"py:.*", r".*\._\w+"),
+    (r"py:.*", r".*\.(LabelerClass|MethodClass|PlannerFunction|Entry|Registered)"),
+]
 
 # The look: nothing is fetched from elsewhere, and the search works from file:// too.
 html_theme = "furo"
 html_title = f"selcon_plugin {release}"
 html_show_sphinx = False
 html_copy_source = False
+html_show_sourcelink = False
 html_static_path = ["static"]
 html_css_files = ["custom.css"]
 pygments_style = "friendly"
@@ -62,12 +67,16 @@ pygments_dark_style = "github-dark"
 
 
 def resolve_short_name(app, env, node, contnode):
-    """Resolve a reference to a name of another module, if one object has that name."""
+    """Resolve a name that is re-exported, or short for the only object of that name."""
     if node.get("refdomain") != "py":
         return None
     domain = env.get_domain("py")
-    name = node["reftarget"].rpartition(".")[2]
-    found = [full for full in domain.objects if full.rpartition(".")[2] == name]
+    target = node["reftarget"]
+    module, _, name = target.rpartition(".")
+    exported = getattr(sys.modules.get(module), name, None)
+    full = f"{getattr(exported, '__module__', '')}.{getattr(exported, '__qualname__', '')}"
+    found = [full] if full in domain.objects else []
+    found = found or [key for key in domain.objects if key.rpartition(".")[2] == name]
     if len(found) != 1:
         return None
     node["reftarget"] = found[0]
