@@ -47,7 +47,7 @@ autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
-# The names of torch, NumPy and the hosts have no pages here, nor have private names and types.
+# Names of torch, NumPy and the hosts have no pages here, nor have private names and types.
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!selcon_plugin\.).*"),
     (r"py:.*", r".*\._\w+"),
