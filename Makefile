@@ -1,6 +1,6 @@
 # Two commands for a newcomer:
 #
-#   make demo    make images, train on them without labels, show what was learned
+#   make demo    render images, train on them without labels, show the results
 #   make test    run the tests
 #
 # Both build .venv first, once, from Python >= 3.10, pip and the network; the second run of
@@ -25,7 +25,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install
 
-# One stamp per kind of environment: asking for another Python or torch builds it anew.
+# One stamp per kind of environment: asking for another Python or torch rebuilds it.
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 STAMP := $(VENV)/installed-python$(PYTHON_VERSION)-$(TORCH_BUILD)
 
@@ -86,7 +86,7 @@ $(STAMP): setup.py $(wildcard requirements/*.txt)
 	@echo "Compiling FastReID's ranking"
 	@cd $(VENV)/lib/python$(PYTHON_VERSION)/site-packages/fastreid/evaluation/rank_cylib \
 	    && $(abspath $(BIN))/python setup.py build_ext --inplace >build.log 2>&1 \
-	    || echo "It cannot be compiled here (selcon doctor says why): ranking stays in Python"
+	    || echo "It cannot be compiled here (selcon doctor reports why): ranking stays in Python"
 	@touch $@
 
 clean:

@@ -93,7 +93,7 @@ def _names(chosen: Sequence[str], index: int) -> list[str]:
 
 
 def fill(text: str, results: dict[str, dict[str, Any]], folder: Path) -> str:
-    """Return a page with its blocks written anew from the results."""
+    """Return a page with its blocks filled from the results."""
 
     def block(match: re.Match[str]) -> str:
         body = render(match["view"], results, folder)
