@@ -41,6 +41,7 @@ check: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/codespell
+	$(BIN)/python tools/check_language.py
 	$(BIN)/mypy
 
 # Strict: a link or a reference that leads nowhere fails, and so does a table that is not up to date.

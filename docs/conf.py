@@ -1,8 +1,12 @@
 """Sphinx settings of the documentation site: ``make docs`` builds it into ``site/``."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
+
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -51,7 +55,10 @@ napoleon_use_rtype = False
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!selcon_plugin\.).*"),
     (r"py:.*", r".*\._\w+"),
-    (r"py:.*", r".*\.(LabelerClass|MethodClass|PlannerFunction|Entry|Registered)"),
+    (
+        r"py:.*",
+        r".*\.(LabelerClass|MethodClass|PlannerFunction|Entry|Registered|\w+_names)",
+    ),
 ]
 
 # The look: nothing is fetched from elsewhere, and the search works from file:// too.
@@ -60,10 +67,19 @@ html_title = f"selcon_plugin {release}"
 html_show_sphinx = False
 html_copy_source = False
 html_show_sourcelink = False
+html_show_search_summary = False  # a browser reads no other page from file://
+html_math_renderer = "mathml"
 html_static_path = ["static"]
 html_css_files = ["custom.css"]
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
+
+
+def _is_module(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # its parent is a class
+        return False
 
 
 def resolve_short_name(app, env, node, contnode):
@@ -73,7 +89,9 @@ def resolve_short_name(app, env, node, contnode):
     domain = env.get_domain("py")
     target = node["reftarget"]
     module, _, name = target.rpartition(".")
-    exported = getattr(sys.modules.get(module), name, None)
+    exported = None
+    if module.startswith("selcon_plugin") and _is_module(module):
+        exported = getattr(importlib.import_module(module), name, None)
     full = f"{getattr(exported, '__module__', '')}.{getattr(exported, '__qualname__', '')}"
     found = [full] if full in domain.objects else []
     found = found or [key for key in domain.objects if key.rpartition(".")[2] == name]
@@ -96,7 +114,17 @@ def mark_code(app, what, name, obj, options, lines):
             lines[i:i] = ["::", ""]
 
 
+def visit_math(translator, node):
+    """Write an equation as MathML, which browsers render without a script."""
+    block = node.tagname == "math_block"
+    translator.body.append(tex2mathml(node.astext(), as_block=block))
+    raise nodes.SkipNode
+
+
 def setup(app):
     """Register the functions above with Sphinx."""
+    app.add_html_math_renderer(
+        "mathml", inline_renderers=(visit_math, None), block_renderers=(visit_math, None)
+    )
     app.connect("missing-reference", resolve_short_name)
     app.connect("autodoc-process-docstring", mark_code)

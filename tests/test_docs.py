@@ -30,6 +30,7 @@ def test_every_page_is_in_a_table_of_contents_once():
     assert len(listed) == len(set(listed))
     there = {page.relative_to(DOCS).with_suffix("").as_posix() for page in PAGES}
     assert set(listed) - {"api/modules/selcon_plugin"} == there - {"index"}
+    assert not there & {"search", "genindex", "py-modindex"}  # pages of Sphinx itself
 
 
 def test_pages_link_to_pages_of_the_site_only():
