@@ -1,6 +1,6 @@
 # Two commands for a newcomer:
 #
-#   make demo    make images, train on them without labels, show what was learned
+#   make demo    render images, train on them without labels, show the results
 #   make test    run the tests
 #
 # Both build .venv first, once, from Python >= 3.10, pip and the network; the second run of
@@ -25,7 +25,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install
 
-# One stamp per kind of environment: asking for another Python or torch builds it anew.
+# One stamp per kind of environment: asking for another Python or torch rebuilds it.
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 STAMP := $(VENV)/installed-python$(PYTHON_VERSION)-$(TORCH_BUILD)
 
@@ -41,12 +41,14 @@ check: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/codespell
+	$(BIN)/python tools/check_language.py
 	$(BIN)/mypy
 
-# Strict: a link that leads nowhere fails. The variable silences news of the theme's makers.
+# Strict: a link or a reference that leads nowhere fails, and so does a table that is not up to date.
 docs: $(STAMP) $(VENV)/installed-docs
 	$(BIN)/python tools/config_tables.py --check
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python tools/result_tables.py --check
+	$(BIN)/python -m sphinx -b html -j auto -W --keep-going --quiet docs site
 
 $(VENV)/installed-docs: $(STAMP) requirements/docs.txt
 	$(INSTALL) -c requirements/constraints.txt -r requirements/docs.txt
@@ -59,7 +61,7 @@ format: $(STAMP)
 venv: $(STAMP)
 
 # On PyPI, torch for Linux brings gigabytes of CUDA libraries. For a machine without a GPU
-# the index of CPU builds is offered ignore_prefixes PyPI, if it answers: pip itself would wait long
+# the index of CPU builds is offered in addition to PyPI, if it answers: pip itself would wait long
 # for one that does not.
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 TORCH_INDEX = $$(test "$(TORCH_BUILD)-$$(uname -s)" = cpu-Linux \
@@ -85,7 +87,7 @@ $(STAMP): setup.py $(wildcard requirements/*.txt)
 	@echo "Compiling FastReID's ranking"
 	@cd $(VENV)/lib/python$(PYTHON_VERSION)/site-packages/fastreid/evaluation/rank_cylib \
 	    && $(abspath $(BIN))/python setup.py build_ext --inplace >build.log 2>&1 \
-	    || echo "It cannot be compiled here (selcon doctor says why): ranking stays in Python"
+	    || echo "It cannot be compiled here (selcon doctor reports why): ranking stays in Python"
 	@touch $@
 
 clean:

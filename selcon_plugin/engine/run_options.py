@@ -37,7 +37,7 @@ class RunOptions:
         keep_best_by: Label-free criterion by which the weights of the best epoch are kept,
             in ``best_without_labels.pth``: fewest outliers, or the largest stability or
             silhouette. Clusters the images once more after the last epoch ([how reliable
-            each is](../docs/benchmarks/market1501.md#label-free-figures)).
+            each is](../docs/benchmarks/market1501.md#label-free-criteria)).
         sampler: How batches are sampled: ``stream`` shuffles all images; ``pk_camera``
             takes K images of P clusters, from different cameras where it can; ``pk`` does
             without cameras; ``proxy`` takes K images of P cluster-camera pairs; ``group``

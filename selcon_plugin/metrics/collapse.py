@@ -43,8 +43,9 @@ def measure_spread(features: Tensor) -> dict[str, float]:
             here.
 
     Returns:
-        ``embedding_variance``: mean squared distance from the mean feature, 1 - |mean|²; 0
-        if all features are equal and 1 if their mean is zero. ``effective_rank``:
+        ``embedding_variance``: mean squared distance from the mean feature,
+        ``1 - |mean|²``; 0 if all features are equal and 1 if their mean is zero.
+        ``effective_rank``:
         exponential of the entropy of the covariance's eigenvalues, 1 if all features vary
         along one direction and at most C (Roy and Vetterli, "The effective rank", 2007; as
         a sign of collapse: Garrido et al., "RankMe", 2023,

@@ -19,7 +19,7 @@ class EMATeacher(nn.Module):
 
     Update n = 1, 2, ... moves each weight t of the teacher towards the student's weight s:
 
-    .. math:: t ← d \cdot t + (1 - d) \cdot s, \qquad d = \min(decay, 1 - 1/n)
+    .. math:: t \leftarrow d \cdot t + (1 - d) \cdot s, \qquad d = \min(decay, 1 - 1/n)
 
     Buffers (running statistics, counters) are copied. For the first 1 / (1 - decay) updates
     the teacher is therefore the plain mean of the student's weights since training began.
