@@ -58,7 +58,7 @@ class SeenBatch:
         memos: What the method's ``loss`` hands to its ``update``.
     """
 
-    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs
+    index: Tensor
     embeddings: Embeddings
     memos: list[tuple[int, Any]]
 

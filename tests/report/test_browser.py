@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from selcon_plugin.report import write_comparison, write_report
-from selcon_plugin.retrieval.results import Match, QueryResult
 from selcon_plugin.retrieval.page import write_page
+from selcon_plugin.retrieval.results import Match, QueryResult
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(
