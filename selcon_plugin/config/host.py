@@ -50,7 +50,7 @@ class Host(ABC):
         keys: The plugin's keys in its config.
         run_keys: Its own keys of what every host has.
         run_files: How far a run of it is.
-        folder_config: The package's config for a folder of images.
+        folder_config: The package's config for a folder of images; empty for the defaults.
         checkpoint_key: Entry of a checkpoint that holds the network.
     """
 
@@ -115,7 +115,7 @@ class Host(ABC):
         """  # noqa: DOC502  (raised by what this calls)
         if file:
             read_config_file(file)
-        elif images:
+        elif images and self.folder_config:
             file = builtin_config(self.folder_config)
         cfg = self.default_config()
         if file:

@@ -61,7 +61,7 @@ class ToyHost(Host):
         weights="Run.Weights",
     )
     run_files = RunFiles("model_1.pth", "", re.compile(r"epoch (?P<epoch>\d+)"), 1)
-    folder_config = "image_folder.yml"
+    folder_config = ""
     checkpoint_key = "model"
 
     def default_config(self) -> CfgNode:
