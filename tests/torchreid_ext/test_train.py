@@ -111,12 +111,8 @@ def test_run_checks_each_key_once(selcon, tmp_path, monkeypatch):
         return check(self, value, label=label)
 
     monkeypatch.setattr(Option, "check", counted)
-    values = {"data.save_dir": tmp_path / "out", "train.max_epoch": 1}
-    others = {
-        f"selcon.{name}": None
-        for name in ("num_neighbors", "num_negatives", "warmup_epochs")
-    }
-    assert selcon(**values, **{"selcon.method": "ClusterContrast"}, **others) == 0
+    values = {"data.save_dir": tmp_path / "out", "selcon.selection": "cluster"}
+    assert selcon(**values) == 0
     assert "selcon.clustering.period" in checks
     assert not {name for name in checks if checks.count(name) > 1}
 
@@ -297,9 +293,9 @@ def test_keys_of_the_config_reach_model_and_engine(config):
     assert head.global_norm.bias is None
     assert (head.global_dim, head.num_parts) == (32, 4)
     assert engine._method_options["temperature"] == 0.2
-    assert engine._options["micro_batches"] == 2
+    assert engine._options.micro_batches == 2
     training = engine._training
-    assert (training.cluster_period, training.min_clusters) == (3, 4)
+    assert (training.clustering.period, training.min_clusters) == (3, 4)
     assert training.labeler.eps == "auto"
 
 
