@@ -205,7 +205,7 @@ COMMANDS = [
     ("key-in-file", "train --config-file {place}/typo.yml", "typo.yml; SOLVER.MAX_EPOCH"),
     ("wrong-host", "train --host torchreid --config-file {place}/good.yml", "good.yml"),
     ("images-missing", "train --images {place}/nowhere", "nowhere; does not exist"),
-    ("images-file", "train --images {place}/notes.txt", "notes.txt; no folder"),
+    ("images-file", "train --images {place}/notes.txt", "notes.txt; not a folder"),
     ("images-empty", "train --images {place}/empty", "empty; no image files; .jpg"),
     ("images-broken", "train --images {place}/broken", "broken; 1 of 1 images"),
     (
