@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
@@ -168,4 +169,4 @@ class ToyHost(Host):
 
 def _pixels(path: str) -> Tensor:
     resized = read_rgb(path).resize(SIZE[::-1])
-    return torch.tensor(list(resized.getdata())).T.reshape(3, *SIZE) / 255
+    return torch.tensor(np.array(resized)).permute(2, 0, 1) / 255
