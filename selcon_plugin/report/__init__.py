@@ -1,4 +1,8 @@
-"""``report.html``: what a run learned, on one page that needs nothing but itself."""
+"""The HTML report of a run, the page that compares runs, and result images.
+
+Code that reads a finished or interrupted run and visualizes it belongs here. Code that
+trains, evaluates or writes the records of a run does not.
+"""
 
 from __future__ import annotations
 
@@ -32,15 +36,14 @@ def write_report(
     Args:
         folder: Folder of the run, finished or not.
         output: HTML file to write; by default ``report.html`` in the folder.
-        images: Whether crops are shown; by default as the run's option ``report_images``
-            says.
+        images: Whether to show crops; None for the run's option ``report_images``.
         find_host: Returns the host of a run's settings.
 
     Returns:
         The file.
 
     Raises:
-        FileNotFoundError: If the folder holds no run.
+        FileNotFoundError: If the folder contains no run.
     """  # noqa: DOC502  (raised by what this calls)
     run = collect_run(folder, find_host=find_host)
     if images is None:
@@ -68,12 +71,12 @@ def write_comparison(
         The file.
 
     Raises:
-        ValueError: If there are fewer than two, or one is given twice.
-            ``FileNotFoundError`` if one holds no run.
+        ValueError: If fewer than two folders are given, or one of them twice.
+            ``FileNotFoundError`` if a folder contains no run.
     """
     resolved = [Path(folder).resolve() for folder in folders]
     if len(set(resolved)) < max(2, len(resolved)):
-        raise ValueError("a comparison needs two runs or more, each of them once")
+        raise ValueError("a comparison needs at least two runs, each given once")
     runs = [collect_run(folder, find_host=find_host) for folder in folders]
     file = Path(output)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -82,11 +85,13 @@ def write_comparison(
 
 
 def finish_run(folder: str | Path, host: Host | None = None) -> None:
-    """Write the report at the end of a run, on the main process; never fail the run.
+    """Write the report at the end of a run, on the main process only.
+
+    An error is logged and does not fail the run.
 
     Args:
         folder: Folder of the run; nothing is written if it is empty.
-        host: The host that trained.
+        host: The host that trained the run.
     """
     if not folder or rank() > 0:
         return

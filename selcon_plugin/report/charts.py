@@ -1,7 +1,7 @@
 """Small charts as SVG, each with the same values as a table.
 
-Lines differ by color, dash and marker, so that each of these suffices to identify a line.
-Text is escaped here: ``Markup.format`` escapes what it inserts.
+Lines differ in color, dash pattern and marker, so that any one of these identifies a line.
+Text is escaped here: ``Markup.format`` escapes the values that it inserts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from selcon_plugin.report.document import Table
 
 # Colors are classes c0..c6 of the style sheet (Okabe and Ito's palette).
 NUM_COLORS = 7
-# Replaces a value that is not known.
+# Shown instead of an unknown value.
 UNKNOWN = "n/a"
 _DASHES = ("", "6 3", "2 3", "8 3 2 3", "12 4", "4 2 1 2", "1 2")
 _WIDTH, _HEIGHT = 480, 250
@@ -31,9 +31,9 @@ class Series:
     """A line of a chart.
 
     Attributes:
-        name: Its name, in words.
-        x: Places on the horizontal axis, rising.
-        y: Values.
+        name: Name in the legend.
+        x: Positions on the horizontal axis, in increasing order.
+        y: Values at these positions.
     """
 
     name: str
@@ -43,10 +43,10 @@ class Series:
 
 @dataclass(frozen=True)
 class LegendEntry:
-    """A line of a legend.
+    """An entry of a legend.
 
     Attributes:
-        text: What the marker stands for.
+        text: Meaning of the marker.
         marker: SVG of the marker.
         group: Name of the group of marks that the entry can highlight; may be empty.
     """
@@ -58,15 +58,15 @@ class LegendEntry:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart, ready to be shown.
+    """A chart with its legend and its values, ready for the template.
 
     Attributes:
-        title: What the chart shows.
-        description: The same for those who cannot see it.
-        drawing: What is inside the SVG element.
-        legend: An entry for each line.
+        title: Caption.
+        description: Text alternative for screen readers.
+        drawing: Content of the SVG element.
+        legend: One entry per line.
         table_title: Heading of the table.
-        table: The values.
+        table: The plotted values.
         size: Width and height of the drawing.
     """
 
@@ -83,13 +83,13 @@ def marker_path(number: int, x: float, y: float, size: float) -> str:
     """Return SVG path data of the marker of a series: circle, square, triangle, ...
 
     Args:
-        number: Which series; there are five shapes.
-        x: Its middle.
-        y: Its middle.
-        size: Half its width.
+        number: Number of the series; the five shapes repeat.
+        x: Horizontal position of the center.
+        y: Vertical position of the center.
+        size: Half the width.
 
     Returns:
-        Data for the attribute ``d``.
+        Value of the attribute ``d``.
     """
     s = size
     shapes: tuple[Callable[[], str], ...] = (
@@ -115,16 +115,17 @@ def line_chart(
     rule: tuple[float, str] | None = None,
     from_zero: bool = False,
 ) -> Chart | None:
-    """Draw lines, with a legend and a table of the same values.
+    """Draw a line chart with a legend and a table of the same values.
 
     Args:
         series: Lines; those without a finite value are left out.
-        title: What the chart shows.
-        x_label: What the horizontal axis shows.
-        y_label: What the vertical axis shows.
-        steps: Whether values hold for an interval that begins at their place: a histogram.
-        rule: Place of a vertical line, and its name.
-        from_zero: Whether the vertical axis begins at 0.
+        title: Caption of the chart.
+        x_label: Label of the horizontal axis.
+        y_label: Label of the vertical axis.
+        steps: Whether each value holds from its position to the next one, as in a
+            histogram.
+        rule: Position and label of a vertical reference line.
+        from_zero: Whether the vertical axis starts at 0.
 
     Returns:
         The chart; None if no line has two points.
@@ -143,7 +144,7 @@ def line_chart(
     table_title, table = _table(lines, x_label)
     return Chart(
         title,
-        f"{title}: {names} over {x_label}. The table below has the values.",
+        f"{title}: {names} over {x_label}. The table below lists the values.",
         drawing,
         [_legend_entry(line, index) for index, line in enumerate(lines)],
         table_title,
@@ -161,12 +162,12 @@ def _finite(line: Series) -> Series:
 
 
 class _Plot:
-    """Axes: from values to places in the picture."""
+    """The axes of a chart, which map values to positions in the drawing."""
 
     def __init__(
         self, lines: Sequence[Series], from_zero: bool, rule: float | None
     ) -> None:
-        # From 0, so that charts of one run have the same axis.
+        # The axis starts at 0, so that all charts of a run have the same one.
         xs = [0.0, *(x for line in lines for x in line.x)]
         xs += [] if rule is None else [rule]
         ys = [y for line in lines for y in line.y] + ([0.0] if from_zero else [])
@@ -259,7 +260,7 @@ def _legend_entry(line: Series, index: int) -> LegendEntry:
 
 
 def _table(lines: Sequence[Series], x_label: str) -> tuple[str, Table]:
-    """Return the values; of long lines evenly spaced ones, the last among them."""
+    """Return the values; long lines are sampled evenly, and the last value is kept."""
     columns = [dict(zip(line.x, line.y, strict=True)) for line in lines]
     places = sorted(set(itertools.chain(*columns)))
     kept = places
@@ -280,10 +281,10 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     Args:
         low: Smallest value shown.
         high: Largest value shown.
-        count: About how many.
+        count: Approximate number of ticks.
 
     Returns:
-        Rising multiples of 1, 2 or 5 times a power of ten, which enclose both values.
+        Increasing multiples of 1, 2 or 5 times a power of ten that enclose both values.
 
     Example:
         >>> ticks(0, 19)

@@ -1,4 +1,4 @@
-"""Reads a run from its folder, which may be incomplete or damaged."""
+"""The records of a run, read from its folder, which may be incomplete or damaged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONFIG_FILE = "config.yaml"
 logger = logging.getLogger(__name__)
 
 _Read = TypeVar("_Read")
-# Returns the host of a run's settings by full keys; None where it is not known.
+# Function that returns the host of a run from its settings by full keys; None if unknown.
 FindHost = Callable[[Mapping[str, Any]], Host | None]
 
 
@@ -36,10 +36,10 @@ class TrainingImages:
     """The images that a run was trained on.
 
     Attributes:
-        paths: Their files.
-        camids: Camera of each, -1 where unknown, ``(M,)``.
-        pids: Identity of each, -1 where unknown, ``(M,)``; for diagnostics.
-        num_left_out: Files that could not be read when the run began.
+        paths: Image files.
+        camids: Camera of each image, -1 if unknown, ``(M,)``.
+        pids: Identity of each image, -1 if unknown, ``(M,)``; for diagnostics only.
+        num_left_out: Number of files that could not be read when the run started.
     """
 
     paths: tuple[str, ...]
@@ -49,7 +49,7 @@ class TrainingImages:
 
     @property
     def identities_known(self) -> bool:
-        """Whether identities are informative: all known, neither equal nor all distinct."""
+        """Return whether all identities are known, and neither all equal nor distinct."""
         distinct = len(set(self.pids.tolist()))
         return bool((self.pids >= 0).all()) and 1 < distinct < len(self.pids)
 
@@ -59,7 +59,7 @@ class Curve:
     """A metric over the epochs.
 
     Attributes:
-        epochs: When it was measured, in epochs trained.
+        epochs: Times of the measurements, in epochs trained.
         values: The measured values.
     """
 
@@ -68,25 +68,25 @@ class Curve:
 
     @property
     def last(self) -> float | None:
-        """The last value; None if it was never measured."""
+        """Return the last value, or None if the metric was never measured."""
         return self.values[-1] if self.values else None
 
 
 @dataclass(frozen=True, eq=False)
 class RunData:
-    """A run, as read from its folder.
+    """The records of a run, as read from its folder.
 
     Attributes:
-        folder: The folder.
+        folder: Folder of the run.
         results: ``results.json`` of a finished run, else empty.
-        curves: What was measured during training, by name.
-        settings: The config by full keys; empty if it is not known.
-        defaults: Default values of the keys; None if they are not known.
-        images: The training images; None if not known.
-        embedding: Features and clusters; None if not known.
+        curves: Metrics measured during training, by name.
+        settings: Config by full keys; empty if unknown.
+        defaults: Default values of the keys; None if unknown.
+        images: The training images; None if unknown.
+        embedding: Features and clusters; None if unknown.
         ranked: Ranked results of the last evaluation, by test set.
-        broken: Descriptions of what could not be read.
-        host: Package that trained; empty if it is not known.
+        broken: Descriptions of the records that could not be read.
+        host: Package of the host that trained the run; empty if unknown.
     """
 
     folder: Path
@@ -102,12 +102,12 @@ class RunData:
 
     @property
     def name(self) -> str:
-        """Name of the folder."""
+        """Return the name of the folder."""
         return self.folder.resolve().name
 
     def setting(self, name: str) -> Any:
-        """Look up a setting of the plugin by its option's name; None if not known."""
-        # The plugin's node has this name in each host's config, in the host's case.
+        """Return a setting of the plugin by the name of its option; None if unknown."""
+        # Every host's config has a plugin node of this name, in upper or lower case.
         end = f".selcon.{name}"
         found = (v for k, v in self.settings.items() if f".{k}".lower().endswith(end))
         return next(found, None)
@@ -118,11 +118,11 @@ class RunData:
 
     @property
     def metrics(self) -> dict[str, Mapping[str, float]]:
-        """Percent by metric, by test set, of the end of the run."""
+        """Return the final metrics in percent, by test set and by name."""
         found = self.results.get("metrics")
         if isinstance(found, Mapping):
             return {n: m for n, m in found.items() if isinstance(m, Mapping)}
-        after = self.results.get("after")  # the demo's form
+        after = self.results.get("after")  # the format of the demo
         return {"after training": after} if isinstance(after, Mapping) else {}
 
 
@@ -131,21 +131,21 @@ def collect_run(
     *,
     find_host: FindHost | None = None,
 ) -> RunData:
-    """Read what a run left in its folder; what is missing or broken is left out.
+    """Read the records of a run; missing and damaged ones are left out.
 
     Args:
         folder: Folder of a run, finished or not.
-        find_host: Returns the host of a run's settings, from which their defaults come.
+        find_host: Returns the host of a run's settings, which knows their defaults.
 
     Returns:
         The run.
 
     Raises:
-        FileNotFoundError: If the folder does not exist, or holds no run.
+        FileNotFoundError: If the folder does not exist, or contains no run.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: there is no such folder")
+        raise FileNotFoundError(f"the folder {folder} does not exist")
     reader = _Reader()
     results = reader.read(lambda: _read_json(folder / RESULTS_FILE)) or {}
     settings = reader.read(lambda: _read_settings(folder / CONFIG_FILE)) or {}
@@ -153,13 +153,13 @@ def collect_run(
     records = reader.read(lambda: read_metrics(folder / METRICS_FILE)) or []
     if not (results or records or images):
         raise FileNotFoundError(
-            f"{folder} holds no run: none of {RESULTS_FILE}, {METRICS_FILE} and "
-            f"{IMAGE_LIST}. Name the run's OUTPUT_DIR (torchreid: data.save_dir)"
+            f"{folder} contains no run: it has neither {RESULTS_FILE} nor {METRICS_FILE} "
+            f"nor {IMAGE_LIST}. Give the run's OUTPUT_DIR (torchreid: data.save_dir)"
         )
     embedding = reader.read(lambda: EmbeddingRecord.load(folder))
     if embedding and (images is None or len(embedding.labels) != len(images.paths)):
         embedding = None
-        reader.broken.append("the record of the features is of other images")
+        reader.broken.append("the recorded features belong to other images")
     host = find_host(settings) if find_host and settings else None
     return RunData(
         folder,
@@ -182,10 +182,10 @@ def cameras_of_clusters(
 
     Args:
         labels: Cluster of each image, -1 for an outlier, ``(M,)``.
-        camids: Camera of each image, -1 where unknown, ``(M,)``.
+        camids: Camera of each image, -1 if unknown, ``(M,)``.
 
     Returns:
-        Known cameras by cluster.
+        Number of known cameras of each cluster.
 
     Example:
         >>> labels, camids = np.array([0, 0, 1, 1, -1]), np.array([3, 4, 3, 3, 5])
@@ -201,7 +201,7 @@ def cameras_of_clusters(
 
 
 class _Reader:
-    """Reads files of which each may be missing or broken."""
+    """A reader of files, any of which may be missing or damaged."""
 
     def __init__(self) -> None:
         self.broken: list[str] = []
@@ -219,7 +219,7 @@ class _Reader:
 def _read_json(file: Path) -> dict[str, Any]:
     content = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
-        raise ValueError(f"{file} is broken: no JSON object")
+        raise ValueError(f"{file} is damaged: it contains no JSON object")
     return content
 
 
@@ -227,7 +227,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{file} is no YAML: {error}") from error
+        raise ValueError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         return {}
     return present_settings(flatten_config(content))
@@ -247,20 +247,20 @@ def _read_images(file: Path) -> TrainingImages:
 def _curves(
     records: list[dict[str, float]], results: Mapping[str, Any]
 ) -> dict[str, Curve]:
-    """Group the measurements by name, over epochs if their length is known."""
+    """Group the measurements by name, over epochs if their length is known, else steps."""
     steps, epochs = results.get("steps"), results.get("epochs")
     per_epoch = steps / epochs if steps and epochs else 1.0
     points: dict[str, list[tuple[float, float]]] = {}
     for record in records:
-        # Clusters are found before a step, everything else is measured after it.
+        # Clusters are computed before a step, everything else is measured after it.
         done = record["iteration"] + ("num_clusters" not in record)
         if steps and done > steps:
-            continue  # of a longer run that was in the folder before
+            continue  # left by an earlier, longer run in the same folder
         for name, value in record.items():
             if name != "iteration" and isinstance(value, (int, float)):
                 points.setdefault(name, []).append((done / per_epoch, float(value)))
     for metrics in (results.get("metrics") or {}).values():
-        # FastReID's writers leave out the evaluation at the end.
+        # FastReID's writers do not record the final evaluation.
         for name in ("mAP", "Rank-1"):
             known = points.setdefault(name, [])
             if epochs and name in metrics and (not known or known[-1][0] < epochs):

@@ -1,4 +1,4 @@
-"""Several runs side by side on one page."""
+"""The page that compares several runs."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from selcon_plugin.report.document import Section, Table, render_page
 from selcon_plugin.report.notes import find_notes
 from selcon_plugin.report.page import changed_settings, headline
 
-# Metrics drawn for all runs: title, unit, factor.
+# Metrics plotted for all runs: title, unit, factor.
 _CURVES: dict[str, tuple[str, str, float]] = {
     "total_loss": ("Loss", "", 1.0),
     "mAP": ("mAP on the test set", "%", 1.0),
     "num_clusters": ("Clusters", "", 1.0),
-    "outlier_ratio": ("Images in no cluster", "%", 100.0),
+    "outlier_ratio": ("Outliers (images in no cluster)", "%", 100.0),
     "silhouette": ("Silhouette of the clusters", "", 1.0),
     "ami": ("Agreement of the clusters with the identities (AMI)", "", 1.0),
     "lr": ("Learning rate", "", 1.0),
 }
-# Keys that differ between any two runs, however they were trained.
-_NO_SETTINGS = ("OUTPUT_DIR", "data.save_dir")
+# These keys differ between any two runs and do not describe the training.
+_IGNORED_KEYS = ("OUTPUT_DIR", "data.save_dir")
 
 
 def comparison_page(runs: Sequence[RunData]) -> str:
     """Build a page that compares runs.
 
     Args:
-        runs: Two or more.
+        runs: Two or more runs.
 
     Returns:
         A complete HTML document; it shows no crops.
@@ -53,10 +53,10 @@ def comparison_page(runs: Sequence[RunData]) -> str:
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:
-    """Name runs by their folders, with as many parents as it takes to tell them apart.
+    """Name runs by their folders, with as many parents as unique names require.
 
     Args:
-        folders: Folders of runs, each another.
+        folders: Folders of the runs, all different.
 
     Returns:
         A name per run.
@@ -111,7 +111,7 @@ def _differences(runs: Sequence[RunData], names: Sequence[str]) -> Table | str:
     rows = []
     for key in keys:
         values = [str(value(run, key)) for run in runs]
-        if len(set(values)) > 1 and key not in _NO_SETTINGS:
+        if len(set(values)) > 1 and key not in _IGNORED_KEYS:
             own = [changed_settings(run) or {} for run in runs]
             marks = ["" if key in found else " (default)" for found in own]
             known = [run.defaults is not None and key in run.settings for run in runs]
@@ -125,7 +125,9 @@ def _differences(runs: Sequence[RunData], names: Sequence[str]) -> Table | str:
     if not any(run.settings for run in runs):
         return ""
     return (
-        Table(["Key", *names], rows) if rows else "The configs differ only in the folder."
+        Table(["Key", *names], rows)
+        if rows
+        else "The configs differ only in the output folder."
     )
 
 

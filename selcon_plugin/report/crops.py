@@ -1,4 +1,4 @@
-"""Crops inside a report: small JPEG pictures within a budget of bytes."""
+"""Crops embedded in a report: small JPEG images within a size limit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from selcon_plugin.datasets.reading import ImageReadError, read_rgb
 
-# Together with text and drawings a page stays below 10 MB.
+# With these limits (in bytes) a page with all its text and charts stays below 10 MB.
 MAX_CROP_BYTES = 3_500_000
 MAX_SPRITE_BYTES = 4_500_000
 
@@ -25,12 +25,12 @@ _QUALITIES = (72, 50, 30)
 
 @dataclass(frozen=True)
 class Sprite:
-    """Many crops in one picture, row by row.
+    """A sprite sheet: many crops in one image, row by row.
 
     Attributes:
-        uri: The picture as a ``data:`` URI.
-        columns: Crops in a row.
-        rows: Rows.
+        uri: The image as a ``data:`` URI.
+        columns: Crops per row.
+        rows: Number of rows.
         cell: Width and height of a crop in pixels.
     """
 
@@ -41,11 +41,11 @@ class Sprite:
 
 
 class Crops:
-    """Makes ``data:`` URIs of image files.
+    """An encoder of image files as ``data:`` URIs.
 
     Args:
-        enabled: Whether pictures are made at all; a report without pictures keeps the
-            crops private.
+        enabled: Whether to embed images at all; a report without images keeps the crops
+            private.
     """
 
     def __init__(self, enabled: bool = True) -> None:
@@ -61,8 +61,8 @@ class Crops:
             path: Image file.
 
         Returns:
-            The URI; empty without pictures, for a file that cannot be read, and after the
-            budget is used up.
+            The URI; empty if images are disabled, if the file cannot be read, or if the
+            size limit is reached.
         """
         if not self.enabled:
             return ""
@@ -74,14 +74,15 @@ class Crops:
         return self._made[path]
 
     def sprite(self, paths: Sequence[str]) -> Sprite | None:
-        """Put crops side by side into one picture.
+        """Combine crops into one image.
 
         Args:
-            paths: Image files; one that cannot be read leaves its place gray.
+            paths: Image files; the cell of an unreadable one stays gray.
 
         Returns:
-            The picture, of lower quality where it would be too large; None without
-            pictures, or where even that is too large.
+            The sprite sheet, with a lower JPEG quality if it would be too large; None if
+            images are disabled, if there are no paths, or if the lowest quality is still
+            too large.
         """
         if not self.enabled or not paths:
             return None
@@ -114,10 +115,10 @@ def _jpeg_uri(image: Image.Image, quality: int) -> str:
 
 
 def short_paths(paths: Sequence[str]) -> list[str]:
-    """Shorten paths by the folders that all files share.
+    """Remove the common parent folders of all paths.
 
     Args:
-        paths: Files.
+        paths: Paths of files.
 
     Returns:
         The shortened paths.
@@ -129,7 +130,7 @@ def short_paths(paths: Sequence[str]) -> list[str]:
     folders = {os.path.dirname(path) for path in paths}
     try:
         shared = os.path.commonpath(folders) if folders else ""
-    except ValueError:  # relative and absolute ones, or several drives
+    except ValueError:  # relative and absolute paths mixed, or several drives
         shared = ""
     if not shared:
         return list(paths)

@@ -1,4 +1,4 @@
-"""Charts of a run: what was measured over the epochs, and the distances of pairs."""
+"""Charts of a run: metrics over the epochs, and histograms of pairwise distances."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from selcon_plugin.runs.embedding import (
 )
 
 
-class _Measured(NamedTuple):
-    """A chart of curves: their names in the metrics, each with its name in the legend."""
+class _MetricChart(NamedTuple):
+    """A chart of one or more metrics; ``lines`` maps their keys to names in the legend."""
 
     title: str
     lines: dict[str, str]
@@ -28,36 +28,38 @@ class _Measured(NamedTuple):
 
 
 _CHARTS = (
-    _Measured("Learning rate", {"lr": "learning rate"}),
-    _Measured("Clusters", {"num_clusters": "clusters"}),
-    _Measured("Images in no cluster", {"outlier_ratio": "in no cluster"}, "%", 100.0),
-    _Measured(
-        "Quality of the clusters, measured without labels",
+    _MetricChart("Learning rate", {"lr": "learning rate"}),
+    _MetricChart("Clusters", {"num_clusters": "clusters"}),
+    _MetricChart(
+        "Outliers (images in no cluster)", {"outlier_ratio": "outliers"}, "%", 100.0
+    ),
+    _MetricChart(
+        "Label-free quality of the clusters",
         {"silhouette": "silhouette", "stability": "agreement with the previous epoch"},
         from_zero=False,
     ),
-    _Measured(
-        "Quality of the clusters, measured by the identities",
+    _MetricChart(
+        "Agreement of the clusters with the identities",
         {"ami": "adjusted mutual information", "purity": "purity"},
     ),
-    _Measured(
-        "Selected neighbors that are the same person",
-        {"neighbor_precision": "same person"},
+    _MetricChart(
+        "Precision of the selected neighbors",
+        {"neighbor_precision": "neighbor precision"},
         "%",
         100.0,
     ),
-    _Measured("Effective rank of the features", {"effective_rank": "effective rank"}),
+    _MetricChart("Effective rank of the features", {"effective_rank": "effective rank"}),
 )
 
 
 def training_charts(run: RunData) -> list[Chart]:
-    """Draw what was measured during training.
+    """Draw the metrics that were measured during training.
 
     Args:
         run: The run.
 
     Returns:
-        Charts of the loss, of the accuracy and of what else was measured.
+        Charts of the loss, the accuracy and the other metrics.
     """
     x_label = epoch_label(run)
     charts = [
@@ -87,18 +89,18 @@ def training_charts(run: RunData) -> list[Chart]:
 
 
 def drawn(charts: Iterable[Chart | None]) -> list[Chart]:
-    """Leave out the charts that have nothing to show."""
+    """Return the charts that have data."""
     return [chart for chart in charts if chart is not None]
 
 
 def epoch_label(run: RunData) -> str:
-    """Return what the horizontal axis of a run's curves counts."""
+    """Return the label of the horizontal axis of a run's curves."""
     known = run.results.get("steps") and run.results.get("epochs")
     return "epochs trained" if known else "steps trained"
 
 
 def _loss_series(run: RunData) -> list[Series]:
-    """Return the losses over the epochs, the total first; its parts only if several."""
+    """Return the total loss over the epochs, followed by its terms if there are several."""
     names = sorted(n for n in run.curves if n.startswith("loss") and n != "loss_scale")
     lines = [("total_loss", "total")] if "total_loss" in run.curves else []
     if len(names) > 1:
@@ -107,7 +109,7 @@ def _loss_series(run: RunData) -> list[Series]:
 
 
 def _accuracy_series(run: RunData) -> list[Series]:
-    """Return mAP and Rank-1 over the epochs, of each test set."""
+    """Return mAP and Rank-1 of each test set over the epochs."""
     return [
         Series(name, curve.epochs, curve.values)
         for name, curve in run.curves.items()
@@ -117,10 +119,10 @@ def _accuracy_series(run: RunData) -> list[Series]:
 
 @dataclass(frozen=True)
 class Distances:
-    """The distances of pairs of training images.
+    """Histograms of the pairwise distances of training images.
 
     Attributes:
-        chart: Histograms.
+        chart: The histograms.
         reach: Largest distance that was computed, as text; empty if there is no limit.
     """
 
@@ -129,7 +131,7 @@ class Distances:
 
 
 def distances(run: RunData) -> Distances | None:
-    """Draw histograms of the distances of pairs of images, by kind of pair.
+    """Draw histograms of the pairwise distances of images, by kind of pair.
 
     Args:
         run: The run.
@@ -141,10 +143,10 @@ def distances(run: RunData) -> Distances | None:
     if record is None or not record.counts.any():
         return None
     names = {
-        SAME_CAMERA: "from one camera",
-        OTHER_CAMERA: "from two cameras",
-        UNKNOWN_CAMERA: "cameras not known",
-        SAME_CLUSTER: "in one cluster",
+        SAME_CAMERA: "same camera",
+        OTHER_CAMERA: "different cameras",
+        UNKNOWN_CAMERA: "unknown cameras",
+        SAME_CLUSTER: "same cluster",
     }
     left = record.edges[:-1].tolist()
     lines = []
@@ -156,15 +158,15 @@ def distances(run: RunData) -> Distances | None:
     rule = (record.eps, f"eps {number(record.eps)}") if math.isfinite(record.eps) else None
     chart = line_chart(
         lines,
-        title=f"{record.distance} distance of pairs of images",
+        title=f"Pairwise {record.distance} distance of images",
         x_label=f"{record.distance} distance",
-        y_label="% of the pairs of a line",
+        y_label="% of the pairs of each line",
         steps=True,
         rule=rule,
         from_zero=True,
     )
     if chart is None:
         return None
-    # Jaccard distances are computed of images with a common neighbor only.
+    # Jaccard distances are computed only for images with a common neighbor.
     is_jaccard = record.distance == "Jaccard"
     return Distances(chart, number(round(record.reach, 2)) if is_jaccard else "")

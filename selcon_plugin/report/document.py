@@ -1,7 +1,7 @@
-"""A page as plain data, and the Jinja templates that turn it into HTML.
+"""The data classes of a page, and its rendering to HTML with Jinja templates.
 
-The templates escape every value. Only drawings are ``Markup``: SVG whose text was escaped
-by the code that drew it.
+The templates escape every value except drawings. Drawings are ``Markup``: SVG whose text
+was escaped by the code that drew it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from markupsafe import Markup
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page.
+    """A section of a page.
 
     Attributes:
-        anchor: Its id; the template knows by it how the content is shown.
-        title: Its heading.
+        anchor: HTML id, by which the template selects how to render the content.
+        title: Heading.
         content: Data for the template. A section without content is left out.
     """
 
@@ -36,7 +36,7 @@ class Table:
 
     Attributes:
         head: Headings of the columns.
-        rows: Cells.
+        rows: Cells of each row.
     """
 
     head: Sequence[str]
@@ -45,11 +45,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture, or the text that replaces it.
+    """An image, or the text that replaces it.
 
     Attributes:
-        uri: The picture as a ``data:`` URI; empty if it is not shown.
-        text: What the picture shows.
+        uri: The image as a ``data:`` URI; empty if it is not shown.
+        text: Text alternative of the image.
         width: Width in pixels.
         height: Height in pixels.
     """
@@ -62,11 +62,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class Cell:
-    """A picture of a strip.
+    """An image of a strip with its caption.
 
     Attributes:
-        picture: The picture.
-        caption: Text below it; may be empty.
+        picture: The image.
+        caption: Text below the image; may be empty.
         kind: ``"query"``, ``"hit"``, ``"miss"`` or empty.
     """
 
@@ -77,11 +77,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Strip:
-    """A row of pictures that belong together.
+    """A titled row of related images.
 
     Attributes:
-        title: Text above the pictures.
-        cells: The pictures.
+        title: Text above the images.
+        cells: The images.
     """
 
     title: str
@@ -101,7 +101,7 @@ def render_page(
         sections: Sections in order; those without content are left out.
 
     Returns:
-        A complete HTML document, with style and script inside.
+        A complete HTML document with embedded style sheet and script.
     """
     text = (
         _environment()
@@ -113,7 +113,7 @@ def render_page(
             sections=[section for section in sections if section.content],
         )
     )
-    # A file name can hold bytes that are not text: UTF-8 cannot express them.
+    # A file name can contain bytes that are not valid text, which UTF-8 cannot encode.
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -129,6 +129,6 @@ def _environment() -> Environment:
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     environment.globals["asset"] = lambda name: Markup(
-        loader.get_source(environment, name)[0]  # a file of this package, not of a user
+        loader.get_source(environment, name)[0]  # a file of this package, not the user's
     )
     return environment

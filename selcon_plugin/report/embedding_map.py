@@ -1,4 +1,4 @@
-"""A map of the images: neighbors on the map have similar features."""
+"""A two-dimensional t-SNE map of the training images, colored by cluster or camera."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from selcon_plugin.report.collect import RunData
 from selcon_plugin.report.crops import Crops, Sprite, short_paths
 
 _WIDTH, _HEIGHT, _MARGIN = 800, 560, 16
-# Five shapes and seven colors have no common factor: so many pairs are distinct.
+# Five shapes and seven colors have no common factor, so 35 groups look different.
 _DISTINCT = 35
 _LISTED = 14
 _PERPLEXITY = 30.0
@@ -23,13 +23,13 @@ _PERPLEXITY = 30.0
 
 @dataclass(frozen=True)
 class MapView:
-    """The points of the map in one coloring.
+    """The map in one coloring.
 
     Attributes:
-        name: What the colors show: ``"cluster"`` or ``"camera"``.
+        name: Groups that the colors show: ``"cluster"`` or ``"camera"``.
         shown: Whether this view is shown first.
-        description: What the drawing shows, for those who cannot see it.
-        drawing: What is inside the SVG element.
+        description: Text alternative for screen readers.
+        drawing: Content of the SVG element.
         legend: The groups, the largest first.
     """
 
@@ -42,14 +42,14 @@ class MapView:
 
 @dataclass(frozen=True)
 class EmbeddingMap:
-    """The map, ready to be shown.
+    """The map in all its colorings, ready for the template.
 
     Attributes:
-        subset: Which images are on the map.
-        time: When the features were computed.
-        views: Colorings.
-        sprite: Crops of the points; None without pictures.
-        data: Points and layout of the sprite, for the script.
+        subset: Text that describes which images are on the map.
+        time: Text that describes when the features were computed.
+        views: The map in each coloring.
+        sprite: Crops of the points; None if images are disabled.
+        data: Points and layout of the sprite sheet, for the script.
         size: Width and height of the drawing.
     """
 
@@ -62,17 +62,18 @@ class EmbeddingMap:
 
 
 def lay_out(points: NDArray[np.floating], seed: int = 0) -> NDArray[np.float64]:
-    """Lay points out in the plane by t-SNE, starting from their principal components.
+    """Compute a two-dimensional t-SNE layout, initialized with the principal components.
 
-    Van der Maaten and Hinton, "Visualizing data using t-SNE", 2008; the start as in Kobak
-    and Berens, "The art of using t-SNE for single-cell transcriptomics", 2019.
+    The method is that of van der Maaten and Hinton, "Visualizing data using t-SNE", 2008;
+    the initialization that of Kobak and Berens, "The art of using t-SNE for single-cell
+    transcriptomics", 2019.
 
     Args:
         points: Leading principal components, largest first, ``(K, P)``.
         seed: Seed of the layout.
 
     Returns:
-        Places ``(K, 2)`` in the unit square.
+        Positions ``(K, 2)`` in the unit square.
     """
     data = points.astype(np.float32)
     plane = np.zeros((len(data), 2), dtype=np.float32)
@@ -96,10 +97,10 @@ def embedding_map(run: RunData, crops: Crops) -> EmbeddingMap | None:
 
     Args:
         run: The run.
-        crops: Makes the pictures that are shown at a point.
+        crops: Encodes the crops that are shown for each point.
 
     Returns:
-        The map; None if features or images are not known.
+        The map; None if features or images are unknown.
     """
     record, images = run.embedding, run.images
     if record is None or images is None or not len(record.sample):
@@ -130,7 +131,7 @@ def embedding_map(run: RunData, crops: Crops) -> EmbeddingMap | None:
     count, total = len(record.sample), len(record.labels)
     return EmbeddingMap(
         f"{number(count)} of {number(total)} images" if count < total else "All images",
-        f"epoch {record.epoch}" if record.epoch else "the start",
+        f"epoch {record.epoch}" if record.epoch else "the start of training",
         [
             _view(name, groups, rest, places, shown=index == 0)
             for index, (name, groups, rest) in enumerate(views)
@@ -148,7 +149,7 @@ def _view(
     *,
     shown: bool,
 ) -> MapView:
-    """Draw the points of all groups, largest first, and the legend."""
+    """Draw the points of all groups, the largest first, and the legend."""
     known, counts = np.unique(groups[groups >= 0], return_counts=True)
     order = known[np.argsort(-counts, kind="stable")].tolist()
     if name == "camera":

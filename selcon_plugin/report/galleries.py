@@ -1,4 +1,4 @@
-"""Pictures of a run: its clusters, ranked results and nearest neighbors."""
+"""Image galleries of a run: clusters, ranked results and nearest neighbors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from selcon_plugin.report.document import Cell, Picture, Strip, Table
 from selcon_plugin.runs.embedding import EmbeddingRecord
 from selcon_plugin.runs.ranked import RankedImage, RankedQuery
 
-_SHEETS = 6  # clusters of each kind
+_SHEETS = 6  # number of clusters per kind
 _SHEET_CROPS = 8
 _SMALLEST_SHOWN = 4
 _LISTED_CLUSTERS = 100
@@ -25,13 +25,13 @@ _LISTED_CLUSTERS = 100
 
 @dataclass(frozen=True)
 class ClusterGallery:
-    """The clusters of a run.
+    """Example clusters of a run, and a table of the largest ones.
 
     Attributes:
         kinds: Headings, each with its clusters.
         table_title: Heading of the table.
         table: The largest clusters.
-        smallest: Images that a cluster must have to be called tight or doubtful.
+        smallest: Minimum size of a cluster that is ranked by its silhouette.
     """
 
     kinds: Sequence[tuple[str, Sequence[Strip]]]
@@ -42,11 +42,11 @@ class ClusterGallery:
 
 @dataclass(frozen=True)
 class RankedLists:
-    """Queries and what is ranked first for them.
+    """Queries with their top-ranked images.
 
     Attributes:
         groups: Headings, which may be empty, each with its queries.
-        with_identities: Whether identities tell which results are right.
+        with_identities: Whether ground-truth identities mark results as right or wrong.
     """
 
     groups: Sequence[tuple[str, Sequence[Strip]]]
@@ -54,28 +54,28 @@ class RankedLists:
 
 
 def cluster_gallery(run: RunData, crops: Crops) -> ClusterGallery | None:
-    """Show the largest, the tightest and the most doubtful clusters.
+    """Select the largest clusters, and those with the highest and lowest silhouette.
 
     Args:
         run: The run.
-        crops: Makes the pictures.
+        crops: Encodes the images.
 
     Returns:
-        The clusters; None if they are not known.
+        The clusters; None if they are unknown.
     """
     record, images = run.embedding, run.images
     if record is None or images is None or not record.clustered:
         return None
     clusters = _Clusters(record, images, crops)
-    sizes, tightness = clusters.sizes, clusters.tightness
+    sizes, silhouettes = clusters.sizes, clusters.silhouettes
     by_size = np.argsort(-sizes, kind="stable").tolist()
     rated = [
-        c for c in by_size if sizes[c] >= _SMALLEST_SHOWN and math.isfinite(tightness[c])
+        c for c in by_size if sizes[c] >= _SMALLEST_SHOWN and math.isfinite(silhouettes[c])
     ]
     kinds = {
         "Largest": by_size,
-        "Tightest": sorted(rated, key=lambda c: -tightness[c]),
-        "Most doubtful": sorted(rated, key=lambda c: tightness[c]),
+        "Highest silhouette": sorted(rated, key=lambda c: -silhouettes[c]),
+        "Lowest silhouette": sorted(rated, key=lambda c: silhouettes[c]),
     }
     rows = [clusters.row(c) for c in by_size[:_LISTED_CLUSTERS]]
     heading = "All clusters" if len(rows) == len(sizes) else f"The {len(rows)} largest"
@@ -91,7 +91,7 @@ def cluster_gallery(run: RunData, crops: Crops) -> ClusterGallery | None:
 
 
 class _Clusters:
-    """Sizes, cameras and silhouettes of the clusters, and their pictures."""
+    """The sizes, cameras and silhouettes of the clusters, and their images."""
 
     def __init__(
         self, record: EmbeddingRecord, images: TrainingImages, crops: Crops
@@ -106,7 +106,7 @@ class _Clusters:
             weights=record.silhouette.astype(np.float64)[inside],
             minlength=len(self.sizes),
         )
-        self.tightness: np.ndarray[Any, Any] = sums / np.maximum(self.sizes, 1)
+        self.silhouettes: np.ndarray[Any, Any] = sums / np.maximum(self.sizes, 1)
 
     def row(self, cluster: int) -> list[str]:
         cameras = self.cameras[cluster]
@@ -114,11 +114,11 @@ class _Clusters:
             str(cluster),
             str(self.sizes[cluster]),
             str(cameras) if cameras else UNKNOWN,
-            number(round(float(self.tightness[cluster]), 3)),
+            number(round(float(self.silhouettes[cluster]), 3)),
         ]
 
     def strip(self, cluster: int) -> Strip:
-        """Show images from the most to the least typical, evenly spaced."""
+        """Select evenly spaced images, from the highest to the lowest silhouette."""
         images, silhouette = self._images, self._record.silhouette
         members = np.flatnonzero(self._record.labels == cluster)
         typical = np.nan_to_num(silhouette[members].astype(np.float64))
@@ -141,8 +141,8 @@ class _Clusters:
         parts = [_plural(int(self.sizes[cluster]), "image")]
         if self.cameras[cluster]:
             parts.append(_plural(int(self.cameras[cluster]), "camera"))
-        if math.isfinite(self.tightness[cluster]):
-            parts.append(f"silhouette {round(self.tightness[cluster], 2) + 0.0:.2f}")
+        if math.isfinite(self.silhouettes[cluster]):
+            parts.append(f"silhouette {round(self.silhouettes[cluster], 2) + 0.0:.2f}")
         if self._images.identities_known:
             people = len(np.unique(self._images.pids[self._record.labels == cluster]))
             parts.append(_plural(people, "true identity", "true identities"))
@@ -154,7 +154,7 @@ def ranked_results(run: RunData, crops: Crops) -> RankedLists | None:
 
     Args:
         run: The run.
-        crops: Makes the pictures.
+        crops: Encodes the images.
 
     Returns:
         The queries; None if the run has no test set.
@@ -182,7 +182,7 @@ def _query_strip(query: RankedQuery, crops: Crops) -> Strip:
 
 def _result(rank: int, result: RankedImage, crops: Crops) -> Cell:
     kind, sign, meaning = (
-        ("hit", "✓", "same person") if result.right else ("miss", "✗", "another person")
+        ("hit", "✓", "same person") if result.right else ("miss", "✗", "different person")
     )
     text = (
         f"rank {rank}, {meaning}: {Path(result.path).name}, camera {result.camid}, "
@@ -192,14 +192,14 @@ def _result(rank: int, result: RankedImage, crops: Crops) -> Cell:
 
 
 def nearest_neighbors(run: RunData, crops: Crops) -> RankedLists | None:
-    """Show some training images with those whose features are nearest.
+    """Show some training images with their nearest neighbors in feature space.
 
     Args:
         run: The run.
-        crops: Makes the pictures.
+        crops: Encodes the images.
 
     Returns:
-        The images; None if they are not known.
+        The images; None if they are unknown.
     """
     record, images = run.embedding, run.images
     if record is None or images is None or not len(record.anchors):

@@ -1,4 +1,4 @@
-"""Warnings and notes that a reader of a report should see first."""
+"""The warnings and notes at the top of a report."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Note:
 
     Attributes:
         level: ``"warning"`` if the result is doubtful, ``"info"`` otherwise.
-        text: What was found.
-        remedy: What to do about it; may be empty.
+        text: The finding.
+        remedy: Recommended action; may be empty.
     """
 
     level: Literal["warning", "info"]
@@ -33,20 +33,20 @@ class Note:
 
 
 def find_notes(run: RunData) -> list[Note]:
-    """Find signs of a failed run, and what is missing from its report.
+    """Find signs of a failed run, and records that its report lacks.
 
     Args:
         run: The run.
 
     Returns:
-        Warnings first.
+        The warnings, followed by the notes.
     """
-    found = [*_of_clusters(run), *_of_cameras(run), *_of_training(run), *_of_images(run)]
-    found += _of_missing_records(run)
+    found = [*_cluster_notes(run), *_camera_notes(run), *_training_notes(run)]
+    found += [*_image_notes(run), *_missing_record_notes(run)]
     return sorted(found, key=lambda note: note.level == "info")
 
 
-def _of_clusters(run: RunData) -> Iterator[Note]:
+def _cluster_notes(run: RunData) -> Iterator[Note]:
     clusters = run.curve("num_clusters").last
     outliers = run.curve("outlier_ratio").last
     if clusters is not None and clusters <= 1:
@@ -58,9 +58,9 @@ def _of_clusters(run: RunData) -> Iterator[Note]:
     if outliers is not None and outliers > _MANY_OUTLIERS:
         yield Note(
             "warning",
-            f"{100 * outliers:.0f} % of the images are in no cluster.",
-            "Raise eps, lower min_samples, or set eps to auto; with few images per person "
-            "many outliers are usual.",
+            f"{100 * outliers:.0f} % of the images are outliers (in no cluster).",
+            "Raise eps, lower min_samples, or set eps to auto. Many outliers are normal if "
+            "there are few images per person.",
         )
     measured = {
         name: value
@@ -85,7 +85,7 @@ def _num_images(run: RunData) -> int:
     )
 
 
-def _of_cameras(run: RunData) -> Iterator[Note]:
+def _camera_notes(run: RunData) -> Iterator[Note]:
     record, images = run.embedding, run.images
     if record is None or images is None or not record.clustered:
         return
@@ -96,14 +96,14 @@ def _of_cameras(run: RunData) -> Iterator[Note]:
     if ratio > _MANY_ONE_CAMERA_CLUSTERS:
         yield Note(
             "warning",
-            f"{100 * ratio:.0f} % of the clusters hold images of one camera only: the "
+            f"{100 * ratio:.0f} % of the clusters contain images of one camera only: the "
             "features may discriminate cameras rather than persons.",
-            "Use a method on camera proxies (CAP, O2CAP), drop such clusters "
+            "Use a method with camera proxies (CAP, O2CAP), drop such clusters "
             "(DROP_SINGLE_CAMERA), or raise eps.",
         )
 
 
-def _of_training(run: RunData) -> Iterator[Note]:
+def _training_notes(run: RunData) -> Iterator[Note]:
     losses = _comparable_losses(run)
     if len(losses) >= _FEW_LOSSES:
         third = max(1, len(losses) // 3)
@@ -111,22 +111,24 @@ def _of_training(run: RunData) -> Iterator[Note]:
         if last >= first:
             yield Note(
                 "warning",
-                f"The loss did not fall: {first:.3g} at first, {last:.3g} at the end.",
+                f"The loss did not decrease: {first:.3g} at the start, {last:.3g} at the "
+                "end.",
                 "Lower the learning rate.",
             )
     skipped = run.curve("skipped_steps").last
     if skipped:
         yield Note(
             "warning",
-            f"{skipped:.0f} steps were left out because of NaN or infinity.",
-            "The log names the images and the weights.",
+            f"{skipped:.0f} steps were skipped because of non-finite values.",
+            "The log lists the images and the weights.",
         )
 
 
 def _comparable_losses(run: RunData) -> list[float]:
-    """Return the losses after the warm-up, whose loss is lower; none if clusters increased.
+    """Return the losses after the warm-up, or nothing if the number of clusters grew.
 
-    A cluster loss grows with the number of clusters, however good the features are.
+    The loss of the warm-up is lower than the later one. A cluster loss grows with the
+    number of clusters, regardless of the quality of the features.
     """
     clusters = run.curve("num_clusters").values
     if clusters and clusters[-1] > clusters[0]:
@@ -139,18 +141,18 @@ def _comparable_losses(run: RunData) -> list[float]:
     ]
 
 
-def _of_images(run: RunData) -> Iterator[Note]:
+def _image_notes(run: RunData) -> Iterator[Note]:
     if run.images is not None and run.images.num_left_out:
         yield Note(
             "warning",
             f"{run.images.num_left_out} image files could not be read and were left out.",
-            "The log names them.",
+            "The log lists them.",
         )
 
 
-def _of_missing_records(run: RunData) -> Iterator[Note]:
+def _missing_record_notes(run: RunData) -> Iterator[Note]:
     for text in run.broken:
-        yield Note("warning", f"Not shown, because it could not be read: {text}.")
+        yield Note("warning", f"A record could not be read and is not shown: {text}.")
     if not run.results:
         yield Note(
             "info",
@@ -160,12 +162,12 @@ def _of_missing_records(run: RunData) -> Iterator[Note]:
     elif not run.metrics:
         yield Note(
             "info",
-            "The run has no test set: the ranking accuracy is not known.",
-            "Look at the clusters and the neighbors below.",
+            "The run has no test set: the ranking accuracy is unknown.",
+            "Inspect the clusters and the nearest neighbors below.",
         )
     if run.embedding is None:
         yield Note(
             "info",
-            "The run left no record of its features: there is no map and no clusters.",
-            "Runs of earlier versions have none.",
+            "The run has no record of its features: neither map nor clusters are shown.",
+            "Earlier versions did not write this record.",
         )

@@ -1,4 +1,4 @@
-"""The report of one run: a page that needs nothing but itself."""
+"""The report of one run as a self-contained page."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from selcon_plugin.report.notes import Note, find_notes
 
 @dataclass(frozen=True)
 class Summary:
-    """What a reader looks for first.
+    """The headline metrics and the notes of a run.
 
     Attributes:
         metrics: Names and values.
@@ -44,7 +44,7 @@ class Settings:
         changed: Settings that differ from the defaults; None if there are none.
         defaults_known: Whether the defaults are known.
         full_title: Heading of the full config.
-        full: All settings.
+        full: Table of all settings.
     """
 
     changed: Table | None
@@ -66,7 +66,7 @@ def run_page(run: RunData, *, images: bool = True) -> str:
     crops = Crops(images)
     ranked = ranked_results(run, crops)
     about = list(_about(run))
-    method = run.results.get("method") or run.setting("method") or "method not known"
+    method = run.results.get("method") or run.setting("method") or "unknown method"
     return render_page(
         "run.html.j2",
         title=f"Report: {run.name}",
@@ -88,7 +88,7 @@ def run_page(run: RunData, *, images: bool = True) -> str:
 
 
 def headline(run: RunData) -> list[tuple[str, str]]:
-    """List the metrics that a reader looks for first.
+    """List the main metrics of a run.
 
     Args:
         run: The run.
@@ -108,11 +108,11 @@ def headline(run: RunData) -> list[tuple[str, str]]:
     if clusters is not None:
         found.append(("Clusters", number(clusters)))
     if outliers is not None:
-        found.append(("In no cluster", f"{100 * outliers:.0f} %"))
+        found.append(("Outliers", f"{100 * outliers:.0f} %"))
     if run.images is not None:
         cameras = len(np.unique(run.images.camids[run.images.camids >= 0]))
         found.append(("Images", number(len(run.images.paths))))
-        found.append(("Cameras", number(cameras) if cameras else "not known"))
+        found.append(("Cameras", number(cameras) if cameras else "unknown"))
     elif "num_images" in run.results:
         found.append(("Images", number(run.results["num_images"])))
     if "epochs" in run.results:
@@ -129,7 +129,7 @@ def changed_settings(run: RunData) -> dict[str, tuple[Any, Any]] | None:
         run: The run.
 
     Returns:
-        Value and default of the keys that differ; None where the defaults are not known.
+        Value and default of the keys that differ; None if the defaults are unknown.
     """
     if run.defaults is None:
         return None
@@ -175,7 +175,7 @@ def _about(run: RunData) -> Iterator[list[str]]:
     versions = results.get("versions")
     if isinstance(versions, Mapping):
         for name, value in versions.items():
-            yield [f"Version of {name}", str(value)]
+            yield [f"{name} version", str(value)]
     for name, metrics in run.metrics.items():
         for metric, value in metrics.items():
             if isinstance(value, (int, float)):

@@ -1,6 +1,6 @@
-"""Image files that show results: ranked lists, clusters and the loss curve.
+"""Image files of results: ranked lists, contact sheets of clusters and the loss curve.
 
-Nothing here knows a host or needs a display.
+The functions depend on no host and need no display.
 
 Shape shorthand in this module:
 
@@ -60,22 +60,21 @@ def ranked_sheet(
     top: int = 10,
     image_size: tuple[int, int] = (64, 128),
 ) -> Path:
-    """Draw the ranked results of some queries, under one or several models.
+    """Draw the ranked results of some queries for one or several models.
 
-    For each query one row per model, one above the other: the query in a gray frame at the
-    left, then the gallery images nearest to it, the right ones in a green frame, the wrong
-    ones in a red frame. What the protocol does not count is left out, see
-    :func:`rank_gallery`.
+    Each query has one row per model. A row shows the query in a gray frame at the left,
+    followed by its nearest gallery images, right ones in a green frame and wrong ones in a
+    red frame. Images that the protocol ignores are left out, see :func:`rank_gallery`.
 
     Args:
-        path: PNG or JPEG file to write; its folder is made if absent.
+        path: PNG or JPEG file to write; its folder is created if missing.
         query: The Q queries.
         gallery: The G gallery images.
-        distances: By the name of the model, which is written next to its row, distances of
-            shape ``(Q, G)``.
-        queries: Which queries to show.
-        top: Results per row; rows are shorter where the gallery is.
-        image_size: Width and height in pixels at which images are drawn.
+        distances: Distances of shape ``(Q, G)`` by the name of the model, which labels its
+            rows.
+        queries: Indices of the queries to show.
+        top: Results per row, or fewer if the gallery is smaller.
+        image_size: Width and height of each image in pixels.
 
     Returns:
         The file.
@@ -133,9 +132,9 @@ def _check_sheet(
     queries: Sequence[int],
 ) -> None:
     if not tables:
-        raise ValueError("distances is empty: give those of at least one model")
+        raise ValueError("distances is empty: give the distances of at least one model")
     if not queries:
-        raise ValueError("queries is empty: give the numbers of the queries to show")
+        raise ValueError("queries is empty: give the indices of the queries to show")
     if not len(gallery):
         raise ValueError("the gallery is empty")
     for name, table in tables.items():
@@ -156,16 +155,16 @@ def contact_sheet(
     columns: int = 12,
     image_size: tuple[int, int] = (64, 128),
 ) -> Path:
-    """Draw groups of images, one row for each.
+    """Draw a contact sheet with one row per group of images.
 
-    Of a group with more images than columns, evenly spaced ones are drawn, the first and
-    the last among them. An image that cannot be read is gray.
+    A group with more images than columns is sampled evenly, including its first and its
+    last image. An unreadable image is gray.
 
     Args:
-        path: PNG or JPEG file to write; its folder is made if absent.
+        path: PNG or JPEG file to write; its folder is created if missing.
         rows: The groups.
-        columns: Maximum number of images in a row, at least 2.
-        image_size: Width and height in pixels at which images are drawn.
+        columns: Maximum number of images per row, at least 2.
+        image_size: Width and height of each image in pixels.
 
     Returns:
         The file.
@@ -191,26 +190,26 @@ def loss_curve(
     steps_per_epoch: int | None = None,
     warmup_steps: int = 0,
 ) -> Path:
-    """Draw the training loss and, if it was measured, the share of true neighbors.
+    """Draw the training loss and, if it was measured, the neighbor precision.
 
     Args:
         metrics: ``metrics.json`` of a run, see :func:`read_metrics`.
-        path: PNG, SVG or PDF file to write; its folder is made if absent.
+        path: PNG, SVG or PDF file to write; its folder is created if missing.
         steps_per_epoch: If given, the axis shows epochs instead of training steps.
-        warmup_steps: Steps at the start whose loss cannot be compared with the later one,
-            since it is taken against other images; shown apart, on gray.
+        warmup_steps: Number of warm-up steps. Their loss is computed against other images
+            and is not comparable with the later one, so it is a separate line on gray.
 
     Returns:
         The file.
 
     Raises:
-        ValueError: If the metrics hold no finite loss.
+        ValueError: If the metrics contain no finite loss.
         ImportError: If matplotlib is missing.
     """
     records = read_metrics(metrics)
     steps, losses = _series(records, "total_loss")
     if not steps:
-        raise ValueError(f"{metrics} holds no total_loss to draw")
+        raise ValueError(f"{metrics} contains no total_loss to draw")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -219,10 +218,10 @@ def loss_curve(
         raise ImportError(
             "the loss curve needs matplotlib: pip install matplotlib"
         ) from error
-    # A figure of its own: pyplot would want a display, and keep it in memory.
-    figure = Figure(figsize=(7.0, 4.0), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    # Without pyplot, which would need a display and keep the plot in memory.
+    plot = Figure(figsize=(7.0, 4.0), layout="constrained")
+    FigureCanvasAgg(plot)
+    axes = plot.add_subplot()
     scale = 1.0 / steps_per_epoch if steps_per_epoch else 1.0
     num_warmup = sum(step <= warmup_steps for step in steps)
     for part in (slice(num_warmup), slice(num_warmup, None)):
@@ -242,16 +241,16 @@ def loss_curve(
         right = axes.twinx()
         percent = [100.0 * value for value in precisions]
         right.plot(_scaled(precision_steps, scale), percent, marker=".", color="tab:green")
-        right.set_ylabel("neighbors that are the same person, %", color="tab:green")
+        right.set_ylabel("neighbor precision, %", color="tab:green")
         right.set_ylim(0.0, 100.0)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    plot.savefig(path, dpi=120)
     return path
 
 
 def _series(records: list[dict[str, float]], key: str) -> tuple[list[float], list[float]]:
-    """Return steps, counted from 1, and values where a finite value was written."""
+    """Return the steps, counted from 1, and values of the finite records of a metric."""
     found = [
         (record["iteration"] + 1, float(record[key]))
         for record in records

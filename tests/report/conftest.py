@@ -1,4 +1,4 @@
-"""Runs as their folders tell them: real small crops, planted features and clusters."""
+"""Folders of finished runs with small real crops, synthetic features and clusters."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from selcon_plugin.runs.embedding import record_embedding
 from selcon_plugin.runs.ranked import rank_queries, write_ranked
 
 NUM_PEOPLE, IMAGES_EACH = 6, 8
-# A name that would be markup if it were not escaped.
+# A file name that is HTML markup unless it is escaped.
 NASTY = "<b>&'\"x.png"
 
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
-    """Make a folder as a finished run leaves it: six people, three cameras."""
+    """Make the folder of a finished run with six persons and three cameras."""
 
     def make(
         name: str = "run",

@@ -1,4 +1,4 @@
-"""The page in headless Chromium: colors, keys, no request, nothing wider than a phone."""
+"""The pages in headless Chromium: coloring, keyboard, no requests, width of a phone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def open_page(browser):
-    """Open a file; fail on any message of the console, error or request."""
+    """Open a file; fail on any console message, error or request."""
     seen = []
 
     def open_file(file, **options):
@@ -83,7 +83,7 @@ def test_colors_keys_and_legend(make_run, open_page):
 
 
 def test_pointer_shows_the_image_below_it(make_run, open_page):
-    # The map is 798 pixels high: the pointer must not leave the window.
+    # The map is 798 pixels high, and the pointer must stay inside the window.
     page = open_page(write_report(make_run()), viewport={"width": 1280, "height": 900})
     page.locator("#map").scroll_into_view_if_needed()
     points = page.evaluate(

@@ -1,4 +1,4 @@
-"""Warnings: each has a run that calls for it, and a healthy run has none."""
+"""Tests of the warnings: one run for each of them, and a healthy run without any."""
 
 import dataclasses
 
@@ -22,29 +22,32 @@ def test_a_healthy_run_has_no_warning(make_run):
 
 
 @pytest.mark.parametrize(
-    ("curves", "words"),
+    ("curves", "expected"),
     [
         ({"num_clusters": curve(5.0, 1.0)}, "in one cluster"),
         ({"num_clusters": curve(0.0)}, "No cluster"),
-        ({"outlier_ratio": curve(0.2, 0.75)}, "75 % of the images are in no cluster"),
+        ({"outlier_ratio": curve(0.2, 0.75)}, "75 % of the images are outliers"),
         ({"embedding_variance": curve(0.001)}, "nearly the same feature"),
         ({"largest_cluster_ratio": curve(0.8)}, "one cluster holds 80 %"),
-        ({"total_loss": curve(2.0, 2.0, 2.1, 2.2)}, "did not fall: 2 at first, 2.2"),
-        ({"skipped_steps": curve(3.0)}, "3 steps were left out"),
+        (
+            {"total_loss": curve(2.0, 2.0, 2.1, 2.2)},
+            "did not decrease: 2 at the start, 2.2",
+        ),
+        ({"skipped_steps": curve(3.0)}, "3 steps were skipped"),
     ],
 )
-def test_what_was_measured_is_warned_about(make_run, curves, words):
+def test_bad_metrics_give_a_warning(make_run, curves, expected):
     run = collect_run(make_run())
     (text,) = warnings(dataclasses.replace(run, curves={**run.curves, **curves}))
-    assert words in text
+    assert expected in text
 
 
-def test_loss_of_warm_up_or_of_fewer_clusters_is_no_measure(make_run):
+def test_loss_of_warm_up_or_of_fewer_clusters_is_not_compared(make_run):
     run = collect_run(make_run())
     rising = {**run.curves, "total_loss": curve(0.1, 0.1, 0.1, 4.0, 3.9, 3.8, 3.7)}
     rising.pop("num_clusters", None)
     run = dataclasses.replace(run, curves=rising)
-    assert "did not fall" in " ".join(warnings(run))
+    assert "did not decrease" in " ".join(warnings(run))
     settings = {**run.settings, "MODEL.SELCON.WARMUP_EPOCHS": 3}
     assert warnings(dataclasses.replace(run, settings=settings)) == []
     grown = {**rising, "num_clusters": curve(20.0, 30.0)}
@@ -56,9 +59,9 @@ def test_clusters_of_one_camera(make_run):
     labels = run.images.camids.astype(np.int32)
     record = dataclasses.replace(run.embedding, labels=labels)
     (text,) = warnings(dataclasses.replace(run, embedding=record))
-    assert "100 % of the clusters hold images of one camera" in text
-    alone = dataclasses.replace(run.images, camids=np.zeros_like(run.images.camids))
-    assert warnings(dataclasses.replace(run, embedding=record, images=alone)) == []
+    assert "100 % of the clusters contain images of one camera" in text
+    one_camera = dataclasses.replace(run.images, camids=np.zeros_like(run.images.camids))
+    assert warnings(dataclasses.replace(run, embedding=record, images=one_camera)) == []
 
 
 def test_images_that_were_left_out(make_run):

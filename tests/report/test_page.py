@@ -1,4 +1,4 @@
-"""The page: what it says, that nothing leaks in, that it stays small."""
+"""Tests of the page: its content, the escaping of all values, and its size."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _VOID = {"meta", "img", "input", "br", "link", "path", "circle"}
 
 
 class Outline(html.parser.HTMLParser):
-    """Reads a page: tags, ids, headings, images; fails where elements do not nest."""
+    """The tags, ids and text of a page; fails if elements are not nested correctly."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def test_a_page_has_all_parts(make_run):
         )
     ]
     text = " ".join(outline.text)
-    for words in (
+    for expected in (
         "61.2 %",
         "No warnings",
         "1 min 15 s",
@@ -89,13 +89,13 @@ def test_a_page_has_all_parts(make_run):
         "ClusterContrast",
         "2.13",
     ):
-        assert words in text
+        assert expected in text
     links = [a["href"] for a in outline.of("a")]
     ids = {attrs["id"] for _, attrs in outline.tags if "id" in attrs}
     assert {link.removeprefix("#") for link in links} <= ids
 
 
-def test_a_page_is_accessible_as_far_as_markup_tells(make_run):
+def test_the_markup_of_a_page_is_accessible(make_run):
     outline = Outline(report(make_run()))
     assert outline.of("html") == [{"lang": "en"}]
     assert all(image["alt"] for image in outline.of("img"))
@@ -106,12 +106,12 @@ def test_a_page_is_accessible_as_far_as_markup_tells(make_run):
     assert levels.count(1) == 1
     assert all(b <= a + 1 for a, b in itertools.pairwise(levels))
     assert {"main", "nav", "header", "footer"} <= {tag for tag, _ in outline.tags}
-    # A label per radio button, headings for rows and columns.
+    # Every radio button has a label, and every row and column a heading.
     assert {i["id"] for i in outline.of("input")} == {x["for"] for x in outline.of("label")}
     assert all(th["scope"] in ("col", "row") for th in outline.of("th"))
 
 
-def test_a_page_asks_for_nothing(make_run):
+def test_a_page_makes_no_requests(make_run):
     page = report(make_run())
     outline = Outline(page)
     for _, attrs in outline.tags:
@@ -154,7 +154,7 @@ def test_a_template_that_lacks_a_value_is_an_error():
         render_page("run.html.j2", **texts, sections=sections)
 
 
-def test_a_name_that_is_no_text_is_shown_as_far_as_it_is():
+def test_undecodable_bytes_of_a_name_are_replaced():
     texts = {"title": "a", "heading": "a\udcffb", "subtitle": "a"}
     assert "<h1>a?b</h1>" in render_page("compare.html.j2", **texts, sections=[])
 
@@ -178,7 +178,7 @@ def test_no_images_leaves_every_crop_out(make_run):
     assert "data:image" in report(private, images=True)
 
 
-def test_crops_that_are_gone_are_named(make_run):
+def test_missing_crops_are_replaced_by_their_names(make_run):
     folder = make_run()
     for file in folder.glob("*.png"):
         file.unlink()
@@ -187,12 +187,12 @@ def test_crops_that_are_gone_are_named(make_run):
     assert any("c1_01.png" in text for text in outline.text)
 
 
-def test_pictures_stay_within_their_budget(tmp_path, monkeypatch):
+def test_embedded_images_stay_within_the_size_limit(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     paths = []
     for i in range(40):
         paths.append(str(tmp_path / f"{i}.png"))
-        noise = rng.integers(0, 256, (128, 64, 3), dtype=np.uint8)  # the worst to compress
+        noise = rng.integers(0, 256, (128, 64, 3), dtype=np.uint8)  # incompressible
         Image.fromarray(noise).save(paths[-1])
     monkeypatch.setattr(crops, "MAX_CROP_BYTES", 50_000)
     monkeypatch.setattr(crops, "MAX_SPRITE_BYTES", 120_000)
@@ -208,14 +208,14 @@ def test_pictures_stay_within_their_budget(tmp_path, monkeypatch):
 
 
 def test_the_largest_report_is_below_ten_megabytes():
-    """Pictures are bounded; so are a map of 2,000 points and its names."""
+    """Check the bound: images are limited, and so are the map's 2,000 points and names."""
     point = '[123.4,567.8,"' + "x" * 250 + '",12345,123],'
     marks = 2 * 2000 * 60
     text = 2000 * len(point) + marks + 500_000  # tables, curves, settings
     assert crops.MAX_CROP_BYTES + crops.MAX_SPRITE_BYTES + text < 10_000_000
 
 
-def test_neighbors_take_the_place_of_ranks(make_run):
+def test_nearest_neighbors_replace_missing_ranked_results(make_run):
     folder = make_run(ranked=False, identities=False)
     (folder / "ranked.json").unlink(missing_ok=True)
     text = " ".join(Outline(report(folder)).text)
@@ -233,7 +233,7 @@ def test_a_method_without_clusters_has_a_map_by_camera(make_run):
     assert "clusters" not in [s["id"] for s in outline.of("section")]
 
 
-def test_a_run_of_which_little_is_left(tmp_path):
+def test_a_run_with_few_and_damaged_records(tmp_path):
     (tmp_path / "metrics.json").write_text('{"iteration": 4, "total_loss": 1.5}\n{"itera')
     (tmp_path / "embedding.npz").write_bytes(b"PK no archive")
     (tmp_path / "images.json").write_text("[]")
@@ -241,9 +241,9 @@ def test_a_run_of_which_little_is_left(tmp_path):
     assert "has not finished" in text
     assert text.count("could not be read") == 2
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"holds no run.*OUTPUT_DIR"):
+    with pytest.raises(FileNotFoundError, match=r"contains no run.*OUTPUT_DIR"):
         write_report(tmp_path / "empty")
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with pytest.raises(FileNotFoundError, match="gone does not exist"):
         write_report(tmp_path / "gone")
 
 
@@ -254,7 +254,7 @@ def test_a_record_of_other_images_is_not_shown(make_run):
     (folder / "images.json").write_text(json.dumps(content))
     run = collect_run(folder)
     assert run.embedding is None
-    assert run.broken == ("the record of the features is of other images",)
+    assert run.broken == ("the recorded features belong to other images",)
 
 
 def test_settings_that_differ_are_marked(make_run):
@@ -275,7 +275,7 @@ def test_curves_are_over_epochs_and_end_with_the_run(make_run):
     assert run.curve("total_loss").values == (3.0, 2.0, 1.0)
     assert run.curve("mAP").epochs == (3.0,)
     with (run.folder / "metrics.json").open("a") as stream:
-        stream.write('\n{"iteration": 39, "total_loss": 9.0}')  # of a longer run
+        stream.write('\n{"iteration": 39, "total_loss": 9.0}')  # left by a longer run
     assert collect_run(run.folder).curve("total_loss").epochs[-1] == 3.0
 
 
@@ -289,7 +289,7 @@ def test_comparison(make_run, tmp_path):
     assert text.count("61.2 %") == 2
     assert "data:image" not in page
     for bad in ([runs[0]], [runs[0], runs[0]]):
-        with pytest.raises(ValueError, match="two runs or more"):
+        with pytest.raises(ValueError, match="at least two runs"):
             write_comparison(bad, tmp_path / "d.html")
 
 
@@ -305,7 +305,7 @@ def test_a_report_that_fails_is_a_warning(make_run, monkeypatch, caplog):
     finish_run("")
 
 
-# --- figures ------------------------------------------------------------------------------
+# --- charts -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_ticks_enclose_the_values(low, high):
     assert np.allclose(steps, steps[0])
 
 
-def test_a_chart_shows_its_figures_at_their_places():
+def test_a_chart_shows_its_values_at_their_positions():
     chart = line_chart([Series("a", [0, 10], [0.0, 4.0])], title="T", x_label="x")
     assert chart is not None
     assert "M52.0 210.0L466.0 12.0" in chart.drawing  # the corners of the plot
@@ -358,7 +358,7 @@ def test_layout_keeps_groups_together_and_repeats():
         assert lay_out(np.zeros((count, 2), dtype=np.float16)).shape == (count, 2)
 
 
-def test_record_survives_its_file(make_run):
+def test_record_is_loaded_as_it_was_saved(make_run):
     record = EmbeddingRecord.load(make_run())
     assert record.clustered
     assert record.num_clusters == 6

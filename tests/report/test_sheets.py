@@ -24,7 +24,7 @@ SIZE = (16, 32)
 
 
 def images(folder: Path, pids: list[int], camids: list[int], shade: int) -> LabeledImages:
-    """Write one plain gray image per entry; the shade tells which it is."""
+    """Write one plain gray image per entry; its shade identifies it."""
     folder.mkdir()
     paths = []
     for number in range(len(pids)):
@@ -46,13 +46,13 @@ def gallery(tmp_path: Path) -> LabeledImages:
 
 
 def frames(sheet: Path) -> list[list[tuple[tuple[int, int, int], int]]]:
-    """Read every row of a sheet: frame color and image shade of each cell."""
+    """Read the frame color and the image shade of every cell of a sheet, row by row."""
     pixels = np.asarray(Image.open(sheet).convert("RGB")).astype(int)
     colors = (QUERY_COLOR, RIGHT_COLOR, WRONG_COLOR)
     is_frame = np.zeros(pixels.shape[:2], dtype=bool)
     for color in colors:
         is_frame |= (pixels == color).all(axis=2)
-    # The upper edge of a cell is a run of frame color as wide as the cell.
+    # The upper edge of a cell is a line of frame color as wide as the cell.
     width = SIZE[0] + 8
     rows = []
     for y in range(1, len(pixels)):
@@ -79,7 +79,7 @@ def test_right_is_green_wrong_is_red_and_junk_is_left_out(tmp_path, query, galle
     first, second = frames(sheet)
     assert first == [
         (QUERY_COLOR, 100),
-        (WRONG_COLOR, 151),  # gallery 2 is nearer, but the same person, the same camera
+        (WRONG_COLOR, 151),  # gallery 2 is nearer, but it is the same person and camera
         (RIGHT_COLOR, 150),
         (RIGHT_COLOR, 153),
     ]
@@ -92,7 +92,7 @@ def test_right_is_green_wrong_is_red_and_junk_is_left_out(tmp_path, query, galle
     ]
 
 
-def test_models_stand_one_above_the_other(tmp_path, query, gallery):
+def test_models_have_one_row_each(tmp_path, query, gallery):
     before = np.array([[0.3, 0.2, 0.1, 0.4]] * 2)
     after = np.array([[0.1, 0.9, 0.1, 0.2]] * 2)
     sheet = ranked_sheet(
@@ -122,7 +122,7 @@ def test_gallery_smaller_than_top_gives_shorter_rows(tmp_path, query):
     assert frames(sheet) == [[(QUERY_COLOR, 100), (WRONG_COLOR, 150)]]
 
 
-def test_gallery_of_junk_only_shows_the_query_alone(tmp_path, query):
+def test_gallery_of_junk_shows_only_the_query(tmp_path, query):
     gallery = images(tmp_path / "junk", [1], [1], 150)
     sheet = ranked_sheet(
         tmp_path / "sheet.png",
@@ -135,12 +135,12 @@ def test_gallery_of_junk_only_shows_the_query_alone(tmp_path, query):
     assert frames(sheet) == [[(QUERY_COLOR, 100)]]
 
 
-def test_ranking_is_that_of_the_definition():
+def test_ranking_matches_the_definition():
     rng = np.random.default_rng(0)
     gallery = LabeledImages(
         [str(n) for n in range(50)], rng.integers(0, 4, 50), rng.integers(0, 3, 50)
     )
-    distance = rng.random(50).round(1)  # with ties, which keep their order
+    distance = rng.random(50).round(1)  # with ties, whose order is kept
     expected = [
         number
         for number in sorted(range(50), key=lambda n: distance[n])
@@ -161,13 +161,13 @@ def test_ranking_is_that_of_the_definition():
         ({"top": 0}, "top must be 1 or more"),
     ],
 )
-def test_misfits_are_named(tmp_path, query, gallery, arguments, message):
+def test_wrong_arguments_are_reported(tmp_path, query, gallery, arguments, message):
     defaults = {"distances": {"m": np.zeros((2, 4))}, "queries": [0]}
     with pytest.raises(ValueError, match=message):
         ranked_sheet(tmp_path / "sheet.png", query, gallery, **(defaults | arguments))
 
 
-def test_empty_gallery_and_uneven_labels_are_named(tmp_path, query):
+def test_empty_gallery_and_uneven_labels_are_reported(tmp_path, query):
     nobody = LabeledImages([], np.array([]), np.array([]))
     with pytest.raises(ValueError, match="gallery is empty"):
         ranked_sheet(
@@ -183,7 +183,7 @@ def write_metrics(file: Path, records: list[dict], tail: str = "") -> Path:
 
 
 def colored(picture: Path, strongest: int) -> int:
-    """Count pixels in which one channel stands out clearly."""
+    """Count the pixels in which one channel is clearly the largest."""
     pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
     others = np.delete(pixels, strongest, axis=2).max(axis=2)
     return int((pixels[:, :, strongest] > others + 40).sum())
@@ -203,7 +203,7 @@ def test_loss_curve_draws_loss_and_precision(tmp_path):
     assert colored(both, 1) > 100  # green
 
 
-def test_warmup_is_shown_apart(tmp_path):
+def test_warmup_is_a_separate_line(tmp_path):
     records = [{"iteration": n, "total_loss": 3.0 + n} for n in range(9, 50, 10)]
     metrics = write_metrics(tmp_path / "metrics.json", records)
     joined = loss_curve(metrics, tmp_path / "joined.png")
@@ -224,7 +224,7 @@ def test_half_written_and_foreign_lines_are_skipped(tmp_path):
     assert loss_curve(metrics, tmp_path / "loss.png").is_file()
 
 
-def test_repeated_iterations_count_once_as_written_last(tmp_path):
+def test_the_last_record_of_an_iteration_counts(tmp_path):
     metrics = write_metrics(
         tmp_path / "metrics.json",
         [
@@ -239,7 +239,7 @@ def test_repeated_iterations_count_once_as_written_last(tmp_path):
     ]
 
 
-def test_absent_metrics_and_absent_loss_are_named(tmp_path):
+def test_missing_metrics_and_missing_loss_are_reported(tmp_path):
     with pytest.raises(FileNotFoundError, match="there are no metrics at"):
         loss_curve(tmp_path / "metrics.json", tmp_path / "loss.png")
     metrics = write_metrics(tmp_path / "metrics.json", [{"iteration": 9, "lr": 0.1}])
@@ -263,7 +263,7 @@ def test_no_display_and_no_pyplot_are_needed(tmp_path):
     )
 
 
-def test_contact_sheet_draws_rows_spread_over_each_group(
+def test_contact_sheet_samples_each_group_evenly(
     gallery: LabeledImages, tmp_path: Path
 ) -> None:
     rows = [SheetRow("few", gallery.paths[:2]), SheetRow("many", gallery.paths)]
@@ -273,7 +273,7 @@ def test_contact_sheet_draws_rows_spread_over_each_group(
     assert {color for row in found for color, _ in row} == {QUERY_COLOR}
 
 
-def test_contact_sheet_refuses_what_it_cannot_draw(tmp_path: Path) -> None:
+def test_contact_sheet_refuses_empty_groups_and_single_columns(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no groups"):
         contact_sheet(tmp_path / "sheet.png", [])
     with pytest.raises(ValueError, match="columns"):

@@ -1,5 +1,6 @@
 "use strict";
-// The map: colors, what a point shows, keys. Everything else works without a script.
+// Interaction with the map: coloring, tooltips and keyboard navigation. All other parts of the
+// page work without a script.
 (() => {
   const box = document.getElementById("map-box");
   if (!box) return;
@@ -29,9 +30,9 @@
   }
 
   function describe(point) {
-    const words = [point[2], point[3] < 0 ? "no cluster" : "cluster " + point[3]];
-    if (point[4] >= 0) words.push("camera " + point[4]);
-    return words;
+    const labels = [point[2], point[3] < 0 ? "no cluster" : "cluster " + point[3]];
+    if (point[4] >= 0) labels.push("camera " + point[4]);
+    return labels;
   }
 
   function show(i, speak) {
@@ -46,10 +47,10 @@
       ring.setAttribute("cx", point[0]);
       ring.setAttribute("cy", point[1]);
     });
-    const words = describe(point);
-    text.replaceChildren(...words.map((word) => {
+    const labels = describe(point);
+    text.replaceChildren(...labels.map((label) => {
       const line = document.createElement("div");
-      line.textContent = word;
+      line.textContent = label;
       return line;
     }));
     if (data.sprite) {
@@ -69,7 +70,7 @@
     if (at.y + 14 + tip.offsetHeight > svg.bottom) top -= tip.offsetHeight + 28;
     tip.style.left = Math.max(0, left) + "px";
     tip.style.top = Math.max(0, top) + "px";
-    if (speak) now.textContent = words.join(", ");
+    if (speak) now.textContent = labels.join(", ");
   }
 
   box.addEventListener("pointermove", (event) => {
@@ -90,14 +91,15 @@
   box.addEventListener("keydown", (event) => {
     if (event.target !== box) return;
     if (event.key === "Escape") return show(-1);
-    const way = directions[event.key];
-    if (!way) return;
+    const direction = directions[event.key];
+    if (!direction) return;
     event.preventDefault();
     if (current < 0) return show(nearest(400, 280)[0], true);
     const [x, y] = data.points[current];
-    // The nearest within 45 degrees of the arrow.
+    // Select the nearest point within 45 degrees of the direction.
     const [i] = nearest(x, y, (dx, dy) => {
-      const along = dx * way[0] + dy * way[1], across = Math.abs(dx * way[1]) + Math.abs(dy * way[0]);
+      const along = dx * direction[0] + dy * direction[1];
+      const across = Math.abs(dx * direction[1]) + Math.abs(dy * direction[0]);
       return along > 0 && across <= along ? along + 2 * across : Infinity;
     });
     if (i >= 0) show(i, true);
