@@ -1,4 +1,4 @@
-"""The results of a search as one self-contained HTML file."""
+"""Results of a search as one self-contained HTML file."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def finish(run: Run, title: str) -> Outcome:
 
     Raises:
         ValueError: If its ``results.json`` is not what a run writes.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     started = time.monotonic()
     with _exclusive(run.folder, title) as lock:
         if (run.folder / RESULTS_FILE).exists():
