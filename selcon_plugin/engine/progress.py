@@ -37,9 +37,10 @@ def duration(seconds: float, *, approximate: bool = False) -> str:
     """Format a duration: ``8.4 s``, ``2 min 5 s``, ``3 h 20 min``.
 
     Args:
-        seconds: Seconds, 0 or more.
-        approximate: Whether the duration is a rough estimate, which deserves one unit only:
-            ``4 s``, ``10 min``, ``2.5 h``.
+        seconds: Duration in seconds, at least 0.
+        approximate: Whether the duration is a rough estimate, which is formatted in one
+            unit
+            only: ``4 s``, ``10 min``, ``2.5 h``.
 
     Returns:
         The duration in at most two units.
@@ -70,7 +71,7 @@ def _approximate_duration(seconds: float) -> str:
 
 
 def memory() -> str:
-    """Return how much memory this process has taken at most, and on a GPU if it has one."""
+    """Format the peak memory of this process, and that on its GPU if it has one."""
     text = f"{peak_memory_mib() / 1024:.1f} GiB"
     on_gpu = peak_gpu_memory_mib()
     return f"{text}, GPU {on_gpu / 1024:.1f} GiB" if on_gpu else text
@@ -171,33 +172,19 @@ def _plural(unit: str, count: int = 2) -> str:
     return f"{unit}es" if unit.endswith("ch") else f"{unit}s"
 
 
-class _AboveBars(logging.Handler):
-    """Handler that hides the bars while another handler writes to the terminal."""
-
-    def __init__(self, inner: logging.StreamHandler[Any]) -> None:
-        super().__init__(inner.level)
-        self._inner = inner
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write a record above the bars."""
-        with tqdm.external_write_mode(file=self._inner.stream):
-            self._inner.handle(record)
-
-
 @contextlib.contextmanager
 def _lines_above_bars() -> Iterator[None]:
     """Keep log lines on the terminal from overwriting a bar."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    earlier = [log.handlers for log in loggers]
-    for log in loggers:
-        log.handlers = [
-            _AboveBars(handler)
-            if isinstance(handler, logging.StreamHandler)
-            and handler.stream in (sys.stdout, sys.stderr)
-            else handler
-            for handler in log.handlers
-        ]
-    try:
+    # tqdm would add a handler to a logger that has none on the terminal, so that a line
+    # appeared twice, and would drop the level of the handler that it replaces.
+    levels = {
+        log: min(handler.level for handler in handlers)
+        for log in map(logging.getLogger, _LOGGERS)
+        if (handlers := [h for h in log.handlers if _writes_to_terminal(h)])
+    }
+    with logging_redirect_tqdm(list(levels)):
+        for log, level in levels.items():
+            log.handlers[-1].setLevel(level)
         yield
 
 
