@@ -84,7 +84,7 @@ def get_host(name: str) -> Host:
     Raises:
         ValueError: If there is no host of that name.
         ImportError: If it is not installed; says how to install it.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     check_name("host", name, HOSTS)
     return _load_host(HOSTS[name].implementation)
 
@@ -120,7 +120,7 @@ def host_of(config_file: str) -> str:
 
     Raises:
         ValueError: If the file is not YAML of keys and values.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     return host_of_keys(read_config_file(config_file)) if config_file else DEFAULT_HOST
 
 
@@ -163,7 +163,7 @@ def load_config(
     Raises:
         ValueError: If it cannot be read, or a key or a value is wrong.
         FileNotFoundError: If the file does not exist.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     return get_host(host or host_of(config_file)).load_config(
         config_file, opts, images=images, camera_pattern=camera_pattern
     )

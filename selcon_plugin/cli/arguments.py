@@ -152,7 +152,7 @@ def network_source(args: argparse.Namespace) -> NetworkSource | None:
 
     Raises:
         ValueError: If more than one is named, or a part of one.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     named = (args.weights, args.config_file, args.backbone, args.onnx)
     options = tuple(getattr(args, "opts", ()))
     if not any(named) and not options:

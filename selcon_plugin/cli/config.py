@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
 
     Raises:
         ValueError: If there is no such key; names the closest.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     parser = argparse.ArgumentParser(
         prog="selcon config",
         description="What a config key does, its default and legal values, and who has it.",

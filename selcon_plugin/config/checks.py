@@ -153,7 +153,7 @@ def read_config_file(file: str, source: str = "--config-file") -> dict[str, Any]
         FileNotFoundError: If there is no such file, or no such base.
         ValueError: If it, or a base, is not YAML of keys and values, has a tag that would
             make an object, or is its own base.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     return _read_chain(file, source)[0]
 
 
@@ -172,7 +172,7 @@ def read_config_tree(
     Raises:
         FileNotFoundError: If there is no such file, or no such base.
         ValueError: If a file cannot be read, or a key is a group in one file only.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     merged: dict[str, Any] = {}
     for content in reversed(_read_chain(file, "--config-file")):
         prepare(content)

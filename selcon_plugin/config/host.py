@@ -112,7 +112,7 @@ class Host(ABC):
         Raises:
             ValueError: If the file cannot be read, or a key or a value is wrong.
             FileNotFoundError: If the file does not exist.
-        """  # noqa: DOC502  (raised by what this calls)
+        """  # noqa: DOC502  (raised by the functions called here)
         if file:
             read_config_file(file)
         elif images and self.folder_config:

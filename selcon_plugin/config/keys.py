@@ -81,7 +81,7 @@ def configured_labeler(
 
     Raises:
         ValueError: If a filter needs what the labeler does not have.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     filters: list[LabelFilter] = []
     if clustering.reliability:
         filters.append(ReliabilityFilter())
@@ -200,7 +200,7 @@ class ConfigKeys:
 
         Raises:
             ValueError: If it sets both names of a key.
-        """  # noqa: DOC502  (raised by what this calls)
+        """  # noqa: DOC502  (raised by the functions called here)
         owner, nodes = content, self.path.split(".")
         for name in nodes[:-1]:
             if not isinstance(owner.get(name), dict):
@@ -222,7 +222,7 @@ class ConfigKeys:
 
         Raises:
             ValueError: If it sets both names of a key.
-        """  # noqa: DOC502  (raised by what this calls)
+        """  # noqa: DOC502  (raised by the functions called here)
         given = dict(zip(words[::2], words[1::2], strict=True))
         renamed = accept_renamed(given, spell=lambda name: f"{self.path}.{self.case(name)}")
         return [word for pair in renamed.items() for word in pair]
@@ -256,7 +256,7 @@ class ConfigKeys:
         Raises:
             ValueError: If a value is illegal (names key, value and legal range), or if a
                 key was set that the chosen method or labeler does not have.
-        """  # noqa: DOC502  (raised by what this calls)
+        """  # noqa: DOC502  (raised by the functions called here)
         self._rename_in_node(node)
         self._check_each(node, self.path, self.run_options())
         clustering = node[self.clustering_key]

@@ -77,7 +77,7 @@ def merge_file(cfg: Any, keys: ConfigKeys, file: str) -> None:
 
     Raises:
         ValueError: If a key or a value does not fit; names the closest or what is legal.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     with _explained(cfg, keys, file):
         cfg.merge_from_other_cfg(type(cfg)(read_config_tree(file, keys.rename_in_tree)))
 
@@ -110,7 +110,7 @@ def merge_overrides(cfg: Any, keys: ConfigKeys, overrides: Mapping[str, Any]) ->
 
     Raises:
         ValueError: As of :func:`merge_file`.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     flat = flatten_config(cfg)
     pairs: list[Any] = []
     for key, value in overrides.items():

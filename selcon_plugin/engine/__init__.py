@@ -1,6 +1,7 @@
-"""What a training run does, whatever the host: settings, data, network, epochs, records.
+"""The parts of a training run that do not depend on the host.
 
-Between the methods and the adapters. An adapter translates its host's config, loaders and
-checkpoints; when banks are prepared, images clustered, batches drawn and banks written is
-said here, once. Nothing here imports a host.
+This folder holds the training images, the network, one step, the epochs around it, the
+guard against non-finite values and progress. The adapters translate a host's config,
+loaders and checkpoints; methods, config keys and the files of a run have folders of their
+own.
 """

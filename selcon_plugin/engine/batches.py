@@ -1,4 +1,4 @@
-"""Batches: which sampler draws them, and how they are cut for a small GPU."""
+"""Choice of the batch sampler, and division of a batch into micro-batches."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def build_sampler(
         num_images: Training images M.
         batch_size: Images in a batch, over all processes.
         num_instances: Images of each cluster in a batch.
-        outlier_ratio: Share of each batch drawn from outliers.
-        micro_batches: Parts into which a process cuts its share of a batch.
-        seed: Seed of all draws.
-        rank: This process.
+        outlier_ratio: Fraction of each batch that is sampled from outliers.
+        micro_batches: Parts into which a process splits its shard of a batch.
+        seed: Seed of the random sampling.
+        rank: Rank of this process.
         world_size: Number of processes.
 
     Returns:
         The sampler.
 
     Raises:
-        ValueError: If there are fewer images than a batch holds, or the batch cannot be cut
-            evenly.
+        ValueError: If there are fewer images than a batch holds, or the batch cannot be
+            split evenly.
     """
     if num_images < batch_size:
         raise ValueError(
@@ -66,21 +66,21 @@ def build_sampler(
 
 
 def check_sampler(name: str, method: str, *, needs_clusters: bool, key: str) -> None:
-    """Refuse a sampler of clusters for a method that makes none.
+    """Refuse a cluster sampler for a method that does not cluster.
 
     Args:
         name: ``"stream"`` or the name of a planner.
         method: Registered name.
         needs_clusters: Whether the method clusters, with its options.
-        key: The host's name of the setting, for the message.
+        key: The host's name of the setting, for the error message.
 
     Raises:
-        ValueError: If the sampler would have nothing to sample from.
+        ValueError: If the sampler would have no clusters to sample from.
     """
     if not needs_clusters and name != STREAM_SAMPLER:
         raise ValueError(
-            f"{key} {name} draws from clusters, and {method} with these options makes "
-            f"none: set it to {AUTO!r}"
+            f"{key} {name} samples from clusters, but {method} does not cluster with "
+            f"these options: set it to {AUTO!r}"
         )
 
 
@@ -92,18 +92,18 @@ def check_batch_size(
     micro_batches: int,
     world_size: int,
 ) -> None:
-    """Refuse a batch that cannot be cut evenly.
+    """Refuse a batch size that cannot be split evenly.
 
     Args:
         name: ``"stream"`` or the name of a planner.
         batch_size: Images in a batch, over all processes.
         num_instances: Images of each cluster in a batch.
-        micro_batches: Parts into which a process cuts its share of a batch.
+        micro_batches: Parts into which a process splits its shard of a batch.
         world_size: Number of processes.
 
     Raises:
-        ValueError: If a part would be smaller than another, or would tear apart the images
-            of a cluster.
+        ValueError: If the parts would differ in size, or would separate the images of a
+            cluster.
     """
     pieces = world_size * micro_batches
     if batch_size % pieces:
@@ -120,10 +120,10 @@ def check_batch_size(
 
 
 def split_batch(batch: dict[str, Any], num_micro_batches: int) -> list[dict[str, Any]]:
-    """Cut a batch into contiguous parts of equal size.
+    """Split a batch into contiguous parts of equal size.
 
-    Contiguous, so that the blocks of K images of one cluster stay whole wherever K divides
-    the size of a part.
+    The parts are contiguous, so that the blocks of K images of one cluster stay whole
+    wherever K divides the size of a part.
 
     Args:
         batch: Tensors and lists by name, each with one entry per image.
@@ -133,18 +133,20 @@ def split_batch(batch: dict[str, Any], num_micro_batches: int) -> list[dict[str,
         The parts in order; their tensors are views.
 
     Raises:
-        ValueError: If the number of images is no multiple of the number of parts, or an
-            entry has another length than the others.
+        ValueError: If the number of images is not a multiple of the number of parts, or the
+            entries differ in length.
     """
     if num_micro_batches == 1:
         return [batch]
     lengths = {name: len(values) for name, values in batch.items()}
     if len(set(lengths.values())) != 1:
-        raise ValueError(f"a batch needs one entry per image everywhere, got {lengths}")
+        raise ValueError(
+            f"every value of a batch needs one entry per image, got lengths {lengths}"
+        )
     batch_size = next(iter(lengths.values()))
     if batch_size % num_micro_batches:
         raise ValueError(
-            f"a batch of {batch_size} images cannot be cut into {num_micro_batches} "
+            f"a batch of {batch_size} images cannot be split into {num_micro_batches} "
             "micro-batches of equal size: choose a number of micro-batches that divides "
             "the number of images per process"
         )

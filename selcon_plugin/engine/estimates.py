@@ -1,4 +1,4 @@
-"""What a folder of images will take, said before it is begun: time and memory."""
+"""Estimates of the time and memory that extraction and clustering will need."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ __all__ = [
     "product_rate",
 ]
 
-# Clustering on a CPU, fitted to bench_clustering.py and to folders of real crops; the tests
-# hold it to a factor of four. The search for neighbors, as a share of the time of all
-# products of two images:
+# The constants describe clustering on a CPU. They are fitted to bench_clustering.py and to
+# folders of real crops; the tests hold them to a factor of four.
+# Time of the neighbor search, as a fraction of the time of all pairwise products:
 _SEARCH_RATIO = 0.4
-# What the distance, and a clustering at each of 26 eps, take per image:
+# Time per image of the distance and of one clustering at each of 26 values of eps:
 _SECONDS_PER_IMAGE = 3e-4
-# Compiling or loading the kernels, and whatever is small:
+# Time to compile or load the kernels, and of everything small:
 _SECONDS_FIXED = 3.0
-# Beside features, their copy in half precision and the k neighbors: the sparse distances,
-# several times while they are made.
+# Memory in addition to the features, their copy in half precision and the k neighbors: the
+# sparse distances, which exist several times while they are computed.
 _BYTES_PER_IMAGE = 4_000
 _BYTES_PER_NEIGHBOR = 12
 _BYTES_FIXED = 200 * 2**20
-# Of what is available, what must be left.
+# Fraction of the available memory that may be used.
 _HEADROOM = 0.9
 
 _MEMORY_INFO = Path("/proc/meminfo")
@@ -44,18 +44,18 @@ _GROUP_USE = Path("/sys/fs/cgroup/memory.current")
 
 @dataclass(frozen=True)
 class Estimate:
-    """Expected cost of a piece of work.
+    """Expected cost of a computation.
 
     Attributes:
-        seconds: Time.
-        memory: Bytes beyond what the process holds.
+        seconds: Time in seconds.
+        memory: Bytes in addition to those that the process already uses.
     """
 
     seconds: float
     memory: int
 
     def __add__(self, other: Estimate) -> Estimate:
-        """Return the cost of one after the other."""
+        """Return the cost of both computations, one after the other."""
         return Estimate(self.seconds + other.seconds, max(self.memory, other.memory))
 
     def __str__(self) -> str:
@@ -71,19 +71,19 @@ def _size(num_bytes: int) -> str:
 def extraction_estimate(
     embed: Callable[[int], object], num_images: int, dim: int, *, batch_size: int
 ) -> Estimate:
-    """Measure the first images, and expect the others to take as long each.
+    """Measure the time of the first images and extrapolate to all of them.
 
     Args:
         embed: Computes the features of the first n images.
-        num_images: Images in all.
-        dim: Length of a feature.
+        num_images: Number of images in total.
+        dim: Feature dimension.
         batch_size: Images computed together.
 
     Returns:
-        Time and memory of all features, which are held twice for a moment.
+        Time and memory of all features, which exist twice for a moment.
     """
     count = min(batch_size, num_images)
-    embed(min(2, count))  # the first call sets up what later ones have
+    embed(min(2, count))  # warm-up: the first call allocates and compiles
     started = time.perf_counter()
     embed(count)
     seconds = (time.perf_counter() - started) * num_images / count
@@ -93,21 +93,21 @@ def extraction_estimate(
 def clustering_estimate(
     num_images: int, dim: int, *, k1: int, products_per_second: float
 ) -> Estimate:
-    """Tell what clustering takes, by formula.
+    """Estimate the cost of clustering by formula.
 
-    ``0.4 M^2 C / r + 0.0003 M + 3`` seconds, with M images, C values in a feature and r
-    products per second; and ``M (6 C + 12 k1 + 4000)`` bytes plus 200 MiB. The constants
-    are those of the Jaccard distance and DBSCAN with eps "auto" on a CPU; a GPU needs less
-    time, a fixed eps less as well.
+    Clustering takes ``0.4 M^2 C / r + 0.0003 M + 3`` seconds, with M images, feature
+    dimension C and r products per second, and ``M (6 C + 12 k1 + 4000)`` bytes plus 200
+    MiB. The constants are those of the Jaccard distance and DBSCAN with eps "auto" on a
+    CPU; a GPU or a fixed eps takes less time.
 
     Args:
-        num_images: Images M.
-        dim: Length C of a feature.
+        num_images: Number of images M.
+        dim: Feature dimension C.
         k1: Neighbors of each image.
         products_per_second: Speed of the machine, see :func:`product_rate`.
 
     Returns:
-        Time and memory.
+        Expected time and memory.
     """
     search = _SEARCH_RATIO * num_images**2 * dim / products_per_second
     per_image = 6 * dim + _BYTES_PER_NEIGHBOR * k1 + _BYTES_PER_IMAGE
@@ -118,14 +118,14 @@ def clustering_estimate(
 
 
 def product_rate(dim: int, device: str = "cpu") -> float:
-    """Measure how many products of two numbers this machine takes and adds in a second.
+    """Measure how many multiply-adds this machine computes per second.
 
     Args:
-        dim: Length of the vectors, as that of the features.
-        device: Where to compute.
+        dim: Length of the vectors; use the feature dimension.
+        device: Device to measure.
 
     Returns:
-        Products per second in float32, of a product of matrices; the best of three.
+        Multiply-adds per second of a float32 matrix product; the best of three runs.
     """
     rows, columns = 512, 2048
     left, right = (
@@ -141,35 +141,35 @@ def product_rate(dim: int, device: str = "cpu") -> float:
 
 
 def available_memory() -> int | None:
-    """Return how many bytes this process may still take; None where that is not known."""
+    """Return how many bytes this process may still allocate; None where it is unknown."""
     if not _MEMORY_INFO.exists():
         return None
     lines = dict(line.split(":") for line in _MEMORY_INFO.read_text().splitlines())
     available = int(lines["MemAvailable"].split()[0]) * 1024
     if _GROUP_LIMIT.exists() and _GROUP_USE.exists():
         limit = _GROUP_LIMIT.read_text().strip()
-        if limit != "max":  # a container's
+        if limit != "max":  # the limit of a container
             available = min(available, int(limit) - int(_GROUP_USE.read_text()))
     return max(0, available)
 
 
 def check_memory(estimate: Estimate, what: str) -> None:
-    """Refuse work that needs more memory than there is.
+    """Refuse a computation that needs more memory than is available.
 
     Args:
-        estimate: What it needs.
-        what: The work, for the message.
+        estimate: Cost of the computation.
+        what: Name of the computation, for the error message.
 
     Raises:
-        ValueError: If too little is available.
+        ValueError: If too little memory is available.
     """
     available = available_memory()
     if available is None or estimate.memory <= _HEADROOM * available:
         return
     raise ValueError(
-        f"{what} needs about {_size(estimate.memory)} of memory, and of this machine's "
-        f"{_size(_total_memory())} only {_size(available)} are available: end other "
-        "programs, take a part of the images, or a machine with more"
+        f"{what} needs about {_size(estimate.memory)} of memory, but of this machine's "
+        f"{_size(_total_memory())} only {_size(available)} are available: close other "
+        "programs, use fewer images, or use a machine with more memory"
     )
 
 

@@ -1,4 +1,4 @@
-"""Features of all training images, and fresh normalization layers made ready for them."""
+"""Feature extraction for all training images, and calibration of new batch-norm layers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from selcon_plugin.samplers.stream import StreamSampler
 
 logger = logging.getLogger(__name__)
 
-# Batches shown to fresh normalization layers before the first features are taken.
+# Number of batches that calibrate new normalization layers before the first extraction.
 _CALIBRATION_BATCHES = 16
 
 
@@ -28,22 +28,22 @@ def extract_embeddings(
     batches: Iterable[tuple[Tensor, Tensor]],
     num_images: int,
 ) -> Embeddings:
-    """Compute the embeddings of all images, in evaluation mode.
+    """Compute the embeddings of all images in evaluation mode.
 
-    Under distributed training each rank computes its share, which may be empty, and all get
-    the whole.
+    Under distributed training each rank computes its shard, which may be empty, and every
+    rank returns the embeddings of all images.
 
     Args:
-        network: Left in the mode it was in.
-        batches: Images and their indices, every image once; of this rank.
-        num_images: Images M.
+        network: Network; its training mode is restored afterwards.
+        batches: Images and their indices for this rank, every image once.
+        num_images: Number of images M.
 
     Returns:
         Float32 embeddings of images 0..M-1 on the network's device.
     """
     was_training = network.training
     network.eval()
-    # Sized by the head and not by the first batch: a rank may have no image.
+    # The sizes come from the head, not from the first batch: a rank may have no images.
     heads, device = network.heads, network.device
     globals_ = torch.zeros(num_images, heads.global_dim, device=device)
     parts: Tensor | None = None
@@ -57,7 +57,7 @@ def extract_embeddings(
         if parts is not None and part_features is not None:
             parts[rows] = part_features.float()
     network.train(was_training)
-    if world_size() > 1:  # every row is zero but on the rank that computed it
+    if world_size() > 1:  # every row is zero except on the rank that computed it
         dist.all_reduce(globals_)
         if parts is not None:
             dist.all_reduce(parts)
@@ -70,19 +70,19 @@ def calibrate_normalization(
     dataset: IndexedImages,
     batch_size: int,
 ) -> bool:
-    """Give the head's fresh batch-norm layers the statistics of the training images.
+    """Set the running statistics of the head's new batch-norm layers from training images.
 
     A new BatchNorm normalizes by mean 0 and variance 1 in evaluation mode; pooled features
-    then all point the same way and the first banks rank badly. Layers that have seen data
-    (loaded weights) are left alone.
+    then all point in the same direction, and the first banks rank poorly. Layers that have
+    already seen data (loaded weights) are not changed.
 
     Args:
-        network: In any mode; its head's statistics change.
+        network: Network in any mode; the running statistics of its head change.
         dataset: Training images with the test transform.
         batch_size: Images per batch.
 
     Returns:
-        Whether there was anything to calibrate.
+        Whether any layer was calibrated.
     """
     fresh = [
         module
@@ -98,8 +98,8 @@ def calibrate_normalization(
     momenta = [layer.momentum for layer in fresh]
     for layer in fresh:
         layer.train()
-        layer.momentum = None  # the average over all batches, each with the same weight
-    # The same random images on every rank: all ranks get the same statistics.
+        layer.momentum = None  # cumulative average: every batch has the same weight
+    # Every rank uses the same random images, so that all ranks get the same statistics.
     stream = iter(StreamSampler(len(dataset), seed=dataset.seed))
     batch_size = min(batch_size, len(dataset))
     for _ in range(min(_CALIBRATION_BATCHES, len(dataset) // batch_size)):

@@ -1,9 +1,9 @@
-"""NaN and infinity: found before they are written anywhere, named, and left out.
+"""Guard against non-finite values, which stops them before they reach weights or banks.
 
-A step is judged between backward and the optimizer's step, from its losses, the batch's
-features and the gradients. They are read from the device at once, those of all processes
-everywhere, so that all skip the same steps. A skipped step leaves no trace: no weight, no
-bank, no teacher and no running statistic of a normalization layer moves.
+A step is checked between the backward pass and the optimizer's step: its losses, the
+batch's features and the gradients. They are read from the device in one transfer and
+gathered from all processes, so that all skip the same steps. A skipped step changes
+nothing: no weight, no bank, no teacher and no running statistic of a normalization layer.
 """
 
 from __future__ import annotations
@@ -31,25 +31,26 @@ _LOWER_RATE = (
 
 
 class StepGuard:
-    """Judges each training step before anything is written.
+    """Check of each training step for non-finite values, before anything is written.
 
     ::
 
         guard.begin_step()
-        losses, backward                                    the host's
-        values = guard.judge(losses, images, step)          raises, if the run is to stop
+        losses, backward                                    done by the host
+        values = guard.check(losses, images, step)          raises if the run must stop
         if guard.skipped: drop the gradients
         else: optimizer.step()
 
     Args:
-        network: The network in training, with its method.
+        network: Network in training, with its method.
         paths: Path of each training image.
         on_nonfinite: ``"skip"`` or ``"stop"``.
-        max_nonfinite_steps: Steps skipped in a row after which the run stops all the same.
+        max_nonfinite_steps: Consecutive skipped steps after which the run stops even with
+            ``"skip"``.
 
     Attributes:
-        skipped: Whether the last step is to be skipped.
-        num_skipped: Steps skipped so far, by this process.
+        skipped: Whether the last step must be skipped.
+        num_skipped: Number of steps that this process has skipped so far.
     """
 
     def __init__(
@@ -70,19 +71,19 @@ class StepGuard:
         self._buffers: list[tuple[list[Tensor], Tensor]] = []
 
     def begin_step(self) -> None:
-        """Note what a forward pass changes: running statistics and counters."""
+        """Save the buffers that a forward pass changes: running statistics and counters."""
         self.skipped = False
         by_type: dict[torch.dtype, list[Tensor]] = {}
         for module in (self._network.backbone, self._network.heads):
             for buffer in module.buffers():
                 by_type.setdefault(buffer.dtype, []).append(buffer)
-        # Joined: a few kernels, not one for each buffer.
+        # The buffers are concatenated: this takes a few kernels, not one per buffer.
         self._buffers = [
             (buffers, torch.cat([buffer.reshape(-1) for buffer in buffers]))
             for buffers in by_type.values()
         ]
 
-    def judge(
+    def check(
         self,
         losses: Mapping[str, Tensor],
         images: Tensor,
@@ -90,25 +91,26 @@ class StepGuard:
         *,
         check_gradients: bool = True,
     ) -> dict[str, float]:
-        """Read the losses, and decide whether the step may be taken.
+        """Read the losses and decide whether the step may be taken.
 
-        Called by all processes after backward. Waits for the device once.
+        All processes must call this method after the backward pass. It synchronizes with
+        the device once.
 
         Args:
             losses: Scalars by name, of this process.
-            images: The batch, to look for the cause in.
-            step: Steps before this one, for the message.
-            check_gradients: Whether gradients must be finite; not where a loss scaler does
-                its own check, whose skipped steps are part of its work.
+            images: Batch of images, which is searched for the cause.
+            step: Number of steps before this one, for the message.
+            check_gradients: Whether gradients must be finite. Pass False with a loss
+                scaler, which checks them itself and skips steps as part of its normal work.
 
         Returns:
-            The losses of this process, by name. :attr:`skipped` says what to do.
+            The losses of this process, by name. :attr:`skipped` holds the decision.
 
         Raises:
-            FloatingPointError: If there is a NaN or an infinity and the run is to stop:
-                by the option, because of too many in a row, or because weights or banks
-                have one, which no skipped step mends.
-        """  # noqa: DOC502  (raised by what this calls)
+            FloatingPointError: If there is a NaN or infinity and the run must stop: because
+                of the option, after too many skipped steps in a row, or because weights or
+                banks are non-finite, which skipping a step cannot repair.
+        """  # noqa: DOC502  (raised by the functions called here)
         names = [*losses, "features"]
         values = [*losses.values(), self._sum_of_features()]
         if check_gradients and (gradients := _gradients(self._network)):
@@ -124,7 +126,7 @@ class StepGuard:
         return dict(zip(losses, own, strict=False))
 
     def _sum_of_features(self) -> Tensor:
-        """Return a number that is finite if all features are: they are unit vectors."""
+        """Return a value that is finite if all features, which are unit vectors, are."""
         features = self._network.pending_batch().embeddings
         return sum(
             (part.float().sum() for part in features if part is not None),
@@ -137,24 +139,28 @@ class StepGuard:
         self.skipped = True
         self.num_skipped += 1
         self._in_a_row += 1
-        # First: running statistics that this step has spoilt are no cause.
+        # This comes first: running statistics that this step has spoiled are not its cause.
         self._restore_buffers()
         found = self._describe(names, rows, images)
         broken = find_nonfinite_state(self._network, self._paths)
         message = f"step {step + 1}: {'; '.join(found + broken)}"
         if broken:
-            raise FloatingPointError(f"{message}. No later step can be better. {_RESUME}")
+            raise FloatingPointError(
+                f"{message}. No later step can recover from this. {_RESUME}"
+            )
         if self._stops:
             raise FloatingPointError(
-                f"{message}. Nothing of the step was written. {_RESUME}, with "
-                "on_nonfinite 'skip' to go on without such steps"
+                f"{message}. The step changed no weight and no bank. {_RESUME}, with "
+                "on_nonfinite 'skip' to train without such steps"
             )
         if self._in_a_row >= self._max_nonfinite_steps:
             raise FloatingPointError(
-                f"{message}. That makes {self._in_a_row} such steps in a row "
+                f"{message}. These were {self._in_a_row} such steps in a row "
                 f"(max_nonfinite_steps). {_RESUME}, with a lower learning rate"
             )
-        logger.warning("Skipped %s. Nothing of it was written. %s", message, _LOWER_RATE)
+        logger.warning(
+            "Skipped %s. It changed no weight and no bank. %s", message, _LOWER_RATE
+        )
 
     def _restore_buffers(self) -> None:
         for buffers, before in self._buffers:
@@ -165,8 +171,8 @@ class StepGuard:
     def _describe(
         self, names: list[str], rows: list[list[float]], images: Tensor
     ) -> list[str]:
-        """Say what is not finite and which images it came with; the same on all ranks."""
-        bad = {
+        """Describe the non-finite values and their images; the same text on all ranks."""
+        nonfinite = {
             name: value
             for row in rows
             for name, value in zip(names, row, strict=True)
@@ -174,7 +180,7 @@ class StepGuard:
         }
         found = [
             f"{name} is {value}"
-            for name, value in bad.items()
+            for name, value in nonfinite.items()
             if name not in ("features", "gradients")
         ]
         seen = self._network.pending_batch()
@@ -185,20 +191,21 @@ class StepGuard:
         if len(of_pixels):
             found.append(f"pixels are not finite in {self._named(of_pixels)}")
         if len(of_features) == len(every):
-            # In training one bad image spoils the batch: its statistics normalize all.
+            # In training mode one such image spoils the batch through its statistics.
             found.append(f"no feature of the batch is finite: {self._named(every)}")
         elif len(of_features):
-            found.append(f"features are not finite of {self._named(of_features)}")
+            found.append(f"features are not finite in {self._named(of_features)}")
         else:
             found.append(f"batch of {self._named(every)}")
-        if set(bad) == {"gradients"}:
-            found.insert(0, f"losses are finite, gradients not: {self._bad_gradients()}")
+        if set(nonfinite) == {"gradients"}:
+            names = self._nonfinite_gradients()
+            found.insert(0, f"losses are finite, but gradients are not: {names}")
         return found
 
     def _named(self, index: Tensor) -> str:
         return name_some([self._paths[i] for i in index.tolist()])
 
-    def _bad_gradients(self) -> str:
+    def _nonfinite_gradients(self) -> str:
         return name_some(
             [
                 name
@@ -211,7 +218,7 @@ class StepGuard:
 def zero_nonfinite_features(
     embeddings: Embeddings, paths: Sequence[str], on_nonfinite: str
 ) -> tuple[Embeddings, Tensor]:
-    """Check the features of all training images, and replace bad ones by zeros.
+    """Check the features of all training images, and replace non-finite ones by zeros.
 
     A zero row is equally far from all others and adds nothing to a mean.
 
@@ -221,31 +228,34 @@ def zero_nonfinite_features(
         on_nonfinite: ``"skip"`` or ``"stop"``.
 
     Returns:
-        Finite embeddings, and the indices of the images that were left out, ``(n,)``.
+        Finite embeddings, and the indices of the images whose features were replaced,
+        ``(n,)``.
 
     Raises:
-        FloatingPointError: If a feature is NaN or infinite and the run is to stop, or if
-            none is finite.
+        FloatingPointError: If a feature is NaN or infinite and ``on_nonfinite`` is
+            ``"stop"``, or if no feature is finite.
     """
-    good = _finite_embeddings(embeddings)
-    bad = (~good).nonzero().squeeze(1)
-    if not len(bad):
-        return embeddings, bad
+    finite = _finite_embeddings(embeddings)
+    replaced = (~finite).nonzero().squeeze(1)
+    if not len(replaced):
+        return embeddings, replaced
     message = (
-        f"Features of {len(bad)} of {len(good)} training images are not finite: "
-        f"{name_some([paths[i] for i in bad.tolist()])}"
+        f"Features of {len(replaced)} of {len(finite)} training images are not finite: "
+        f"{name_some([paths[i] for i in replaced.tolist()])}"
     )
-    if on_nonfinite == STOP or len(bad) == len(good):
+    if on_nonfinite == STOP or len(replaced) == len(finite):
         raise FloatingPointError(f"{message}. {_RESUME}, with a lower learning rate")
     if rank() == 0:
-        logger.warning("%s. They are in no cluster until they are", message)
+        logger.warning(
+            "%s. These images belong to no cluster until their features are finite", message
+        )
     kept = [
-        None if part is None else part.masked_fill(_over(~good, part), 0.0)
+        None if part is None else part.masked_fill(_over(~finite, part), 0.0)
         for part in embeddings
     ]
     global_features, part_features = kept
     assert global_features is not None
-    return Embeddings(global_features, part_features), bad
+    return Embeddings(global_features, part_features), replaced
 
 
 def _finite_embeddings(embeddings: Embeddings) -> Tensor:

@@ -1,4 +1,4 @@
-"""Images that cannot be read: found before the training, counted during it, and bounded."""
+"""Detection of unreadable images before and during training, and a bound on their ratio."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from selcon_plugin.engine.images import IndexedImages, Item
 
 logger = logging.getLogger(__name__)
 
-_LISTED = 100  # lines of an error
+_LISTED = 100  # images that an error message lists
 
 
 class BadImagesError(ValueError):
-    """Too many images cannot be read; the message lists them and says what to do."""
+    """Error for too many unreadable images; its message lists them and names a remedy."""
 
 
 def readable_items(
     items: Sequence[Item], max_unreadable_ratio: float
 ) -> tuple[list[Item], int]:
-    """Leave out images that cannot be read; say in one warning which and why.
+    """Leave out unreadable images, and list them with reasons in one warning.
 
-    Every file is decoded once, on the main process; the others follow it.
+    The main process decodes every file once; the others use its result.
 
     Args:
         items: Path, identity and camera of each image.
-        max_unreadable_ratio: Share of them that may be left out.
+        max_unreadable_ratio: Fraction of the images that may be left out.
 
     Returns:
-        The readable ones, sorted by path, and how many were left out.
+        The readable images, sorted by path, and the number of images left out.
 
     Raises:
-        BadImagesError: If the share is larger, or no image is left.
-    """  # noqa: DOC502  (raised by what this calls)
+        BadImagesError: If the fraction is larger, or no image is left.
+    """  # noqa: DOC502  (raised by the functions called here)
     items = sorted(items, key=lambda item: item[0])
     faults = _faults([item[0] for item in items])
     if faults:
@@ -58,18 +58,18 @@ def check_unreadable_ratio(
     num_unlisted: int = 0,
     all_read: bool = True,
 ) -> None:
-    """Refuse a set of images of which too many cannot be read.
+    """Refuse a set of images of which too many are unreadable.
 
     Args:
-        faults: Path and reason of each image that cannot be read.
-        num_images: Images in total.
-        max_unreadable_ratio: Fraction of them that may be unreadable. Whatever it is, one
-            image must be left.
-        num_unlisted: Unreadable images that ``faults`` does not list.
+        faults: Path and reason of each unreadable image.
+        num_images: Number of images in total.
+        max_unreadable_ratio: Fraction of them that may be unreadable. At least one image
+            must be readable in any case.
+        num_unlisted: Number of unreadable images that ``faults`` does not list.
         all_read: Whether every image has been tried; otherwise there may be more faults.
 
     Raises:
-        BadImagesError: If more images cannot be read, or none can.
+        BadImagesError: If the fraction is larger, or no image is readable.
     """
     num_unreadable = len(faults) + num_unlisted
     if num_unreadable <= max_unreadable_ratio * num_images and num_unreadable < num_images:
@@ -83,23 +83,24 @@ def check_unreadable_ratio(
 
 
 def check_test_images(paths: Sequence[str]) -> None:
-    """Refuse a test set with an image that cannot be read.
+    """Refuse a test set with an unreadable image.
 
-    Figures on fewer images would be figures of another test set, and an evaluation at the
-    end of a run would be a late moment to fail.
+    Metrics on fewer images would be metrics of a different test set. The check comes early,
+    because otherwise the run would fail only in its final evaluation.
 
     Args:
         paths: Images of the queries and galleries.
 
     Raises:
-        BadImagesError: If there is one.
+        BadImagesError: If an image is unreadable.
     """
     faults = list(_faults(paths).values())
     if faults:
         raise BadImagesError(
             f"{len(faults)} of {len(paths)} test images cannot be read:\n"
             f"{describe_faults(faults, _LISTED)}\n"
-            "Mend or restore them: without them the figures would be of another test set"
+            "Repair or restore them: without them the metrics would be of a different test "
+            "set"
         )
 
 
@@ -111,18 +112,20 @@ def report_unreadable(
     max_unreadable_ratio: float,
     what_happened: str,
 ) -> None:
-    """Warn once of images that became unreadable during the run; bound their share.
+    """Warn once about images that became unreadable during the run, and bound their ratio.
 
     Args:
-        images: The training images.
-        unreported: Which failed since the last report, bool ``(M,)``, alike on all ranks.
-        unreadable: Which fail still, bool ``(M,)``, alike on all ranks.
-        max_unreadable_ratio: Share of all images of the run that may.
-        what_happened: What was done in their place, for the warning.
+        images: Training images.
+        unreported: Mask of the images that failed since the last report, bool ``(M,)``, the
+            same on all ranks.
+        unreadable: Mask of the images that still fail, bool ``(M,)``, the same on all
+            ranks.
+        max_unreadable_ratio: Fraction of all images of the run that may be unreadable.
+        what_happened: How the failed images were handled, for the warning.
 
     Raises:
-        BadImagesError: If the share is larger.
-    """  # noqa: DOC502  (raised by what this calls)
+        BadImagesError: If the fraction is larger.
+    """  # noqa: DOC502  (raised by the functions called here)
     failed = unreported | unreadable
     if not failed.any():
         return
@@ -144,17 +147,17 @@ def report_unreadable(
 
 
 def _faults(paths: Sequence[str]) -> dict[str, str]:
-    """Return what cannot be read, by path; the reason is the main process's to know."""
+    """Return the fault of each unreadable path; only the main process has the reason."""
     found = find_unreadable(paths) if rank() == 0 else {}
     if world_size() == 1:
         return found
     mask = torch.tensor([path in found for path in paths], dtype=torch.uint8)
-    bad = broadcast_tensor(
+    failed = broadcast_tensor(
         mask if rank() == 0 else None, torch.uint8, group_device()
     ).bool()
-    if len(bad) != len(paths):
+    if len(failed) != len(paths):
         raise RuntimeError(
-            f"rank {rank()} lists {len(paths)} images and rank 0 {len(bad)}: give all "
+            f"rank {rank()} lists {len(paths)} images and rank 0 {len(failed)}: give all "
             "processes the same data sets"
         )
-    return {path: found.get(path, path) for path, b in zip(paths, bad, strict=True) if b}
+    return {path: found.get(path, path) for path, f in zip(paths, failed, strict=True) if f}

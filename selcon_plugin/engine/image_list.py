@@ -1,7 +1,7 @@
-"""The images of a run, written into its folder: row i of the banks is image i of the list.
+"""The list of a run's images, stored in its folder: image i of the list is bank row i.
 
-A run that is resumed goes on with the list that it began with. A file that has vanished
-since keeps its row, so that all others keep theirs.
+A resumed run uses the list that it started with. A file that has disappeared since keeps
+its row, so that all others keep theirs.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def write_image_list(folder: str | Path, images: IndexedImages) -> None:
     """Write ``images.json`` into a run's folder, on the main process.
 
     Args:
-        folder: Folder of the run; nothing is written if it is empty.
-        images: Its training images. Their identities, where known, are written as well:
-            what the run reports of them is to be the same when it goes on.
+        folder: Folder of the run; nothing is written if the name is empty.
+        images: Training images of the run. Their identities are written as well where they
+            are known, so that the diagnostics of a resumed run are the same.
     """
     if not folder or rank() > 0:
         return
@@ -44,15 +44,15 @@ def write_image_list(folder: str | Path, images: IndexedImages) -> None:
 
 
 def images_to_resume_with(folder: str | Path, images: _Images) -> _Images:
-    """Return the images that an interrupted run began with.
+    """Return the images that an interrupted run started with.
 
     Args:
         folder: Folder of the run.
-        images: What is there now.
+        images: Images that exist now.
 
     Returns:
-        The same, or the run's own list where all that is missing now are files of that
-        list. Where there are others the given ones, which the checkpoint will not fit.
+        The run's own list if the given images are a proper subset of it; otherwise the
+        given images. If these include new ones, the checkpoint will not fit.
     """
     listed = _read(Path(folder, IMAGE_LIST))
     rows = [tuple(row) for row in listed.get("images", [])]
@@ -61,8 +61,8 @@ def images_to_resume_with(folder: str | Path, images: _Images) -> _Images:
     if not now < then:
         return images
     logger.warning(
-        "%d of the %d images that this run began with are gone or changed; the others keep "
-        "their places: %s",
+        "%d of the %d images that this run started with are gone or changed; the others "
+        "keep their rows: %s",
         len(then - now),
         len(then),
         ", ".join(sorted(row[0] for row in then - now)[:10]),
@@ -73,7 +73,7 @@ def images_to_resume_with(folder: str | Path, images: _Images) -> _Images:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Read the list; an empty one where there is none."""
+    """Read the list; return an empty one if there is no valid file."""
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The door where identities are dropped: images in a fixed order, each its own label."""
+"""Label-free data set wrapper: images in a fixed order, each with its index as label."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from selcon_plugin.datasets.numbering import UNKNOWN, number_names
 from selcon_plugin.datasets.reading import ImageReadError
 from selcon_plugin.samplers.stream import SampleKey
 
-# What is known of a file that was readable when the run began.
+# Flags of a file that was readable when the run started.
 _FAILED, _UNREPORTED = 1, 2
-# Images tried in the place of one that cannot be read.
+# Number of replacements that are tried for an unreadable image.
 _REPLACEMENTS = 100
 
-# Path, identity, camera; names or numbers, UNKNOWN where not known.
+# Path, identity and camera of an image; names or numbers, UNKNOWN where not known.
 Item = tuple[str, Any, Any]
 
 _Images = TypeVar("_Images", bound="IndexedImages")
 
 
 def extra_items(folder: str) -> list[Item]:
-    """List a folder of images that join the training set, such as generated ones.
+    """List a folder of additional training images, such as generated ones.
 
     Args:
-        folder: Any folder of images; empty for none.
+        folder: Folder of images; empty for none.
 
     Returns:
-        Its images, of unknown identity and camera.
+        Its images, with unknown identity and camera.
 
     Raises:
-        ValueError: If it has no image. ``FileNotFoundError`` if it does not exist.
-    """  # noqa: DOC502  (raised under another name)
+        ValueError: If the folder has no image. ``FileNotFoundError`` if it does not exist.
+    """  # noqa: DOC502  (raised as the type of the caught error)
     if not folder:
         return []
     try:
@@ -55,22 +55,23 @@ def extra_items(folder: str) -> list[Item]:
 
 
 class IndexedImages(Dataset[dict[str, Any]]):
-    """Images whose only label is their own index.
+    """Data set of images whose only label is their own index.
 
     Images are sorted by path, so that row i of a memory bank is the same image whatever
-    order the file system lists them in. Random augmentation is seeded by the sample's place
-    in the stream. What a sample looks like is the adapter's: it overrides :meth:`sample`.
+    order the file system lists them in. Random augmentation is seeded by the sample's
+    position in the stream. An adapter defines the format of a sample by overriding
+    :meth:`sample`.
 
-    A file may become unreadable during the run. Where a sampler draws it (a
-    :class:`SampleKey`), another image of the same label stands in for it, with its own
-    index: which one follows from the seed and the place in the stream. Where its own
-    features are asked for (an ``int``), it is blank. :attr:`unreadable` tells which files
-    failed, in whichever of the processes that read.
+    A file may become unreadable during the run. If a sampler requests it (with a
+    :class:`SampleKey`), another image of the same label replaces it, with its own index;
+    the seed and the position in the stream determine which one. If its features are
+    requested (with an ``int``), a blank image is used. :attr:`unreadable` marks the files
+    that failed in any of the reading processes.
 
     Args:
         items: Path, identity and camera of each image.
-        read: Makes an image of a path; raises ``ImageReadError``.
-        transform: Makes what the network takes of an image.
+        read: Reads the image at a path; raises ``ImageReadError``.
+        transform: Converts an image into the network's input.
         seed: Seed of the augmentation.
 
     Attributes:
@@ -78,9 +79,10 @@ class IndexedImages(Dataset[dict[str, Any]]):
         camids: Camera of each image as 0, 1, ...; -1 where unknown.
         evaluation_only_pids: Ground-truth identity of each image as 0, 1, ...; -1 where
             unknown. Only diagnostics and reports may read it; no sample carries it.
-        num_left_out: Files that could not be read when the run began, and are not here.
-        labels: Cluster of each image, ``(M,)``, negative where it is drawn from none, for
-            the choice of stand-ins; None where any image may stand in for any other.
+        num_left_out: Number of files that were unreadable when the run started and are not
+            part of this data set.
+        labels: Cluster of each image, ``(M,)``, negative for an image in no cluster, for
+            the choice of replacements; None where any image may replace any other.
     """
 
     def __init__(
@@ -102,7 +104,7 @@ class IndexedImages(Dataset[dict[str, Any]]):
         self.num_left_out = 0
         self.labels: NDArray[np.int64] | None = None
         self._sizes: list[int] | None = None
-        # Written by the processes that read, and read by the one that trains.
+        # The reading processes write these flags, and the training process reads them.
         self._flags = torch.zeros(max(1, len(items)), dtype=torch.uint8)
         self._flags.share_memory_()  # type: ignore[no-untyped-call]
 
@@ -123,8 +125,8 @@ class IndexedImages(Dataset[dict[str, Any]]):
     def evaluation_only_identities(self) -> Tensor | None:
         """Identity of each image, int64 ``(M,)``, for diagnostics.
 
-        None where identities say nothing: some are not known, all images have one, or each
-        its own.
+        None where identities carry no information: some are unknown, or all images have the
+        same one, or each image has its own.
         """
         if UNKNOWN in self.evaluation_only_pids or not 1 < len(
             set(self.evaluation_only_pids)
@@ -134,7 +136,7 @@ class IndexedImages(Dataset[dict[str, Any]]):
 
     @property
     def fingerprint(self) -> str:
-        """Short hash of names, sizes and cameras: tells if two lists are the same."""
+        """Short hash of names, sizes and cameras, to compare two lists of images."""
         digest = hashlib.sha256()
         for path, size, camid in zip(self.paths, self.sizes, self.camids, strict=True):
             digest.update(f"{PurePath(path).name}\0{size}\0{camid}\n".encode())
@@ -142,18 +144,18 @@ class IndexedImages(Dataset[dict[str, Any]]):
 
     @property
     def sizes(self) -> list[int]:
-        """Bytes of each file, as they were when first asked for; 0 of one that is gone."""
+        """Bytes of each file when this was first read; 0 for a file that is gone."""
         if self._sizes is None:
             self._sizes = [_size_of(path) for path in self.paths]
         return self._sizes
 
     @property
     def unreadable(self) -> Tensor:
-        """Whether the last try to read each image failed, bool ``(M,)``."""
+        """Mask of the images whose last attempt to be read failed, bool ``(M,)``."""
         return self._flagged(_FAILED)
 
     def reset_unreadable(self) -> None:
-        """Take all images for readable, until they are read again."""
+        """Mark all images as readable until they are read again."""
         self._flags &= _UNREPORTED
 
     def pop_unreported(self) -> Tensor:
@@ -191,31 +193,31 @@ class IndexedImages(Dataset[dict[str, Any]]):
         return other
 
     def sample(self, index: int, image: Any) -> dict[str, Any]:
-        """Make the sample that the adapter's loader expects.
+        """Build the sample that the adapter's loader expects.
 
         Args:
-            index: Which image it is.
-            image: What the transform made of it.
+            index: Index of the image.
+            image: Transformed image.
 
         Returns:
-            Values by name.
+            Values of the sample by name.
         """
         raise NotImplementedError
 
     def image_of(self, sample: dict[str, Any]) -> Tensor:
-        """Return the image in what :meth:`sample` made.
+        """Return the image of a sample.
 
         Args:
-            sample: A sample.
+            sample: Result of :meth:`sample`.
 
         Returns:
-            Shape ``(3, h, w)``.
+            Image, shape ``(3, h, w)``.
         """
         raise NotImplementedError
 
     def __getitem__(self, key: int | SampleKey) -> dict[str, Any]:
         if isinstance(key, SampleKey):
-            index, image = self._draw(key)
+            index, image = self._read_or_replace(key)
             position = key.position
         else:
             index = position = key
@@ -224,7 +226,7 @@ class IndexedImages(Dataset[dict[str, Any]]):
                 image = Image.new("RGB", (64, 128))
         if get_worker_info() is not None:
             return self.sample(index, self._augment(image, position))
-        # The seed is set in the training process itself: leave its streams as they were.
+        # Here the seed is set in the training process, whose random streams are restored.
         with torch.random.fork_rng(devices=[]):
             python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
             image = self._augment(image, position)
@@ -232,8 +234,8 @@ class IndexedImages(Dataset[dict[str, Any]]):
             np.random.set_state(numpy_state)  # noqa: NPY002
         return self.sample(index, image)
 
-    def _draw(self, key: SampleKey) -> tuple[int, Any]:
-        """Read an image, or another that may be drawn in its place."""
+    def _read_or_replace(self, key: SampleKey) -> tuple[int, Any]:
+        """Read an image, or a replacement if it is unreadable."""
         image = self._read(key.index)
         if image is not None:
             return key.index, image
@@ -242,8 +244,8 @@ class IndexedImages(Dataset[dict[str, Any]]):
             if image is not None:
                 return index, image
         raise RuntimeError(
-            f"{self.paths[key.index]} cannot be read, nor can any image drawn in its "
-            "place: is the disk that holds them still there?"
+            f"{self.paths[key.index]} cannot be read, nor can any image sampled in its "
+            "place: check that the disk with the images is still mounted"
         )
 
     def _replacements(self, key: SampleKey) -> Iterator[int]:
@@ -251,14 +253,14 @@ class IndexedImages(Dataset[dict[str, Any]]):
         if self.labels is None:
             groups = [np.arange(len(self))]
         else:
-            # One that is in no cluster may be drawn only where the sampler drew such a one.
+            # An image in no cluster is a replacement only for another image in no cluster.
             same = self.labels == self.labels[key.index]
             groups = [np.flatnonzero(same), np.flatnonzero(~same & (self.labels >= 0))]
         for group in groups:
             yield from rng.permutation(group)[:_REPLACEMENTS].tolist()
 
     def _read(self, index: int) -> Any:
-        """Read an image; None, and a mark, where it cannot be read."""
+        """Read an image; return None and flag it if it is unreadable."""
         flags = self._flags.numpy()
         try:
             image = self.read(self.paths[index])
@@ -270,7 +272,7 @@ class IndexedImages(Dataset[dict[str, Any]]):
         return image
 
     def _augment(self, image: Any, position: int) -> Any:
-        # The hosts' transforms draw from all three global streams.
+        # The hosts' transforms use all three global random streams.
         seed = int(np.random.SeedSequence((self.seed, position)).generate_state(1)[0])
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002

@@ -1,4 +1,4 @@
-"""The network in training: backbone, head, teacher, and the method with its banks."""
+"""Network in training: backbone, head, teacher, and the method with its banks."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ logger = logging.getLogger(__name__)
 def usable_parts(
     backbone: nn.Module, input_size: tuple[int, int], method: str, num_parts: int
 ) -> tuple[int, int]:
-    """Find the channels of a backbone's map and how many parts it can be cut into.
+    """Return the channels of a backbone's feature map and the number of usable parts.
 
     Args:
-        backbone: Images to feature map.
+        backbone: Maps images to a feature map.
         input_size: Height and width of the images.
-        method: Registered name.
-        num_parts: Parts asked for.
+        method: Registered name of the method.
+        num_parts: Requested number of parts.
 
     Returns:
-        Channels F, and the parts: 0 where the method has no use for them, and, with a
-        warning, where the backbone returns one vector.
+        Channels F, and the number of parts: 0 if the method does not use parts, and, with a
+        warning, if the backbone returns one vector.
     """
     channels, rows, _ = infer_feature_shape(backbone, input_size)
     if not method_class(method).uses_parts and num_parts:
-        logger.info("%s has no use for parts: the head has none", method)
+        logger.info("%s does not use parts: the head has none", method)
         num_parts = 0
     if rows == 1 and num_parts:
         logger.warning("The backbone returns no feature map: training without parts")
@@ -53,9 +53,9 @@ class SeenBatch:
     """A batch between its losses and the write into the banks.
 
     Attributes:
-        index: Which training image each is, int64 ``(B,)``.
-        embeddings: Its features, without gradient.
-        memos: What the method's ``loss`` hands to its ``update``.
+        index: Index of each training image, int64 ``(B,)``.
+        embeddings: Features of the batch, without gradient.
+        memos: Values that the method's ``loss`` passes to its ``update``.
     """
 
     index: Tensor
@@ -75,26 +75,28 @@ class SeenBatch:
 
 
 class EmbeddingNetwork(nn.Module):
-    """Backbone and head; in training also the method, and a teacher if wanted.
+    """Backbone and head; in training also the method, and optionally an EMA teacher.
 
     Its state dict holds the method's banks and labels. The teacher, whose weights follow
-    those in training, takes the network's place in evaluation mode: for clustering and for
-    the test.
+    those in training, replaces backbone and head in evaluation mode, both for clustering
+    and for the test.
 
     Args:
-        backbone: Images to feature map, tokens or vectors.
-        heads: Feature map to :class:`Embeddings`, with ``global_dim``, ``num_parts`` and
-            ``part_dim``.
-        preprocessing: Size of the images, and mean and deviation of their channels.
-        images_normalized: Whether the host's loader normalizes; otherwise it is done here.
+        backbone: Maps images to a feature map, tokens or vectors.
+        heads: Maps a feature map to :class:`Embeddings`; has ``global_dim``, ``num_parts``
+            and ``part_dim``.
+        preprocessing: Size of the images, and mean and standard deviation of their
+            channels.
+        images_normalized: Whether the host's loader normalizes the images; otherwise the
+            network does.
         ghost_batch_size: Images that batch normalization sees together; 0 for all.
         wave_block: WaveBlock behind stages of the backbone: ``"none"``, ``"plain"`` or
             ``"attentive"``; see :mod:`selcon_plugin.models.wave_block`.
 
     Attributes:
-        method: What trains; None in a network that is only evaluated.
-        teacher: None without.
-        global_distance_weight: Share of the global feature in the test feature.
+        method: Training method; None in a network that is only evaluated.
+        teacher: EMA teacher, or None.
+        global_distance_weight: Weight of the global feature in the test feature.
     """
 
     pixel_mean: Tensor
@@ -127,12 +129,12 @@ class EmbeddingNetwork(nn.Module):
         self.teacher: EMATeacher | None = None
         self.method: Method | None = None
         self.global_distance_weight = 0.5
-        # The batch, or micro-batches, of the step in progress: the only queue between
-        # losses(), which read the banks, and update_banks(), which writes them.
+        # The batch, or micro-batches, of the current step. This is the only queue between
+        # losses(), which reads the banks, and update_banks(), which writes them.
         self._pending: list[SeenBatch] = []
 
     def add_teacher(self, decay: float) -> None:
-        """Let a teacher follow the weights from now on.
+        """Add an EMA teacher that follows the weights from now on.
 
         Args:
             decay: Weight of the old value; 0 for no teacher.
@@ -141,7 +143,7 @@ class EmbeddingNetwork(nn.Module):
             self.teacher = EMATeacher(self._trained(), decay)
 
     def _trained(self) -> nn.ModuleDict:
-        """Return backbone and head as one module; not registered a second time."""
+        """Return backbone and head as one module, without registering them again."""
         return nn.ModuleDict({"backbone": self.backbone, "heads": self.heads})
 
     @property
@@ -150,22 +152,22 @@ class EmbeddingNetwork(nn.Module):
         return self.pixel_mean.device
 
     def embed(self, images: Tensor, *, student: bool = False) -> Embeddings:
-        """Images to embeddings.
+        """Compute the embeddings of images.
 
         Args:
-            images: RGB, as the host's loader gives them, shape ``(B, 3, h, w)``. Left
-                unchanged: FastReID's own models normalize in place, after which a flip test
+            images: RGB images from the host's loader, shape ``(B, 3, h, w)``. They are not
+                changed: FastReID's own models normalize in place, after which a flip test
                 normalizes twice.
-            student: Whether to use the weights in training even where a teacher would
-                take their place.
+            student: Whether to use the weights in training even where the teacher would
+                replace them.
 
         Returns:
-            Unit global and part features.
+            Global and part features of unit norm.
 
         Raises:
             TypeError: If the head does not return embeddings.
         """
-        if images.device != self.device:  # a traced copy would name the device for good
+        if images.device != self.device:  # tracing a copy would fix the device for good
             images = images.to(self.device)
         if not self.images_normalized:
             images = self._normalize(images)
@@ -176,7 +178,7 @@ class EmbeddingNetwork(nn.Module):
             assert isinstance(network, nn.ModuleDict)
             backbone, heads = network["backbone"], network["heads"]
         feature_map = backbone(images)
-        if not isinstance(backbone, ModelBackbone):  # which returns a map of its own accord
+        if not isinstance(backbone, ModelBackbone):  # these already return a feature map
             feature_map = as_feature_map(feature_map, size)
         embeddings = heads(feature_map)
         if not isinstance(embeddings, Embeddings):
@@ -194,23 +196,23 @@ class EmbeddingNetwork(nn.Module):
         """Join global and part features so that cosine ranks like the training distance.
 
         Args:
-            embeddings: Of a batch.
+            embeddings: Embeddings of a batch.
 
         Returns:
-            Unit vectors ``(B, C + S*D)``.
+            Unit vectors, shape ``(B, C + S*D)``.
         """
         return fused_feature(embeddings, global_distance_weight=self.global_distance_weight)
 
     def losses(self, images: Tensor, index: Tensor, camids: Tensor) -> dict[str, Tensor]:
-        """Compute the method's losses of a batch, and remember it for the banks.
+        """Compute the method's losses of a batch, and keep its features for the banks.
 
         Args:
-            images: As for :meth:`embed`.
-            index: Which training image each is, int64 ``(B,)``.
+            images: Images, as for :meth:`embed`.
+            index: Index of each training image, int64 ``(B,)``.
             camids: Camera of each image, int64 ``(B,)``, -1 where unknown.
 
         Returns:
-            Scalars by name.
+            Scalar losses by name.
         """
         views = [self.embed(view) for view in self.views_of(images)]
         return self.method_losses(self.embed(images), index, camids, views)
@@ -222,24 +224,24 @@ class EmbeddingNetwork(nn.Module):
         camids: Tensor,
         views: Sequence[Embeddings] = (),
     ) -> dict[str, Tensor]:
-        """Compute the losses from features, for a host that computes these itself.
+        """Compute the losses from features, for a host that computes the features itself.
 
         Args:
             embeddings: Features of the batch, with gradient.
-            index: Which training image each is, int64 ``(B,)``.
+            index: Index of each training image, int64 ``(B,)``.
             camids: Camera of each image, int64 ``(B,)``, -1 where unknown.
-            views: Features of each of :meth:`views_of`.
+            views: Features of each view that :meth:`views_of` returned.
 
         Returns:
-            Scalars by name.
+            Scalar losses by name.
 
         Raises:
             RuntimeError: If the network has no method.
         """
         if self.method is None:
             raise RuntimeError(
-                "this network was built without training images and has no method: the "
-                "host's trainer (SelConTrainer, ImageSelConEngine) gives it one"
+                "this network was built without training images and has no method: train "
+                "with the host's trainer (SelConTrainer, ImageSelConEngine), which adds it"
             )
         index, camids = index.to(self.device), camids.to(self.device)
         losses = self.method.loss(embeddings, index, camids, *views)
@@ -248,13 +250,13 @@ class EmbeddingNetwork(nn.Module):
         return losses
 
     def views_of(self, images: Tensor) -> list[Tensor]:
-        """Make the views of a batch that the method asks for.
+        """Generate the additional views of a batch that the method requires.
 
         Args:
-            images: As for :meth:`embed`.
+            images: Images, as for :meth:`embed`.
 
         Returns:
-            Batches of the same form; none for most methods.
+            Batches of the same shape; an empty list for most methods.
         """
         if self.method is None or type(self.method).make_views is Method.make_views:
             return []
@@ -265,7 +267,7 @@ class EmbeddingNetwork(nn.Module):
         return [self._normalize(view) for view in self.method.make_views(pixels)]
 
     def update_banks(self) -> None:
-        """Write what was seen since the last call into the method's banks.
+        """Write the features since the last call into the method's banks.
 
         Raises:
             RuntimeError: If there was no training step since the last call.
@@ -278,22 +280,22 @@ class EmbeddingNetwork(nn.Module):
         self.method.update(seen.index, seen.embeddings)
 
     def pending_batch(self) -> SeenBatch:
-        """Return what was seen since the banks were written, micro-batches joined.
+        """Return the batch since the last write of the banks, with micro-batches joined.
 
-        They are joined once, for whoever asks first.
+        The micro-batches are joined at the first call and stay joined.
         """
         self._pending = [SeenBatch.cat(self._pending)]
         return self._pending[0]
 
     def clear_pending(self) -> None:
-        """Drop what was seen since the banks were written: the step is not taken."""
+        """Drop the batch since the last write of the banks, because its step is skipped."""
         self._pending = []
 
     def update_teacher(self, *, restart: bool = False) -> None:
-        """Let the teacher follow the weights by one step; nothing without a teacher.
+        """Update the teacher's weights by one step; do nothing without a teacher.
 
         Args:
-            restart: Whether to take the weights over as they are, to begin a run.
+            restart: Whether to copy the weights instead, as at the start of a run.
         """
         if self.teacher is None:
             return

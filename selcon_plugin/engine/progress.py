@@ -1,8 +1,7 @@
-"""Progress of a run: one bar or log line for each of its stages.
+"""Progress display of a run, with one line for each of its stages.
 
-On a terminal a stage is a bar with the time left, and a line of the log when it ends. If
-the output is not a terminal, only lines are logged: one each minute, and one at the end.
-Nothing here knows a host.
+On a terminal a stage is a bar with the remaining time, and a log line when it ends. Without
+a terminal there are only log lines, every minute and at the end.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from selcon_plugin.runs.results import peak_gpu_memory_mib, peak_memory_mib
 
 logger = logging.getLogger(__name__)
 
-_LINE_SECONDS = 60.0  # between two lines of one stage
-_REFRESH_SECONDS = 0.5  # between two readings of memory for a bar
-# Loggers whose lines on a terminal have to make way for the bar.
+_LINE_SECONDS = 60.0  # seconds between two log lines of one stage
+_REFRESH_SECONDS = 0.5  # seconds between two readings of the memory for a bar
+# Loggers whose lines on a terminal must not overwrite the bar.
 _LOGGERS = ("", "selcon_plugin", "fastreid")
 
 
 def on_terminal() -> bool:
-    """Tell whether bars are drawn: on the main process, where all output is a terminal."""
+    """Return whether bars are shown: on the main process, if all output is a terminal."""
     return rank() == 0 and sys.stdout.isatty() and sys.stderr.isatty()
 
 
@@ -38,9 +37,10 @@ def duration(seconds: float, *, approximate: bool = False) -> str:
     """Format a duration: ``8.4 s``, ``2 min 5 s``, ``3 h 20 min``.
 
     Args:
-        seconds: Seconds, 0 or more.
-        approximate: Whether the duration is a rough estimate, which deserves one unit only:
-            ``4 s``, ``10 min``, ``2.5 h``.
+        seconds: Duration in seconds, at least 0.
+        approximate: Whether the duration is a rough estimate, which is formatted in one
+            unit
+            only: ``4 s``, ``10 min``, ``2.5 h``.
 
     Returns:
         The duration in at most two units.
@@ -71,22 +71,22 @@ def _approximate_duration(seconds: float) -> str:
 
 
 def memory() -> str:
-    """Return how much memory this process has taken at most, and on a GPU if it has one."""
+    """Format the peak memory of this process, and that on its GPU if it has one."""
     text = f"{peak_memory_mib() / 1024:.1f} GiB"
     on_gpu = peak_gpu_memory_mib()
     return f"{text}, GPU {on_gpu / 1024:.1f} GiB" if on_gpu else text
 
 
 class Stage:
-    """One stage of a run: how far it is, time left, memory. On the main process alone.
+    """Progress, remaining time and memory of one stage, shown only by the main process.
 
-    Used as a context manager. A stage that an error ends says nothing of its end.
+    A stage is a context manager. A stage that ends with an error logs no final line.
 
     Args:
-        name: What is going on, for instance ``"Training, epoch 3 of 20"``.
-        total: Units in all; None where they cannot be counted.
-        unit: What is counted.
-        done: Units done before.
+        name: Name of the stage, for instance ``"Training, epoch 3 of 20"``.
+        total: Total number of units; None where it is unknown.
+        unit: Name of the counted unit.
+        done: Number of units done before.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Stage:
         self._note = ""
 
     def __enter__(self) -> Stage:
-        self._began = self._said = time.monotonic()
+        self._started = self._logged = time.monotonic()
         self._refreshed = 0.0
         self._silent = rank() > 0
         self._bar: Any = None
@@ -120,7 +120,7 @@ class Stage:
         """Count one more unit.
 
         Args:
-            note: What to show besides, such as the loss.
+            note: Text to show in addition, such as the loss.
         """
         if self._silent:
             return
@@ -132,8 +132,8 @@ class Stage:
                 self._refreshed = now
                 self._bar.set_postfix_str(_joined(note, memory()), refresh=False)
             self._bar.update()
-        elif now - self._said >= _LINE_SECONDS and self._done != self._total:
-            self._said = now
+        elif now - self._logged >= _LINE_SECONDS and self._done != self._total:
+            self._logged = now
             logger.info("%s: %s", self._name, self._so_far(now))
 
     def _so_far(self, now: float) -> str:
@@ -141,7 +141,7 @@ class Stage:
         left = ""
         if self._total is not None:
             count = f"{self._done} of {self._total} {_plural(self._unit)}"
-            pace = (now - self._began) / (self._done - self._first)
+            pace = (now - self._started) / (self._done - self._first)
             left = f"{duration(pace * (self._total - self._done))} left"
         return _joined(count, left, self._note, memory())
 
@@ -156,7 +156,7 @@ class Stage:
         self._open.close()
         if self._silent or kind is not None:
             return
-        seconds = duration(time.monotonic() - self._began)
+        seconds = duration(time.monotonic() - self._started)
         done = self._done - self._first
         count = f"{done} {_plural(self._unit, done)} in {seconds}" if done else seconds
         logger.info("%s: %s", self._name, _joined(count, self._note, memory()))
@@ -174,7 +174,7 @@ def _plural(unit: str, count: int = 2) -> str:
 
 @contextlib.contextmanager
 def _lines_above_bars() -> Iterator[None]:
-    """Keep what is logged on the terminal from running into a bar."""
+    """Keep log lines on the terminal from overwriting a bar."""
     # tqdm would add a handler to a logger that has none on the terminal, so that a line
     # appeared twice, and would drop the level of the handler that it replaces.
     levels = {
@@ -195,11 +195,11 @@ def _writes_to_terminal(handler: logging.Handler) -> bool:
 
 
 class ProgressLoader:
-    """A loader that shows how far it is as it is iterated.
+    """Loader that shows the progress of its own iteration.
 
     Args:
-        loader: Batches; its attributes are this one's as well.
-        name: What goes on meanwhile.
+        loader: Loader of batches; its attributes are available on this object too.
+        name: Name of the stage.
     """
 
     def __init__(self, loader: Any, name: str) -> None:
@@ -216,11 +216,11 @@ class ProgressLoader:
 
 
 def with_progress(batches: Iterable[Any], name: str) -> Iterator[Any]:
-    """Show how far an iteration over batches is.
+    """Show the progress of an iteration over batches.
 
     Args:
-        batches: What is iterated.
-        name: What goes on meanwhile.
+        batches: Batches to iterate over.
+        name: Name of the stage.
 
     Yields:
         The batches.
@@ -233,23 +233,24 @@ def with_progress(batches: Iterable[Any], name: str) -> Iterator[Any]:
 
 
 class TrainingProgress:
-    """Shows each epoch of a training as a stage, with the time left of the whole run.
+    """Progress of a training, with one stage per epoch and the time left in the whole run.
 
-    That time follows the run's own pace, clustering and evaluation included.
+    The remaining time is estimated from the run's own pace, including clustering and
+    evaluation.
 
     Args:
-        epochs: Epochs in all.
-        steps_per_epoch: Optimizer steps of each.
+        epochs: Total number of epochs.
+        steps_per_epoch: Optimizer steps per epoch.
         first_step: Steps done before, by an earlier part of the run.
     """
 
     def __init__(self, epochs: int, steps_per_epoch: int, first_step: int = 0) -> None:
         self._epochs, self._steps_per_epoch = epochs, steps_per_epoch
-        self._first_step, self._began = first_step, time.monotonic()
+        self._first_step, self._started = first_step, time.monotonic()
         self._stage: Stage | None = None
 
     def begin_step(self, step: int) -> None:
-        """Open the stage of an epoch, unless it is open.
+        """Open the stage of the epoch, unless it is open already.
 
         Args:
             step: Steps done before this one.
@@ -265,15 +266,15 @@ class TrainingProgress:
             self._stage.__enter__()
 
     def end_step(self, step: int, loss: float | None = None) -> None:
-        """Count a step; close the stage after an epoch's last.
+        """Count a step, and close the stage after the last step of an epoch.
 
         Args:
             step: Steps done before this one.
-            loss: Its loss, if it is known.
+            loss: Loss of the step, if it is known.
         """
         assert self._stage is not None
         done = step + 1
-        pace = (time.monotonic() - self._began) / (done - self._first_step)
+        pace = (time.monotonic() - self._started) / (done - self._first_step)
         left = pace * (self._epochs * self._steps_per_epoch - done)
         run = f"{duration(left)} to the end of the run" if left else ""
         self._stage.update(_joined("" if loss is None else f"loss {loss:.3f}", run))
@@ -282,7 +283,7 @@ class TrainingProgress:
             self._stage = None
 
     def close(self) -> None:
-        """Close the stage of an epoch that was not finished."""
+        """Close the stage of an unfinished epoch."""
         if self._stage is not None:
             self._stage.__exit__(RuntimeError, None, None)
             self._stage = None

@@ -1,16 +1,16 @@
-"""A training run in the host's loop: what happens before it, each epoch, each step.
+"""Training run inside the host's loop: its work before training, per epoch and per step.
 
 ::
 
     run.before_training()
     for epoch in ...:
-        run.start_epoch(epoch)             seeds
-        run.refresh_pseudo_labels(epoch, step)   clusters, if it is time; then batches
+        run.start_epoch(epoch)                  seeds the random streams
+        run.refresh_pseudo_labels(epoch, step)  clusters if it is due, then plans batches
         for batch in ...:
-            run.start_step(step)           seeds
-            take_step(...)                 losses, backward, weights, if run.guard allows
-            run.after_step()               banks, teacher
-        run.end_epoch(epoch)               what could not be read; are weights, banks sound?
+            run.start_step(step)                seeds the random streams
+            take_step(...)                      losses, backward, weights if the guard
+            allows run.after_step()                    updates banks and teacher
+        run.end_epoch(epoch)                    reports unreadable images, checks the state
 """
 
 from __future__ import annotations
@@ -71,26 +71,26 @@ def _seed_from(*numbers: int) -> None:
 
 @dataclass
 class TrainingRun:
-    """What the method wants done along a host's training loop.
+    """The steps that a method takes along a host's training loop.
 
     Random streams are seeded by ``(seed, epoch, rank)`` before each epoch and by ``(seed,
-    step, rank)`` before each step, so that a run resumed at either goes on as the unbroken
-    one would.
+    step, rank)`` before each step, so that a run that resumes at either of them continues
+    exactly as an uninterrupted one.
 
     Attributes:
         network: Network with its method.
         dataset: Training images.
-        sampler: Draws the batches.
-        labeler: Features to pseudo-labels; None for a method without clusters.
+        sampler: Samples the batches.
+        labeler: Maps features to pseudo-labels; None for a method without clusters.
         extract: Computes the embeddings of all training images.
-        calibrate: Makes fresh normalization layers ready for them.
+        calibrate: Calibrates new normalization layers before the first extraction.
         options: Options of the run.
         clustering: Options of the clustering.
-        min_clusters: Clusters a batch needs.
-        folder: Where what a report shows is kept; nothing is if it is empty.
-        report: Takes what a clustering measured, by name; on the main process.
-        best: Keeps the best weights by a label-free figure; None for none.
-        guard: Judges each step before anything is written.
+        min_clusters: Number of clusters that a batch requires.
+        folder: Folder for the data of the report; empty to keep none.
+        report: Receives the metrics of a clustering by name, on the main process.
+        best: Keeps the best weights by a label-free criterion, or None.
+        guard: Checks each step before anything is written.
     """
 
     network: EmbeddingNetwork
@@ -109,9 +109,9 @@ class TrainingRun:
     def __post_init__(self) -> None:
         if self.best is not None and self.labeler is None:
             logger.warning(
-                "keep_best_by %s is a figure of clusters, and the method makes none: no "
-                "best weights are kept",
-                self.best.figure,
+                "keep_best_by %s is a criterion of clusters, but the method does not "
+                "cluster: no best weights are kept",
+                self.best.criterion,
             )
             self.best = None
         self._evaluation_only_pids = self.dataset.evaluation_only_identities
@@ -131,12 +131,12 @@ class TrainingRun:
         return method
 
     def before_training(self) -> None:
-        """Prepare what a checkpoint did not bring.
+        """Initialize the state that no checkpoint has restored.
 
         Raises:
-            FloatingPointError: If weights or banks that were loaded hold NaN or infinity.
+            FloatingPointError: If loaded weights or banks contain NaN or infinity.
             ValueError: If there is too little memory to cluster the images.
-        """  # noqa: DOC502  (raised by what this calls)
+        """  # noqa: DOC502  (raised by the functions called here)
         check_state(self.network, self.dataset.paths, when="before training")
         self._check_clustering()
         if self.method.prepared:
@@ -147,7 +147,7 @@ class TrainingRun:
             self.method.prepare(self._extract()[0], self._camids())
 
     def _check_clustering(self) -> None:
-        """Say what each clustering will take, and refuse where the memory is not there."""
+        """Log the expected cost of each clustering; raise if memory is insufficient."""
         if self.labeler is None or rank() > 0:
             return
         device, dim = self.network.device, self.network.heads.global_dim
@@ -162,10 +162,10 @@ class TrainingRun:
             check_memory(expected, f"clustering {len(self.dataset):,} images")
 
     def start_epoch(self, epoch: int) -> None:
-        """Tell the method and seed all random streams.
+        """Notify the method of a new epoch, and seed all random streams.
 
         Args:
-            epoch: Counted from 0.
+            epoch: Index of the epoch, counted from 0.
         """
         self.method.start_epoch(epoch)
         _seed_from(self.options.seed, epoch, rank())
@@ -174,22 +174,23 @@ class TrainingRun:
         """Seed all random streams.
 
         Args:
-            step: Optimizer steps before this one.
+            step: Number of optimizer steps before this one.
         """
-        # The 1 keeps this stream apart from the epochs'.
+        # The 1 separates this stream from those of the epochs.
         _seed_from(self.options.seed, step, rank(), 1)
 
     def refresh_pseudo_labels(self, epoch: int, step: int, steps_done: int = 0) -> None:
-        """Cluster the images if it is time, and draw this epoch's batches from the labels.
+        """Cluster the images if it is due, and plan this epoch's batches from the labels.
 
-        Features of all training images (each rank extracts its share) are labeled on the
-        main process; the labels go to all ranks and the method rebuilds its banks.
+        Each rank extracts the features of its shard of the training images. The main
+        process labels all of them, the labels go to all ranks, and the method rebuilds its
+        banks.
 
         Args:
-            epoch: Counted from 0.
-            step: Optimizer steps before this epoch.
-            steps_done: Steps of it that an earlier part of the run did. Its labels are then
-                those of the checkpoint.
+            epoch: Index of the epoch, counted from 0.
+            step: Number of optimizer steps before this epoch.
+            steps_done: Steps of this epoch that an earlier part of the run did. If there
+                are any, the labels of the checkpoint are used.
         """
         if (
             self.labeler is not None
@@ -208,7 +209,7 @@ class TrainingRun:
         self.sampler.start = step + steps_done
 
     def after_step(self) -> None:
-        """Write the banks and move the teacher, unless the step is skipped."""
+        """Write the banks and update the teacher, unless the step is skipped."""
         if self.guard.skipped:
             self.network.clear_pending()
             return
@@ -216,21 +217,21 @@ class TrainingRun:
         self.network.update_teacher()
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
-        """Say what could not be read; check weights and banks, before they are saved.
+        """Report unreadable images, and check weights and banks before they are saved.
 
-        Where nothing is clustered, this is also when a collapse is looked for.
+        For a method without clusters, this also checks the features for a collapse.
 
         Args:
-            epoch: Counted from 0.
+            epoch: Index of the epoch, counted from 0.
 
         Returns:
-            Figures by name; none where they come from the clustering, and none but on the
-            main process.
+            Metrics by name; empty for a method with clusters, whose clustering reports
+            them, and on every process except the main one.
 
         Raises:
-            FloatingPointError: If there is NaN or infinity in them. ``ValueError`` if too
-                many images cannot be read.
-        """  # noqa: DOC502  (raised by what this calls)
+            FloatingPointError: If weights or banks contain NaN or infinity. ``ValueError``
+                if too many images are unreadable.
+        """  # noqa: DOC502  (raised by the functions called here)
         self._report_unreadable()
         self._share_statistics()
         check_state(self.network, self.dataset.paths, when=f"after epoch {epoch + 1}")
@@ -242,12 +243,12 @@ class TrainingRun:
         return self._watch(epoch, spread)
 
     def score_final_epoch(self, epochs: int) -> None:
-        """Cluster once more after the last epoch, for the best weights alone.
+        """Cluster once more after the last epoch, only to score its weights.
 
-        The clusters before an epoch judge the weights of the one before.
+        The clusters at the start of an epoch score the weights of the previous one.
 
         Args:
-            epochs: Epochs trained.
+            epochs: Number of epochs trained.
         """
         if self.best is None or self.labeler is None:
             return
@@ -259,20 +260,20 @@ class TrainingRun:
     def _offer(self, measured: Mapping[str, float], epochs: int) -> None:
         if self.best is None or not self.method.step:  # weights before training
             return
-        # All images in one cluster leave no outlier, and are the same every epoch.
+        # One cluster of all images would win: it has no outliers and never changes.
         if not find_collapse_signs(measured, len(self.dataset)).clusters:
             self.best.offer(measured, epochs)
 
     def _watch(self, epoch: int, measured: dict[str, float]) -> dict[str, float]:
-        """Warn if the features, or the clusters, look collapsed."""
+        """Warn if the features or the clusters show signs of a collapse."""
         signs = find_collapse_signs(measured, len(self.dataset))
         if not signs:
             return measured
         remedies = ["lower eps of the clustering, or set it to auto"] * bool(signs.clusters)
         if self.method.step == 0:
             logger.warning(
-                "Before training the network hardly tells the images apart: %s. Begin with "
-                "pretrained weights%s",
+                "Before training the network hardly discriminates the images: %s. Start "
+                "from pretrained weights%s",
                 signs,
                 "".join(f"; {remedy}" for remedy in remedies),
             )
@@ -281,7 +282,7 @@ class TrainingRun:
             remedies.insert(0, self.method.collapse_remedy)
         logger.warning(
             "Epoch %d: the representation has collapsed, or is about to: %s. Go back to an "
-            "earlier checkpoint, or begin anew, and %s",
+            "earlier checkpoint, or start over, and %s",
             epoch + 1,
             signs,
             "; ".join(remedies),
@@ -289,23 +290,23 @@ class TrainingRun:
         return measured
 
     def _report_unreadable(self) -> None:
-        """Say which images could not be read, once; stop the run if they are too many."""
+        """Warn once about unreadable images; stop the run if there are too many."""
         report_unreadable(
             self.dataset,
             unreported=on_any_rank(self.dataset.pop_unreported()),
             unreadable=on_any_rank(self.dataset.unreadable),
             max_unreadable_ratio=self.options.max_unreadable_ratio,
-            what_happened="others were drawn in their place, with their own labels",
+            what_happened="other images replaced them, with their own labels",
         )
 
     def write_pictures(self, folder: str, step: int) -> None:
         """Write contact sheets and the embedding of the trained network to TensorBoard.
 
-        Every rank extracts its share; the main process writes.
+        Every rank extracts its shard; the main process writes.
 
         Args:
             folder: Folder of the run.
-            step: Optimizer steps done.
+            step: Number of optimizer steps done.
         """
         embeddings, usable = self._extract()
         if rank() > 0:
@@ -321,13 +322,13 @@ class TrainingRun:
         )
 
     def diagnostics(self) -> dict[str, float]:
-        """Report what a user watches, from the last batch and the banks.
+        """Return metrics of the last batch and the banks, for the log.
 
-        The share of true matches among the chosen neighbors is reported if the data set
-        has identities. Nothing flows back.
+        If the data set has identities, the ratio of true matches among the selected
+        neighbors is one of them. The training never uses these metrics.
 
         Returns:
-            Figures by name.
+            Metrics by name.
         """
         report = self.method.diagnostics()
         if self.guard.num_skipped:
@@ -341,11 +342,11 @@ class TrainingRun:
         return report
 
     def _extract(self) -> tuple[Embeddings, Tensor]:
-        # Features of unreadable images, and bad numbers, become zero. The second value says
-        # which images have features: bool (M,) on the CPU.
+        # Features of unreadable images and non-finite features become zero. The second
+        # value marks the images that have features: bool (M,) on the CPU.
         self.dataset.reset_unreadable()
         self._share_statistics()
-        embeddings, bad = zero_nonfinite_features(
+        embeddings, nonfinite = zero_nonfinite_features(
             self.extract(), self.dataset.paths, self.options.on_nonfinite
         )
         unreadable = on_any_rank(self.dataset.unreadable)
@@ -355,19 +356,19 @@ class TrainingRun:
                 unreported=on_any_rank(self.dataset.pop_unreported()),
                 unreadable=unreadable,
                 max_unreadable_ratio=self.options.max_unreadable_ratio,
-                what_happened="their features are zero, and they are in no cluster",
+                what_happened="their features are zero, and they belong to no cluster",
             )
             rows = unreadable.nonzero().flatten().to(self.network.device)
             for features in (embeddings.global_features, embeddings.part_features):
                 if features is not None:
                     features[rows] = 0
         usable = ~unreadable
-        usable[bad.cpu()] = False
+        usable[nonfinite.cpu()] = False
         return embeddings, usable
 
     def _share_statistics(self) -> None:
-        # Each rank's running statistics are of its own images. All extract and evaluate
-        # with those of rank 0, which are in the checkpoint.
+        # Each rank's running statistics come from its own images. All ranks extract and
+        # evaluate with those of rank 0, which the checkpoint holds.
         network = self.network
         share_buffers(network.backbone, network.heads, network.teacher)
 
@@ -385,7 +386,7 @@ class TrainingRun:
         embeddings, usable = self._clustered_features()
         extracted = time.perf_counter()
         last = self._clustering_seconds
-        hint = f" ({duration(last)} the last time)" if last is not None else ""
+        hint = f" ({duration(last)} last time)" if last is not None else ""
         with Stage(f"Clustering {len(self.dataset)} images{hint}"):
             found = self._label(embeddings, usable) if rank() == 0 else None
         pseudo_labels = share_pseudo_labels(found, self.network.device)
@@ -405,7 +406,7 @@ class TrainingRun:
             self._report(epoch, pseudo_labels, spread | seconds)
 
     def _keep(self, features: Tensor, found: PseudoLabels | None, epoch: int) -> None:
-        """Write what a report shows; the training goes on where that fails."""
+        """Write the data of the report; the training continues if that fails."""
         if not self.folder:
             return
         try:
@@ -413,10 +414,10 @@ class TrainingRun:
                 self.folder
             )
         except Exception as error:
-            logger.warning("What a report shows could not be kept: %s", error)
+            logger.warning("The data of the report could not be written: %s", error)
 
     def _label(self, embeddings: Embeddings, usable: Tensor) -> PseudoLabels:
-        """Label the images that have features; the others are in no cluster."""
+        """Label the images that have features; the others belong to no cluster."""
         assert self.labeler is not None
         features, camids = embeddings.global_features, self._camids()
         if self.clustering.features == "fused":
@@ -441,7 +442,7 @@ class TrainingRun:
         report = {**found.measured, **measured}
         if self._evaluation_only_pids is not None:
             report |= cluster_diagnostics(found.labels, self._evaluation_only_pids)
-        # Undefined for these labels, and no number in JSON.
+        # NaN means that a metric is undefined for these labels; JSON has no NaN.
         report = {name: value for name, value in report.items() if not math.isnan(value)}
         self.report(report)
         self._offer(report, epoch)

@@ -1,4 +1,4 @@
-"""Options of a run that belong to no method and no labeler."""
+"""Options of a run that do not belong to a method or a labeler."""
 
 from __future__ import annotations
 
@@ -23,53 +23,58 @@ def _sampler_names() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Options of every run. A config's keys, their checks and the tables are made from it.
+    """Options of every run; config keys, their checks and the tables are generated from it.
 
     Attributes:
-        method: Which method trains.
-        num_parts: Horizontal parts S; 0 is global only. Must divide the embedding
-            dimension; methods without parts build none.
-        project_global: Linear layer before the global feature's normalization.
+        method: Registered name of the training method.
+        num_parts: Number S of horizontal parts; 0 trains on global features only. It must
+            divide the embedding dimension; methods without parts ignore it.
+        project_global: Whether a linear layer precedes the normalization of the global
+            feature.
         diagnostics_period: Steps between reports of neighbor quality to log, JSON and
             TensorBoard; 0 for none.
-        keep_checkpoints: How many periodic checkpoints to keep, the newest; 0 keeps all.
-            They hold the banks.
+        keep_checkpoints: Number of periodic checkpoints to keep, the newest ones; 0 keeps
+            all. They contain the banks.
         keep_best_by: Label-free criterion by which the weights of the best epoch are kept,
             in ``best_without_labels.pth``: fewest outliers, or the largest stability or
-            silhouette. Clusters the images once more after the last epoch ([how reliable
-            each is](../docs/benchmarks/market1501.md#label-free-criteria)).
+            silhouette. The images are clustered once more after the last epoch ([how
+            reliable each is](../docs/benchmarks/market1501.md#label-free-criteria)).
         sampler: How batches are sampled: ``stream`` shuffles all images; ``pk_camera``
-            takes K images of P clusters, from different cameras where it can; ``pk`` does
-            without cameras; ``proxy`` takes K images of P cluster-camera pairs; ``group``
-            whole clusters; ``shuffle`` all images of an epoch. ``auto`` is the method's
-            own. K is ``DATALOADER.NUM_INSTANCE``, in torchreid ``sampler.num_instances``.
+            takes K images of each of P clusters, from different cameras where possible;
+            ``pk`` ignores cameras; ``proxy`` takes K images of each of P cluster-camera
+            pairs; ``group`` takes whole clusters; ``shuffle`` takes all images of an epoch.
+            ``auto`` selects the method's own sampler. K is ``DATALOADER.NUM_INSTANCE``, in
+            torchreid ``sampler.num_instances``.
         outlier_ratio: Fraction of each batch that is sampled from outliers, in whole blocks
-            of K; 0 leaves them out.
-        iters_per_epoch: Steps per epoch; 0 is one pass over the images' number.
-        micro_batches: Parts into which each batch is cut, one after the other, with one
-            optimizer step: for a batch larger than the GPU. Clusters stay whole.
-        ghost_batch_size: Images that batch normalization sees together, in every layer of
-            backbone and head: on one GPU what a batch spread over several gives. 0 is the
-            whole batch.
-        extra_images: Folder of images that join the training set, such as generated ones;
-            their cameras are unknown.
-        max_unreadable_ratio: Fraction of the training images that may be unreadable; such
-            files are left out and reported once, more of them stop the run with a list.
-        wave_block: WaveBlock behind the second and third stage of the backbone, only in
-            training (JCL): a random band of rows stays, the others grow; ``attentive`` puts
-            a residual CBAM before each, which stays in the test.
-        ema_decay: Weight of the old value in a teacher whose weights follow the network's;
-            it extracts the features for clustering, and is tested. 0 is no teacher.
-        on_nonfinite: What to do about NaN or infinity in a step's losses, features or
-            gradients, and in extracted features: leave it out with a warning, or end the
-            run. Nothing of such a step is written either way.
-        max_nonfinite_steps: Steps skipped in a row after which the run ends all the same.
+            of K; 0 leaves outliers out.
+        iters_per_epoch: Steps per epoch; with 0 an epoch samples as many images as the
+            training set has.
+        micro_batches: Number of micro-batches into which each batch is split for one
+            optimizer step, if the batch does not fit on the GPU. Clusters stay whole.
+        ghost_batch_size: Number of images that batch normalization sees together, in every
+            layer of backbone and head, as if the batch were spread over several GPUs. 0
+            uses the whole batch.
+        extra_images: Folder of additional training images, such as generated ones; their
+            cameras are unknown.
+        max_unreadable_ratio: Fraction of the training images that may be unreadable. Such
+            files are left out and reported once; if there are more, the run stops and lists
+            them.
+        wave_block: WaveBlock after the second and third stage of the backbone, only in
+            training (JCL): a random band of rows keeps its values, the others are scaled
+            up; ``attentive`` puts a residual CBAM before each, which remains in the test.
+        ema_decay: Weight of the old value in an EMA teacher of the network. The teacher
+            extracts the features for clustering and is evaluated. 0 disables it.
+        on_nonfinite: Reaction to NaN or infinity in a step's losses, features or gradients,
+            and in extracted features: skip them with a warning, or stop the run. Either
+            way such a step changes no weight and no bank.
+        max_nonfinite_steps: Consecutive skipped steps after which the run stops even with
+            ``skip``.
         report_images: Whether the run's ``report.html`` shows crops; see
             [docs/report.md](../docs/report.md).
-        tensorboard_pictures: Write contact sheets of the largest clusters and the embedding
-            projector, of at most 1,000 images, to TensorBoard when the training ends; they
-            show the crops.
-        seed: Seed of everything random in a run.
+        tensorboard_pictures: Whether to write contact sheets of the largest clusters and
+            the embedding projector, of at most 1,000 images, to TensorBoard when the
+            training ends; they show the crops.
+        seed: Seed of all randomness in a run.
     """
 
     method: Annotated[str, ChoiceOf(method_names)] = "SelectiveContrastive"
@@ -96,21 +101,22 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class ClusteringOptions:
-    """Options of clustering that belong to no labeler.
+    """Options of clustering that do not belong to a labeler.
 
     Attributes:
-        labeler: What finds the clusters.
-        period: Epochs from one clustering to the next.
-        features: The clustered features: the global feature, or the test feature of global
-            and parts.
-        center_cameras: Center the features of each camera of 100 images or more before
-            clustering, so that the cameras' means agree.
-        reliability: SpCL's self-paced criterion: clusters that fall apart or merge at a
-            slightly different eps lose their images.
-        drop_single_camera: Images of clusters that only one camera sees become outliers
+        labeler: Registered name of the labeler, which clusters the images.
+        period: Number of epochs from one clustering to the next.
+        features: Clustered features: the global feature, or the test feature, which joins
+            global and part features.
+        center_cameras: Whether to center the features of each camera with at least 100
+            images before clustering, so that the cameras' means agree.
+        reliability: Whether to apply SpCL's self-paced criterion: clusters that split or
+            merge at a slightly different eps lose their images.
+        drop_single_camera: Whether images of clusters from only one camera become outliers
             (JCL).
-        outliers: ``drop`` leaves them without a cluster, ``singleton`` makes each a
-            cluster, ``nearest`` gives each the nearest cluster.
+        outliers: Treatment of outliers: ``drop`` leaves them without a cluster,
+            ``singleton`` makes each a cluster of its own, ``nearest`` assigns each to the
+            nearest cluster.
     """
 
     labeler: Annotated[str, ChoiceOf(labeler_names)] = "DBSCAN"

@@ -1,4 +1,4 @@
-"""One training step, the same in both hosts: micro-batches, losses, guard, weights."""
+"""One training step, which both hosts share: micro-batches, losses, guard, weights."""
 
 from __future__ import annotations
 
@@ -34,42 +34,42 @@ def take_step(
 ) -> dict[str, float]:
     """Train the weights on one batch.
 
-    Banks and teacher follow in ``TrainingRun.after_step``, once the host has logged.
+    ``TrainingRun.after_step`` updates banks and teacher later, once the host has logged.
 
-    The gradient is the mean of the micro-batches' gradients: that of the whole batch where
-    the loss is a mean over images that do not see each other. Batch norm sees a micro-batch
-    at a time, as on a batch of that size. Under ``DistributedDataParallel`` the processes
-    exchange gradients once, with the last micro-batch.
+    The gradient is the mean of the micro-batches' gradients. It equals that of the whole
+    batch if the loss is a mean over images that do not interact. Batch norm sees one
+    micro-batch at a time, as with a batch of that size. Under ``DistributedDataParallel``
+    the processes exchange gradients once, with the last micro-batch.
 
-    A step that the guard refuses changes no weight; its gradients are dropped.
+    A step that the guard refuses changes no weight, and its gradients are dropped.
 
     Args:
-        compute_losses: Batch to losses by name, scalars with gradient; called once per
-            micro-batch.
+        compute_losses: Maps a batch to its losses by name, scalars with gradient; called
+            once per micro-batch.
         batch: Tensors and lists by name, each with one entry per image.
-        optimizer: Steps once.
-        images_name: Name of the images in the batch, in which the guard looks for the cause
+        optimizer: Optimizer, which takes one step.
+        images_name: Key of the images in the batch, which the guard searches for the cause
             of a non-finite value.
-        step: Steps before this one.
-        model: What ``compute_losses`` runs, inside ``DistributedDataParallel`` if it is
-            trained by several processes.
-        num_micro_batches: Parts of the batch; must divide the number of its images.
-        guard: Checks the step before a weight moves; None for none.
-        scaler: Scales the losses of a forward pass in float16; None for none. It checks the
-            gradients itself and skips a step now and then, so the guard does not check
+        step: Number of steps before this one.
+        model: Module that ``compute_losses`` runs, wrapped in ``DistributedDataParallel``
+            if several processes train it.
+        num_micro_batches: Number of micro-batches; must divide the number of images.
+        guard: Checks the step before a weight changes; None for no check.
+        scaler: Scales the losses of a forward pass in float16, or None. It checks the
+            gradients itself and occasionally skips a step, so that the guard does not check
             them.
-        total_name: Name under which the sum of the losses is returned; empty for none.
+        total_name: Key under which the sum of the losses is returned; empty to omit it.
         before_update: Called with the losses of a step that is taken, before the weights
-            move.
+            change.
 
     Returns:
-        The losses of this process by name, each the mean over the micro-batches, where one
-        that a micro-batch lacks counts as zero.
+        The losses of this process by name, each the mean over the micro-batches. A loss
+        that a micro-batch lacks counts as zero there.
 
     Raises:
         FloatingPointError: If the guard stops the run.
         RuntimeError: If there are no losses.
-    """  # noqa: DOC502  (the first is raised by the guard)
+    """  # noqa: DOC502  (the guard raises the first)
     optimizer.zero_grad()
     if guard is not None:
         guard.begin_step()
@@ -123,7 +123,7 @@ def _read(
     """Read the losses from the device, and let the guard decide on the step."""
     if guard is None:
         return {name: loss.item() for name, loss in losses.items()}
-    return guard.judge(losses, images, step, check_gradients=check_gradients)
+    return guard.check(losses, images, step, check_gradients=check_gradients)
 
 
 def _update_weights(optimizer: Optimizer, scaler: Any) -> None:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a run stops between two steps, where it can go on exactly."""
+"""Handling of SIGTERM and Ctrl-C: a run stops between two steps, where it can resume."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _DEFAULT_HANDLERS = (signal.SIG_DFL, signal.default_int_handler)
 
 
 class RunStopped(SystemExit):
-    """A run ended on a signal; uncaught, the process ends with the usual status for it.
+    """Exit of a run that was stopped by a signal; uncaught, it gives the usual exit status.
 
     Args:
-        number: The signal: status 143 for SIGTERM, 130 for SIGINT.
+        number: Signal number; the status is 143 for SIGTERM and 130 for SIGINT.
     """
 
     code: int
@@ -39,28 +39,28 @@ class RunStopped(SystemExit):
 
 
 def is_stop_status(status: int | None) -> bool:
-    """Tell whether a process ended by :class:`RunStopped`.
+    """Return whether a process ended with :class:`RunStopped`.
 
     Args:
-        status: Its exit status.
+        status: Exit status of the process.
 
     Returns:
-        Whether it is 143 or 130.
+        Whether the status is 143 or 130.
     """
     return status in _STATUSES
 
 
 def ignore_stop_signals(_worker: int = 0) -> None:
-    """Leave SIGTERM and SIGINT to the training process; for workers that read images.
+    """Make a worker that reads images ignore SIGTERM and SIGINT.
 
-    Ctrl-C and some schedulers signal all processes of a job. A worker that ended by it
-    would end the run in the middle of a step. Workers end when the run does, also by the
-    SIGTERM with which the training process itself ends those that it cannot reach
-    otherwise. Where a signal's sender cannot be told (macOS, Windows), SIGTERM ends them.
+    Ctrl-C and some schedulers signal all processes of a job. A worker that ended on such a
+    signal would end the run in the middle of a step. Workers end when the run does, also on
+    the SIGTERM that the training process itself sends to workers that do not exit
+    otherwise. Where the sender of a signal is unknown (macOS, Windows), SIGTERM ends them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
-        # Of all threads: the signal is left to the one that waits for it.
+        # All threads block the signal, except the one that waits for it.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 
@@ -73,13 +73,13 @@ def _end_with_parent(parent: int) -> None:
 
 @contextlib.contextmanager
 def stop_signals_go_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Handle SIGTERM and SIGINT, where that is Python's own business so far.
+    """Handle SIGTERM and SIGINT where they still have Python's default handlers.
 
-    What a script has set up stays, also that a signal is ignored; and so does all outside
-    the main thread, where Python allows no handlers.
+    Handlers that a script has installed stay, including ignored signals. Nothing changes
+    outside the main thread, where Python allows no handlers.
 
     Args:
-        handler: Called with the signal's number and the stack's frame.
+        handler: Called with the signal number and the stack frame.
 
     Yields:
         Nothing.
@@ -97,14 +97,14 @@ def stop_signals_go_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 
 class StopSignals:
-    """Takes note of SIGTERM and SIGINT inside its ``with`` block.
+    """Recorder of SIGTERM and SIGINT inside its ``with`` block.
 
-    The first signal is noted, for the run to stop where it can; a second Ctrl-C interrupts
+    The first signal is recorded, and the run stops where it can; a second Ctrl-C interrupts
     at once.
 
-    With several processes all of them must ask :meth:`requested` equally often; the answer
-    is the same in all. It is one call old, so that no step waits for the slowest process's
-    signal, and goes over the CPU, so that none waits for a GPU.
+    With several processes, all of them must call :meth:`requested` equally often; the
+    result is the same in all. It is one call old, so that no step waits for the signal of
+    the slowest process, and it is exchanged over the CPU, so that no step waits for a GPU.
     """
 
     def __init__(self) -> None:
@@ -116,7 +116,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         self._number, self._asked = 0, None
         if world_size() > 1:
-            # Its waits are those for the slowest rank, which the main group's limit is for.
+            # It waits for the slowest rank, which only the main group's timeout limits.
             self._group = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
         self._handlers.enter_context(stop_signals_go_to(self._note))
         return self
@@ -128,9 +128,9 @@ class StopSignals:
         if self._number == number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self._number and rank() == 0:
-            # Not the logger or sys.stderr: the signal may have come while they are busy.
+            # The logger and sys.stderr may be busy when the signal arrives.
             name = signal.Signals(number).name
-            again = "; Ctrl-C again gives up what follows the last checkpoint"
+            again = "; Ctrl-C again discards the steps since the last checkpoint"
             text = (
                 f"\n{name}: stopping after this step{again * (number == signal.SIGINT)}\n"
             )
@@ -139,7 +139,7 @@ class StopSignals:
         self._number = self._number or number
 
     def requested(self) -> int:
-        """Return the signal to stop on, 0 for none; between two steps."""
+        """Return the number of the received signal, or 0; to be called between steps."""
         if self._group is None:
             return self._number
         answer = 0
@@ -153,7 +153,7 @@ class StopSignals:
         return answer
 
     def wait_for_all(self) -> None:
-        """Wait until all processes are here: none may end while another still saves."""
+        """Wait for all processes, so that none ends while another still saves."""
         if self._group is not None:
             dist.barrier(self._group)
 
@@ -166,19 +166,19 @@ class StopSignals:
         steps_per_epoch: int,
         resume_by: str,
     ) -> None:
-        """End the run if a signal asks for it; between two steps.
+        """End the run if a signal was received; call this between two steps.
 
         Args:
-            save: Writes a checkpoint of the run as it stands, and what else the host has to
-                write; called with the steps done of this epoch.
-            epoch: Counted from 0.
-            step: Optimizer steps done.
-            steps_per_epoch: Steps of a whole epoch.
-            resume_by: How a script resumes the run, for the message.
+            save: Writes a checkpoint of the current state, and the host's other files;
+                called with the number of steps done in this epoch.
+            epoch: Index of the epoch, counted from 0.
+            step: Number of optimizer steps done.
+            steps_per_epoch: Number of steps in a whole epoch.
+            resume_by: How a script resumes the run, for the log message.
 
         Raises:
-            RunStopped: If a signal came; a ``SystemExit``.
-        """  # noqa: DOC502  (raised by name, below)
+            RunStopped: If a signal was received; it is a ``SystemExit``.
+        """  # noqa: DOC502  (raised from a variable)
         number = self.requested()
         if not number:
             return
@@ -187,8 +187,8 @@ class StopSignals:
         self.wait_for_all()
         stop = RunStopped(number)
         logger.warning(
-            "Stopped by %s, after %d of %d steps of epoch %d. To resume: the same command "
-            "with --resume, in a script %s",
+            "Stopped by %s, after %d of %d steps of epoch %d. To resume, run the same "
+            "command with --resume, or in a script %s",
             stop.signal_name,
             steps_done,
             steps_per_epoch,

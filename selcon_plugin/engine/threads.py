@@ -1,22 +1,18 @@
-"""Threads of computation beside processes that read images."""
+"""Number of compute threads next to processes that read images."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 @contextlib.contextmanager
 def reserve_cpu_core() -> Iterator[None]:
-    """Compute on all cores but one, unless OMP_NUM_THREADS says otherwise.
+    """Compute on all cores except one, unless OMP_NUM_THREADS is set.
 
-    The threads of one operation wait for each other: where another process, such as the one
-    that reads the images, takes the core of one of them, all come to a near standstill.
+    The threads of one operation wait for each other. If another process, such as the one
+    that reads the images, occupies the core of one of them, all nearly stop.
 
     Yields:
         Nothing.

@@ -57,7 +57,7 @@ def build_timm_backbone(cfg: CfgNode) -> TimmBackbone:
         ValueError: If ``TIMM_NAME`` is empty or unknown to timm, if the weights do not fit,
             or if the model does not run on images of ``INPUT.SIZE_TRAIN``. Other errors
             are those of ``create_timm_backbone``.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     return _build(cfg, "TIMM_NAME", "tf_efficientnet_lite0", create_timm_backbone)
 
 
@@ -80,7 +80,7 @@ def build_torchreid_backbone(cfg: CfgNode) -> ModelBackbone:
         ValueError: If ``TORCHREID_NAME`` is empty or unknown to torchreid, if the weights
             do not fit, or if the model does not run on images of ``INPUT.SIZE_TRAIN``.
             Other errors are those of ``create_torchreid_backbone``.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     # Here, not above: FastReID's users need not have torchreid.
     from selcon_plugin.models.torchreid import create_torchreid_backbone
 

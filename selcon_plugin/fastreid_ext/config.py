@@ -263,7 +263,7 @@ def complete_config(cfg: CfgNode) -> CfgNode:
     Raises:
         ValueError: If a key of ``MODEL.SELCON`` is illegal, or one of FastReID's that a run
             needs; names key, value and what is legal.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     if is_checked(cfg):
         return cfg.clone()
     frozen = cfg.is_frozen()

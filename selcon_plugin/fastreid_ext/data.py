@@ -120,7 +120,7 @@ def training_images(cfg: CfgNode) -> IndexedDataset:
 
     Raises:
         ValueError: If too many cannot be read.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     node = cfg.MODEL.SELCON
     items, num_left_out = readable_items(training_items(cfg), node.MAX_UNREADABLE_RATIO)
     dataset = IndexedDataset(items, build_transforms(cfg, is_train=True), node.SEED)
@@ -141,7 +141,7 @@ def build_train_loader(cfg: CfgNode, images: IndexedDataset | None = None) -> Tr
     Raises:
         ValueError: If there are fewer training images than a batch holds, too many cannot
             be read, or the batch cannot be cut evenly.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     dataset = training_images(cfg) if images is None else images
     _warn_of_host_sampler(cfg)
     sampler = _build_sampler(cfg, len(dataset), comm.get_rank(), comm.get_world_size())
@@ -164,7 +164,7 @@ def check_processes(cfg: CfgNode, world_size: int) -> None:
 
     Raises:
         ValueError: If not.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     _build_sampler(cfg, len(training_items(cfg)), 0, world_size)
 
 

@@ -78,7 +78,7 @@ def launch(
         ValueError: If there are not that many GPUs, several machines have no common
             ``dist_url``, the time-out is out of range, or ``main`` raised a user's mistake.
         ProcessFailure: If one of several processes failed; says which and why.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     if not 0 < timeout_minutes <= _WEEK:
         raise ValueError(
             f"--dist-timeout must be above 0 and at most {_WEEK} minutes, a week, got "

@@ -258,7 +258,7 @@ class SelConTrainer(DefaultTrainer):
 
         Raises:
             FloatingPointError: If what was loaded holds NaN or infinity.
-        """  # noqa: DOC502  (raised by what this calls)
+        """  # noqa: DOC502  (raised by the functions called here)
         resuming = resume and self.checkpointer.has_checkpoint()
         if resuming:
             present = self.data_loader.dataset
@@ -376,7 +376,7 @@ class SelConTrainer(DefaultTrainer):
 
         Raises:
             RunStopped: If it was stopped by a signal; a ``SystemExit``.
-        """  # noqa: DOC502  (raised by what this calls)
+        """  # noqa: DOC502  (raised by the functions called here)
         if self.start_epoch >= self.max_epoch:
             logger.info("The run in %s is complete: nothing to resume", self.cfg.OUTPUT_DIR)
             if not (Path(self.cfg.OUTPUT_DIR) / "model_final.pth").exists():

@@ -1,4 +1,5 @@
-"""Networks at work: the embedder, features of a folder, ONNX and export.
+"""Inference with trained networks.
 
-No training belongs here, and no search.
+This folder holds the embedder, the features of a folder of images, ONNX inference and
+export. Training, search and network modules belong to other folders.
 """

@@ -1,6 +1,6 @@
-"""``Embedder``: a trained model, images in, unit feature vectors out.
+"""``Embedder``: a trained model that maps images to unit feature vectors.
 
-The cosine of two vectors says how alike two people look::
+The cosine of two vectors measures how similar two persons look::
 
     embedder = Embedder.from_checkpoint("logs/mine/model_final.pth")
     features = embedder(["a.jpg", "b.jpg"])
@@ -38,7 +38,7 @@ _Image = str | Path | Image.Image | NDArray[np.uint8]
 
 
 class Backend(Protocol):
-    """What computes the features, in PyTorch or from an exported file."""
+    """Network that computes the features, in PyTorch or from an exported file."""
 
     preprocessing: Preprocessing
     dim: int
@@ -49,16 +49,16 @@ class Backend(Protocol):
 
 
 class Embedder:
-    """Features of images by a trained model.
+    """Feature extractor for images, with a trained model.
 
-    Made by :meth:`from_checkpoint` or :meth:`from_onnx`.
+    Create one with :meth:`from_checkpoint` or :meth:`from_onnx`.
 
     Args:
-        backend: What computes.
+        backend: Network that computes the features.
 
     Attributes:
-        dim: Length D of a feature.
-        input_size: Height and width that images are resized to.
+        dim: Feature dimension D.
+        input_size: Height and width to which images are resized.
     """
 
     dim: int
@@ -82,14 +82,14 @@ class Embedder:
         """Load a trained network.
 
         Args:
-            weights: A checkpoint of this plugin in either host, of a training on identities
-                in FastReID or torchreid, or a plain state dict.
-            config_file: Config that it was trained with; empty for the ``config.yaml`` in
-                the folder of its run.
-            backbone: For weights without a config: torchreid's name of the model, such as
-                ``"osnet_x0_25"``, or timm's after ``timm:``. Its own feature is taken,
-                which for models of timm is the average of the last feature map.
-            device: ``"auto"`` for a GPU if there is one, or as in PyTorch.
+            weights: Checkpoint of this plugin in either host, checkpoint of a supervised
+                training in FastReID or torchreid, or plain state dict.
+            config_file: Config of the training; empty for the ``config.yaml`` in the folder
+                of the run.
+            backbone: For weights without a config, the model's name in torchreid, such as
+                ``"osnet_x0_25"``, or ``timm:`` and its name in timm. The model's own
+                feature is used, which for timm is the average of the last feature map.
+            device: ``"auto"`` for a GPU if there is one, or a device name of PyTorch.
             options: ``KEY VALUE`` pairs that change the config; with ``backbone`` they are
                 torchreid's keys, such as ``("data.height", "128", "data.width", "64")``.
 
@@ -98,13 +98,13 @@ class Embedder:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If there is no config, or the weights are of another network.
-        """  # noqa: DOC502  (raised by what this calls)
+            ValueError: If there is no config, or the weights belong to another network.
+        """  # noqa: DOC502  (raised by the functions called here)
         file = Path(weights).expanduser()
         if not file.is_file():
             raise FileNotFoundError(f"there is no checkpoint {str(weights)!r}")
         place = choose_device(device)
-        # Imported here: an exported model needs neither hosts nor methods.
+        # Imported late, because an exported model needs neither hosts nor methods.
         from selcon_plugin.hosts import find_network
 
         network = find_network(file, str(config_file), backbone)
@@ -112,9 +112,9 @@ class Embedder:
 
     @classmethod
     def from_onnx(cls, file: str | Path) -> Embedder:
-        """Load a network that ``selcon export`` wrote.
+        """Load a network that ``selcon export`` has written.
 
-        It runs on a GPU where ``onnxruntime-gpu`` is installed and finds one.
+        It runs on a GPU if ``onnxruntime-gpu`` is installed and finds one.
 
         Args:
             file: The ``.onnx`` file.
@@ -126,7 +126,7 @@ class Embedder:
             FileNotFoundError: If there is no such file.
             ImportError: If onnxruntime is not installed.
             ValueError: If it is another kind of file, or was not written by the plugin.
-        """  # noqa: DOC502  (raised by what this calls)
+        """  # noqa: DOC502  (raised by the functions called here)
         from selcon_plugin.inference.onnx import OnnxNetwork
 
         return cls(OnnxNetwork(file))
@@ -137,8 +137,8 @@ class Embedder:
         """Compute the features of images.
 
         Args:
-            images: Paths, Pillow images, or arrays ``(h, w, 3)`` of RGB values 0..255; of
-                any size. OpenCV's arrays are BGR: hand over ``array[..., ::-1]``.
+            images: Paths, Pillow images, or arrays ``(h, w, 3)`` of RGB values 0..255, of
+                any size. Arrays of OpenCV are BGR: pass ``array[..., ::-1]``.
             batch_size: Images computed together.
 
         Returns:
@@ -146,11 +146,11 @@ class Embedder:
 
         Raises:
             ImageReadError: If a file cannot be read.
-            ValueError: If an array is of another form.
-        """  # noqa: DOC502  (raised by what this calls)
+            ValueError: If an array has another shape or type.
+        """  # noqa: DOC502  (raised by the functions called here)
         _check_batch_size(batch_size)
         if isinstance(images, (str, Path, Image.Image)):
-            raise ValueError("images must be a list, for one image [image]")
+            raise ValueError("images must be a list: pass [image] for a single image")
         resize = self.backend.preprocessing.resize
         batches = (
             np.stack([resize(_as_rgb(image)) for image in images[start:][:batch_size]])
@@ -172,23 +172,24 @@ class Embedder:
         """Compute the features of all images below a folder.
 
         Args:
-            folder: Searched to any depth for jpg, jpeg, png, webp and bmp files.
-            camera_pattern: How to find the camera in a file's path, as for ``selcon
+            folder: Folder, which is searched recursively for jpg, jpeg, png, webp and bmp
+                files.
+            camera_pattern: Pattern that finds the camera in a file's path, as for ``selcon
                 train``; see ``selcon_plugin.datasets.read_image_folder``.
             batch_size: Images computed together.
-            num_workers: Processes that read images; 0 to read in this one.
+            num_workers: Number of processes that read images; 0 to read in this process.
             max_unreadable_ratio: Fraction of the images that may be unreadable; they are
                 left out with a warning.
-            show_progress: Whether to draw a progress bar.
+            show_progress: Whether to show a progress bar.
 
         Returns:
-            Features of the images that can be read, sorted by path.
+            Features of the readable images, sorted by path.
 
         Raises:
-            BadImagesError: If more images cannot be read, or none can.
+            BadImagesError: If more images are unreadable, or none is readable.
             FileNotFoundError: If there is no such folder.
-            ValueError: If it holds no images.
-        """  # noqa: DOC502  (raised by what this calls)
+            ValueError: If the folder contains no images.
+        """  # noqa: DOC502  (raised by the functions called here)
         return self.embed_items(
             read_image_folder(folder, camera_pattern=camera_pattern),
             batch_size=batch_size,
@@ -206,21 +207,21 @@ class Embedder:
         max_unreadable_ratio: float = 0.05,
         show_progress: bool = False,
     ) -> FolderFeatures:
-        """Compute the features of images that have been listed.
+        """Compute the features of listed images.
 
         Args:
-            items: What ``selcon_plugin.datasets.read_image_folder`` returned.
+            items: Result of ``selcon_plugin.datasets.read_image_folder``.
             batch_size: Images computed together.
-            num_workers: Processes that read images; 0 to read in this one.
-            max_unreadable_ratio: As of :meth:`embed_folder`.
-            show_progress: Whether to draw a progress bar.
+            num_workers: Number of processes that read images; 0 to read in this process.
+            max_unreadable_ratio: As for :meth:`embed_folder`.
+            show_progress: Whether to show a progress bar.
 
         Returns:
-            Features of the images that can be read, in the order of ``items``.
+            Features of the readable images, in the order of ``items``.
 
         Raises:
-            BadImagesError: If more images cannot be read, or none can.
-        """  # noqa: DOC502  (raised by what this calls)
+            BadImagesError: If more images are unreadable, or none is readable.
+        """  # noqa: DOC502  (raised by the functions called here)
         _check_batch_size(batch_size)
         reader = _FolderReader([item.path for item in items], self.backend.preprocessing)
         loader: Iterable[list[NDArray[np.uint8] | str]] = DataLoader(
@@ -264,7 +265,7 @@ class Embedder:
 
 
 class _FolderReader(Dataset[NDArray[np.uint8] | str]):
-    """Resized images; in the place of one that cannot be read, path and reason."""
+    """Data set of resized images, with path and reason in place of unreadable ones."""
 
     def __init__(self, paths: Sequence[str], preprocessing: Preprocessing) -> None:
         self.paths = paths
@@ -281,10 +282,10 @@ class _FolderReader(Dataset[NDArray[np.uint8] | str]):
 
 
 def choose_device(name: str) -> torch.device:
-    """Return where to compute.
+    """Return the device to compute on.
 
     Args:
-        name: ``"auto"`` for a GPU if there is one, or as in PyTorch.
+        name: ``"auto"`` for a GPU if there is one, or a device name of PyTorch.
 
     Returns:
         The device.
@@ -313,7 +314,7 @@ def _as_rgb(image: Any) -> Image.Image:
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
         raise ValueError(
-            "an image must be a path, a Pillow image, or an array of uint8 of shape "
-            f"(h, w, 3), RGB; got {array.dtype} of shape {array.shape}"
+            "an image must be a path, a Pillow image, or a uint8 RGB array of shape "
+            f"(h, w, 3); got {array.dtype} of shape {array.shape}"
         )
     return Image.fromarray(np.ascontiguousarray(array))

@@ -1,8 +1,8 @@
-"""Trained networks as files that run without this package: ONNX and TorchScript.
+"""Export of trained networks to ONNX and TorchScript, which run without this package.
 
-What is written has been compared with PyTorch on crops first. Both forms are made by
-tracing: PyTorch's TorchScript-based ONNX exporter is the one that runs alike on torch 2.2
-to 2.13 and needs no further package.
+Each exported network is compared with PyTorch on crops before it is written. Both formats
+use tracing: PyTorch's TorchScript-based ONNX exporter behaves the same on torch 2.2 to 2.13
+and needs no further package.
 """
 
 from __future__ import annotations
@@ -61,31 +61,32 @@ __all__ = [
 ]
 
 LICENCE_NOTE = (
-    "The weights have the terms of the images and of the pretrained weights they were made "
-    "from. The program that wrote this file, selcon_plugin, is Apache-2.0."
+    "The weights are subject to the terms of the images and of the pretrained weights from "
+    "which they were trained. The program that wrote this file, selcon_plugin, is "
+    "Apache-2.0."
 )
 
-# LayerNormalization and all other operators have stood still since, and runtimes of 2023
-# have it.
+# LayerNormalization and all other operators are unchanged since this version, and runtimes
+# of 2023 support it.
 _OPSET = 17
-# Opens the batch axis to any number, which is then tried.
+# Batch sizes of the comparison, because the exported batch axis is dynamic.
 _BATCHES = (1, 3, 17)
-# Name under which TorchScript files keep what ONNX files have as metadata.
+# Name of the extra file in which TorchScript files keep the metadata of ONNX files.
 _EXTRA_FILE = "selcon.json"
 
 
 class ExportMismatchError(ValueError):
-    """An exported network computes other features than PyTorch; nothing was written."""
+    """Error for an exported network whose features differ from PyTorch; none is written."""
 
 
 @dataclass(frozen=True)
 class ExportCheck:
-    """How an exported network compares with PyTorch.
+    """Result of the comparison of an exported network with PyTorch.
 
     Attributes:
-        num_images: Crops compared.
-        max_difference: Largest absolute difference of a value of the unit vectors.
-        min_cosine: Smallest cosine of the two vectors of a crop.
+        num_images: Number of compared crops.
+        max_difference: Largest absolute difference between values of the unit vectors.
+        min_cosine: Smallest cosine between the two vectors of a crop.
     """
 
     num_images: int
@@ -97,8 +98,8 @@ class ExportCheck:
         """Compare two sets of vectors.
 
         Args:
-            expected: PyTorch's, ``(N, D)``.
-            got: Those of the exported network.
+            expected: Vectors of PyTorch, ``(N, D)``.
+            got: Vectors of the exported network.
 
         Returns:
             The comparison; NaN counts as an infinite difference.
@@ -115,7 +116,7 @@ class ExportCheck:
 
 
 class _FromCrops(nn.Module):
-    """The network behind its preprocessing: crops of any one size in."""
+    """Network with built-in preprocessing, for batches of crops of any one size."""
 
     def __init__(self, network: InferenceNetwork) -> None:
         super().__init__()
@@ -147,39 +148,39 @@ class _HalfPrecision(nn.Module):
 
 
 def default_max_difference(*, fp16: bool, preprocess: bool) -> float:
-    """Return how far an exported network may be from PyTorch where nothing else is said.
+    """Return the default bound on the difference of an exported network from PyTorch.
 
     Args:
-        fp16: Whether it computes in half precision.
-        preprocess: Whether it resizes: single pixels may differ by a gray level.
+        fp16: Whether the exported network computes in half precision.
+        preprocess: Whether it resizes images; single pixels may differ by a gray level.
 
     Returns:
-        Bound on the difference of any value of the unit vectors.
+        Bound on the absolute difference of any value of the unit vectors.
     """
     return 1e-2 if fp16 or preprocess else 1e-4
 
 
 def check_crops(folder: str | Path = "", number: int = 32) -> list[Image.Image]:
-    """Read or draw the crops that an exported network is compared on.
+    """Read or render the crops for the comparison of an exported network.
 
     Args:
-        folder: Folder of images, of which some are taken, evenly; empty for drawn persons.
-        number: How many at most.
+        folder: Folder of images, which is sampled evenly; empty for synthetic persons.
+        number: Maximum number of crops.
 
     Returns:
         8-bit RGB images.
 
     Raises:
-        ValueError: If the folder holds no images. ``FileNotFoundError`` if there is none,
-            ``ImageReadError`` if one cannot be read.
-    """  # noqa: DOC502  (raised by what this calls)
+        ValueError: If the folder contains no images. ``FileNotFoundError`` if it does not
+            exist, ``ImageReadError`` if an image is unreadable.
+    """  # noqa: DOC502  (raised by the functions called here)
     if not folder:
         spec = SyntheticPersonsSpec(
             num_train_ids=8, num_test_ids=4, images_per_id=4, num_distractors=0
         )
-        with tempfile.TemporaryDirectory() as drawn:
-            generate_synthetic_persons(drawn, spec)
-            return check_crops(drawn, number)
+        with tempfile.TemporaryDirectory() as rendered:
+            generate_synthetic_persons(rendered, spec)
+            return check_crops(rendered, number)
     paths = [item.path for item in read_image_folder(folder, camera_pattern="none")]
     places = np.linspace(0, len(paths) - 1, min(number, len(paths))).astype(int)
     return [read_rgb(paths[place]) for place in places]
@@ -196,32 +197,32 @@ def export_onnx(
     max_difference: float | None = None,
     license: str = LICENCE_NOTE,
 ) -> ExportCheck:
-    """Write a network as ONNX, after it was compared with PyTorch in onnxruntime.
+    """Export a network to ONNX, after a comparison of onnxruntime with PyTorch.
 
-    The input ``images`` is float32 ``(B, 3, height, width)``, resized and normalized as the
-    metadata says; with ``preprocess`` it is uint8 ``(B, h, w, 3)``, RGB, of any h and w.
-    The output ``features`` is float32 ``(B, D)``, unit vectors. B is open.
+    The input ``images`` is float32 ``(B, 3, height, width)``, resized and normalized as
+    stated in the metadata; with ``preprocess`` it is uint8 ``(B, h, w, 3)``, RGB, of any h
+    and w. The output ``features`` is float32 ``(B, D)``, unit vectors. B is dynamic.
 
     Args:
-        network: The network.
-        file: The file to write or replace.
-        crops: Images to compare on.
-        preprocess: Whether to put resizing and normalization inside.
+        network: Network to export.
+        file: File to write or replace.
+        crops: Images for the comparison.
+        preprocess: Whether to include resizing and normalization in the network.
         fp16: Whether the network computes in half precision. Resizing, normalization and
             the head stay in float32, as do input and output.
         max_difference: Largest difference that is accepted; None for
             :func:`default_max_difference`.
-        license: Note for the metadata.
+        license: License note for the metadata.
 
     Returns:
-        The comparison.
+        Result of the comparison.
 
     Raises:
-        ExportMismatchError: If it is larger; nothing is written.
+        ExportMismatchError: If the difference is larger; nothing is written.
         ImportError: If onnx or onnxruntime is not installed.
-        ValueError: If the network has an operation that ONNX has not, or that this
-            PyTorch lacks in half precision.
-    """  # noqa: DOC502  (raised by what this calls)
+        ValueError: If ONNX lacks an operation of the network, or this PyTorch lacks it in
+            half precision.
+    """  # noqa: DOC502  (raised by the functions called here)
     onnx = import_extra("onnx")
     traced = _in_half_precision(network) if fp16 else network
     model = onnx.load_model_from_string(_traced_onnx(traced, preprocess))
@@ -247,26 +248,26 @@ def export_torchscript(
     max_difference: float | None = None,
     license: str = LICENCE_NOTE,
 ) -> ExportCheck:
-    """Write a network as TorchScript, after it was read back and compared with PyTorch.
+    """Export a network to TorchScript, after a comparison of the export with PyTorch.
 
-    Input and output are those of :func:`export_onnx`; what is its metadata there is JSON
-    in the extra file ``selcon.json`` here.
+    Input and output are those of :func:`export_onnx`; its metadata is here JSON in the
+    extra file ``selcon.json``.
 
     Args:
-        network: The network.
-        file: The file to write or replace.
-        crops: Images to compare on.
-        preprocess: Whether to put resizing and normalization inside.
+        network: Network to export.
+        file: File to write or replace.
+        crops: Images for the comparison.
+        preprocess: Whether to include resizing and normalization in the network.
         max_difference: Largest difference that is accepted; None for
             :func:`default_max_difference`.
-        license: Note for the metadata.
+        license: License note for the metadata.
 
     Returns:
-        The comparison.
+        Result of the comparison.
 
     Raises:
-        ExportMismatchError: If it is larger; nothing is written.
-    """  # noqa: DOC502  (raised by what this calls)
+        ExportMismatchError: If the difference is larger; nothing is written.
+    """  # noqa: DOC502  (raised by the functions called here)
     module, example = _module_and_example(network, preprocess)
     metadata = _metadata(network, preprocess=preprocess, fp16=False, license=license)
     stream = io.BytesIO()
@@ -300,7 +301,7 @@ def _module_and_example(
 ) -> tuple[nn.Module, Tensor]:
     height, width = network.preprocessing.size
     if preprocess:
-        # Neither side as it will be, so that nothing is left out as needless.
+        # Neither side has the input size, so that tracing does not omit the resizing.
         size = (2, height + 3, width + 5, 3)
         pixels = torch.zeros(size, dtype=torch.uint8, device=network.device)
         return _FromCrops(network).eval(), pixels
@@ -308,7 +309,7 @@ def _module_and_example(
 
 
 def _in_half_precision(network: InferenceNetwork) -> InferenceNetwork:
-    """Copy a network whose backbone, or whole model where it has none, is in float16."""
+    """Copy a network and convert its backbone, or the whole model, to float16."""
     half = copy.deepcopy(network)
     if isinstance(getattr(half.network, "backbone", None), nn.Module):
         half.network.backbone = _HalfPrecision(half.network.backbone)
@@ -341,7 +342,7 @@ def _traced_onnx(network: InferenceNetwork, preprocess: bool) -> bytes:
     except (RuntimeError, torch.onnx.OnnxExporterError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"the network cannot be written as ONNX: {reason}. Try TorchScript, or float32"
+            f"the network cannot be exported to ONNX: {reason}. Try TorchScript or float32"
         ) from error
     content: bytes = stream.getvalue()
     return content
@@ -349,10 +350,10 @@ def _traced_onnx(network: InferenceNetwork, preprocess: bool) -> bytes:
 
 @contextmanager
 def _quiet_tracing() -> Iterator[None]:
-    """Silence what tracing says of every network: its result is compared right away.
+    """Silence warnings of the tracer, whose result is compared right away.
 
-    Sizes become constants, which is wanted (the input size is fixed), and TorchScript and
-    the exporter on it are deprecated since torch 2.9.
+    Sizes become constants, as intended because the input size is fixed, and TorchScript and
+    its exporter are deprecated since torch 2.9.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -392,14 +393,14 @@ def _compare(
     embed: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
     preprocess: bool,
 ) -> ExportCheck:
-    """Compare on crops, in batches of several sizes."""
+    """Compare the network with PyTorch on crops, in batches of several sizes."""
     if not crops:
         raise ValueError("there are no crops to compare on")
     resized = np.stack([network.preprocessing.resize(crop) for crop in crops])
     expected, got = [], []
     for start, end in _batches(len(crops)):
         expected.append(network.embed_pixels(resized[start:end]))
-        if preprocess:  # crops of different sizes make no batch
+        if preprocess:  # crops of different sizes cannot be stacked
             got += [embed(np.array(crop)[None]) for crop in crops[start:end]]
         else:
             got.append(embed(resized[start:end]))

@@ -14,7 +14,7 @@ from selcon_plugin.io.atomic import replacing
 
 @dataclass(frozen=True)
 class FolderFeatures:
-    """Features of a folder of images: what ``selcon extract`` writes.
+    """Features of a folder of images, the content of the file of ``selcon extract``.
 
     Attributes:
         paths: Path of each image.
@@ -30,7 +30,7 @@ class FolderFeatures:
         """Write a NumPy file with the arrays ``paths``, ``camids`` and ``features``.
 
         Args:
-            file: The file to write or replace; its folder is made.
+            file: File to write or replace; its folder is created.
         """
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as stream:
@@ -43,30 +43,30 @@ class FolderFeatures:
 
     @classmethod
     def load(cls, file: str | Path) -> FolderFeatures:
-        """Read what :meth:`save` wrote.
+        """Read a file that :meth:`save` has written.
 
         Args:
-            file: The file.
+            file: Path of the file.
 
         Returns:
             The features.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it holds something else.
+            ValueError: If it is not a file of features.
         """
         if not Path(file).is_file():
-            raise FileNotFoundError(f"there is no file of features {file}")
+            raise FileNotFoundError(f"there is no feature file {file}")
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 paths, camids = arrays["paths"], arrays["camids"]
                 features = arrays["features"]
         except (KeyError, ValueError, OSError, TypeError, zipfile.BadZipFile) as error:
             raise ValueError(
-                f"{file} is no file of features: selcon extract writes one"
+                f"{file} is not a feature file: create one with selcon extract"
             ) from error
         if features.ndim != 2 or not len(paths) == len(camids) == len(features):
-            raise ValueError(f"{file} does not hold one feature and camera per path")
+            raise ValueError(f"{file} does not contain one feature and camera per path")
         return cls(
             tuple(paths.tolist()), camids.astype(np.int64), features.astype(np.float32)
         )

@@ -1,4 +1,4 @@
-"""A network that ``selcon export`` wrote as ONNX, run by onnxruntime; needs no host."""
+"""Inference with exported ONNX networks in onnxruntime, without any host."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from selcon_plugin.models.preprocessing import Preprocessing
 
-# Entries of the metadata, each a value in JSON, that a reader needs.
+# Metadata entries that a reader needs; each value is JSON.
 SIZE, MEAN, STD, FILTER, DIM = (
     "input_size",
     "pixel_mean",
@@ -27,16 +27,16 @@ INPUT, OUTPUT = "images", "features"
 
 
 def import_extra(module: str) -> Any:
-    """Import a package of the extra ``export``.
+    """Import a package of the optional dependencies ``export``.
 
     Args:
-        module: Its name.
+        module: Name of the module.
 
     Returns:
         The module.
 
     Raises:
-        ImportError: If it is not installed; says how to install it.
+        ImportError: If it is not installed; the message names the command to install it.
     """
     try:
         return importlib.import_module(module)
@@ -47,10 +47,10 @@ def import_extra(module: str) -> Any:
 
 
 class OnnxNetwork:
-    """Images in, unit vectors out, by onnxruntime: on a GPU where it finds one.
+    """Network in onnxruntime that maps images to unit vectors, on a GPU if it finds one.
 
     Args:
-        file: What ``selcon export --onnx`` wrote, or its content.
+        file: File that ``selcon export --onnx`` has written, or its content.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -58,10 +58,10 @@ class OnnxNetwork:
         ValueError: If it is another kind of file, or was not written by the plugin.
 
     Attributes:
-        preprocessing: What images go through first.
-        dim: Length D of a vector.
-        inside: Whether the file resizes and normalizes by itself.
-        metadata: All that the file says of itself, by name.
+        preprocessing: Resizing and normalization of the images.
+        dim: Feature dimension D.
+        inside: Whether the network resizes and normalizes images itself.
+        metadata: Metadata of the file by name.
     """
 
     def __init__(self, file: str | Path | bytes) -> None:
@@ -80,7 +80,7 @@ class OnnxNetwork:
                 providers=[name for name in wanted if name in usable],
             )
         except Exception as error:
-            # onnxruntime's classes of errors share no base but this one.
+            # The error classes of onnxruntime have no other common base class.
             reason = str(error).splitlines()[0]
             raise ValueError(f"{name} cannot be run as ONNX: {reason}") from error
         self.metadata = _decoded(self._session.get_modelmeta().custom_metadata_map)
@@ -94,15 +94,15 @@ class OnnxNetwork:
             self.dim, self.inside = int(self.metadata[DIM]), bool(self.metadata[INSIDE])
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"{name} does not say how images are prepared for it: it must be written "
-                "by selcon export"
+                f"{name} has no metadata about the preprocessing of images: write it with "
+                "selcon export"
             ) from error
 
     def embed_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Compute the features of images.
 
         Args:
-            pixels: RGB, shape ``(B, h, w, 3)``: resized, unless the file does it.
+            pixels: RGB images, shape ``(B, h, w, 3)``, resized unless the network does it.
 
         Returns:
             Unit vectors, shape ``(B, D)``.
@@ -119,6 +119,6 @@ def _decoded(metadata: Mapping[str, str]) -> dict[str, Any]:
     for key, text in metadata.items():
         try:
             decoded[key] = json.loads(text)
-        except ValueError:  # of another program
+        except ValueError:  # an entry of another program
             decoded[key] = text
     return decoded

@@ -67,7 +67,7 @@ def sample_to_instance_loss(
     References:
         Yin et al., "A Real-Time Memory Updating Strategy for Unsupervised Person
         Re-Identification", IEEE TIP 2023. https://doi.org/10.1109/TIP.2023.3266166
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     logits = _similarity(features, bank, temperature) / temperature
     own = _own_rows(targets, bank_labels)
     losses = logits.logsumexp(dim=1) - logits.masked_fill(~own, -torch.inf).logsumexp(dim=1)
@@ -126,7 +126,7 @@ def sample_constraint_loss(
     References:
         Si et al., "Hybrid Contrastive Learning for Unsupervised Person Re-Identification",
         IEEE TMM 2022. https://doi.org/10.1109/TMM.2022.3174414
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     similarity = _similarity(features, bank, temperature)
     own = _own_rows(targets, bank_labels)
     others = own & (torch.arange(len(bank), device=bank.device) != index[:, None])

@@ -158,7 +158,7 @@ class CACL(ClusterMethod):
 
         Raises:
             RuntimeError: If no loss was computed for this batch.
-        """  # noqa: DOC502  (raised by what this calls)
+        """  # noqa: DOC502  (raised by the functions called here)
         gray = torch.cat(self.recall(index))
         super().update(index, embeddings)
         self.gray_memory.update(gather_batch(index), gather_batch(gray.float()))

@@ -321,7 +321,7 @@ class SelectiveContrastive(Method):
 
         Raises:
             RuntimeError: If no loss was computed for this batch.
-        """  # noqa: DOC502  (raised by what this calls)
+        """  # noqa: DOC502  (raised by the functions called here)
         selections: list[Selection] = self.recall(index)
         part_features = embeddings.part_features
         positive_index = torch.cat([chosen.positive_index for chosen in selections])

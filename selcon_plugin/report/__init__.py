@@ -43,8 +43,8 @@ def write_report(
         The file.
 
     Raises:
-        FileNotFoundError: If the folder contains no run.
-    """  # noqa: DOC502  (raised by what this calls)
+        FileNotFoundError: If the folder holds no run.
+    """  # noqa: DOC502  (raised by the functions called here)
     run = collect_run(folder, find_host=find_host)
     if images is None:
         images = run.setting("report_images") is not False

@@ -1,4 +1,8 @@
-"""Find a person in many images: an index of features on the disk, and searches in it."""
+"""Retrieval of a person from many images, with an index of features on disk.
+
+This folder holds the index, its files, exact and approximate search and the page of
+results. Networks that compute the features belong to ``inference``.
+"""
 
 from selcon_plugin.retrieval.index import Index
 from selcon_plugin.retrieval.query import search

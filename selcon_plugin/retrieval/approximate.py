@@ -1,4 +1,4 @@
-"""Approximate search among very many rows, by faiss: candidates, to be ranked exactly."""
+"""Approximate search in large indexes with faiss; its candidates are ranked exactly."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from numpy.typing import NDArray
 
 SearchKind = Literal["auto", "flat", "hnsw", "ivf"]
 
-# Rows up to which the exact search takes some hundredths of a second on one core.
+# Up to this number of rows the exact search takes some hundredths of a second on one core.
 MAX_FLAT = 100_000
-# Links between rows cost memory and hours to make beyond this.
+# Beyond this number of rows the graph costs too much memory, and hours to build.
 MAX_HNSW = 1_000_000
 
-_LINKS = 32  # per row
+_LINKS = 32  # edges of the graph per row
 _BUILD_BREADTH = 120
 _MIN_BREADTH = 256
 _TRAINED_PER_LIST = 64
-_MIN_TRAINED_PER_LIST = 39  # below, faiss warns
-# Lists that are looked at: so many at least, or such a share of them; more where a part of
-# the rows may not be found, so that as many may.
+_MIN_TRAINED_PER_LIST = 39  # below this number faiss warns
+# Minimum number of inverted lists that a search probes, and fraction of all lists. If a
+# part of the rows is excluded, more lists are probed, so that as many rows are compared.
 _MIN_PROBES, _PROBED_RATIO = 64, 0.125
 _ROWS_AT_ONCE = 65_536
 
@@ -32,19 +32,19 @@ logger = logging.getLogger(__name__)
 
 
 def choose_kind(asked: str, num_images: int) -> str:
-    """Choose how to search.
+    """Choose the kind of search.
 
     Args:
-        asked: A ``SearchKind``; ``"auto"`` for flat up to 100,000 images, HNSW up to
-            1,000,000, IVF above.
-        num_images: Images in the index.
+        asked: Requested ``SearchKind``; ``"auto"`` selects flat up to 100,000 images, HNSW
+            up to 1,000,000, and IVF above.
+        num_images: Number of images in the index.
 
     Returns:
         ``"flat"``, ``"hnsw"`` or ``"ivf"``.
 
     Raises:
-        ValueError: If there is no such kind.
-        ImportError: If faiss was asked for and is not installed.
+        ValueError: If the requested kind does not exist.
+        ImportError: If it needs faiss, which is not installed.
     """
     if asked not in get_args(SearchKind):
         known = ", ".join(get_args(SearchKind))
@@ -59,18 +59,20 @@ def choose_kind(asked: str, num_images: int) -> str:
     if num_images <= MAX_FLAT:
         return "flat"
     if not has_faiss:
-        logger.info("%d images are searched exactly: faiss is missing", num_images)
+        logger.info(
+            "The %d images are searched exactly, because faiss is not installed", num_images
+        )
         return "flat"
     return "hnsw" if num_images <= MAX_HNSW else "ivf"
 
 
 class Approximate:
-    """Candidates for the nearest rows, from a graph (HNSW) or inverted lists (IVF).
+    """Search for candidates of the nearest rows, in a graph (HNSW) or inverted lists (IVF).
 
-    Rows are kept in half precision, and numbered in the order of being added.
+    Rows are stored in half precision, and numbered in the order in which they were added.
 
     Args:
-        index: faiss' index.
+        index: Index of faiss.
         kind: ``"hnsw"`` or ``"ivf"``.
     """
 
@@ -80,7 +82,7 @@ class Approximate:
 
     @classmethod
     def build(cls, kind: str, features: NDArray[Any]) -> Approximate:
-        """Make one of all rows.
+        """Build a search over all rows.
 
         Args:
             kind: ``"hnsw"`` or ``"ivf"``.
@@ -111,11 +113,11 @@ class Approximate:
 
     @classmethod
     def load(cls, file: str | Path, kind: str) -> Approximate:
-        """Read what :meth:`save` wrote.
+        """Read a file that :meth:`save` has written.
 
         Args:
-            file: The file.
-            kind: What it holds.
+            file: Path of the file.
+            kind: Kind of the search that it contains.
 
         Returns:
             The search.
@@ -126,24 +128,24 @@ class Approximate:
 
     @property
     def num_rows(self) -> int:
-        """Rows added so far."""
+        """Number of rows added so far."""
         return int(self._index.ntotal)
 
     def extend(self, features: NDArray[Any]) -> None:
-        """Add the rows that are not in it yet.
+        """Add the rows that the search does not contain yet.
 
         Args:
-            features: All rows, of which the first ones are in it.
+            features: All rows, the first of which it contains already.
         """
         for start in range(self.num_rows, len(features), _ROWS_AT_ONCE):
             block = features[start : start + _ROWS_AT_ONCE]
             self._index.add(np.ascontiguousarray(block, dtype=np.float32))
 
     def save(self, file: str | Path) -> None:
-        """Write it to a file.
+        """Write the search to a file.
 
         Args:
-            file: A name that nothing refers to yet.
+            file: Path of a new file to which nothing refers yet.
         """
         faiss = _faiss()
 
@@ -156,11 +158,11 @@ class Approximate:
 
         Args:
             queries: Unit vectors ``(Q, D)``.
-            count: Rows per query.
-            allowed: Which rows may be found, shape ``(N,)``.
+            count: Number of rows per query.
+            allowed: Mask of the rows that may be found, shape ``(N,)``.
 
         Returns:
-            Rows ``(Q, count)``; -1 where fewer were found.
+            Rows ``(Q, count)``, filled with -1 where fewer were found.
         """
         faiss = _faiss()
 

@@ -1,4 +1,4 @@
-"""Exact nearest neighbors among all rows of an index."""
+"""Exact search for nearest neighbors among the rows of an index."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ def search_exactly(
     rows: NDArray[np.int64],
     count: int,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Find the nearest of some rows; of equal ones the first.
+    """Find the nearest rows of a subset; among equal ones the first wins.
 
     Args:
-        queries: Shape ``(Q, D)``.
-        features: Shape ``(N, D)``.
-        rows: Rows to look at, rising.
-        count: Rows per query.
+        queries: Features of the queries, shape ``(Q, D)``.
+        features: Features of the index, shape ``(N, D)``.
+        rows: Rows to compare with, in ascending order.
+        count: Number of rows per query.
 
     Returns:
-        Similarities and rows ``(Q, count)``; -inf and -1 where there are fewer.
+        Similarities and rows ``(Q, count)``, filled with -inf and -1 where there are fewer.
     """
     best = np.full((len(queries), count), -np.inf, dtype=np.float32)
     found = np.full((len(queries), count), -1, dtype=np.int64)
@@ -31,7 +31,7 @@ def search_exactly(
         block = rows[start : start + _ROWS_AT_ONCE]
         products = queries @ features[block].astype(np.float32).T
         for number, values in enumerate(products):
-            # Only what is better than the worst so far; a tie with it came later.
+            # Only values above the worst so far count: a tie with it has a later row.
             columns = np.flatnonzero(values > best[number, -1])
             if len(columns) > count:
                 limit = np.partition(values[columns], -count)[-count]

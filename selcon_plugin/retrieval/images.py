@@ -1,4 +1,4 @@
-"""List and read the images of a folder for an index."""
+"""Listing and reading of the images of a folder for an index."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _READERS = 8
 
 
 def images_below(folder: str | Path, camera_pattern: str) -> list[IndexedImage]:
-    """List the images below a folder with camera, size and time of change.
+    """List the images below a folder with camera, size and modification time.
 
     Args:
-        folder: Searched to any depth.
-        camera_pattern: Finds the camera in a path below the folder.
+        folder: Folder, which is searched recursively.
+        camera_pattern: Pattern that finds the camera in a path below the folder.
 
     Returns:
-        The images in order of their paths.
+        The images, sorted by path.
 
     Raises:
         ValueError: If the pattern matches no path.
@@ -41,7 +41,7 @@ def images_below(folder: str | Path, camera_pattern: str) -> list[IndexedImage]:
         camera = find_camera(Path(item.path).relative_to(root))
         try:
             status = os.stat(item.path)
-        except OSError:  # a broken link: reading it says so
+        except OSError:  # a broken link, which the reader reports later
             images.append(IndexedImage(item.path, camera, 0, 0))
         else:
             images.append(
@@ -50,8 +50,8 @@ def images_below(folder: str | Path, camera_pattern: str) -> list[IndexedImage]:
     named = [image.camera for image in images if image.camera is not None]
     if camera_pattern not in ("", NO_CAMERAS) and not named:
         raise ValueError(
-            f"the camera pattern {camera_pattern!r} fits none of the {len(images)} files, "
-            f"for instance not {images[0].path!r}; none leaves cameras out"
+            f"the camera pattern {camera_pattern!r} matches none of the {len(images)} "
+            f"files, for instance not {images[0].path!r}; use none to ignore cameras"
         )
     return images
 
@@ -60,7 +60,7 @@ _Read = tuple[IndexedImage, Image.Image | str]
 
 
 def read_ahead(images: Sequence[IndexedImage], batch_size: int) -> Iterator[list[_Read]]:
-    """Decode batches on threads, one batch ahead of the one that is used."""
+    """Decode batches in threads, one batch ahead of the one in use."""
     pending: deque[list[Future[_Read]]] = deque()
     with ThreadPoolExecutor(_READERS) as pool:
         for start in range(0, len(images), batch_size):

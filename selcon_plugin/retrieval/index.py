@@ -1,4 +1,4 @@
-"""``Index``: features of many images on the disk, to find a person in.
+"""``Index``: features of many images on disk, for the retrieval of persons.
 
     index = Index.create("logs/index", embedder)
     index.add("crops", embedder)
@@ -7,7 +7,7 @@
 
 Shape shorthand in this module:
 
-    N: rows of the index, removed ones included
+    N: rows of the index, including removed ones
     Q: queries
     D: feature dimension
 """
@@ -46,22 +46,23 @@ from selcon_plugin.retrieval.threshold import (
 logger = logging.getLogger(__name__)
 
 _IMAGES_PER_COMMIT = 4096
-# Rows that the approximate search lacks and an exact one looks at, until it is extended.
+# Maximum number of new rows that are searched exactly before the approximate search is
+# extended by them.
 _MAX_TAIL = 10_000
-# Candidates of the approximate search that are ranked again, per result.
+# Candidates of the approximate search that are ranked exactly, per result.
 _CANDIDATES_PER_RESULT = 4
 _MIN_CANDIDATES = 64
-_SAMPLED_QUERIES = 256  # of the threshold
+_SAMPLED_QUERIES = 256  # images from which a threshold is suggested
 
 
 class Index:
-    """Features of many images, in a folder.
+    """Index of the features of many images, stored in a folder.
 
-    Made by :meth:`create` or :meth:`open`. Adding and removing cost what is added or
-    removed, not what is there; a process that is killed loses nothing that was there.
+    Open one with :meth:`create` or :meth:`open`. The cost of adding and removing depends on
+    the number of added or removed images only, and a killed process loses no stored image.
 
     Args:
-        store: Its files.
+        store: Files of the index.
     """
 
     def __init__(self, store: Store) -> None:
@@ -78,25 +79,26 @@ class Index:
         fp16: bool = False,
         kind: SearchKind = "auto",
     ) -> Index:
-        """Make an empty index for the features of one network.
+        """Create an empty index for the features of one network.
 
         Args:
-            folder: Folder to make, or an empty one.
-            embedder: The network.
-            source: Where it was read from, for searches that are not given a network.
-            fp16: Whether to keep features in half precision: half the size, cosines off by
-                at most some 1e-4.
-            kind: ``"flat"``: exact. ``"hnsw"``, ``"ivf"``: approximate, by faiss; what they
-                find is ranked exactly. ``"auto"``: flat up to 100,000 images, HNSW up to
-                1,000,000, IVF above; flat without faiss.
+            folder: New or empty folder.
+            embedder: Network of the index.
+            source: Source of the network, for searches without a given network.
+            fp16: Whether to store features in half precision, which halves the size and
+                changes cosines by at most some 1e-4.
+            kind: Kind of search: ``"flat"`` is exact; ``"hnsw"`` and ``"ivf"`` are
+                approximate with faiss, and their candidates are ranked exactly. ``"auto"``
+                selects flat up to 100,000 images, HNSW up to 1,000,000, and IVF above, or
+                flat without faiss.
 
         Returns:
             The index.
 
         Raises:
-            ValueError: If the folder is not empty, or there is no such kind.
-            ImportError: If the kind needs faiss.
-        """  # noqa: DOC502  (raised by what this calls)
+            ValueError: If the folder is not empty, or the kind does not exist.
+            ImportError: If the kind needs faiss, which is not installed.
+        """  # noqa: DOC502  (raised by the functions called here)
         choose_kind(kind, 0)
         network = {}
         if source is not None:
@@ -116,15 +118,15 @@ class Index:
         """Open an index.
 
         Args:
-            folder: Its folder.
+            folder: Folder of the index.
 
         Returns:
             The index.
 
         Raises:
-            FileNotFoundError: If there is none.
-            ValueError: If it is damaged.
-        """  # noqa: DOC502  (raised by what this calls)
+            FileNotFoundError: If there is no index.
+            ValueError: If the index is damaged.
+        """  # noqa: DOC502  (raised by the functions called here)
         return cls(Store.open(folder))
 
     def __len__(self) -> int:
@@ -132,29 +134,29 @@ class Index:
 
     @property
     def dim(self) -> int:
-        """Length D of a feature."""
+        """Feature dimension D."""
         return self._store.manifest.dim
 
     @property
     def paths(self) -> list[str]:
-        """Files of all images, in the order of being added."""
+        """Paths of all images, in the order in which they were added."""
         return [self._store.images[row].path for row in np.flatnonzero(self._store.live)]
 
     @property
     def cameras(self) -> list[str]:
-        """Names of the cameras, in order."""
+        """Sorted names of the cameras."""
         rows = np.flatnonzero(self._store.live)
         found = {self._store.images[row].camera for row in rows}
         return sorted(camera for camera in found if camera is not None)
 
     @property
     def kind(self) -> str:
-        """How it is searched: ``"flat"``, ``"hnsw"`` or ``"ivf"``."""
+        """Kind of search: ``"flat"``, ``"hnsw"`` or ``"ivf"``."""
         return str(self._store.manifest.approximate.get("kind", "flat"))
 
     @property
     def source(self) -> NetworkSource | None:
-        """Where the network was read from; None if that was not said."""
+        """Source of the network; None if it was not recorded."""
         known = dict(self._store.manifest.network)
         if not known:
             return None
@@ -169,16 +171,16 @@ class Index:
         )
 
     def check_network(self, embedder: ImageEmbedder) -> None:
-        """Refuse a network that the index was not made with.
+        """Refuse a network other than the one that the index was created with.
 
-        It is recognized by its answers to four fixed patterns: an export of the network
-        passes, the same weights at another input size do not.
+        A network is identified by its features of four fixed patterns: an export of the
+        network passes, but the same weights at another input size do not.
 
         Args:
-            embedder: The network.
+            embedder: Network to check.
 
         Raises:
-            ValueError: If it is another one.
+            ValueError: If it is another network.
         """
         before = np.array(self._store.manifest.probe, dtype=np.float32)
         if not same_network(before, probe_answers(embedder)):
@@ -186,9 +188,9 @@ class Index:
             file = made_with.get("weights") or made_with.get("onnx") or "unknown"
             digest = made_with.get("sha256", "")[:12] or "unknown"
             raise ValueError(
-                f"the index in {self._store.folder} was made with another network (file "
+                f"the index in {self._store.folder} was created with another network (file "
                 f"{file}, SHA-256 {digest}...), whose features cannot be compared with "
-                "those of this one: give that one, or make a new index"
+                "those of this one: use that network, or create a new index"
             )
 
     @accept_old_arguments
@@ -205,27 +207,27 @@ class Index:
         """Add the images below a folder.
 
         Images that are in the index already, and whose file has not changed since, are
-        left as they are; so a call that was killed is repeated to go on.
+        skipped. To resume a call that was killed, repeat it.
 
         Args:
-            folder: Searched to any depth.
-            embedder: The network of the index.
-            camera_pattern: Finds the camera in a path below the folder, as of
-                ``selcon_plugin.datasets.read_image_folder``. Unlike in a training, one
-                camera alone is kept as well.
+            folder: Folder, which is searched recursively.
+            embedder: Network of the index.
+            camera_pattern: Pattern that finds the camera in a path below the folder, as for
+                ``selcon_plugin.datasets.read_image_folder``. Unlike in training, a single
+                camera is recorded as well.
             batch_size: Images computed together.
             max_unreadable_ratio: Fraction of the images that may be unreadable; they are
                 left out.
-            show_progress: Whether to draw a progress bar.
+            show_progress: Whether to show a progress bar.
 
         Returns:
-            How many were added.
+            Numbers of added, changed, known and unreadable images.
 
         Raises:
-            FileNotFoundError: If there is no such folder.
-            ValueError: If it has no images, or the network is another one.
-            BadImagesError: If too many images cannot be read; those read before stay.
-        """  # noqa: DOC502  (raised by what this calls)
+            FileNotFoundError: If the folder does not exist.
+            ValueError: If it contains no images, or the network is another one.
+            BadImagesError: If too many images are unreadable; those added before stay.
+        """  # noqa: DOC502  (raised by the functions called here)
         if batch_size < 1:
             raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size}")
         self.check_network(embedder)
@@ -258,7 +260,7 @@ class Index:
                         faults, len(found), max_unreadable_ratio, all_read=False
                     )
             self._commit(images, features, replaced)
-            self._keep_up()
+            self._maintain()
         unreadable = {fault.partition(": ")[0] for fault in faults}
         changed = sum(path not in unreadable for path in replaced)
         new = len(todo) - len(faults) - changed
@@ -285,17 +287,17 @@ class Index:
         features.clear()
 
     def remove(self, pattern: str) -> int:
-        """Take out the images whose path fits a pattern; their files are left alone.
+        """Remove the images whose path matches a pattern; their files are not touched.
 
         Args:
-            pattern: As in a shell, compared with the end of the path: ``"*.png"``,
-                ``"cam3/*"``; an absolute one with the whole path.
+            pattern: Shell pattern, which is compared with the end of the path: ``"*.png"``,
+                ``"cam3/*"``; an absolute pattern is compared with the whole path.
 
         Returns:
-            How many were taken out.
+            Number of removed images.
 
         Raises:
-            ValueError: If the pattern fits none.
+            ValueError: If the pattern matches no image.
         """
         if not pattern:
             raise ValueError("the pattern of images to remove is empty")
@@ -309,15 +311,15 @@ class Index:
                 example = next(iter(self.paths), None)
                 hint = f", for instance not {example!r}" if example else ""
                 raise ValueError(
-                    f"the pattern {pattern!r} fits none of the {len(self)} images of the "
-                    f"index{hint}"
+                    f"the pattern {pattern!r} matches none of the {len(self)} images of "
+                    f"the index{hint}"
                 )
             self._store.remove(rows)
-            self._keep_up()
+            self._maintain()
         return len(rows)
 
-    def _keep_up(self) -> None:
-        """Rewrite the files if most rows are removed ones; make or extend the search."""
+    def _maintain(self) -> None:
+        """Rewrite the files if most rows are removed; build or extend the search."""
         store = self._store
         if 2 * store.num_live < store.manifest.num_rows:
             store.rewrite()
@@ -334,7 +336,7 @@ class Index:
             search = Approximate.load(store.folder / made["file"], kind)
             search.extend(features)
         else:
-            logger.info("making the search %s of %d images", kind, len(features))
+            logger.info("Building the search %s of %d images", kind, len(features))
             search = Approximate.build(kind, features)
         name = f"approximate-{kind}-{store.manifest.generation}-{len(features)}.faiss"
         search.save(store.folder / name)
@@ -350,23 +352,23 @@ class Index:
         threshold: float = -1.0,
         leave_out: Sequence[str] = (),
     ) -> list[tuple[Match, ...]]:
-        """Find the images nearest to features.
+        """Find the images nearest to query features.
 
         Args:
             features: Unit vectors of the queries, shape ``(Q, D)``.
-            top: Images per query.
-            camera: Look only among these cameras; all if empty.
-            not_camera: Do not look among these.
-            threshold: Leave out what is less similar.
-            leave_out: For each query a file that is not to be found, such as itself.
+            top: Maximum number of results per query.
+            camera: Cameras to search; empty for all.
+            not_camera: Cameras to exclude.
+            threshold: Smallest cosine of a result.
+            leave_out: For each query a file to exclude, such as the query itself.
 
         Returns:
-            For each query its matches, most similar first; of equal ones the one that was
-            added first.
+            The matches of each query, most similar first; among equal ones, the one that
+            was added first.
 
         Raises:
-            ValueError: If the features are of another length or not finite, ``top`` is
-                below 1, or no image has such a camera.
+            ValueError: If the features have another dimension or are not finite, ``top`` is
+                below 1, or no image has one of the cameras.
         """
         queries = np.asarray(features, dtype=np.float32)
         if queries.ndim != 2 or queries.shape[1] != self.dim:
@@ -379,7 +381,7 @@ class Index:
         if top < 1:
             raise ValueError(f"top must be 1 or more, got {top}")
         images = self._store.images
-        # One more, for what is left out.
+        # One more result, because one may be left out.
         similarity, rows = self._nearest(
             queries, self._allowed(camera, not_camera), top + bool(leave_out)
         )
@@ -395,21 +397,21 @@ class Index:
         return results
 
     def suggest_threshold(self) -> ThresholdSuggestion:
-        """Suggest, without labels, from which cosine on two images are one person.
+        """Suggest a similarity threshold for the same person, without labels.
 
         Returns:
-            See :func:`selcon_plugin.retrieval.suggest_threshold`; of 256 images, evenly
-            spaced over the index, and their up to 1024 nearest neighbors.
+            Result of :func:`selcon_plugin.retrieval.suggest_threshold` for 256 images that
+            are evenly spaced over the index, with up to 1024 nearest neighbors each.
 
         Raises:
-            ValueError: If there are fewer than 3 images.
+            ValueError: If the index has fewer than 3 images.
         """
         live = self._store.live
         rows = np.flatnonzero(live)
         if len(rows) < 3:
             raise ValueError(
-                f"a threshold needs an index of 3 images or more, not {len(rows)}: give "
-                "it as a number"
+                f"a suggested threshold needs an index of at least 3 images, not "
+                f"{len(rows)}: give the threshold as a number"
             )
         count = min(_SAMPLED_QUERIES, len(rows))
         sample = rows[np.arange(count) * len(rows) // count]
@@ -418,7 +420,7 @@ class Index:
             queries, self._store.features(), rows, min(LONGEST_LIST + 1, len(rows))
         )
         itself = found == sample[:, None]
-        itself[~itself.any(axis=1), -1] = True  # among too many duplicates
+        itself[~itself.any(axis=1), -1] = True  # the image has too many duplicates
         return suggest_threshold(similarity[~itself].reshape(count, -1))
 
     def _allowed(
@@ -431,7 +433,7 @@ class Index:
         for name in (*camera, *not_camera):
             if name not in known:
                 raise ValueError(
-                    f"no image of the index is of camera {name!r}; it has "
+                    f"no image of the index is from camera {name!r}; its cameras are "
                     f"{', '.join(known) or 'none'}"
                 )
         names = [image.camera for image in self._store.images]
@@ -443,10 +445,10 @@ class Index:
     def _nearest(
         self, queries: NDArray[np.float32], allowed: NDArray[np.bool_], count: int
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Find rows; similarity -inf and row -1 where there are fewer."""
+        """Find the nearest rows, with similarity -inf and row -1 where there are fewer."""
         features, made = self._store.features(), self._store.manifest.approximate
         rows = np.flatnonzero(allowed)
-        # Few of many rows are searched exactly: a graph would hardly reach them.
+        # A small subset of the rows is searched exactly: a graph would hardly reach it.
         few = 10 * len(rows) <= self._store.num_live
         search = self._approximate() if made and not few else None
         if search is None:
@@ -472,7 +474,7 @@ class Index:
             search = Approximate.load(self._store.folder / made["file"], made["kind"])
         except (ImportError, RuntimeError) as error:
             # faiss is not installed here, or another process has just replaced the file.
-            logger.warning("searching exactly, which takes longer: %s", error)
+            logger.warning("The search is exact, which takes longer: %s", error)
             return None
         self._loaded = (made["file"], search)
         return search

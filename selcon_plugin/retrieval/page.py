@@ -1,4 +1,4 @@
-"""The results of a search as one self-contained HTML file."""
+"""Results of a search as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -48,10 +48,11 @@ def write_page(
     """Write the results of a search to an HTML file.
 
     Args:
-        file: The file to write or replace; its folder is made.
-        results: What :func:`selcon_plugin.retrieval.search` returned.
-        summary: A sentence on top, such as the index and the threshold.
-        show_images: Whether the page holds thumbnails; otherwise it holds paths only.
+        file: File to write or replace; its folder is created.
+        results: Result of :func:`selcon_plugin.retrieval.search`.
+        summary: Sentence at the top, such as the index and the threshold.
+        show_images: Whether to embed thumbnails of the images; otherwise the page contains
+            only paths.
     """
     title = (
         f"Search results of {len(results)} {'query' if len(results) == 1 else 'queries'}"

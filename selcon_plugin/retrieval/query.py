@@ -1,4 +1,4 @@
-"""``search``: find the persons of query images in an index."""
+"""Search for the persons of query images in an index."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ import numpy as np
 from selcon_plugin.datasets.reading import read_rgb
 from selcon_plugin.retrieval.index import Index
 from selcon_plugin.retrieval.results import QueryResult
-from selcon_plugin.retrieval.source import (
-    ImageEmbedder,
-)
+from selcon_plugin.retrieval.source import ImageEmbedder
 
 
 def search(
@@ -26,32 +24,33 @@ def search(
     not_camera: Sequence[str] = (),
     threshold: float = -1.0,
 ) -> list[QueryResult]:
-    """Find the persons of some images in an index.
+    """Find the persons of query images in an index.
 
     Args:
-        index: The index, or its folder.
-        queries: Image files. One that is in the index is not found by itself.
-        embedder: The network of the index; read from where the index says if None.
-        top: Images per query.
-        camera: Look only among these cameras; all if empty.
-        not_camera: Do not look among these.
-        threshold: Leave out what is less similar.
+        index: Index, or its folder.
+        queries: Image files. A query that is in the index is not one of its own results.
+        embedder: Network of the index; None to load it from the source that the index
+            names.
+        top: Maximum number of results per query.
+        camera: Cameras to search; empty for all.
+        not_camera: Cameras to exclude.
+        threshold: Smallest cosine of a result.
 
     Returns:
-        For each query what was found, most similar first.
+        The results of each query, most similar first.
 
     Raises:
-        ValueError: If the network is not that of the index, or an argument is wrong.
-        FileNotFoundError: If there is no index, or its network is gone.
-        ImageReadError: If a query cannot be read.
-    """  # noqa: DOC502  (raised by what this calls)
+        ValueError: If the network is not that of the index, or an argument is invalid.
+        FileNotFoundError: If there is no index, or its network is missing.
+        ImageReadError: If a query is unreadable.
+    """  # noqa: DOC502  (raised by the functions called here)
     if not isinstance(index, Index):
         index = Index.open(index)
     files = [os.fspath(query) for query in queries]
     images = [read_rgb(file) for file in files]
     if embedder is None:
         if index.source is None:
-            raise ValueError("the index does not say where its network is: give embedder")
+            raise ValueError("the index does not name its network: pass embedder")
         embedder = index.source.load()
     index.check_network(embedder)
     found = index.search(

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Added:
-    """What adding a folder did.
+    """Result of adding a folder to an index.
 
     Attributes:
-        new: Images that were not in the index.
-        changed: Images whose file had changed, and whose feature was replaced.
-        known: Images that were in the index already.
-        unreadable: Path and reason of each file that cannot be read.
+        new: Number of images that were not in the index.
+        changed: Number of images whose file has changed and whose feature was replaced.
+        known: Number of images that were in the index already.
+        unreadable: Path and reason of each unreadable file.
     """
 
     new: int
@@ -24,12 +24,12 @@ class Added:
 
 @dataclass(frozen=True)
 class Match:
-    """An image that was found.
+    """Image in the results of a query.
 
     Attributes:
-        path: Its file.
-        similarity: Cosine with the query.
-        camera: Name of its camera; None where unknown.
+        path: Path of the image.
+        similarity: Cosine similarity with the query.
+        camera: Name of the camera; None where unknown.
     """
 
     path: str
@@ -39,11 +39,11 @@ class Match:
 
 @dataclass(frozen=True)
 class QueryResult:
-    """What was found for a query.
+    """Results of one query.
 
     Attributes:
-        query: Its file.
-        matches: The images, most similar first.
+        query: Path of the query image.
+        matches: Retrieved images, most similar first.
     """
 
     query: str

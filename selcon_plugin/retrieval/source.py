@@ -1,4 +1,4 @@
-"""Which network made an index: features of two networks cannot be compared."""
+"""Source and fingerprint of an index's network; other networks' features do not compare."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from selcon_plugin.inference.embedder import Embedder
 
-# Largest distance between two answers of one network to a probe. Half precision and other
-# hardware move an answer by some thousandths.
+# Largest distance between two features of one probe by the same network. Half precision and
+# different hardware change a feature by some thousandths.
 _SAME_NETWORK = 0.02
 _NUM_PROBES = 4
 _BLOCK_BYTES = 2**20
 
 
 class ImageEmbedder(Protocol):
-    """Anything that turns images into unit vectors, such as ``selcon_plugin.Embedder``.
+    """Callable that maps images to unit vectors, such as ``selcon_plugin.Embedder``.
 
     Attributes:
-        dim: Length D of a feature.
+        dim: Feature dimension D.
     """
 
     dim: int
@@ -39,17 +39,17 @@ class ImageEmbedder(Protocol):
 
 @dataclass(frozen=True)
 class NetworkSource:
-    """Where a network is read from: a checkpoint or an exported file.
+    """Source of a network: a checkpoint or an exported file.
 
     Attributes:
-        weights: Checkpoint.
-        config_file: Its config, if it is not found beside it.
-        backbone: Name of the model, for plain weights.
-        onnx: Exported file, instead of the others.
+        weights: Path of the checkpoint.
+        config_file: Path of its config, if that is not in the same folder.
+        backbone: Name of the model, for weights without a config.
+        onnx: Path of an exported file, in place of the others.
         options: ``KEY VALUE`` pairs that change the config.
 
     Raises:
-        ValueError: If there is not one of ``weights`` and ``onnx``.
+        ValueError: If not exactly one of ``weights`` and ``onnx`` is given.
     """
 
     weights: str = ""
@@ -63,12 +63,12 @@ class NetworkSource:
             raise ValueError("name the network: either --weights FILE or --onnx FILE")
         if self.onnx and (self.config_file or self.backbone or self.options):
             raise ValueError(
-                "--onnx holds network and config: leave out --config-file, --backbone and "
-                "options"
+                "the file of --onnx contains network and config: remove --config-file, "
+                "--backbone and options"
             )
 
     def absolute(self) -> NetworkSource:
-        """Return the same, for a process in any folder."""
+        """Return the same source with absolute paths."""
         return NetworkSource(
             weights=_absolute(self.weights),
             config_file=_absolute(self.config_file),
@@ -78,10 +78,10 @@ class NetworkSource:
         )
 
     def sha256(self) -> str:
-        """Return the SHA-256 of the file.
+        """Return the SHA-256 of the checkpoint or exported file.
 
         Raises:
-            FileNotFoundError: If there is none.
+            FileNotFoundError: If the file does not exist.
         """
         file = Path(self.weights or self.onnx).expanduser()
         if not file.is_file():
@@ -92,15 +92,15 @@ class NetworkSource:
         """Load the network.
 
         Args:
-            device: As of ``Embedder.from_checkpoint``.
+            device: As for ``Embedder.from_checkpoint``.
 
         Returns:
             The embedder.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it holds no network that can be read.
-        """  # noqa: DOC502  (raised by what this calls)
+            ValueError: If it does not contain a readable network.
+        """  # noqa: DOC502  (raised by the functions called here)
         from selcon_plugin.inference.embedder import Embedder
 
         if self.onnx:
@@ -118,8 +118,8 @@ def hash_files(*files: str | Path, prefix: str = "") -> str:
     """Compute the SHA-256 of a text followed by the contents of files.
 
     Args:
-        *files: Files, read in this order.
-        prefix: Text before their contents.
+        *files: Files in the order in which they are hashed.
+        prefix: Text that precedes their contents.
 
     Returns:
         64 hexadecimal digits.
@@ -137,19 +137,19 @@ def _absolute(path: str) -> str:
 
 
 def probe_answers(embedder: ImageEmbedder) -> NDArray[np.float32]:
-    """Compute a network's features of four fixed patterns: its fingerprint.
+    """Compute a network's fingerprint, its features of four fixed patterns.
 
-    Unlike a file's hash it stays the same when the network is exported, and changes when
-    the same weights run at another input size.
+    Unlike a file's hash, the fingerprint stays the same when the network is exported, and
+    changes when the same weights run at another input size.
 
     Args:
-        embedder: The network.
+        embedder: Network to identify.
 
     Returns:
         Unit vectors, shape ``(4, D)``.
 
     Raises:
-        ValueError: If the answers are no such vectors.
+        ValueError: If the features are not unit vectors of this shape.
     """
     answers = np.asarray(embedder(_probe_images()), dtype=np.float32)
     if answers.shape != (_NUM_PROBES, embedder.dim):
@@ -158,19 +158,19 @@ def probe_answers(embedder: ImageEmbedder) -> NDArray[np.float32]:
             f"{_NUM_PROBES} images, got {answers.shape}"
         )
     if not np.allclose(np.linalg.norm(answers, axis=1), 1.0, atol=1e-3):
-        raise ValueError("the embedder must return vectors of length 1")
+        raise ValueError("the embedder must return vectors of unit length")
     return answers
 
 
 def same_network(before: NDArray[np.float32], now: NDArray[np.float32]) -> bool:
-    """Tell whether two answers to the probes are those of one network.
+    """Return whether two fingerprints belong to the same network.
 
     Args:
-        before: What :func:`probe_answers` returned.
-        now: The same, of perhaps another network.
+        before: Result of :func:`probe_answers`.
+        now: Result of :func:`probe_answers` for the other network.
 
     Returns:
-        Whether no answer is farther than 0.02 from its counterpart.
+        Whether each feature is within 0.02 of its counterpart.
     """
     if before.shape != now.shape:
         return False
@@ -178,7 +178,7 @@ def same_network(before: NDArray[np.float32], now: NDArray[np.float32]) -> bool:
 
 
 def _probe_images() -> list[NDArray[np.uint8]]:
-    """Draw color waves of several lengths and directions, 128 x 64."""
+    """Generate color waves of several lengths and directions, 128 x 64 pixels."""
     y, x = np.mgrid[0:128, 0:64] / 64.0
     images = []
     for number in range(1, _NUM_PROBES + 1):

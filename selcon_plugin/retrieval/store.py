@@ -1,15 +1,15 @@
-"""The files of an index: one folder, to which rows are appended.
+"""Files of an index: one folder to which rows are appended.
 
-``index.json`` says how much of the other files counts. They grow at their end, and it is
-replaced after they are on the disk: what a killed process appended is not counted, and
-the next one writes over it.
+``index.json`` records how much of the other files is valid. They grow at their end, and it
+is replaced after they are on disk: the rows that a killed process appended are not valid,
+and the next process overwrites them.
 
     index.json           format, network, number of rows
     features-<g>.bin     a row of float16 or float32 values per image
-    images-<g>.jsonl     a line [path, camera, bytes, time of change] per image, and
+    images-<g>.jsonl     a line [path, camera, bytes, modification time] per image, and
                          lines {"removed": [row, ...]}
 
-g counts how often the files were written anew, without what had been removed.
+g counts how often the files were rewritten without the removed rows.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _COPIED_ROWS = 65_536
 
 
 class IndexedImage(NamedTuple):
-    """An image of an index.
+    """Image of an index.
 
     Attributes:
         path: Absolute path of the file.
-        camera: Name of its camera; None where unknown.
-        size: Bytes of the file when it was read.
-        changed: Its time of change then, in nanoseconds.
+        camera: Name of the camera; None where unknown.
+        size: Size of the file in bytes when it was read.
+        changed: Modification time of the file when it was read, in nanoseconds.
     """
 
     path: str
@@ -53,17 +53,17 @@ class IndexedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What ``index.json`` holds.
+    """Content of ``index.json``.
 
     Attributes:
-        dim: Length D of a feature.
+        dim: Feature dimension D.
         dtype: ``"float16"`` or ``"float32"``.
-        search: Kind of search asked for.
+        search: Requested kind of search.
         network: Source of the network and the hash of its file.
-        probe: Its answers to the probes.
-        num_rows: Rows that count, removed ones included.
-        log_bytes: Bytes of the list of images that count.
-        generation: How often the files were written anew.
+        probe: Features of the probes by the network.
+        num_rows: Number of valid rows, including removed ones.
+        log_bytes: Number of valid bytes in the list of images.
+        generation: Number of times that the files were rewritten.
         approximate: Kind, file and number of rows of the approximate search, if any.
         format: Version of this layout.
     """
@@ -81,7 +81,7 @@ class Manifest:
 
     @property
     def features_file(self) -> str:
-        """Name of the file of features."""
+        """Name of the feature file."""
         return f"features-{self.generation}.bin"
 
     @property
@@ -91,17 +91,17 @@ class Manifest:
 
 
 class Store:
-    """The rows of an index, as ``index.json`` says now.
+    """Rows of an index, in the state that ``index.json`` records.
 
-    Made by :meth:`create` or :meth:`open`. Whoever writes holds :meth:`writing`.
+    Open one with :meth:`create` or :meth:`open`. A writer must hold :meth:`writing`.
 
     Args:
         folder: Folder of the index.
-        manifest: What its ``index.json`` holds.
+        manifest: Content of its ``index.json``.
 
     Attributes:
-        images: The image of each row, N of them.
-        live: Whether each row still counts, shape ``(N,)``.
+        images: Image of each of the N rows.
+        live: Mask of the rows that are not removed, shape ``(N,)``.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -116,14 +116,14 @@ class Store:
         """Write an empty index.
 
         Args:
-            folder: Made if absent.
-            manifest: Without rows.
+            folder: Folder, which is created if it does not exist.
+            manifest: Manifest without rows.
 
         Returns:
             The store.
 
         Raises:
-            ValueError: If the folder holds anything.
+            ValueError: If the folder is not empty.
         """
         folder = Path(folder).expanduser().absolute()
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ class Store:
         """Read an index.
 
         Args:
-            folder: Its folder.
+            folder: Folder of the index.
 
         Returns:
             The store.
@@ -151,7 +151,7 @@ class Store:
         file = folder / MANIFEST
         if not file.is_file():
             raise FileNotFoundError(
-                f"there is no index in {str(folder)!r}: selcon index makes one"
+                f"there is no index in {str(folder)!r}: create one with selcon index"
             )
         try:
             manifest = Manifest(**json.loads(file.read_text()))
@@ -166,10 +166,10 @@ class Store:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Exclude other writers, which wait until this one is done.
+        """Lock the index for writing; other writers wait until the lock is released.
 
         Yields:
-            Nothing. What others have written before is read first.
+            Nothing. The changes of earlier writers are read first.
         """
         with exclusive(self.folder / _LOCK) as lock:
             now = Store.open(self.folder)
@@ -181,7 +181,7 @@ class Store:
 
     @property
     def live(self) -> NDArray[np.bool_]:
-        """Whether each row still counts, shape ``(N,)``."""
+        """Mask of the rows that are not removed, shape ``(N,)``."""
         return np.array(self._live, dtype=bool)
 
     @property
@@ -204,12 +204,12 @@ class Store:
         *,
         instead_of: Sequence[int] = (),
     ) -> None:
-        """Add images, and take out others, in one step.
+        """Add images and remove others in one step.
 
         Args:
-            features: Shape ``(n, D)``.
-            images: n of them.
-            instead_of: Rows that no longer count.
+            features: Features of the new images, shape ``(n, D)``.
+            images: The n new images.
+            instead_of: Rows to remove.
         """
         self._append_bytes(
             self.manifest.features_file,
@@ -226,16 +226,16 @@ class Store:
             self._live[row] = False
 
     def remove(self, rows: Sequence[int]) -> None:
-        """Take images out.
+        """Remove images.
 
         Args:
-            rows: Their rows.
+            rows: Rows of the images.
         """
         empty = np.zeros((0, self.manifest.dim), dtype=np.float32)
         self.append(empty, [], instead_of=rows)
 
     def set_approximate(self, approximate: dict[str, Any]) -> None:
-        """Record the file of an approximate search, in the place of an earlier one.
+        """Record the file of an approximate search, which replaces an earlier one.
 
         Args:
             approximate: Kind, file and number of rows; empty for none.
@@ -244,7 +244,7 @@ class Store:
         self._remove_leftovers()
 
     def rewrite(self) -> None:
-        """Write the files anew, without the rows that no longer count."""
+        """Rewrite the files without the removed rows."""
         before, rows = self.manifest, np.flatnonzero(self.live)
         features, images = self.features(), self.images
         fresh = replace(
@@ -254,7 +254,7 @@ class Store:
             generation=before.generation + 1,
             approximate={},
         )
-        # Uncounted until the new manifest stands.
+        # The new files are not valid until the new manifest is written.
         log = "".join(json.dumps(images[row]) + "\n" for row in rows).encode()
         with open(self.folder / fresh.features_file, "wb") as stream:
             for start in range(0, len(rows), _COPIED_ROWS):
@@ -312,7 +312,7 @@ class Store:
         self.manifest = manifest
 
     def _remove_leftovers(self) -> None:
-        """Remove files that the manifest no longer names, or does not name yet."""
+        """Remove files that the manifest does not name."""
         manifest = self.manifest
         named = {manifest.features_file, manifest.images_file}
         named.add(manifest.approximate.get("file", ""))
@@ -322,7 +322,7 @@ class Store:
                     file.unlink(missing_ok=True)
 
     def _append_bytes(self, name: str, position: int, content: bytes) -> None:
-        """Write behind what counts, over what a killed process left there."""
+        """Write after the valid part, over bytes that a killed process left there."""
         descriptor = os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o666)
         with open(descriptor, "r+b") as stream:
             stream.truncate(position)

@@ -86,7 +86,7 @@ def check_test_sets(test_loader: Mapping[str, Mapping[str, Any]]) -> None:
 
     Raises:
         ValueError: If there are such images; lists them.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     for loaders in test_loader.values():
         images = loaders["query"].dataset.data + loaders["gallery"].dataset.data
         check_test_images([path for path, *_ in images])

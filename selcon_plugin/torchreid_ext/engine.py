@@ -467,7 +467,7 @@ class ImageSelConEngine(EvaluationEngine):
             ValueError: If it is not this engine's, cannot be read, or is of a run with
                 other settings, images or another model. ``FileNotFoundError`` if there is
                 none.
-        """  # noqa: DOC502  (raised by what this calls)
+        """  # noqa: DOC502  (raised by the functions called here)
         file, checkpoint = read_run(Path(path).expanduser())
         entry = checkpoint[RUN_ENTRY]
         present = self.train_loader.dataset

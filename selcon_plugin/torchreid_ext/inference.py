@@ -51,7 +51,7 @@ def load_network(
     Raises:
         ValueError: If the file is of another network. ``FileNotFoundError`` if there is
             none.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     preprocessing = Preprocessing(
         size=(cfg.data.height, cfg.data.width),
         interpolation="bilinear",

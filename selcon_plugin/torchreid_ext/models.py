@@ -247,7 +247,7 @@ def load_network(model: SelConModel, file: str) -> None:
 
     Raises:
         ValueError: If the file is of another model. ``FileNotFoundError`` if there is none.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     read = read_state_dict(Path(file).expanduser())
     state = {unwrapped_name(name): tensor for name, tensor in read.items()}
     if not any(key.startswith("backbone.") for key in state):
@@ -399,7 +399,7 @@ def fit_to_method(network: SelConModel, method: str) -> None:
         method: Registered name.
     """
     if not method_class(method).uses_parts and network.heads.num_parts:
-        logger.info("%s has no use for parts: the head has none", method)
+        logger.info("%s does not use parts: the head has none", method)
         network.drop_parts()
     if network.device.type == "cpu":
         # Convolutions on a CPU are up to a third faster with channels innermost.

@@ -160,7 +160,7 @@ def adapt(
         ValueError: If a setting is illegal, or the folder holds another adaptation.
         FileNotFoundError: If there is no such file or folder.
         RunStopped: If it was stopped by a signal; a ``SystemExit``.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     if not Path(settings.weights).expanduser().is_file():
         raise FileNotFoundError(f"--weights {settings.weights!r} does not exist")
     make_output_folder("--output", str(output))

@@ -60,7 +60,7 @@ def run_bench(
         ValueError: If a config or an option is wrong, or the folder holds other runs.
         KeyboardInterrupt: On Ctrl-C, and as ``BenchTerminated`` on SIGTERM; no run is left
             behind.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     for name, value in (("--seeds", seeds), ("--epochs", epochs)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be 1 or more, got {value}")

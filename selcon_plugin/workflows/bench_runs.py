@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from selcon_plugin.config.host_data import RunFiles
 from selcon_plugin.engine.progress import duration
 from selcon_plugin.hosts import get_host
+from selcon_plugin.io.locks import exclusive
 from selcon_plugin.runs.results import RESULTS_FILE
 from selcon_plugin.workflows.bench_table import METRICS, Outcome, Run
 from selcon_plugin.workflows.terminal import echo, show_status
@@ -45,9 +45,12 @@ def finish(run: Run, title: str) -> Outcome:
 
     Raises:
         ValueError: If its ``results.json`` is not what a run writes.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     started = time.monotonic()
-    with _exclusive(run.folder, title) as lock:
+    # A bench that was killed leaves its last run running. The system frees the lock when
+    # both have ended.
+    waiting = f"{title}: another process trains in {run.folder}, waiting for it"
+    with exclusive(run.folder / _LOCK, on_wait=lambda: echo(waiting)) as lock:
         if (run.folder / RESULTS_FILE).exists():
             when = "finished earlier"
         else:
@@ -84,7 +87,7 @@ def _command(run: Run) -> list[str]:
     ]
 
 
-def _train(run: Run, title: str, lock: int) -> str:
+def _train(run: Run, title: str, lock: int | None) -> str:
     """Train in a process of its own; return why it failed, or nothing."""
     host, console = get_host(run.host), run.folder / _CONSOLE
     log = run.folder / (host.run_files.log or _CONSOLE)
@@ -99,7 +102,8 @@ def _train(run: Run, title: str, lock: int) -> str:
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
-            pass_fds=(lock,),  # held as long as the run lives, should the bench be killed
+            # The run holds the lock as long as it lives, should the bench be killed.
+            pass_fds=() if lock is None else (lock,),
         )
     try:
         while process.poll() is None:
@@ -184,31 +188,6 @@ def _tail(file: Path, start: int) -> str:
     with file.open("rb") as stream:
         stream.seek(max(start, _size(file) - 8192))
         return stream.read().decode(errors="replace")
-
-
-@contextlib.contextmanager
-def _exclusive(folder: Path, title: str) -> Iterator[int]:
-    """Wait until no process trains in a folder, then keep others out.
-
-    A bench that was killed leaves its last run running. The system frees the lock when both
-    are gone.
-
-    Yields:
-        The lock's file descriptor.
-    """
-    import fcntl
-
-    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                echo(f"{title}: another process trains in {folder}, waiting for it")
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _summary(metrics: Mapping[str, Mapping[str, float]]) -> str:

@@ -96,7 +96,7 @@ def cluster_folder(
         ValueError: If an option is illegal, the images need more memory than there is, or
             the output cannot be written.
         FileNotFoundError: If there is no such folder.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     if not 0 <= contact_sheet_rows <= _MOST_SHEET_ROWS:
         raise ValueError(
             f"--contact-sheet draws 1 to {_MOST_SHEET_ROWS} clusters, got "

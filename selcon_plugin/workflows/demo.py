@@ -72,7 +72,7 @@ def run_demo(
     Raises:
         ValueError: If a setting is wrong, or the folder holds a run with other settings.
         RunStopped: If it was stopped by a signal; a ``SystemExit``.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     if epochs is not None and epochs < 1:
         raise ValueError(f"--epochs must be 1 or more, got {epochs}")
     if data_root:

@@ -106,7 +106,7 @@ def fit(
     Raises:
         ValueError: If an option, a key or a value is wrong; says what is legal.
         FileNotFoundError: If there is no such folder, config or file of weights.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     check_name("host", host, host_names())
     check_name("device", device, ("auto", "cpu", "cuda"))
     chosen, folder = get_host(host), Path(output).expanduser()

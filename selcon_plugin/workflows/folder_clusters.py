@@ -97,7 +97,7 @@ def default_options(labeler: str, num_images: int) -> dict[str, Any]:
 
     Raises:
         ValueError: If there is no such labeler.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     check_name("--labeler", labeler, labeler_names())
     known = labeler_options(labeler)
     sizes = NeighborhoodSizes.for_images(num_images)
@@ -133,7 +133,7 @@ def cluster_features(
 
     Raises:
         ValueError: If labeler or option is unknown, or a value illegal.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     values = {**default_options(labeler, len(features)), **(options or {})}
     clusterer = build_labeler(labeler, center_cameras=True, **values)
     found = clusterer(
@@ -245,7 +245,7 @@ def link_clusters(clusters: FolderClusters, folder: str | Path) -> None:
 
     Raises:
         ValueError: If there is anything else in it.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     folder = Path(folder)
     _remove_links(folder)
     for cluster in range(OUTLIER, clusters.num_clusters):

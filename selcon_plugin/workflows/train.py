@@ -72,7 +72,7 @@ def launch(
     Raises:
         ValueError: If the host cannot train in that many, or a setting is wrong.
         ProcessFailure: If one of several processes failed.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     arguments = (host.name, cfg, eval_only, resume, source, tuple(imports))
     host.launch(_in_each_process, arguments, processes, training=None if eval_only else cfg)
 

@@ -91,7 +91,7 @@ class Training:
                 losses[name] = losses.get(name, 0.0) + loss.detach() / micro_batches
         if spoil is not None:
             spoil(self.network, losses)
-        values = self.guard.judge(losses, images, self.steps, **judging)
+        values = self.guard.check(losses, images, self.steps, **judging)
         self.steps += 1
         if self.guard.skipped:
             self.optimizer.zero_grad()
@@ -204,13 +204,13 @@ def test_bad_features_are_named_by_image(caplog: pytest.LogCaptureFixture) -> No
             module.eval()
     rows = [4, 9, 6, 7]
     training.step(rows, bad_pixel(training, rows, 3))
-    assert "features are not finite of 07.jpg" in message_of(caplog)
+    assert "features are not finite in 07.jpg" in message_of(caplog)
 
 
 def test_bad_gradients_are_named_by_weight(caplog: pytest.LogCaptureFixture) -> None:
     Training().step([0, 1, 2, 3], spoil=spoil_gradient)
     text = message_of(caplog)
-    assert "losses are finite, gradients not: heads.global_projection.weight;" in text
+    assert "gradients are not: heads.global_projection.weight;" in text
     assert "batch of 00.jpg, 01.jpg, 02.jpg, 03.jpg" in text
 
 

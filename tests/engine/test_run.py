@@ -454,7 +454,7 @@ def test_one_cluster_of_all_images_is_never_the_best(make_run, monkeypatch):
 def test_best_weights_need_clusters(make_run, caplog):
     saved = []
     run = make_run(Recorded(), best=BestWeights("silhouette", saved.append))
-    assert "keep_best_by silhouette is a figure of clusters" in caplog.text
+    assert "keep_best_by silhouette is a criterion of clusters" in caplog.text
     run.before_training()
     one_step(run, [0, 1, 2, 3])
     run.end_epoch(0)

@@ -115,7 +115,7 @@ def test_stand_in_is_of_the_same_cluster_while_it_has_readable_images(images):
 def test_where_nothing_can_be_read_the_run_stops_and_does_not_hang(images):
     for path in images.paths:
         os.unlink(path)
-    with pytest.raises(RuntimeError, match=r"04\.png cannot be read.*is the disk"):
+    with pytest.raises(RuntimeError, match=r"04\.png cannot be read.*check that the disk"):
         images[SampleKey(4, 0)]
 
 
@@ -206,7 +206,7 @@ def report(images, unreported, share):
         unreported=mask,
         unreadable=torch.zeros_like(mask),
         max_unreadable_ratio=share,
-        what_happened="others were drawn",
+        what_happened="others replaced them",
     )
 
 
@@ -215,7 +215,7 @@ def test_report_names_files_and_reasons_and_counts_those_left_out_before(images,
     report(images, [4, 5], 0.5)
     (record,) = caplog.records
     message = record.getMessage()
-    assert "2 of 12 training images can no longer be read; others were drawn" in message
+    assert "2 of 12 training images can no longer be read; others replaced them" in message
     assert f"{images.paths[4]}: No such file" in message
     assert f"{images.paths[5]}: readable again" in message
     images.num_left_out = 3

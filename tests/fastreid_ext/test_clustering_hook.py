@@ -342,5 +342,5 @@ def test_wrong_settings_end_before_training(tiny_cfg, key, value, words):
 
 def test_sampler_of_clusters_needs_a_method_that_clusters(tiny_cfg):
     tiny_cfg.MODEL.SELCON.SAMPLER = "pk"
-    with pytest.raises(ValueError, match=r"SAMPLER pk draws from clusters.*auto"):
+    with pytest.raises(ValueError, match=r"SAMPLER pk samples from clusters.*auto"):
         SelConTrainer(tiny_cfg)

@@ -158,10 +158,10 @@ def test_other_files_are_no_features(tmp_path):
         FolderFeatures.load(tmp_path / "none.npz")
     file = tmp_path / "f.npz"
     file.write_text("hello")
-    with pytest.raises(ValueError, match="no file of features"):
+    with pytest.raises(ValueError, match="not a feature file"):
         FolderFeatures.load(file)
     np.savez(file, paths=np.array(["a"]))
-    with pytest.raises(ValueError, match="no file of features"):
+    with pytest.raises(ValueError, match="not a feature file"):
         FolderFeatures.load(file)
     np.savez(file, paths=np.array(["a"]), camids=np.zeros(2), features=np.zeros((1, 2)))
     with pytest.raises(ValueError, match="one feature and camera per path"):

@@ -103,17 +103,17 @@ def test_mistakes_are_one_line(made, tmp_path, capsys, network):
     cases = [
         ((*search, "--threshold", "high"), "--threshold must be auto or a cosine"),
         ((*search, "--threshold", "2"), "--threshold must be auto or a cosine"),
-        ((*search, "--camera", "cam9"), "no image of the index is of camera 'cam9'"),
-        ((*search, "--weights", "other.pth"), "made with another network"),
+        ((*search, "--camera", "cam9"), "no image of the index is from camera 'cam9'"),
+        ((*search, "--weights", "other.pth"), "created with another network"),
         ((*search, "--weights", "a", "--onnx", "b"), "either --weights FILE or --onnx"),
         ((*search, "--backbone", "osnet_x0_25"), "either --weights FILE or --onnx"),
-        (("search", "--index", tmp_path / "none", query), "selcon index makes one"),
+        (("search", "--index", tmp_path / "none", query), "create one with selcon index"),
         (("search", "--index", index, tmp_path / "no.jpg"), "a query cannot be read: "),
         (
             ("index", "--output", tmp_path / "new", "--images", images),
             "a new index needs its network",
         ),
-        (("index", "--index", index, "--remove", "*.gif"), "fits none of the 24 images"),
+        (("index", "--index", index, "--remove", "*.gif"), "matches none of the 24 images"),
     ]
     for words, message in cases:
         status, _, said = run(capsys, *words)
@@ -125,7 +125,7 @@ def test_network_that_is_gone_is_named(tmp_path, made, network):
     network[0].unlink()
     with pytest.raises(FileNotFoundError, match=r"no network at .*model\.pth"):
         NetworkSource(weights=str(network[0])).sha256()
-    with pytest.raises(ValueError, match="--onnx holds network and config"):
+    with pytest.raises(ValueError, match="--onnx contains network and config"):
         NetworkSource(onnx="a.onnx", backbone="osnet_x0_25")
 
 

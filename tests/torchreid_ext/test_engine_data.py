@@ -61,7 +61,7 @@ def test_several_augmented_copies_are_one_with_a_warning(make_engine, manager, c
         ({"num_parts": 4}, "no option num_parts"),
         ({"ema_decay": 1.0}, r"ema_decay .* < 1, got 1\.0"),
         ({"micro_batches": 3}, r"\(8, .*multiple of\s+micro-batches \(3\)"),
-        ({"sampler": "pk"}, r"sampler pk draws from clusters.*set it to 'auto'"),
+        ({"sampler": "pk"}, r"sampler pk samples from clusters.*set it to 'auto'"),
         ({"sampler": "random"}, r"sampler .*'pk_camera'"),
         ({"clustering": {"epsilon": 0.5}}, r"no option epsilon with the labeler DBSCAN"),
         ({"clustering": {"eps": 1.5}}, r"eps .*<= 1 or 'auto', got 1\.5"),

@@ -306,7 +306,7 @@ def test_keys_of_the_config_reach_model_and_engine(config):
         (["--eval-only"], ["model.load_weights must name a checkpoint"]),
         (["selcon.temperature", "0.0"], ["selcon.temperature", "> 0"]),
         (["train.batch_size", "64"], ["40 training images", "(64)"]),
-        (["selcon.sampler", "pk"], ["sampler pk draws from clusters"]),
+        (["selcon.sampler", "pk"], ["sampler pk samples from clusters"]),
         (["selcon.micro_batches", "3"], ["micro-batches (3)"]),
         (["model.name", "osnet_x25"], ["no model named 'osnet_x25'", "osnet_x0_25"]),
         (["model.load_weights", "nowhere.pth"], ["nowhere.pth"]),
