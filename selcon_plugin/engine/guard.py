@@ -198,8 +198,8 @@ class StepGuard:
         else:
             found.append(f"batch of {self._named(every)}")
         if set(nonfinite) == {"gradients"}:
-            names = self._nonfinite_gradients()
-            found.insert(0, f"losses are finite, but gradients are not: {names}")
+            gradients = self._nonfinite_gradients()
+            found.insert(0, f"losses are finite, but gradients are not: {gradients}")
         return found
 
     def _named(self, index: Tensor) -> str:
