@@ -1,6 +1,7 @@
-"""The command line: one file per command; parse, call, print.
+"""The command line, with one module per command.
 
-Nothing in the library imports from here, and nothing algorithmic belongs here.
+A command parses its arguments, calls the library and prints the result. Algorithms do not
+belong here, and no other part of the package imports from here.
 """
 
 from selcon_plugin.cli.main import main

@@ -1,4 +1,4 @@
-"""``selcon adapt``: train a trained network further on a folder of images."""
+"""``selcon adapt``: fine-tune a trained network on a folder of images."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def main(argv: list[str]) -> int:
         argv: Arguments after ``selcon adapt``.
 
     Returns:
-        Exit status 0, whether or not there is a better network.
+        Exit status 0, whether or not a better network was found.
 
     Raises:
         ValueError: If an argument is wrong.
-            ``FileNotFoundError`` if there is no such file or folder.
+            ``FileNotFoundError`` if a file or folder does not exist.
     """
     args = _parser().parse_args(argv)
     if not args.images:
@@ -55,9 +55,9 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="selcon adapt",
-        description="Train a network further on your images, without labels, and keep the "
-        "best of before and after by the label-free quality. The same command resumes what "
-        "was stopped.",
+        description="Fine-tune a trained network on your images without labels, and keep "
+        "the best checkpoint, the given one included, by a label-free criterion. Repeat "
+        "the command to resume after an interruption.",
     )
     add_network_arguments(parser, onnx=False)
     add_reading_arguments(parser)
@@ -72,21 +72,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--method",
         default="",
-        help="method that trains; default: that of the config, else SelConCluster",
+        help="training method; default: the one in the config, else SelConCluster",
     )
-    parser.add_argument("--epochs", type=int, default=10, help="default: 10")
+    parser.add_argument(
+        "--epochs", type=int, default=10, help="number of epochs to train; default: 10"
+    )
     parser.add_argument(
         "--learning-rate",
         type=float,
         default=3.5e-4,
         metavar="X",
-        help="of Adam; default: 0.00035",
+        help="learning rate of Adam; default: 0.00035",
     )
     parser.add_argument(
         "opts",
         metavar="KEY VALUE",
         nargs=argparse.REMAINDER,
         default=[],
-        help="options of the host's config; they come last",
+        help="options of the host's config; they override all others",
     )
     return parser

@@ -1,4 +1,4 @@
-"""Arguments that name a trained network, the same in all commands that compute features."""
+"""Command-line arguments that several commands share, and the networks they select."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ if TYPE_CHECKING:
 
 
 def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
-    """Let a command take a folder of images, and where their cameras are written."""
+    """Add the arguments for a folder of images and the pattern of their cameras."""
     parser.add_argument(
         "--images",
         metavar="FOLDER",
         default="",
-        help="any folder of jpg, png, webp or bmp images; needs no labels and no structure",
+        help="folder of jpg, png, webp or bmp images; no labels or structure are needed",
     )
     parser.add_argument(
         "--camera-pattern",
         metavar="REGEX",
         default="",
-        help="finds the camera in a file's path: first group or whole match; default: the "
-        "first sub-folder; none: no cameras",
+        help="regular expression for the camera in a file's path: the first group or the "
+        "whole match; default: the first subfolder; none: no cameras",
     )
 
 
 def add_import_argument(parser: argparse.ArgumentParser) -> None:
-    """Let a command take files that register methods, labelers or samplers."""
+    """Add the argument for files that register methods, labelers or samplers."""
     parser.add_argument(
         "--import",
         action="append",
         default=[],
         dest="imports",
         metavar="FILE.py",
-        help="Python file to import first, such as one with a method of your own; may be "
-        "given several times",
+        help="Python file to import first, for example one that registers your own method; "
+        "may be given several times",
     )
 
 
 def add_network_arguments(parser: argparse.ArgumentParser, *, onnx: bool = True) -> None:
-    """Let a command take a trained network.
+    """Add the arguments that select a trained network.
 
     Args:
         parser: Parser of the command.
-        onnx: Whether an exported network will do.
+        onnx: Whether the command accepts an exported network.
     """
     parser.add_argument(
         "--weights",
@@ -62,33 +62,36 @@ def add_network_arguments(parser: argparse.ArgumentParser, *, onnx: bool = True)
         "--config-file",
         default="",
         metavar="FILE",
-        help="config of the checkpoint; default: config.yaml beside it",
+        help="config of the checkpoint; default: config.yaml in the same folder",
     )
     parser.add_argument(
         "--backbone",
         default="",
         metavar="NAME",
-        help="for weights without a config: torchreid's name of the model, such as "
-        "osnet_x0_25, or timm's after timm:",
+        help="for weights without a config: a torchreid model such as osnet_x0_25, or a "
+        "timm model with the prefix timm:",
     )
     if onnx:
         parser.add_argument(
-            "--onnx", default="", metavar="FILE", help="exported network, for --weights"
+            "--onnx",
+            default="",
+            metavar="FILE",
+            help="exported network, instead of --weights",
         )
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
-    """Let a command take the device that computes features."""
+    """Add the argument for the device that computes features."""
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:0; default: auto"
     )
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
-    """Let a command take the device, and how images are read for it."""
+    """Add the arguments for the device and for the reading of images."""
     add_device_argument(parser)
     parser.add_argument(
-        "--batch-size", type=int, default=64, help="images computed together; default: 64"
+        "--batch-size", type=int, default=64, help="images per batch; default: 64"
     )
     parser.add_argument(
         "--num-workers", type=int, default=0, help="processes that read images; default: 0"
@@ -96,7 +99,7 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Let a command take options of the network's config, behind all else."""
+    """Add options of the network's config, which follow all other arguments."""
     parser.add_argument(
         "opts",
         metavar="KEY VALUE",
@@ -107,28 +110,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_network_arguments(args: argparse.Namespace) -> None:
-    """Refuse arguments that name no network, two, or a file that is not there.
+    """Check that the arguments select exactly one network, whose file exists.
 
     Args:
         args: Arguments of the command.
 
     Raises:
-        ValueError: If there is not one of ``--weights`` and ``--onnx``.
-        FileNotFoundError: If there is no such file.
+        ValueError: If neither or both of ``--weights`` and ``--onnx`` are given.
+        FileNotFoundError: If the file does not exist.
     """
     onnx = getattr(args, "onnx", "")
     if bool(args.weights) == bool(onnx):
-        raise ValueError("name one network: --weights FILE or --onnx FILE")
+        raise ValueError("give one network: --weights FILE or --onnx FILE")
     for name, file in (("--weights", args.weights), ("--onnx", onnx)):
         if file and not Path(file).expanduser().is_file():
             raise FileNotFoundError(f"{name} {file!r} does not exist")
 
 
 def load_embedder(args: argparse.Namespace, options: Sequence[str] = ()) -> Embedder:
-    """Load the network that the arguments name.
+    """Load the network that the arguments select.
 
     Args:
-        args: Arguments of the command, checked.
+        args: Checked arguments of the command.
         options: ``KEY VALUE`` pairs that change the network's config.
 
     Returns:
@@ -142,16 +145,16 @@ def load_embedder(args: argparse.Namespace, options: Sequence[str] = ()) -> Embe
 
 
 def network_source(args: argparse.Namespace) -> NetworkSource | None:
-    """Return the network that the arguments name, None if none.
+    """Return the network that the arguments select, or None if there is none.
 
     Args:
-        args: Arguments of the command; ``opts``, where there are, are ``KEY VALUE`` pairs.
+        args: Arguments of the command; ``opts``, if present, are ``KEY VALUE`` pairs.
 
     Returns:
-        Where to read it from.
+        The source of the network.
 
     Raises:
-        ValueError: If more than one is named, or a part of one.
+        ValueError: If the arguments select more than one network, or one incompletely.
     """  # noqa: DOC502  (raised by the functions called here)
     named = (args.weights, args.config_file, args.backbone, args.onnx)
     options = tuple(getattr(args, "opts", ()))
@@ -161,7 +164,7 @@ def network_source(args: argparse.Namespace) -> NetworkSource | None:
 
 
 def network_key(args: argparse.Namespace) -> str:
-    """Return a short text that changes with the network: its files and its backbone."""
+    """Return a short hash of the network's files and the name of its backbone."""
     weights = args.weights or args.onnx
     config = "" if args.backbone else args.config_file or find_config(weights)
     return hash_files(*filter(None, (weights, config)), prefix=args.backbone)[:16]

@@ -1,4 +1,4 @@
-"""``selcon bench``: several configs on several seeds, in one table."""
+"""``selcon bench``: compare several configs over several seeds in one table."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def main(argv: list[str]) -> int:
         argv: Arguments after ``selcon bench``.
 
     Returns:
-        Exit status: 0, 1 if a run failed, or 130 (Ctrl-C) or 143 (SIGTERM) if the bench was
+        Exit status: 0; 1 if a run failed; 130 (Ctrl-C) or 143 (SIGTERM) if the bench was
         stopped.
 
     Raises:
         ValueError: If an argument is wrong.
     """
     args = _parser().parse_args(argv)
-    # Options that follow the files directly are read as files.
+    # argparse reads options that directly follow the files as files.
     files = list(itertools.takewhile(_is_config_file, args.configs))
     options = args.configs[len(files) :] + args.opts
     if not files:
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
             command=shlex.join(["selcon", "bench", *argv]),
         )
     except KeyboardInterrupt as stop:
-        echo("\nStopped. The same command resumes where this one stopped.")
+        echo("\nStopped. The same command resumes the bench.")
         return 143 if isinstance(stop, BenchTerminated) else 130
     return int(any(outcome.error for outcome in outcomes))
 
@@ -52,31 +52,50 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="selcon bench",
-        description="Train and evaluate each config on each seed, and write a table "
-        "(Markdown, CSV, JSON). The same command resumes a bench that was stopped.",
+        description="Train and evaluate each config with each seed, and write a table "
+        "(Markdown, CSV, JSON). Repeat the command to resume an interrupted bench.",
     )
     parser.add_argument(
-        "--configs", nargs="+", required=True, metavar="FILE.yml", help="configs"
+        "--configs",
+        nargs="+",
+        required=True,
+        metavar="FILE.yml",
+        help="config files to compare",
     )
     parser.add_argument(
-        "--seeds", type=int, default=3, metavar="N", help="seeds 0..N-1; default: 3"
+        "--seeds",
+        type=int,
+        default=3,
+        metavar="N",
+        help="use the seeds 0..N-1; default: 3",
     )
     parser.add_argument(
-        "--dataset", default="", metavar="NAME", help="data to train and test all on"
+        "--dataset",
+        default="",
+        metavar="NAME",
+        help="data set for training and test in all configs; default: as configured",
     )
-    parser.add_argument("--epochs", type=int, metavar="N", help="epochs to train all for")
     parser.add_argument(
-        "--output", default="logs/bench", metavar="FOLDER", help="default: logs/bench"
+        "--epochs",
+        type=int,
+        metavar="N",
+        help="epochs to train in all configs; default: as configured",
+    )
+    parser.add_argument(
+        "--output",
+        default="logs/bench",
+        metavar="FOLDER",
+        help="folder for the runs and the table; default: logs/bench",
     )
     add_import_argument(parser)
     parser.add_argument(
         "opts",
         metavar="KEY VALUE",
         nargs=argparse.REMAINDER,
-        help="config options, for all configs of the host whose keys they are",
+        help="config options; each applies to all configs of the host that has this key",
     )
     return parser
 
 
-def _is_config_file(word: str) -> bool:
-    return word.endswith((".yml", ".yaml"))
+def _is_config_file(argument: str) -> bool:
+    return argument.endswith((".yml", ".yaml"))

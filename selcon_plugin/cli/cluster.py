@@ -1,4 +1,4 @@
-"""``selcon cluster``: who may be the same person in a folder of images."""
+"""``selcon cluster``: cluster a folder of images by pseudo identity."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def main(argv: list[str]) -> int:
         Exit status 0.
 
     Raises:
-        ValueError: If an argument is wrong, or there is too little memory.
-            ``FileNotFoundError`` if there is no such file or folder.
+        ValueError: If an argument is wrong, or the memory does not suffice.
+            ``FileNotFoundError`` if a file or folder does not exist.
     """
     args = _parser().parse_args(argv)
     if not args.images:
@@ -66,8 +66,9 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="selcon cluster",
-        description="Write clusters.csv: image, cluster, confidence, camera. Features are "
-        "kept beside it: the same command with another --eps or --labeler is quick.",
+        description="Cluster a folder of images by pseudo identity, and write "
+        "clusters.csv with the columns image, cluster, confidence, camera. The features "
+        "are saved as well, so the same command with another --eps or --labeler is fast.",
     )
     add_network_arguments(parser)
     add_reading_arguments(parser)
@@ -83,16 +84,19 @@ def _parser() -> argparse.ArgumentParser:
         "--eps",
         default="",
         metavar="X",
-        help="largest Jaccard distance of neighbors, or auto to find it without labels; "
+        help="largest Jaccard distance of neighbors, or auto for unsupervised selection; "
         "default: auto",
     )
     parser.add_argument(
         "--labeler",
         default=_DEFAULT_LABELER,
-        help=f"{', '.join(labeler_names())}; default: {_DEFAULT_LABELER}",
+        help=f"clustering method: {', '.join(labeler_names())}; "
+        f"default: {_DEFAULT_LABELER}",
     )
     parser.add_argument(
-        "--links", action="store_true", help="make a folder of links for each cluster"
+        "--links",
+        action="store_true",
+        help="create a folder of links to its images for each cluster",
     )
     parser.add_argument(
         "--contact-sheet",
@@ -101,20 +105,20 @@ def _parser() -> argparse.ArgumentParser:
         const=20,
         default=0,
         metavar="N",
-        help="draw the N largest clusters in contact_sheet.jpg; without a number 20",
+        help="draw the N largest clusters in contact_sheet.jpg; 20 if N is omitted",
     )
     parser.add_argument(
         "opts",
         metavar="NAME VALUE",
         nargs=argparse.REMAINDER,
         default=[],
-        help="options of the labeler, for instance min_samples 3 k1 20",
+        help="options of the labeler, for example min_samples 3 k1 20",
     )
     return parser
 
 
 def _labeler_options(labeler: str, eps: str, opts: Sequence[str]) -> dict[str, Any]:
-    """Read what the command line says of the labeler; the rest is chosen by the images."""
+    """Parse the options of the labeler; others are chosen by the number of images."""
     check_name("--labeler", labeler, labeler_names())
     known = labeler_options(labeler)
     if len(opts) % 2:

@@ -1,4 +1,4 @@
-"""``selcon config``: what the config keys mean."""
+"""``selcon config``: explain and list the config keys."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ def main(argv: list[str]) -> int:
         Exit status 0.
 
     Raises:
-        ValueError: If there is no such key; names the closest.
+        ValueError: If the key does not exist; the message suggests the closest one.
     """  # noqa: DOC502  (raised by the functions called here)
     parser = argparse.ArgumentParser(
         prog="selcon config",
-        description="What a config key does, its default and legal values, and who has it.",
+        description="Explain a config key, its default and legal values, and which host, "
+        "method or labeler has it.",
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument(
         "--explain",
         metavar="KEY",
         help="a key of either host, such as MODEL.SELCON.TEMPERATURE or "
-        "selcon.clustering.eps; the end of one will do: temperature",
+        "selcon.clustering.eps, or the end of a key, such as temperature",
     )
-    what.add_argument("--list", action="store_true", help="all keys of the plugin")
+    action.add_argument("--list", action="store_true", help="list all keys of the plugin")
     parser.add_argument(
         "--host",
         choices=host_names(),
         default="",
-        help="whose config; default: the host that writes a full key like this one, "
+        help="host of the config; default: the host that uses the given full key, "
         f"{DEFAULT_HOST} for the end of a key",
     )
     add_import_argument(parser)

@@ -1,4 +1,4 @@
-"""``selcon demo``: from nothing to a model trained without labels, in minutes, on a CPU."""
+"""``selcon demo``: train on synthetic persons without labels in minutes on a CPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
             options=args.opts,
         )
     except (KeyboardInterrupt, RunStopped) as stop:
-        echo("\nStopped. The same command resumes.")
+        echo("\nStopped. The same command resumes the run.")
         return stop.code if isinstance(stop, RunStopped) else 130
     return 0
 
@@ -36,14 +36,17 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="selcon demo",
-        description="Render synthetic persons seen by several cameras, train on them "
-        "without identity labels, and show what was learned. The same command resumes a "
-        "run that was stopped.",
+        description="Render synthetic persons in several cameras, train on them without "
+        "identity labels, and report the accuracy before and after. Repeat the command to "
+        "resume an interrupted run.",
     )
     parser.add_argument(
-        "--output", default="logs/demo", metavar="FOLDER", help="default: logs/demo"
+        "--output",
+        default="logs/demo",
+        metavar="FOLDER",
+        help="folder of the run; default: logs/demo",
     )
-    parser.add_argument("--epochs", type=int, metavar="N", help="epochs to train")
+    parser.add_argument("--epochs", type=int, metavar="N", help="number of epochs to train")
     parser.add_argument(
         "--fresh", action="store_true", help="delete the run in FOLDER and start over"
     )
@@ -51,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data-root",
         default="",
         metavar="FOLDER",
-        help="where the data is rendered; default: FASTREID_DATASETS, else ./datasets",
+        help="folder for the rendered data; default: FASTREID_DATASETS, else ./datasets",
     )
     parser.add_argument(
         "opts", metavar="KEY VALUE", nargs=argparse.REMAINDER, help="config options"

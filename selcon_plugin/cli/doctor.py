@@ -1,7 +1,7 @@
-"""Say what is installed, what works, and how to mend what does not.
+"""``selcon doctor``: report what is installed, what works, and how to fix the rest.
 
-Every check tries the thing itself (imports it, multiplies on it, searches with it) rather
-than comparing version numbers, and none can stop the others.
+Every check exercises the package or device itself (it imports, multiplies or searches)
+instead of comparing version numbers, and a failing check does not stop the others.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from selcon_plugin import compat
 
 __all__ = ["Check", "Report", "examine", "main", "run_check"]
 
-# What to show, and under which names it may be installed.
+# Packages to show, each with the names of the distributions that may provide it.
 _PACKAGES = {
     "torch": ("torch",),
     "torchvision": ("torchvision",),
@@ -50,7 +50,7 @@ _PACKAGES = {
     "opencv": ("opencv-python-headless", "opencv-python", "opencv-contrib-python"),
 }
 
-# Modules whose distribution has another name.
+# Modules whose distribution has a different name.
 _DISTRIBUTIONS = {
     "PIL": "pillow",
     "cv2": "opencv-python-headless",
@@ -60,8 +60,8 @@ _DISTRIBUTIONS = {
 }
 
 
-class _Gap(Exception):  # noqa: N818  (it is not an error: something to mend)
-    """Raised inside a check that knows how to mend what it found."""
+class _Gap(Exception):  # noqa: N818  (a gap in the installation is not an error)
+    """A failure that a check can explain, with the command that fixes it."""
 
     def __init__(self, detail: str, remedy: str = "") -> None:
         super().__init__(detail)
@@ -71,14 +71,14 @@ class _Gap(Exception):  # noqa: N818  (it is not an error: something to mend)
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What one check found.
+    """The result of one check.
 
     Attributes:
-        name: What was tried.
-        works: Whether it worked.
-        needed: Whether training with FastReID is impossible without it.
-        detail: What was seen.
-        remedy: The command that mends a gap; empty if there is none.
+        name: Name of the checked component.
+        works: Whether it works.
+        needed: Whether training with FastReID requires it.
+        detail: Observed behavior, or the error.
+        remedy: Command that fixes the failure; empty if there is none.
     """
 
     name: str
@@ -90,11 +90,11 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Everything ``selcon doctor`` knows of this machine.
+    """The versions and check results of this machine.
 
     Attributes:
-        versions: Installed version by package; None where it is absent.
-        checks: What was tried, in the order of trying.
+        versions: Installed version by package; None if it is not installed.
+        checks: Results of the checks, in the order in which they ran.
     """
 
     versions: dict[str, str | None]
@@ -102,7 +102,7 @@ class Report:
 
     @property
     def ready(self) -> bool:
-        """Whether the main job, training with FastReID, can run."""
+        """Return whether training with FastReID, the main use, can run."""
         return all(check.works for check in self.checks if check.needed)
 
 
@@ -113,7 +113,7 @@ def examine() -> Report:
 
 
 def installed_versions() -> dict[str, str | None]:
-    """Look up what is installed, without importing it."""
+    """Look up the installed versions without importing the packages."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for label, names in _PACKAGES.items():
         versions[label] = next(filter(None, map(_version, names)), None)
@@ -128,19 +128,19 @@ def _version(distribution: str) -> str | None:
 
 
 def run_check(name: str, check: Callable[[], str], needed: bool) -> Check:
-    """Run one check, whatever it raises.
+    """Run one check, and turn any exception into a result.
 
     Args:
-        name: What the check tries.
-        check: Returns what it saw, or raises.
-        needed: Whether training is impossible where it fails.
+        name: Name of the checked component.
+        check: Returns the observed behavior, or raises.
+        needed: Whether training requires the component.
 
     Returns:
-        The outcome; a failure becomes its detail and, where it is known, its remedy.
+        The result; a failure sets its detail and, if known, its remedy.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the hosts warn of much at import
+            warnings.simplefilter("ignore")  # the hosts emit many warnings at import
             detail = check()
     except _Gap as gap:
         return Check(name, False, needed, gap.detail, gap.remedy)
@@ -154,7 +154,7 @@ def run_check(name: str, check: Callable[[], str], needed: bool) -> Check:
 
 
 def _this_pip(command: str) -> str:
-    """Turn ``pip install ...`` into a command for the running Python."""
+    """Return a ``pip install ...`` command for the running Python."""
     return f"{sys.executable} -m {command}"
 
 
@@ -169,23 +169,23 @@ def _install_module(module: str | None) -> str:
 
 
 def check_torchvision() -> str:
-    """Import torchvision's transforms, after mending what can be mended."""
+    """Import torchvision's transforms after applying the compatibility patches."""
     compat.prepare_torchvision()
     importlib.import_module("torchvision.transforms")
     if compat.torchvision_is_patched():
-        return "imports; its compiled operators do not load here, and nothing needs them"
+        return "imports; its compiled operators do not load here, but are not needed"
     return "imports"
 
 
 def check_fastreid() -> str:
-    """Import what training with FastReID imports."""
+    """Import the modules that training with FastReID needs."""
     compat.prepare_fastreid()
     importlib.import_module("fastreid.engine")
     return "imports"
 
 
 def check_torchreid() -> str:
-    """Import torchreid, whichever layout is installed."""
+    """Import torchreid in either of its two package layouts."""
     root = compat.import_torchreid()
     return f"imports as {root.__name__}"
 
@@ -198,15 +198,17 @@ def check_timm() -> str:
 
 
 def check_faiss() -> str:
-    """Search for a vector among others; it must find itself."""
+    """Search for each of some vectors with faiss; it must find itself."""
     faiss = importlib.import_module("faiss")
     vectors = np.random.default_rng(0).standard_normal((32, 8)).astype(np.float32)
     index = faiss.IndexFlatL2(8)
     index.add(vectors)
     _, found = index.search(vectors, 1)
     if found[:, 0].tolist() != list(range(32)):
-        raise _Gap("a search gave wrong neighbors", _this_pip("pip install -U faiss-cpu"))
-    return "a search on the CPU is right"
+        raise _Gap(
+            "a search returned wrong neighbors", _this_pip("pip install -U faiss-cpu")
+        )
+    return "a search on the CPU is correct"
 
 
 def check_gpu() -> str:
@@ -215,11 +217,11 @@ def check_gpu() -> str:
         if shutil.which("nvidia-smi") is None:
             raise _Gap("no NVIDIA GPU: training runs on the CPU")
         remedy = _this_pip("pip install --force-reinstall --no-deps torch torchvision")
-        raise _Gap(f"torch {torch.__version__} cannot use the GPU of this machine", remedy)
+        raise _Gap(f"torch {torch.__version__} cannot use this machine's GPU", remedy)
     ones = torch.ones(64, 64, device="cuda")
     if (ones @ ones).sum().item() != 64.0**3:
-        raise _Gap(f"{torch.cuda.get_device_name()} multiplies wrongly")
-    return f"{torch.cuda.get_device_name()} multiplies"
+        raise _Gap(f"{torch.cuda.get_device_name()} returns wrong products")
+    return f"{torch.cuda.get_device_name()} multiplies matrices correctly"
 
 
 def check_faiss_gpu() -> str:
@@ -235,14 +237,14 @@ def check_faiss_gpu() -> str:
     index.add(vectors)
     _, found = index.search(vectors, 1)
     if found[:, 0].tolist() != list(range(8)):
-        raise _Gap("a search gave wrong neighbors")
-    return "a search on the GPU is right"
+        raise _Gap("a search returned wrong neighbors")
+    return "a search on the GPU is correct"
 
 
 def check_ranking() -> str:
-    """Rank two queries with FastReID in Python."""
+    """Rank two queries with FastReID's Python evaluator."""
     _rank(use_cython=False)
-    return "ranks rightly in Python"
+    return "the Python evaluator ranks correctly"
 
 
 def check_compiled_ranking() -> str:
@@ -253,14 +255,14 @@ def check_compiled_ranking() -> str:
     except ImportError:
         raise _compiled_ranking_gap() from None
     _rank(use_cython=True)
-    return "ranks rightly, compiled"
+    return "the compiled evaluator ranks correctly"
 
 
 def _rank(use_cython: bool) -> None:
     compat.prepare_fastreid()
     rank = importlib.import_module("fastreid.evaluation.rank")
     if use_cython and not rank.IS_CYTHON_AVAI:
-        raise _Gap("compiled during this run: the next process will use it")
+        raise _Gap("it was compiled just now, and the next process will use it")
     distance = np.array([[0.1, 0.9, 0.5], [0.9, 0.6, 0.3]], np.float32)
     query = np.array([0, 1]), np.array([0, 0])
     gallery = np.array([0, 1, 2]), np.array([1, 1, 1])
@@ -269,7 +271,7 @@ def _rank(use_cython: bool) -> None:
     )
     # Query 0 finds its match first, query 1 second.
     if not (np.allclose(cmc, [0.5, 1, 1]) and np.allclose(average_precision, [1, 0.5])):
-        raise _Gap("ranking gives wrong numbers")
+        raise _Gap("the evaluator returned wrong scores")
 
 
 def _compiled_ranking_gap() -> _Gap:
@@ -279,20 +281,20 @@ def _compiled_ranking_gap() -> _Gap:
     missing = [m for m in ("Cython", "setuptools") if importlib.util.find_spec(m) is None]
     if missing:
         install = _this_pip("pip install " + " ".join(missing))
-        return _Gap(f"not compiled, for lack of {missing[0]}", f"{install} && {build}")
+        return _Gap(f"not compiled: {missing[0]} is missing", f"{install} && {build}")
     compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
     if shutil.which(compiler) is None:
-        return _Gap(f"not compiled, for lack of {compiler}", "apt install build-essential")
+        return _Gap(f"not compiled: {compiler} is missing", "apt install build-essential")
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if not headers.exists():
-        return _Gap(f"not compiled, for lack of {headers}", "apt install python3-dev")
+        return _Gap(f"not compiled: {headers} is missing", "apt install python3-dev")
     if not os.access(folder, os.W_OK):
-        return _Gap(f"not compiled: {folder} cannot be written", f"sudo sh -c '{build}'")
-    return _Gap("not compiled yet: the first evaluation does it", build)
+        return _Gap(f"not compiled: {folder} is not writable", f"sudo sh -c '{build}'")
+    return _Gap("not compiled yet: the first evaluation compiles it", build)
 
 
 def check_dataset_root() -> str:
-    """Write to the folder that holds the data sets, or to where it would be made."""
+    """Write to the data set root, or to the parent folder in which it would be created."""
     root = Path(os.environ.get("FASTREID_DATASETS", "datasets")).absolute()
     existing = next(folder for folder in (root, *root.parents) if folder.exists())
     try:
@@ -300,8 +302,8 @@ def check_dataset_root() -> str:
             pass
     except OSError as error:
         remedy = "export FASTREID_DATASETS=$HOME/datasets"
-        raise _Gap(f"{existing} cannot be written: {error.strerror}", remedy) from error
-    return f"{root} can be written"
+        raise _Gap(f"{existing} is not writable: {error.strerror}", remedy) from error
+    return f"{root} is writable"
 
 
 _CHECKS: tuple[tuple[str, Callable[[], str], bool], ...] = (
@@ -322,7 +324,7 @@ _CHECKS: tuple[tuple[str, Callable[[], str], bool], ...] = (
 
 
 def format_report(report: Report) -> str:
-    """Lay out a report for a terminal."""
+    """Format a report for a terminal."""
     lines = ["Installed"]
     for package, version in report.versions.items():
         lines.append(f"  {package:18}{version or '-'}")
@@ -332,7 +334,7 @@ def format_report(report: Report) -> str:
         lines.append(f"  {check.name:18}{mark:5}{check.detail}")
     gaps = [check for check in report.checks if not check.works and check.remedy]
     if gaps:
-        lines += ["", "To mend"]
+        lines += ["", "Fixes"]
         for check in gaps:
             lines += [f"  {check.name}:", f"    {check.remedy}"]
     lines += ["", _verdict(report)]
@@ -350,14 +352,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``selcon doctor``.
 
     Args:
-        argv: Command line after the command's name; None takes the process's own.
+        argv: Arguments after ``selcon doctor``; None for those of the process.
 
     Returns:
         Exit status: 0 if training with FastReID can run here, else 1.
     """
     parser = argparse.ArgumentParser(
         prog="selcon doctor",
-        description="Say what is installed, what works, and how to mend what does not.",
+        description="Report what is installed, what works, and how to fix the rest.",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     arguments = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""``selcon export``: a trained network as ONNX or TorchScript."""
+"""``selcon export``: write a trained network as ONNX or TorchScript."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from selcon_plugin.models.inference import InferenceNetwork
 
 
 def main(argv: list[str]) -> int:
-    """Write a network as the arguments say.
+    """Export a network.
 
     Args:
-        argv: Arguments after the command.
+        argv: Arguments after ``selcon export``.
 
     Returns:
         Exit status 0.
 
     Raises:
-        ValueError: If weights or an output are missing, or what is exported computes
-            something else.
+        ValueError: If weights or an output file are missing, or the exported network
+            computes different features.
     """
     args = _parser().parse_args(argv)
     if not args.weights:
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     if not (args.onnx or args.torchscript):
         raise ValueError("export needs --onnx FILE, --torchscript FILE or both")
     if args.fp16 and not args.onnx:
-        raise ValueError("--fp16 is for --onnx alone: leave it out")
+        raise ValueError("--fp16 applies only to --onnx: leave it out")
     import_files(args.imports)
     network = Embedder.from_checkpoint(
         args.weights,
@@ -69,41 +69,43 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="selcon export",
-        description="Write a trained network as ONNX or TorchScript, after it was compared "
-        "with PyTorch on crops.",
+        description="Write a trained network as ONNX or TorchScript. Its features are "
+        "first compared with those of PyTorch on crops.",
     )
-    parser.add_argument("--onnx", default="", metavar="FILE.onnx", help="file to write")
     parser.add_argument(
-        "--torchscript", default="", metavar="FILE.pt", help="file to write"
+        "--onnx", default="", metavar="FILE.onnx", help="ONNX file to write"
+    )
+    parser.add_argument(
+        "--torchscript", default="", metavar="FILE.pt", help="TorchScript file to write"
     )
     parser.add_argument(
         "--preprocess",
         action="store_true",
-        help="put resizing and normalization inside: the input is uint8 RGB of any size",
+        help="include resizing and normalization: the input is uint8 RGB of any size",
     )
     parser.add_argument(
-        "--fp16", action="store_true", help="let the ONNX backbone compute in float16"
+        "--fp16", action="store_true", help="compute the ONNX backbone in float16"
     )
     parser.add_argument(
         "--images",
         default="",
         metavar="FOLDER",
-        help="crops to compare on; default: drawn persons",
+        help="crops to compare on; default: synthetic persons",
     )
     parser.add_argument(
         "--max-difference",
         type=float,
         default=None,
         metavar="X",
-        help="largest difference of a value that is accepted; default: 1e-4, with --fp16 "
-        "or --preprocess 1e-2",
+        help="largest accepted difference of a feature value; default: 1e-4, or 1e-2 with "
+        "--fp16 or --preprocess",
     )
     parser.add_argument(
         "--license",
         "--licence",  # the name before 0.2
         default=LICENCE_NOTE,
         metavar="TEXT",
-        help="note in the metadata",
+        help="license note in the metadata of the file",
     )
     add_import_argument(parser)
     add_network_arguments(parser, onnx=False)
@@ -113,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _report(file: str, runtime: str, dim: int, check: ExportCheck) -> None:
     sys.stdout.write(
-        f"{file}: features of {dim} values. {runtime} against PyTorch on "
+        f"{file}: {dim}-dimensional features. {runtime} compared with PyTorch on "
         f"{check.num_images} crops: largest difference {check.max_difference:.2e}, "
         f"smallest cosine {check.min_cosine:.7f}\n"
     )

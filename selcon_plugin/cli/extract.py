@@ -1,4 +1,4 @@
-"""``selcon extract``: the features of a folder of images, in a file."""
+"""``selcon extract``: write the features of a folder of images to a file."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from selcon_plugin.hosts import get_host, host_of
 
 
 def main(argv: list[str]) -> int:
-    """Write features as the arguments say.
+    """Extract features.
 
     Args:
-        argv: Arguments after the command.
+        argv: Arguments after ``selcon extract``.
 
     Returns:
         Exit status 0.
 
     Raises:
-        ValueError: If there is nothing to extract from, or no single network is named.
+        ValueError: If there are no images, or the arguments do not select one network.
     """
     args = _parser().parse_args(argv)
     if not args.images:
         raise ValueError("extract needs --images FOLDER")
     if args.onnx and (args.weights or args.config_file or args.backbone or args.opts):
-        raise ValueError("--onnx holds network and config: leave the other out")
+        raise ValueError("--onnx contains network and config: leave the others out")
     if args.backbone and not args.weights:
         raise ValueError(f"--backbone {args.backbone} needs --weights FILE")
     import_files(args.imports)
     make_output_folder("the folder of --output", str(Path(args.output).parent))
     count, dim = (_embed if args.onnx or args.weights else _extract_by_config)(args)
-    sys.stdout.write(f"{count} features of {dim} values written to {args.output}\n")
+    sys.stdout.write(f"{count} features of dimension {dim} written to {args.output}\n")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="selcon extract",
-        description="Write one unit feature per image to a NumPy file: arrays paths, "
-        "camids, features. Cosine similarity compares images.",
+        description="Write one L2-normalized feature per image to a NumPy file with the "
+        "arrays paths, camids and features. Compare images by cosine similarity.",
     )
     add_folder_arguments(parser)
     add_import_argument(parser)
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=0.05,
         metavar="RATIO",
-        help="fraction of the images that may be unreadable; default: 0.05",
+        help="largest accepted ratio of unreadable images; default: 0.05",
     )
     add_network_arguments(parser)
     add_reading_arguments(parser)
@@ -83,7 +83,7 @@ def _embed(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def _extract_by_config(args: argparse.Namespace) -> tuple[int, int]:
-    """Let the config name the network, as FastReID's MODEL.WEIGHTS does."""
+    """Extract with the network that the config names, such as FastReID's MODEL.WEIGHTS."""
     host = get_host(host_of(args.config_file))
     cfg = host.load_config(
         args.config_file, args.opts, images=args.images, camera_pattern=args.camera_pattern

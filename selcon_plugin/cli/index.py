@@ -1,4 +1,4 @@
-"""``selcon index``: features of many images on the disk, for ``selcon search``."""
+"""``selcon index``: build and update an index of features for ``selcon search``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from selcon_plugin.retrieval.store import MANIFEST
 
 
 def main(argv: list[str]) -> int:
-    """Make an index, add images to it or take images out.
+    """Create an index, add images to it or remove images.
 
     Args:
         argv: Arguments after ``selcon index``.
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     if args.remove:
         index = Index.open(args.index)
         removed = index.remove(args.remove)
-        sys.stdout.write(f"{removed} images taken out\n")
+        sys.stdout.write(f"{removed} images removed\n")
     else:
         index, embedder = _index_and_network(args)
         added = index.add(
@@ -43,18 +43,18 @@ def main(argv: list[str]) -> int:
         )
         if added.unreadable:
             sys.stderr.write(
-                f"{len(added.unreadable)} images cannot be read and are left out:\n"
+                f"{len(added.unreadable)} images could not be read and are left out:\n"
                 f"{describe_faults(added.unreadable)}\n"
             )
         sys.stdout.write(
-            f"{added.new} images added, {added.changed} replaced, {added.known} known\n"
+            f"{added.new} images added, {added.changed} replaced, {added.known} unchanged\n"
         )
     sys.stdout.write(f"{args.index}: {index}\n")
     return 0
 
 
 def _index_and_network(args: argparse.Namespace) -> tuple[Index, ImageEmbedder]:
-    """Open the index, or make it if --images is given and there is none."""
+    """Open the index, or create it if --images is given and it does not exist."""
     source = network_source(args)
     if args.add or Path(args.index, MANIFEST).is_file():
         index = Index.open(args.index)
@@ -72,59 +72,63 @@ def _index_and_network(args: argparse.Namespace) -> tuple[Index, ImageEmbedder]:
 def _source_of(index: Index, given: NetworkSource | None) -> NetworkSource:
     source = given or index.source
     if source is None:
-        raise ValueError("the index does not say where its network is: give --weights")
+        raise ValueError("the index does not record its network: give --weights")
     return source
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="selcon index",
-        description="Keep the features of many images on the disk, for selcon search. "
-        "Images that are in the index already are not read again; a command that was "
-        "killed is repeated to go on.",
+        description="Store the features of many images on disk for selcon search. Images "
+        "that are already in the index are not read again. Repeat the command to resume "
+        "after an interruption.",
     )
     parser.add_argument(
         "--output", "--index", dest="index", required=True, metavar="FOLDER",
-        help="the index",
+        help="folder of the index",
     )  # fmt: skip
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--images", metavar="FOLDER", default="", help="make the index of these images"
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument(
+        "--images", metavar="FOLDER", default="", help="create the index of these images"
     )
-    what.add_argument(
+    action.add_argument(
         "--add", metavar="FOLDER", default="", help="add these images to the index"
     )
-    what.add_argument(
+    action.add_argument(
         "--remove",
         metavar="PATTERN",
         default="",
-        help="take out the images whose path ends like this, for instance 'cam3/*'",
+        help="remove the images whose path ends with this pattern, for example 'cam3/*'",
     )
     add_network_arguments(parser)
     add_device_argument(parser)
-    parser.add_argument("--batch-size", type=int, default=64, help="default: 64")
+    parser.add_argument(
+        "--batch-size", type=int, default=64, help="images per batch; default: 64"
+    )
     parser.add_argument(
         "--camera-pattern",
         metavar="REGEX",
         default="",
-        help="finds the camera in a file's path: first group or whole match; default: the "
-        "first sub-folder; none: no cameras",
+        help="regular expression for the camera in a file's path: the first group or the "
+        "whole match; default: the first subfolder; none: no cameras",
     )
     parser.add_argument(
         "--search",
         choices=("auto", "flat", "hnsw", "ivf"),
         default="auto",
-        help="flat is exact, the others need faiss; default: flat up to 100,000 images, "
-        "hnsw up to 1,000,000, ivf above",
+        help="type of search: flat is exact, the others need faiss; default: flat up to "
+        "100,000 images, hnsw up to 1,000,000, ivf above",
     )
-    parser.add_argument("--fp16", action="store_true", help="half the size on the disk")
+    parser.add_argument(
+        "--fp16", action="store_true", help="store float16 features, half the size on disk"
+    )
     parser.add_argument(
         "--max-unreadable-ratio",
         "--max-bad-share",  # the name before 0.2
         type=float,
         default=0.05,
         metavar="RATIO",
-        help="share of unreadable images that are left out; default: 0.05",
+        help="largest accepted ratio of unreadable images; default: 0.05",
     )
     add_options(parser)
     return parser

@@ -1,7 +1,6 @@
-"""``selcon``: train, eval, bench, extract, config, demo and doctor from the command line.
+"""``selcon``: the entry point of the command line, which dispatches to the commands.
 
-The arguments of ``train`` and ``eval`` are those of FastReID's own train script. Nothing
-algorithmic happens here: arguments are read, a config is made, a function is called.
+A command module is imported only when its command is called, so that the others are fast.
 """
 
 from __future__ import annotations
@@ -18,17 +17,18 @@ usage: selcon COMMAND [ARGUMENTS]
 
   train     train without identity labels
   eval      evaluate a checkpoint
-  bench     train and evaluate several configs on several seeds; write a table
-  report    write what a run learned as one page to look at; compare runs
-  cluster   cluster a folder of images: who may be the same person
-  adapt     train a network further on a folder of images, and keep what became better
+  bench     train and evaluate several configs over several seeds; write a table
+  report    write an HTML report of a run, or compare several runs
+  cluster   cluster a folder of images by pseudo identity
+  adapt     fine-tune a network on a folder of images; keep the best checkpoint
+            by a label-free criterion
   extract   write the features of a folder of images to a file
-  index     keep the features of many images, to search in
-  search    find the person of an image in an index
+  index     build a searchable index of the features of many images
+  search    find the person of a query image in an index
   export    write a trained network as ONNX or TorchScript
-  config    say what a config key means, or list all keys
-  demo      draw data, train and evaluate, in minutes, on a CPU
-  doctor    say what is installed, what works and how to mend the rest
+  config    explain a config key, or list all keys
+  demo      render synthetic persons, train and evaluate in minutes on a CPU
+  doctor    report what is installed, what works and how to fix the rest
 
 `selcon COMMAND --help` lists the arguments of a command.
 """
@@ -41,12 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; those of the process by default.
 
     Returns:
-        Exit status: 0; 2 for a mistake in arguments, config or data; 143 or 130 for a
-        command that SIGTERM or Ctrl-C ended; see the commands for others.
+        Exit status: 0; 2 for an error in arguments, config or data; 143 or 130 if SIGTERM
+        or Ctrl-C ended the command; the commands document further ones.
 
     Raises:
-        ValueError: Mistakes are raised and not shown if SELCON_TRACEBACK is set; so are the
-            next three.
+        ValueError: If SELCON_TRACEBACK is set, errors are raised instead of printed; the
+            same holds for the three below.
         FileNotFoundError: See above.
         ImportError: See above.
         FloatingPointError: See above.
@@ -80,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"selcon {arguments[0]}: interrupted\n")
         return 130
     except (ValueError, FileNotFoundError, ImportError, FloatingPointError) as error:
-        # Mistakes in what the user gave: the message says what to do, a traceback would
-        # hide it. SELCON_TRACEBACK=1 shows where it was raised.
+        # These are errors in the user's input. The message names the remedy, which a
+        # traceback would hide. SELCON_TRACEBACK=1 shows where the error was raised.
         if os.environ.get("SELCON_TRACEBACK"):
             raise
         message = " ".join(line.strip() for line in str(error).splitlines())
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(module: str, function: str = "main") -> Callable[[list[str]], int]:
-    """Return a function of a module, which is imported when the function is called."""
+    """Return a function of a module that is imported when the function is called."""
 
     def run(argv: list[str]) -> int:
         status: int = getattr(importlib.import_module(module), function)(argv)

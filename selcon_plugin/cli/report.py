@@ -1,4 +1,4 @@
-"""``selcon report``: what a run learned as one page; several runs side by side."""
+"""``selcon report``: write the HTML report of a run, or compare several runs."""
 
 from __future__ import annotations
 
@@ -22,25 +22,26 @@ def main(argv: list[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="selcon report",
-        description="Write what a run learned as one HTML file that works offline; of "
-        "several runs a comparison. Needs neither weights nor a GPU.",
+        description="Write the report of a run as one HTML file that works offline, or a "
+        "comparison of several runs. Neither weights nor a GPU are needed.",
     )
     parser.add_argument(
         "runs",
         nargs="+",
         metavar="RUN",
-        help="folder of a run: OUTPUT_DIR, in torchreid data.save_dir",
+        help="folder of a run: OUTPUT_DIR (torchreid: data.save_dir)",
     )
     parser.add_argument(
         "--output",
         default="",
         metavar="FILE.html",
-        help="default: report.html in the run's folder; comparison.html of several runs",
+        help="file to write; default: report.html in the run's folder, or comparison.html "
+        "for several runs",
     )
     parser.add_argument(
         "--no-images",
         action="store_true",
-        help="leave all crops out; default: as the run's REPORT_IMAGES says",
+        help="show no crops; default: the run's option REPORT_IMAGES",
     )
     add_import_argument(parser)
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""``selcon search``: find the persons of some images in an index."""
+"""``selcon search``: find the persons of query images in an index."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from selcon_plugin.retrieval.page import write_page
 
 
 def main(argv: list[str]) -> int:
-    """Search, and write a table, JSON or a page.
+    """Search an index, and write a table, JSON or an HTML page.
 
     Args:
         argv: Arguments after ``selcon search``.
 
     Returns:
-        Exit status: 0, also if nothing is similar enough.
+        Exit status: 0, even if no image reaches the threshold.
 
     Raises:
         ValueError: If a query cannot be read.
     """
     args = _parser().parse_args(argv)
     index = Index.open(args.index)
-    threshold, said = _threshold(index, args.threshold)
+    threshold, description = _threshold(index, args.threshold)
     source = network_source(args) or index.source
     try:
         results = search(
@@ -54,16 +54,18 @@ def main(argv: list[str]) -> int:
         }
         sys.stdout.write(json.dumps(content, indent=2) + "\n")
     else:
-        sys.stdout.write(_table(results) + (f"threshold {said}\n" if said else ""))
+        note = f"threshold {description}\n" if description else ""
+        sys.stdout.write(_table(results) + note)
     if args.html:
-        summary = f"{args.index}: {index}." + (f" Threshold {said}." if said else "")
+        note = f" Threshold {description}." if description else ""
+        summary = f"{args.index}: {index}.{note}"
         write_page(args.html, results, summary=summary, show_images=args.images)
         sys.stderr.write(f"{args.html} written\n")
     return 0
 
 
 def _threshold(index: Index, given: str) -> tuple[float, str]:
-    """Return the threshold and what to say of it."""
+    """Return the threshold and its description for the output."""
     if not given:
         return -1.0, ""
     if given == "auto":
@@ -74,7 +76,9 @@ def _threshold(index: Index, given: str) -> tuple[float, str]:
     except ValueError:
         value = float("nan")
     if not -1.0 <= value <= 1.0:
-        raise ValueError(f"--threshold must be auto or a cosine, -1 to 1, got {given!r}")
+        raise ValueError(
+            f"--threshold must be auto or a cosine between -1 and 1, got {given!r}"
+        )
     return value, f"{value:g}"
 
 
@@ -88,38 +92,48 @@ def _table(results: Sequence[QueryResult]) -> str:
             for rank, match in enumerate(result.matches, start=1)
         )
         if not result.matches:
-            lines.append("  nothing is similar enough")
+            lines.append("  no image reaches the threshold")
     text = "\n".join(lines) + "\n"
-    # A name of a file that is no text cannot be written to every terminal.
+    # A terminal may be unable to show a file name that is not valid text.
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="selcon search",
-        description="Find the persons of some images in an index of selcon index.",
+        description="Find the persons of query images in an index built by selcon index.",
     )
     parser.add_argument("queries", nargs="+", metavar="IMAGE", help="image of a person")
-    parser.add_argument("--index", required=True, metavar="FOLDER", help="the index")
-    parser.add_argument("--top", type=int, default=10, help="results; default: 10")
+    parser.add_argument(
+        "--index", required=True, metavar="FOLDER", help="folder of the index"
+    )
+    parser.add_argument(
+        "--top", type=int, default=10, help="number of results per query; default: 10"
+    )
     parser.add_argument(
         "--camera", action="append", default=[], metavar="NAME",
-        help="search in this camera only; may be given several times",
+        help="search this camera only; may be given several times",
     )  # fmt: skip
     parser.add_argument(
         "--not-camera", action="append", default=[], metavar="NAME",
-        help="do not search in this camera; may be given several times",
+        help="do not search this camera; may be given several times",
     )  # fmt: skip
     parser.add_argument(
         "--threshold",
         default="",
         metavar="auto|COSINE",
-        help="leave out what is less similar; auto: found from the index, without labels",
+        help="smallest cosine similarity of a result; auto: unsupervised choice from the "
+        "features of the index; default: no threshold",
     )
     parser.add_argument("--json", action="store_true", help="write JSON to stdout")
-    parser.add_argument("--html", default="", metavar="FILE", help="write a page as well")
     parser.add_argument(
-        "--no-images", action="store_false", dest="images", help="a page without pictures"
+        "--html", default="", metavar="FILE", help="also write the results as an HTML page"
+    )
+    parser.add_argument(
+        "--no-images",
+        action="store_false",
+        dest="images",
+        help="write the page without images",
     )
     add_network_arguments(parser)
     add_device_argument(parser)

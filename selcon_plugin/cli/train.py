@@ -1,4 +1,4 @@
-"""``selcon train`` and ``selcon eval``."""
+"""``selcon train`` and ``selcon eval``: train with a config, or evaluate a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from selcon_plugin.workflows.train import launch
 def _train_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"selcon {prog}",
-        description="Arguments as in FastReID's train script, those for a folder, and the "
-        "choice of the host.",
+        description="The arguments are those of FastReID's train script, with additional "
+        "ones for a folder of images and for the host.",
     )
     parser.add_argument(
         "--config-file", default="", metavar="FILE", help="FastReID or torchreid config"
@@ -25,7 +25,7 @@ def _train_parser(prog: str) -> argparse.ArgumentParser:
         "--host",
         choices=host_names(),
         default="",
-        help="framework that trains; default: the one whose keys the config has",
+        help="training framework; default: the one whose keys the config has",
     )
     parser.add_argument(
         "--resume",
@@ -35,23 +35,28 @@ def _train_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--eval-only",
         action="store_true",
-        help="evaluate MODEL.WEIGHTS (torchreid: model.load_weights) only",
+        help="only evaluate MODEL.WEIGHTS (torchreid: model.load_weights)",
     )
     parser.add_argument(
-        "--num-gpus", type=int, default=1, help="processes on this machine (CPU or GPU)"
+        "--num-gpus",
+        type=int,
+        default=1,
+        help="number of processes on this machine (CPU or GPU)",
     )
     parser.add_argument("--num-machines", type=int, default=1, help="number of machines")
     parser.add_argument("--machine-rank", type=int, default=0, help="rank of this machine")
     parser.add_argument(
-        "--dist-url", default="auto", help="tcp://host:port at which the machines meet"
+        "--dist-url",
+        default="auto",
+        help="tcp://host:port of the rendezvous of all machines",
     )
     parser.add_argument(
         "--dist-timeout",
         type=float,
         default=30.0,
         metavar="MINUTES",
-        help="how long a process waits for another before it gives up; more than the "
-        "longest clustering or evaluation takes; default: 30",
+        help="timeout of collective operations; must exceed the longest clustering or "
+        "evaluation; default: 30",
     )
     add_folder_arguments(parser)
     add_import_argument(parser)
@@ -60,13 +65,13 @@ def _train_parser(prog: str) -> argparse.ArgumentParser:
         metavar="KEY VALUE",
         nargs=argparse.REMAINDER,
         default=[],
-        help="config options, for instance SOLVER.MAX_EPOCH 20 OUTPUT_DIR logs/mine",
+        help="config options, for example SOLVER.MAX_EPOCH 20 OUTPUT_DIR logs/mine",
     )
     return parser
 
 
 def main(argv: list[str]) -> int:
-    """Train.
+    """Train a network.
 
     Args:
         argv: Arguments after ``selcon train``.
@@ -84,7 +89,7 @@ def evaluate(argv: list[str]) -> int:
         argv: Arguments after ``selcon eval``.
 
     Returns:
-        As of :func:`main`.
+        Exit status as for :func:`main`.
     """
     args = _train_parser("eval").parse_args(argv)
     args.eval_only = True

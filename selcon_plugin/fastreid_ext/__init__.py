@@ -1,10 +1,13 @@
-"""FastReID adapter. Importing it registers everything with FastReID.
+"""FastReID adapter, which registers everything with FastReID when it is imported.
 
 * meta-architecture ``SelCon``, head ``GlobalPartHead``, backbones ``build_timm_backbone``
   and ``build_torchreid_backbone``;
 * data sets ``ImageFolderReID`` and ``SyntheticPersons``;
-* ``SelConTrainer`` takes the place of FastReID's ``DefaultTrainer``; ``ClusteringHook`` is
-  what it adds for methods that cluster.
+* ``SelConTrainer``, which replaces FastReID's ``DefaultTrainer``, and its
+  ``ClusteringHook`` for methods that cluster.
+
+This folder translates FastReID's config, loaders, hooks and checkpoints. Anything that does
+not import FastReID belongs to another folder.
 """
 
 from selcon_plugin.compat.fastreid import prepare_fastreid

@@ -1,4 +1,4 @@
-"""Any timm or torchreid model as a FastReID backbone.
+"""FastReID backbones from any timm or torchreid model.
 
 In a config::
 
@@ -18,7 +18,7 @@ or::
         PRETRAIN: True
         PRETRAIN_PATH: ""   # torchreid's own download; or the path of a file
 
-``FEAT_DIM`` need not be set: ``SelCon`` finds it.
+``FEAT_DIM`` can be omitted: ``SelCon`` infers it.
 """
 
 from __future__ import annotations
@@ -76,12 +76,13 @@ def build_torchreid_backbone(cfg: CfgNode) -> ModelBackbone:
         ``(B, C, h, w)``, with attributes ``feature_dim`` and ``feature_stride``.
 
     Raises:
-        HostMissingError: If torchreid is not installed; the message says how to install it.
+        HostMissingError: If torchreid is not installed; the message names the command to
+            install it.
         ValueError: If ``TORCHREID_NAME`` is empty or unknown to torchreid, if the weights
             do not fit, or if the model does not run on images of ``INPUT.SIZE_TRAIN``.
             Other errors are those of ``create_torchreid_backbone``.
     """  # noqa: DOC502  (raised by the functions called here)
-    # Here, not above: FastReID's users need not have torchreid.
+    # Imported late, because FastReID does not require torchreid.
     from selcon_plugin.models.torchreid import create_torchreid_backbone
 
     return _build(cfg, "TORCHREID_NAME", "osnet_ain_x1_0", create_torchreid_backbone)
@@ -90,7 +91,7 @@ def build_torchreid_backbone(cfg: CfgNode) -> ModelBackbone:
 def _build(
     cfg: CfgNode, key: str, example: str, create: Callable[..., _Backbone]
 ) -> _Backbone:
-    """Build the model that ``MODEL.BACKBONE.<key>`` names; name the keys in errors."""
+    """Build the model that ``MODEL.BACKBONE.<key>`` names; errors name the config keys."""
     backbone = cfg.MODEL.BACKBONE
     name = backbone.get(key, "")
     if not name:

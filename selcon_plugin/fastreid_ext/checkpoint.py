@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill and know what belongs to which run."""
+"""Atomic checkpoints that resume only the run to which they belong."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from selcon_plugin.models.state_keys import (
 from selcon_plugin.runs.checkpoints import first_readable, newest_first, read_checkpoint
 
 _TAG = "last_checkpoint"
-# Written inside an epoch, when a run is stopped by a signal.
+# Checkpoint inside an epoch, written when a signal stops the run.
 STOPPED = "model_stopped"
 _REQUIRED = ("model", "optimizer", "run", "epoch")
 
@@ -31,16 +31,16 @@ _REQUIRED = ("model", "optimizer", "run", "epoch")
 class SelConCheckpointer(Checkpointer):
     """FastReID's checkpointer, with three differences.
 
-    A file appears under its name only when it is complete. A last checkpoint that cannot be
-    read gives way to the one before. And banks are loaded only when a run is resumed:
-    loaded as ``MODEL.WEIGHTS``, a checkpoint gives its network, while its banks belong to
-    the images it was trained on.
+    A file appears under its name only when it is complete. If the last checkpoint is
+    unreadable, the one before is used. Banks are loaded only when a run resumes: as
+    ``MODEL.WEIGHTS`` a checkpoint provides only its network, because its banks belong to
+    the images of its own training.
     """
 
     _file = ""
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write a checkpoint; a kill at any moment leaves the previous one intact."""
+        """Write a checkpoint; a kill at any time leaves the previous one intact."""
         if not self.save_dir or not self.save_to_disk:
             return
         data: dict[str, Any] = {"model": self.model.state_dict()}
@@ -51,14 +51,16 @@ class SelConCheckpointer(Checkpointer):
         self.logger.info("Saving checkpoint to %s", file)
         save_atomically(data, file)
         self.tag_last_checkpoint(os.path.basename(file))
-        if name != STOPPED:  # it has been overtaken
+        if name != STOPPED:  # the stopped checkpoint is outdated
             Path(self.save_dir, f"{STOPPED}.pth").unlink(missing_ok=True)
 
     def save_best(self, epochs: int) -> None:
-        """Write the weights alone, as the best without labels; nothing resumes from them.
+        """Write only the weights, as the best by a label-free criterion.
+
+        No run can resume from this file.
 
         Args:
-            epochs: Epochs that they were trained for.
+            epochs: Number of epochs that the weights were trained for.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -68,33 +70,33 @@ class SelConCheckpointer(Checkpointer):
         )
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Note which checkpoint is the last one, in one step."""
+        """Record the name of the last checkpoint atomically."""
         write_atomically(last_filename_basename, os.path.join(self.save_dir, _TAG))
 
     def has_checkpoint(self) -> bool:
-        """Tell whether there is anything to resume from, readable or not."""
+        """Return whether there is a checkpoint to resume from, readable or not."""
         return bool(self.save_dir and self._candidates())
 
     def _candidates(self) -> list[Path]:
-        """List the run's checkpoints, the last one first."""
+        """List the checkpoints of the run, the last one first."""
         files = newest_first(list(Path(self.save_dir).glob("model_*.pth")))
         try:
             tagged = Path(self.save_dir, _TAG).read_text(errors="replace").strip()
         except OSError:
             tagged = ""
-        # Stable: the others stay in their order.
+        # The sort is stable: the others stay in their order.
         return sorted(files, key=lambda file: file.name != tagged)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Resume from the last checkpoint, or load network weights from ``path``.
 
         Args:
-            path: File with network weights for a new run, may be empty.
-            resume: Whether to go on from the last checkpoint of this folder, if there is
+            path: File with network weights for a new run; may be empty.
+            resume: Whether to resume from the last checkpoint of this folder, if there is
                 one.
 
         Returns:
-            What the checkpoint holds besides the objects that were restored.
+            Entries of the checkpoint other than the restored objects.
 
         Raises:
             FileNotFoundError: If ``path`` does not exist.
@@ -109,14 +111,14 @@ class SelConCheckpointer(Checkpointer):
         return loaded
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """Load as FastReID does; errors can name the file then.
+        """Load a checkpoint as FastReID does, and keep its path for error messages.
 
         Args:
-            path: The file.
-            checkpointables: What to restore beside the weights; None for all.
+            path: Path of the checkpoint.
+            checkpointables: Objects to restore in addition to the weights; None for all.
 
         Returns:
-            What the checkpoint holds besides.
+            Entries of the checkpoint other than the restored objects.
         """
         self._file = path
         loaded: dict[str, Any] = super().load(path, checkpointables)
@@ -125,10 +127,11 @@ class SelConCheckpointer(Checkpointer):
     def _resume(self) -> dict[str, Any]:
         file, checkpoint = first_readable(self._candidates(), _REQUIRED)
         self.logger.info("Resuming from %s", file)
-        # Before any weight: that of another run would fail on shapes, and not say why.
+        # This check precedes the weights: those of another run would fail on their shapes,
+        # without a clear reason.
         self.checkpointables["run"].load_state_dict(checkpoint.pop("run"))
-        # FastReID leaves out what has another shape, with a warning: a memory of clusters
-        # has as many rows as there were clusters. And here everything must be there.
+        # FastReID skips tensors of another shape with a warning, but a cluster memory has
+        # as many rows as there were clusters. In addition, no entry may be missing here.
         self.model.load_state_dict(checkpoint.pop("model"))
         for key, checkpointable in self.checkpointables.items():
             if key in checkpoint:
@@ -142,19 +145,19 @@ class SelConCheckpointer(Checkpointer):
         weights = checkpoint["model"]
         if not isinstance(weights, dict):
             raise ValueError(
-                f"{self._file} holds no weights: expected tensors by name under 'model'"
+                f"{self._file} contains no weights: expected tensors by name under 'model'"
             )
         for key in [k for k in weights if k.startswith(METHOD_PREFIX)]:
             del weights[key]
-        brings_teacher = any(TEACHER_PREFIX in key for key in weights)
+        has_teacher = any(TEACHER_PREFIX in key for key in weights)
         incompatible = super()._load_model(checkpoint)
         self._check_fit(incompatible)
-        if not brings_teacher and isinstance(self.model, SelCon):
+        if not has_teacher and isinstance(self.model, SelCon):
             self.model.update_teacher(restart=True)
         return incompatible
 
     def _check_fit(self, incompatible: Any) -> None:
-        """Refuse weights of another model, of which FastReID loads what fits."""
+        """Refuse weights of another model, whose matching tensors FastReID would load."""
         own = {
             key
             for key in self.model.state_dict()
@@ -166,7 +169,7 @@ class SelConCheckpointer(Checkpointer):
             raise ValueError(
                 f"the weights from {self._file} do not fit: only {len(found)} of the "
                 f"network's {len(own)} tensors have an entry of the same name and shape. "
-                "Name the config that they were trained with, or other weights"
+                "Use the config of their training, or other weights"
             )
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:

@@ -1,4 +1,4 @@
-"""``ClusteringHook``: clusters before an epoch, and everything that follows from them."""
+"""``ClusteringHook``: clustering before an epoch, and the update of banks and sampler."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from selcon_plugin.engine.run import TrainingRun
 
 
 class ClusteringHook(HookBase):
-    """Cluster the training images before every n-th epoch; draw batches from the clusters.
+    """Hook that clusters the training images before every n-th epoch.
 
-    The method rebuilds its banks, the sampler draws from the new clusters, and the data
+    The method rebuilds its banks, the sampler samples from the new clusters, and the data
     iterator starts over, so that no batch of the old labels follows.
 
     Args:
@@ -21,10 +21,10 @@ class ClusteringHook(HookBase):
         self._run = run
 
     def before_epoch(self) -> None:
-        """Cluster if it is time, then set up the sampler for this epoch."""
+        """Cluster if it is due, then set up the sampler for this epoch."""
         first = self.trainer.epoch * self.trainer.iters_per_epoch
         self._run.refresh_pseudo_labels(
             self.trainer.epoch, first, self.trainer.iter - first
         )
-        # The iterator has prefetched batches of the labels before.
+        # The iterator has prefetched batches of the previous labels.
         self.trainer.restart_data()

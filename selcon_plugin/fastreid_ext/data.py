@@ -1,4 +1,4 @@
-"""The door where identities are dropped: FastReID's data, label-blind and indexed."""
+"""Label-free data sets and loaders for FastReID, with image indices as targets."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ logger = logging.getLogger(__name__)
 # FastReID's ToTensor uses a storage class that torch 2 warns about, once in every worker.
 warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
 
-# FastReID's sampler that needs no identities; ours does the same, and can resume.
+# FastReID's sampler that needs no identities; ours does the same and can resume.
 _LABEL_FREE_SAMPLER = "TrainingSampler"
 
 
 class IndexedDataset(IndexedImages):
-    """Images whose only label is their own index, as FastReID's loader expects them.
+    """Images in the format of FastReID's loader, whose only label is their own index.
 
     Args:
-        items: FastReID's ``(path, identity, camera)``.
+        items: Path, identity and camera of each image, as in FastReID.
         transform: FastReID's transform.
         seed: Seed of the augmentation.
     """
@@ -47,11 +47,11 @@ class IndexedDataset(IndexedImages):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes: every image is one."""
+        """Number of classes; every image is a class of its own."""
         return len(self)
 
     def sample(self, index: int, image: Any) -> dict[str, Any]:
-        """Make FastReID's sample, whose ``targets`` is the image's index."""
+        """Build a sample of FastReID, whose ``targets`` is the image's index."""
         return {
             "images": image,
             "targets": index,
@@ -66,18 +66,18 @@ class IndexedDataset(IndexedImages):
 
 
 class TrainLoader:
-    """FastReID's train loader, started only when the first batch is asked for.
+    """FastReID's train loader, which starts only when the first batch is requested.
 
-    FastReID's trainer makes its iterator when it is built, before it knows where to resume;
-    a loader that starts at once would prefetch batches of the wrong place.
+    FastReID's trainer creates its iterator in its constructor, before it knows where to
+    resume; a loader that started at once would prefetch batches of the wrong position.
 
     Args:
-        host_loader: What FastReID's ``build_reid_train_loader`` returned.
-        sampler: The sampler inside it.
+        host_loader: Result of FastReID's ``build_reid_train_loader``.
+        sampler: Sampler of that loader.
 
     Attributes:
         dataset: The indexed data set.
-        sampler: As given; set its ``start`` to resume.
+        sampler: Sampler of the loader; set its ``start`` to resume.
     """
 
     def __init__(self, host_loader: Any, sampler: BatchStream) -> None:
@@ -86,18 +86,18 @@ class TrainLoader:
         self.sampler = sampler
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        # A loader that starts draws a seed: the training's own stream must not notice.
+        # A loader that starts draws a seed, which must not change the training's stream.
         with torch.random.fork_rng(devices=[]):
             batches = iter(self._host_loader)
         try:
             yield from batches
         finally:
             self._host_loader.shutdown()  # stops the thread that copies to a GPU
-            vars(self._host_loader).pop("iter", None)  # which holds the workers
+            vars(self._host_loader).pop("iter", None)  # the iterator owns the workers
 
 
 def training_items(cfg: CfgNode) -> list[Item]:
-    """List the training images: of all data sets in ``DATASETS.NAMES``, and extra ones."""
+    """List the training images of all data sets in ``DATASETS.NAMES``, and extra ones."""
     if not cfg.DATASETS.NAMES:
         raise ValueError("DATASETS.NAMES is empty: name a data set to train on")
     items: list[Item] = []
@@ -110,7 +110,7 @@ def training_items(cfg: CfgNode) -> list[Item]:
 
 
 def training_images(cfg: CfgNode) -> IndexedDataset:
-    """Take the training images that can be read, with FastReID's training transform.
+    """Return the readable training images with FastReID's training transform.
 
     Args:
         cfg: Complete config.
@@ -119,7 +119,7 @@ def training_images(cfg: CfgNode) -> IndexedDataset:
         The images.
 
     Raises:
-        ValueError: If too many cannot be read.
+        ValueError: If too many images are unreadable.
     """  # noqa: DOC502  (raised by the functions called here)
     node = cfg.MODEL.SELCON
     items, num_left_out = readable_items(training_items(cfg), node.MAX_UNREADABLE_RATIO)
@@ -129,18 +129,18 @@ def training_images(cfg: CfgNode) -> IndexedDataset:
 
 
 def build_train_loader(cfg: CfgNode, images: IndexedDataset | None = None) -> TrainLoader:
-    """Build the label-blind train loader on FastReID's own.
+    """Build the label-free train loader from FastReID's own.
 
     Args:
         cfg: Complete config.
-        images: Images to train on; those of the config that can be read without.
+        images: Images to train on; None for the readable ones of the config.
 
     Returns:
         Loader of FastReID batches whose ``targets`` are image indices.
 
     Raises:
-        ValueError: If there are fewer training images than a batch holds, too many cannot
-            be read, or the batch cannot be cut evenly.
+        ValueError: If there are fewer training images than a batch holds, too many are
+            unreadable, or the batch cannot be split evenly.
     """  # noqa: DOC502  (raised by the functions called here)
     dataset = training_images(cfg) if images is None else images
     _warn_of_host_sampler(cfg)
@@ -156,34 +156,34 @@ def build_train_loader(cfg: CfgNode, images: IndexedDataset | None = None) -> Tr
 
 
 def check_processes(cfg: CfgNode, world_size: int) -> None:
-    """Check that there are images and batches for that many processes.
+    """Check that there are images and batches for a number of processes.
 
     Args:
         cfg: Complete config.
         world_size: Number of processes.
 
     Raises:
-        ValueError: If not.
+        ValueError: If there are too few images, or the batch cannot be split evenly.
     """  # noqa: DOC502  (raised by the functions called here)
     _build_sampler(cfg, len(training_items(cfg)), 0, world_size)
 
 
 def check_test_sets(cfg: CfgNode) -> None:
-    """Check before the training that its results can be evaluated.
+    """Check before the training that the test sets can be evaluated.
 
     Args:
         cfg: Complete config.
 
     Raises:
-        ValueError: If a test set has no images, or some that cannot be read.
-            ``FileNotFoundError`` if it is not there.
+        ValueError: If a test set has no images, or some are unreadable.
+            ``FileNotFoundError`` if it does not exist.
     """
     for name in cfg.DATASETS.TESTS:
         data = build_dataset(cfg, name)
         if not data.query or not data.gallery:
             raise ValueError(
-                f"DATASETS.TESTS: {name} has no query and gallery images: name another "
-                "data set, or () for none"
+                f"DATASETS.TESTS: {name} has no query and gallery images: use another data "
+                "set, or () for none"
             )
         check_test_images([path for path, *_ in data.query + data.gallery])
 
@@ -191,8 +191,8 @@ def check_test_sets(cfg: CfgNode) -> None:
 def _warn_of_host_sampler(cfg: CfgNode) -> None:
     if cfg.DATALOADER.SAMPLER_TRAIN != _LABEL_FREE_SAMPLER:
         logger.warning(
-            "DATALOADER.SAMPLER_TRAIN %s groups images by identity, which is not known "
-            "here: MODEL.SELCON.SAMPLER %s draws the batches",
+            "DATALOADER.SAMPLER_TRAIN %s groups images by identity, which is unknown here: "
+            "MODEL.SELCON.SAMPLER %s samples the batches instead",
             cfg.DATALOADER.SAMPLER_TRAIN,
             sampler_name(cfg),
         )
@@ -222,11 +222,11 @@ def _build_sampler(
 
 
 def build_extraction_loader(cfg: CfgNode, dataset: IndexedDataset) -> Any:
-    """Build a loader that shows every training image once, with FastReID's test transform.
+    """Build a loader of every training image once, with FastReID's test transform.
 
     Args:
         cfg: Complete config.
-        dataset: Images to show, in their order; the ranks share them.
+        dataset: Images to load, in their order; each rank loads its shard.
 
     Returns:
         FastReID's test loader.
@@ -242,7 +242,7 @@ def build_extraction_loader(cfg: CfgNode, dataset: IndexedDataset) -> Any:
 
 
 class _TestImages(CommDataset):
-    """FastReID's test images, read as the training images are."""
+    """FastReID's test images, read in the same way as the training images."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         path, pid, camid = self.img_items[index][:3]

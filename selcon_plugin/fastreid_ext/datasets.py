@@ -1,4 +1,4 @@
-"""Data sets registered with FastReID: any folder of images, and the embedded default."""
+"""Data sets of the plugin in FastReID: any folder of images, and synthetic persons."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ UNKNOWN_CAMERA = -1
 
 
 def dataset_root() -> str:
-    """Return the folder that holds the data sets, as FastReID finds it."""
+    """Return the folder in which FastReID looks for data sets."""
     return os.getenv("FASTREID_DATASETS", "datasets")
 
 
 def synthetic_persons_spec(cfg: CfgNode) -> SyntheticPersonsSpec:
-    """Return size and seed of ``SyntheticPersons`` as the config has them."""
+    """Return the size and seed of ``SyntheticPersons`` in the config."""
     node = cfg.DATASETS.SYNTHETIC_PERSONS
     return SyntheticPersonsSpec(**{key.lower(): value for key, value in node.items()})
 
@@ -44,7 +44,7 @@ def build_dataset(cfg: CfgNode, name: str, **kwargs: Any) -> ImageDataset:
         FastReID's data set.
 
     Raises:
-        FileNotFoundError: If it is not below the data set root.
+        FileNotFoundError: If the data set is not below the data set root.
     """
     cls = DATASET_REGISTRY.get(name)
     if issubclass(cls, ImageFolderReID):
@@ -53,28 +53,28 @@ def build_dataset(cfg: CfgNode, name: str, **kwargs: Any) -> ImageDataset:
     elif issubclass(cls, SyntheticPersons):
         kwargs["spec"] = synthetic_persons_spec(cfg)
     with warnings.catch_warnings():
-        # Of a folder that is not there some say that it has the old structure.
+        # Some data sets warn of an old structure where the folder does not exist.
         warnings.filterwarnings("ignore", "The current data structure is deprecated")
         try:
             return cls(root=dataset_root(), **kwargs)
         except RuntimeError as error:
             raise FileNotFoundError(
                 f"the data set {name} (DATASETS) is not complete below "
-                f"{dataset_root()!r}: {error}. Put it there, or let the environment "
-                "variable FASTREID_DATASETS name the folder that holds the data sets"
+                f"{dataset_root()!r}: {error}. Put it there, or set the environment "
+                "variable FASTREID_DATASETS to the folder that contains the data sets"
             ) from error
 
 
 @DATASET_REGISTRY.register()
 class ImageFolderReID(ImageDataset):
-    """Any folder of images as a training set without identities; it has no test set.
+    """Training set of any folder of images, without identities and without a test set.
 
     Args:
-        root: FastReID's data set root; not used.
-        image_folder: The folder (``DATASETS.IMAGE_FOLDER.ROOT``).
-        camera_pattern: How to find a file's camera; see
+        root: FastReID's data set root, which is not used.
+        image_folder: Folder of images (``DATASETS.IMAGE_FOLDER.ROOT``).
+        camera_pattern: Pattern that finds the camera in a path; see
             :func:`selcon_plugin.datasets.read_image_folder`.
-        **kwargs: FastReID's own.
+        **kwargs: Arguments of FastReID's base class.
     """
 
     dataset_name = "imagefolder"
@@ -101,12 +101,12 @@ class ImageFolderReID(ImageDataset):
 
 @DATASET_REGISTRY.register()
 class SyntheticPersons(ImageDataset):
-    """Drawn people seen by several cameras; draws itself under the root when absent.
+    """Synthetic persons in several cameras, rendered below the root if they are absent.
 
     Args:
         root: FastReID's data set root.
         spec: Size and seed (``DATASETS.SYNTHETIC_PERSONS``).
-        **kwargs: FastReID's own.
+        **kwargs: Arguments of FastReID's base class.
     """
 
     dataset_name = "synthetic"

@@ -26,7 +26,7 @@ from selcon_plugin.runs.ranked import LabeledImages
 
 
 class FastReIDDemo(Demo):
-    """Renders, trains and evaluates by one FastReID config.
+    """Demo that renders, trains and evaluates with one FastReID config.
 
     Args:
         cfg: Complete config.
@@ -48,13 +48,15 @@ class FastReIDDemo(Demo):
         """Name of the only test set."""
         tests = self._cfg.DATASETS.TESTS
         if len(tests) != 1:
-            raise ValueError(f"the demo needs one test set, DATASETS.TESTS is {tests}")
+            raise ValueError(
+                f"the demo needs exactly one test set, but DATASETS.TESTS is {tests}"
+            )
         name: str = tests[0]
         return name
 
     @property
     def data(self) -> tuple[Path, SyntheticPersonsSpec] | None:
-        """Folder of the data sets and what to render; None for other data."""
+        """Folder of the data sets and specification of the persons; None for other data."""
         named = (*self._cfg.DATASETS.NAMES, *self._cfg.DATASETS.TESTS)
         if "SyntheticPersons" not in named:
             return None
@@ -62,21 +64,21 @@ class FastReIDDemo(Demo):
 
     @property
     def data_name(self) -> str:
-        """Name of the data, which holds the version of what renders it."""
+        """Name of the data, which contains the version of the renderer."""
         return synthetic_persons_spec(self._cfg).folder_name
 
     @cached_property
     def _trainer(self) -> SelConTrainer:
         cfg = self._cfg.clone()
         cfg.defrost()
-        cfg.DATASETS.TESTS = ()  # it is evaluated afterwards
+        cfg.DATASETS.TESTS = ()  # the demo evaluates afterwards
         trainer = SelConTrainer(cfg)
         trainer.resume_or_load(resume=True)
         return trainer
 
     @property
     def epochs_trained(self) -> int:
-        """Epochs of the run that are done."""
+        """Number of finished epochs of the run."""
         epochs: int = min(self._trainer.start_epoch, self._trainer.max_epoch)
         return epochs
 
@@ -87,17 +89,17 @@ class FastReIDDemo(Demo):
             with trainer.meter.running():
                 trainer.train()
         for file in Path(self._cfg.OUTPUT_DIR).glob("model_[0-9]*.pth"):
-            file.unlink()  # model_final.pth holds all of it
+            file.unlink()  # model_final.pth contains all of their state
 
     def rank_untrained(self) -> Ranking:
-        """Evaluate FastReID's own model on the same backbone, nothing learned."""
+        """Evaluate FastReID's own model with the same backbone, without any training."""
         cfg = self._cfg.clone()
         cfg.defrost()
         cfg.MODEL.META_ARCHITECTURE = "Baseline"
         cfg.MODEL.HEADS.NAME = "EmbeddingHead"
         cfg.MODEL.HEADS.EMBEDDING_DIM = 0  # no projection
         cfg.MODEL.HEADS.WITH_BNNECK = False
-        cfg.MODEL.HEADS.NUM_CLASSES = 1  # of the classifier, which evaluation does not use
+        cfg.MODEL.HEADS.NUM_CLASSES = 1  # size of the classifier, unused in evaluation
         return self._rank(build_model(cfg))
 
     def rank_trained(self) -> Ranking:
@@ -106,7 +108,7 @@ class FastReIDDemo(Demo):
 
     @property
     def schedule(self) -> tuple[int, int]:
-        """Steps of an epoch, and steps of the warm-up."""
+        """Number of steps per epoch, and number of warm-up steps."""
         steps: int = self._trainer.iters_per_epoch
         return steps, self._cfg.MODEL.SELCON.WARMUP_EPOCHS * steps
 
@@ -115,9 +117,9 @@ class FastReIDDemo(Demo):
         write_results(self._trainer, {self.test_set: metrics})
 
     def _rank(self, model: nn.Module) -> Ranking:
-        """Measure a model with FastReID's evaluator; keep the distances it ranked by."""
+        """Evaluate a model with FastReID's evaluator, and return the distances as well."""
         cfg = self._cfg
-        with _output_into(self._log):  # the first evaluator compiles its ranking
+        with _redirect_output(self._log):  # the first evaluator compiles its ranking
             loader, evaluator = SelConTrainer.build_evaluator(cfg, self.test_set)
         metrics = inference_on_dataset(
             model, loader, evaluator, flip_test=cfg.TEST.FLIP.ENABLED
@@ -139,8 +141,8 @@ def _labeled(items: Sequence[tuple[str, int, int]]) -> LabeledImages:
 
 
 @contextlib.contextmanager
-def _output_into(file: Path) -> Iterator[None]:
-    """Write what this process and its children print into a file, compilers included."""
+def _redirect_output(file: Path) -> Iterator[None]:
+    """Redirect the output of this process and its children (compilers) to a file."""
     sys.stdout.flush()
     sys.stderr.flush()
     saved = [os.dup(1), os.dup(2)]

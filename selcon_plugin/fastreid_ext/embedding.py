@@ -1,4 +1,4 @@
-"""Features of training images by FastReID's loaders, from the model in training."""
+"""Extraction of training features with FastReID's loaders and the model in training."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from selcon_plugin.features import Embeddings
 
 
 def unwrap(model: nn.Module) -> SelCon:
-    """Return the SelCon model inside DistributedDataParallel.
+    """Return the SelCon model, without a wrapping DistributedDataParallel.
 
     Args:
-        model: The trainer's model.
+        model: Model of the trainer.
 
     Returns:
-        The model itself.
+        The SelCon model.
 
     Raises:
-        TypeError: If it is another meta-architecture.
+        TypeError: If the model has another meta-architecture.
     """
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     if not isinstance(inner, SelCon):
@@ -37,7 +37,7 @@ def unwrap(model: nn.Module) -> SelCon:
 
 
 class ImagesAndIndex:
-    """The images of FastReID's batches, and which they are.
+    """Iterable over the images of FastReID's batches and their indices.
 
     Args:
         loader: Loader over an :class:`IndexedDataset`.
@@ -61,8 +61,8 @@ def extract_training_set(
 
     Args:
         cfg: Complete config.
-        model: Left in the mode it was in.
-        dataset: The training images.
+        model: Model; its training mode is restored afterwards.
+        dataset: Training images.
 
     Returns:
         Embeddings of images 0..M-1 on the model's device, the same on all ranks.

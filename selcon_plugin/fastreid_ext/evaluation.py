@@ -1,4 +1,4 @@
-"""FastReID's evaluator, which keeps some ranked results, and one with a camera term."""
+"""Evaluators of FastReID that record ranked results, optionally with a camera term."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def append_camera_term(
 ) -> Tensor:
     """Extend unit features so that their cosine ranks by distance plus camera term.
 
-    A query gets ``+a`` and a gallery image ``-a`` at its camera's place, with ``a² = λ_c /
-    2``: the product of a pair from one camera falls by λ_c / 2, its distance ``2 - 2 cos``
-    rises by λ_c, and all vectors keep one common length.
+    A query gets ``+a`` and a gallery image ``-a`` in the component of its camera, with
+    ``a² = λ_c / 2``: the product of a pair from the same camera falls by λ_c / 2, its
+    distance ``2 - 2 cos`` rises by λ_c, and all vectors have the same length.
 
     Args:
         features: Unit features, shape ``(B, C)``.
         camids: Camera of each image, 0 or more, shape ``(B,)``.
         is_query: Whether each image is a query, shape ``(B,)``.
         penalty: λ_c.
-        num_cameras: Length of the camera part; larger than every camera id.
+        num_cameras: Number of camera components; larger than every camera id.
 
     Returns:
-        Shape ``(B, C + num_cameras)``.
+        Extended features, shape ``(B, C + num_cameras)``.
     """
     size = (penalty / 2.0) ** 0.5
     sign = torch.where(is_query, size, -size).to(features)
@@ -44,14 +44,14 @@ def append_camera_term(
 
 
 class RecordingEvaluator(ReidEvaluator):
-    """FastReID's evaluator, which writes some ranked results into ``OUTPUT_DIR``.
+    """FastReID's evaluator, which also writes some ranked results into ``OUTPUT_DIR``.
 
     Args:
         cfg: Complete config.
-        num_query: Queries at the front of the loader.
-        output_dir: As FastReID's.
+        num_query: Number of queries, which are first in the loader.
+        output_dir: Output folder, as in FastReID.
         items: Path, identity and camera of queries and gallery images.
-        name: The test set's name.
+        name: Name of the test set.
     """
 
     def __init__(
@@ -68,12 +68,12 @@ class RecordingEvaluator(ReidEvaluator):
         self._name = name
 
     def evaluate(self) -> Any:
-        """Measure as FastReID does.
+        """Evaluate as FastReID does, and record ranked results.
 
         Returns:
-            Its results.
+            FastReID's results.
         """
-        # The distances, re-ranked or not, are handed to this function and kept nowhere.
+        # The distances, re-ranked or not, are passed to this function and stored nowhere.
         evaluate_rank = rank.evaluate_rank
 
         def recorded(distance: Any, *args: Any, **kwargs: Any) -> Any:
@@ -87,28 +87,28 @@ class RecordingEvaluator(ReidEvaluator):
             rank.evaluate_rank = evaluate_rank
 
     def _record(self, distance: Any) -> None:
-        """Write some ranked results; the evaluation goes on where that fails."""
+        """Write some ranked results; the evaluation continues if that fails."""
         query, gallery = self._items[: self._num_query], self._items[self._num_query :]
         try:
             queries = rank_queries(distance, query, gallery)
             write_ranked(self.cfg.OUTPUT_DIR, self._name, queries)
         except Exception as error:
-            logger.warning("Ranked results could not be kept: %s", error)
+            logger.warning("The ranked results could not be written: %s", error)
 
 
 class CameraTermEvaluator(RecordingEvaluator):
     """FastReID's evaluator on features extended by the camera term.
 
-    Uses camera ids of query and gallery at test time, so its numbers are not comparable
-    with the usual protocol; the log says so.
+    It uses the camera ids of query and gallery at test time, so that its metrics are not
+    comparable with the usual protocol; the log warns of this.
 
     Args:
         cfg: Complete config.
-        num_query: Queries at the front of the loader.
-        output_dir: As FastReID's.
-        num_cameras: Larger than every camera id.
+        num_query: Number of queries, which are first in the loader.
+        output_dir: Output folder, as in FastReID.
+        num_cameras: Number of cameras; larger than every camera id.
         items: Path, identity and camera of queries and gallery images.
-        name: The test set's name.
+        name: Name of the test set.
     """
 
     def __init__(
@@ -124,22 +124,22 @@ class CameraTermEvaluator(RecordingEvaluator):
         super().__init__(cfg, num_query, output_dir, items=items, name=name)
         self._penalty: float = cfg.MODEL.SELCON.SAME_CAMERA_PENALTY
         self._num_cameras = num_cameras
-        # FastReID's InferenceSampler gives each rank one run of images.
+        # FastReID's InferenceSampler gives each rank a contiguous range of images.
         self._first = comm.get_rank() * ((len(items) - 1) // comm.get_world_size() + 1)
         self._seen = 0
         logger.warning(
-            "TEST_CAMERA_TERM is on: %g is added to the distance of images from one "
-            "camera at test time; say so next to these numbers",
+            "TEST_CAMERA_TERM is on: %g is added to the distance of images from the same "
+            "camera at test time; state this next to the metrics",
             self._penalty,
         )
 
     def reset(self) -> None:
-        """Begin a new evaluation."""
+        """Start a new evaluation."""
         super().reset()
         self._seen = 0
 
     def process(self, inputs: dict[str, Any], outputs: Tensor) -> None:
-        """Take a batch of features, in the loader's order."""
+        """Process a batch of features in the loader's order."""
         position = self._first + self._seen + torch.arange(len(outputs))
         self._seen += len(outputs)
         extended = append_camera_term(

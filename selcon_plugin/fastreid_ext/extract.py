@@ -1,4 +1,4 @@
-"""Features of a folder of images, from a trained model to a file."""
+"""Extraction of the features of data sets into a file, with a trained model."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def extract_folder(cfg: CfgNode, output: str | Path) -> tuple[int, int]:
 
     Args:
         cfg: Complete config; ``MODEL.WEIGHTS`` names the checkpoint.
-        output: File to write: arrays ``paths`` (M,), ``camids`` (M,) with -1 for unknown,
-            and unit ``features`` (M, C + S*D) in float32.
+        output: File to write, with arrays ``paths`` (M,), ``camids`` (M,) with -1 for
+            unknown, and unit vectors ``features`` (M, C + S*D) in float32.
 
     Returns:
-        Number of images and length of a feature.
+        Number of images and feature dimension.
     """
     model = load_trained_model(cfg)
     items, _ = readable_items(training_items(cfg), cfg.MODEL.SELCON.MAX_UNREADABLE_RATIO)
@@ -37,7 +37,7 @@ def extract_folder(cfg: CfgNode, output: str | Path) -> tuple[int, int]:
         what_happened="they are left out",
     )
     Path(output).parent.mkdir(parents=True, exist_ok=True)
-    with open(output, "wb") as stream:  # savez would append .npz to another ending
+    with open(output, "wb") as stream:  # savez appends .npz to names with another suffix
         np.savez_compressed(
             stream,
             paths=np.array(dataset.paths)[readable],

@@ -1,4 +1,4 @@
-"""``GlobalPartHead``: FastReID's config read into the core's embedding module."""
+"""``GlobalPartHead``: embedding head with FastReID's config and layers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from selcon_plugin.features import GlobalPartEmbedding
 
 @REID_HEADS_REGISTRY.register()
 class GlobalPartHead(GlobalPartEmbedding):
-    """Global and part features on FastReID's pooling and normalization layers.
+    """Head for global and part features with FastReID's pooling and normalization layers.
 
-    Reads ``MODEL.BACKBONE.FEAT_DIM``, ``MODEL.HEADS.{EMBEDDING_DIM, POOL_LAYER, NORM,
+    It reads ``MODEL.BACKBONE.FEAT_DIM``, ``MODEL.HEADS.{EMBEDDING_DIM, POOL_LAYER, NORM,
     WITH_BNNECK}`` and ``MODEL.SELCON.{NUM_PARTS, PROJECT_GLOBAL}``. ``EMBEDDING_DIM`` 0
-    means as wide as the backbone; ``WITH_BNNECK`` freezes the shift of the normalization at
-    0, as FastReID's own head does.
+    selects the dimension of the backbone; ``WITH_BNNECK`` freezes the bias of the
+    normalization at 0, as FastReID's own head does.
 
     Raises:
         ValueError: If ``POOL_LAYER`` or ``NORM`` is unknown or the sizes do not fit.

@@ -1,4 +1,4 @@
-"""Hooks: when the method is prepared, told, written and watched in the training loop."""
+"""Hooks that call the training run, its diagnostics and its files from FastReID's loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from selcon_plugin.engine.run import TrainingRun
 
 
 class MethodHook(HookBase):
-    """Prepare the method, seed each epoch and step, write the banks after each step.
+    """Hook that prepares the method, seeds epochs and steps, and writes the banks.
 
     Args:
         run: The training run.
@@ -23,23 +23,23 @@ class MethodHook(HookBase):
         self._run = run
 
     def before_train(self) -> None:
-        """Prepare what a checkpoint did not bring."""
+        """Initialize the state that no checkpoint has restored."""
         self._run.before_training()
 
     def before_epoch(self) -> None:
-        """Begin an epoch."""
+        """Start an epoch."""
         self._run.start_epoch(self.trainer.epoch)
 
     def before_step(self) -> None:
-        """Begin a step."""
+        """Start a step."""
         self._run.start_step(self.trainer.iter)
 
     def after_step(self) -> None:
-        """Write the banks and move the teacher."""
+        """Write the banks and update the teacher."""
         self._run.after_step()
 
     def after_epoch(self) -> None:
-        """Check what the epoch left, and report how far apart the features lie."""
+        """Check the state after the epoch, and report the spread of the features."""
         measured = self._run.end_epoch(self.trainer.epoch)
         if measured:
             self.trainer.storage.put_scalars(smoothing_hint=False, **measured)
@@ -48,11 +48,11 @@ class MethodHook(HookBase):
 
 
 class DiagnosticsHook(HookBase):
-    """Write what a user watches to FastReID's log, JSON and TensorBoard writers.
+    """Hook that writes diagnostics to FastReID's log, JSON and TensorBoard writers.
 
     Args:
         run: The training run.
-        period: Steps between reports; 0 for none.
+        period: Number of steps between reports; 0 for none.
     """
 
     def __init__(self, run: TrainingRun, period: int) -> None:
@@ -65,16 +65,16 @@ class DiagnosticsHook(HookBase):
             return
         report = self._run.diagnostics()
         if report:
-            # As measured: the writers' median over 20 reports would lag by epochs.
+            # Without smoothing: the writers' median over 20 reports would lag by epochs.
             self.trainer.storage.put_scalars(smoothing_hint=False, **report)
 
 
 class PicturesHook(HookBase):
-    """Write pictures of clusters and embedding to TensorBoard after the last epoch.
+    """Hook that writes clusters and embedding to TensorBoard after the last epoch.
 
     Args:
         run: The training run.
-        folder: Its folder.
+        folder: Folder of the run.
     """
 
     def __init__(self, run: TrainingRun, folder: str) -> None:
@@ -82,61 +82,62 @@ class PicturesHook(HookBase):
         self._folder = folder
 
     def after_epoch(self) -> None:
-        """Write them, if that was the last."""
+        """Write the pictures if this was the last epoch."""
         if self.trainer.epoch + 1 == self.trainer.max_epoch:
             self._run.write_pictures(self._folder, self.trainer.iter)
 
 
 class ProgressHook(HookBase):
-    """A line for each epoch of training: steps, loss, time left, memory."""
+    """Hook that shows steps, loss, remaining time and memory of each epoch in one line."""
 
     def before_train(self) -> None:
-        """Note where the run begins."""
+        """Record the first step of the run."""
         trainer = self.trainer
         self._progress = TrainingProgress(
             trainer.max_epoch, trainer.iters_per_epoch, trainer.start_iter
         )
 
     def before_step(self) -> None:
-        """Open the epoch's line."""
+        """Open the line of the epoch."""
         self._progress.begin_step(self.trainer.iter)
 
     def after_step(self) -> None:
-        """Move it."""
+        """Update the line."""
         latest = self.trainer.storage.latest()
         loss = latest["total_loss"][0] if "total_loss" in latest else None
         self._progress.end_step(self.trainer.iter, loss)
 
     def after_train(self) -> None:
-        """Close the line of an epoch that was not finished."""
+        """Close the line of an unfinished epoch."""
         self._progress.close()
 
 
 class EvaluationHook(EvalHook):
-    """FastReID's evaluation, of runs that come to their end.
+    """FastReID's evaluation hook, only for runs that finish.
 
-    FastReID's evaluates at the end even where an error or a signal ends the last epoch.
+    FastReID's own hook evaluates at the end even if an error or a signal ended the last
+    epoch.
     """
 
     def after_train(self) -> None:
-        """Evaluate at the end, if that was not done after the last epoch."""
+        """Evaluate at the end, unless the last epoch was evaluated already."""
         if self.trainer.iter == self.trainer.max_epoch * self.trainer.iters_per_epoch:
             super().after_train()
 
 
 class CheckpointHook(PeriodicCheckpointer):
-    """FastReID's periodic checkpointer, for runs without a test set as well.
+    """FastReID's periodic checkpointer, which also supports runs without a test set.
 
     Args:
-        checkpointer: Writes the files.
-        period: Epochs between checkpoints.
-        keep: How many periodic checkpoints stay, the newest; 0 for all.
+        checkpointer: Writer of the files.
+        period: Number of epochs between checkpoints.
+        keep: Number of periodic checkpoints to keep, the newest ones; 0 for all.
     """
 
     def __init__(self, checkpointer: Any, period: int, keep: int = 0) -> None:
         super().__init__(checkpointer, period)
         self._keep = keep
-        # Else a resumed run would take its next model for the best.
+        # Otherwise a resumed run would take its next model for the best.
         checkpointer.checkpointables["best"] = self
 
     def state_dict(self) -> dict[str, float]:
@@ -144,24 +145,24 @@ class CheckpointHook(PeriodicCheckpointer):
         return {"metric": float(self.best_metric)}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from a checkpoint's best metric."""
+        """Restore the best metric of a checkpoint."""
         self.best_metric = state["metric"]
 
     def before_train(self) -> None:
-        """Note the last epoch, and the metric that decides which model is the best."""
+        """Record the last epoch, and the metric that selects the best model."""
         if self.trainer.cfg.DATASETS.TESTS:
             super().before_train()
             return
-        # FastReID takes the name of the first test set, of which there is none.
+        # FastReID uses the name of the first test set, but here is none.
         self.max_epoch = self.trainer.max_epoch
         self.metric_name = "metric"
 
     def after_epoch(self) -> None:
-        """Save every ``period`` epochs; then remove what is too old."""
+        """Save every ``period`` epochs, then delete checkpoints that are too old."""
         super().after_epoch()
         if self._keep:
             folder = Path(self.checkpointer.save_dir)
-            # What an earlier, longer run left behind is not touched.
+            # Checkpoints of an earlier, longer run are not touched.
             last = f"model_{self.trainer.epoch:04d}.pth"
             files = [f for f in folder.glob("model_[0-9]*.pth") if f.name <= last]
             for file in sorted(files)[: -self._keep]:

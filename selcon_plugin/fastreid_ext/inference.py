@@ -1,4 +1,4 @@
-"""Trained networks of FastReID: the plugin's own, and those trained on identities."""
+"""Loading of trained FastReID networks, of the plugin's own and of supervised ones."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from selcon_plugin.models.preprocessing import Preprocessing
 from selcon_plugin.models.pretrained import read_state_dict
 from selcon_plugin.models.state_keys import network_weights
 
-# A head that was trained on identities has a classifier, which features do not need.
+# A supervised head has a classifier, which features do not need.
 _IGNORED_PREFIXES = ("heads.weight", "heads.classifier.")
 
 
 class _Baseline(nn.Module):
-    """Backbone and head of FastReID's own meta-architectures, without their losses."""
+    """Backbone and head of FastReID's own meta-architectures, without losses."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -39,28 +39,28 @@ def load_network(
     """Build the network of a config and load its weights.
 
     Args:
-        cfg: Complete config, of this plugin or of a training on identities.
+        cfg: Complete config, of this plugin or of a supervised training.
         weights: Checkpoint that was trained with it.
-        device: Where to compute.
+        device: Device to compute on.
 
     Returns:
-        The network; of a run with a teacher, the teacher.
+        The network; for a run with a teacher, the teacher.
 
     Raises:
-        ValueError: If a tensor of the network is not in the file, or the config crops
+        ValueError: If a tensor of the network is missing in the file, or the config crops
             images at test time. ``FileNotFoundError`` if there is no file.
     """
     if cfg.INPUT.CROP.ENABLED:
         raise ValueError(
-            "INPUT.CROP.ENABLED is True: features of cropped images are written by selcon "
-            "extract with MODEL.WEIGHTS in place of --weights"
+            "INPUT.CROP.ENABLED is True: to extract features of cropped images, use selcon "
+            "extract with MODEL.WEIGHTS instead of --weights"
         )
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.BACKBONE.PRETRAIN = False
     cfg.MODEL.DEVICE = "cpu"
     if "SELCON" in cfg.MODEL:
-        cfg.MODEL.SELCON.EMA_DECAY = 0.0  # a teacher's weights take the student's place
+        cfg.MODEL.SELCON.EMA_DECAY = 0.0  # a teacher's weights replace the student's
     architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     ours = issubclass(architecture, SelCon)
     cfg.MODEL.HEADS.NUM_CLASSES = 0 if ours else 1
@@ -68,7 +68,7 @@ def load_network(
         model = architecture(cfg)
     method = ""
     if ours:
-        model.images_normalized = True  # as for all networks whose images this prepares
+        model.images_normalized = True  # InferenceNetwork normalizes the images
         method = cfg.MODEL.SELCON.METHOD
     else:
         model = _Baseline(model)

@@ -1,7 +1,7 @@
-"""Start one or several training processes, on GPUs (NCCL) or CPUs (gloo).
+"""Launch of one or several training processes on GPUs (NCCL) or CPUs (gloo).
 
-A process that fails or is killed takes the others with it: those of its machine are ended
-at once, those of other machines when what they wait for times out.
+If a process fails or is killed, all others end as well: those on the same machine at once,
+those on other machines when their communication times out.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from torch.multiprocessing.spawn import (
 from selcon_plugin.config.host_data import ProcessFailure
 from selcon_plugin.engine.stopping import stop_signals_go_to
 
-# Long enough for one process to cluster or to evaluate while the others wait.
+# Time enough for one process to cluster or to evaluate while the others wait.
 TIMEOUT_MINUTES = 30.0
 _WEEK = 7 * 24 * 60
 
-# What a user's mistakes raise: the message says it all.
-_MISTAKES = (ValueError, FileNotFoundError, ImportError)
+# Exceptions of user errors, whose message is enough without a traceback.
+_USER_ERRORS = (ValueError, FileNotFoundError, ImportError)
 
 _USUAL_CAUSES = {
     "SIGKILL": " (out of memory?)",
-    "SIGABRT": " (did NCCL wait in vain? see the log above)",
+    "SIGABRT": " (NCCL timeout? see the log above)",
 }
 
 
-_MEETING_POINT = re.compile(r"tcp://\S+:\d+|env://|file://\S+")
+_RENDEZVOUS = re.compile(r"tcp://\S+:\d+|env://|file://\S+")
 
 
 def launch(
@@ -59,25 +59,26 @@ def launch(
     """Run ``main`` in one or several processes.
 
     Under torchrun, which has started the processes itself, this process joins their group.
-    Takes the place of FastReID's ``launch``, which insists on CUDA and NCCL.
+    This function replaces FastReID's ``launch``, which requires CUDA and NCCL.
 
     Args:
         main: Called as ``main(*args)`` in every process; must be importable by name.
         num_processes: Processes on this machine: GPUs, or CPU workers without CUDA.
         num_machines: Number of machines.
         machine_rank: Rank of this machine.
-        dist_url: Meeting point, ``tcp://host:port``; "auto" finds a free local port.
-        timeout_minutes: How long a process waits for another before it gives up. Must
-            exceed the longest work that one does alone: clustering, evaluation.
+        dist_url: Rendezvous address, ``tcp://host:port``; "auto" finds a free local port.
+        timeout_minutes: Time that a process waits for another before it gives up. It must
+            exceed the longest work of a single process: clustering, evaluation.
         args: Arguments of ``main``.
 
     Returns:
-        What ``main`` returned where it ran in this process, else None.
+        Result of ``main`` if it ran in this process, otherwise None.
 
     Raises:
-        ValueError: If there are not that many GPUs, several machines have no common
-            ``dist_url``, the time-out is out of range, or ``main`` raised a user's mistake.
-        ProcessFailure: If one of several processes failed; says which and why.
+        ValueError: If there are not enough GPUs, several machines have no common
+            ``dist_url``, the timeout is out of range, or ``main`` raised a user error.
+        ProcessFailure: If one of several processes failed; the message names it and the
+            cause.
     """  # noqa: DOC502  (raised by the functions called here)
     if not 0 < timeout_minutes <= _WEEK:
         raise ValueError(
@@ -91,7 +92,8 @@ def launch(
         return main(*args)
     if torch.cuda.is_available() and num_processes > torch.cuda.device_count():
         raise ValueError(
-            f"--num-gpus {num_processes}, but this machine has {torch.cuda.device_count()}"
+            f"--num-gpus is {num_processes}, but this machine has "
+            f"{torch.cuda.device_count()}"
         )
     if dist_url == "auto":
         if num_machines > 1:
@@ -119,25 +121,25 @@ def launch(
 def _wait_for(
     context: ProcessContext, failures: Any, first_rank: int, world_size: int
 ) -> None:
-    """Wait for the processes; raise why one failed, or the status of a run stopped."""
+    """Wait for the processes; raise the failure of one, or the status of a stopped run."""
     stopped_by: list[int] = []
 
-    def hand_on(number: int, _frame: object) -> None:
+    def forward_signal(number: int, _frame: object) -> None:
         stopped_by.append(number)
         for process in context.processes:
             if process.is_alive():
-                # Not SIGINT: Ctrl-C has reached them already, and a second one interrupts.
+                # SIGTERM: Ctrl-C has reached them already, and a second SIGINT interrupts.
                 os.kill(process.pid, signal.SIGTERM)
 
     try:
-        # It is left to the processes when to stop on SIGTERM and Ctrl-C.
-        with stop_signals_go_to(hand_on):
+        # The processes decide when to stop on SIGTERM and Ctrl-C.
+        with stop_signals_go_to(forward_signal):
             while not context.join():
                 pass
     except (ProcessRaisedException, ProcessExitedException) as error:
-        # Which process the error names is chance: when one ends, the others fail as well.
+        # The error names a random process: when one ends, the others fail as well.
         _raise_first_failure(context, failures, first_rank, world_size)
-        if stopped_by:  # before one had begun to train
+        if stopped_by:  # the signal came before any process started to train
             raise SystemExit(128 + stopped_by[0]) from None
         raise ProcessFailure(str(error)) from error
 
@@ -145,27 +147,27 @@ def _wait_for(
 def _raise_first_failure(
     context: ProcessContext, failures: Any, first_rank: int, world_size: int
 ) -> None:
-    """Raise what the first process to fail died of; all have ended."""
-    rest = "The others have been ended; --resume goes on from the last checkpoint"
+    """Raise the error of the first process that failed; all processes have ended."""
+    rest = "The others were ended; --resume continues from the last checkpoint"
     reports = []
     while not failures.empty():
         reports.append(failures.get())
-    have_said_why = {report[0] for report in reports}
+    reported = {report[0] for report in reports}
     for rank, process in enumerate(context.processes, first_rank):
-        if rank in have_said_why:  # gloo may still abort one while it ends
+        if rank in reported:  # gloo may still abort a process while it ends
             continue
-        # The launcher ends the others by SIGTERM.
+        # The launcher ends the others with SIGTERM.
         if process.exitcode < 0 and process.exitcode != -signal.SIGTERM:
             name = signal.Signals(-process.exitcode).name
             cause = _USUAL_CAUSES.get(name, "")
             raise ProcessFailure(
                 f"process {rank} of {world_size} was killed by {name}{cause}. {rest}"
             )
-        if process.exitcode > 1:  # 1 is an exception: see below
+        if process.exitcode > 1:  # 1 is an exception, which is raised below
             raise SystemExit(process.exitcode)
     if reports:
-        rank, is_mistake, message, trace = reports[0]
-        if is_mistake:
+        rank, is_user_error, message, trace = reports[0]
+        if is_user_error:
             raise ValueError(message)
         raise ProcessFailure(f"process {rank} of {world_size} failed. {rest}\n\n{trace}")
 
@@ -173,16 +175,16 @@ def _raise_first_failure(
 def check_launch(
     num_processes: int, num_machines: int, machine_rank: int, dist_url: str
 ) -> None:
-    """Refuse numbers of processes and machines that cannot be.
+    """Refuse invalid numbers of processes and machines.
 
     Args:
         num_processes: Processes on this machine.
         num_machines: Number of machines.
         machine_rank: Rank of this machine.
-        dist_url: Meeting point, or "auto".
+        dist_url: Rendezvous address, or "auto".
 
     Raises:
-        ValueError: If one is out of range; names the argument of the command line.
+        ValueError: If a value is invalid; the message names the command-line argument.
     """
     for name, value in (("--num-gpus", num_processes), ("--num-machines", num_machines)):
         if value < 1:
@@ -192,7 +194,7 @@ def check_launch(
             f"--machine-rank must be >= 0 and < {num_machines}, the --num-machines, got "
             f"{machine_rank}"
         )
-    if dist_url != "auto" and not _MEETING_POINT.fullmatch(dist_url):
+    if dist_url != "auto" and not _RENDEZVOUS.fullmatch(dist_url):
         raise ValueError(
             f"--dist-url must be auto or tcp://host:port, such as tcp://10.0.0.1:29500, "
             f"got {dist_url!r}"
@@ -205,7 +207,7 @@ def _run_under_torchrun(
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    # Leaves the error where torchrun finds it, for its own report.
+    # Records the error where torchrun finds it for its own report.
     recorded = record(_join)
     return recorded(
         main, args, rank, world_size, local_rank, local_size, "env://", timeout_minutes
@@ -236,9 +238,9 @@ def _worker(
             timeout_minutes,
         )
     except Exception as error:
-        # Before this process ends: only then do the others see the connection break.
-        is_mistake = isinstance(error, _MISTAKES)
-        failures.put((rank, is_mistake, str(error), traceback.format_exc()))
+        # Reported before this process ends: after that the others lose the connection.
+        is_user_error = isinstance(error, _USER_ERRORS)
+        failures.put((rank, is_user_error, str(error), traceback.format_exc()))
         raise
 
 
@@ -262,7 +264,7 @@ def _join(
         world_size=world_size,
         timeout=datetime.timedelta(minutes=timeout_minutes),
     )
-    # FastReID asks this group for the rank within the machine.
+    # FastReID uses this group for the rank within the machine.
     for machine in range(world_size // local_size):
         ranks = list(range(machine * local_size, (machine + 1) * local_size))
         group = dist.new_group(ranks)
@@ -271,13 +273,13 @@ def _join(
     try:
         result = main(*args)
     except RuntimeError as error:
-        # The group is left as it is: to take it down, NCCL would wait for the others.
+        # The group is not destroyed: for that, NCCL would wait for the others.
         if "Timed out waiting" not in str(error):
             raise
         raise RuntimeError(
             f"process {rank} of {world_size} waited for another longer than --dist-timeout "
-            f"{timeout_minutes:g} minutes: that one has ended, hangs, or does work that "
-            "takes longer"
+            f"{timeout_minutes:g} minutes: the other one has ended, hangs, or needs more "
+            "time"
         ) from error
     dist.destroy_process_group()
     return result

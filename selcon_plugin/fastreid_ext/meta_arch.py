@@ -1,4 +1,4 @@
-"""``SelCon``: FastReID's backbone, our head, our method."""
+"""``SelCon``: FastReID meta-architecture with the plugin's head and method."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from selcon_plugin.models.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 
-# FastReID's default head classifies identities; it gives way to ours.
+# FastReID's default head classifies identities; ours replaces it.
 _HOST_DEFAULT_HEAD = "EmbeddingHead"
 
 
@@ -31,15 +31,15 @@ _OWN_BACKBONES = ("build_timm_backbone", "build_torchreid_backbone")
 class SelCon(EmbeddingNetwork):
     """Meta-architecture that trains without identities.
 
-    In training mode a batch's ``targets`` are the images' own indices, and the result is
-    the method's losses. In evaluation mode the result is one unit vector per image whose
+    In training mode a batch's ``targets`` are the images' own indices, and the output is
+    the method's losses. In evaluation mode the output is one unit vector per image, whose
     cosine ranks like the training distance.
 
-    With ``MODEL.SELCON.EMA_DECAY`` a teacher, whose weights follow those in training, takes
-    the network's place in evaluation mode: for clustering and for the test.
+    With ``MODEL.SELCON.EMA_DECAY`` a teacher, whose weights follow those in training,
+    replaces the network in evaluation mode, both for clustering and for the test.
 
     The method's banks have one row per training image: ``MODEL.HEADS.NUM_CLASSES`` rows, a
-    number the trainer sets. With 0 there is no method, which is all that evaluation needs.
+    number that the trainer sets. With 0 there is no method; evaluation does not need one.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -98,7 +98,7 @@ class SelCon(EmbeddingNetwork):
         if not self.training:
             return self.test_feature(self.embed(images))
         if not torch.is_grad_enabled():
-            # FastReID's PreciseBN: a pass for its side effect on the statistics.
+            # FastReID's PreciseBN runs this pass to update the running statistics.
             self.embed(images)
             return {}
         assert isinstance(batched_inputs, dict), "training needs targets and camids"
@@ -106,14 +106,14 @@ class SelCon(EmbeddingNetwork):
 
 
 def _build_backbone(cfg: CfgNode) -> nn.Module:
-    """Build the backbone; say which keys are wrong where FastReID does not."""
+    """Build the backbone; errors name the config keys where FastReID's do not."""
     node = cfg.MODEL.BACKBONE
     try:
-        with data_only(), loading_noted() as shares:
+        with data_only(), loading_noted() as ratios:
             backbone: nn.Module = build_backbone(cfg)
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         if node.NAME in _OWN_BACKBONES:
-            raise  # they name the keys themselves
+            raise  # the error names the keys already
         raise ValueError(
             f"MODEL.BACKBONE.NAME {node.NAME} with DEPTH {node.DEPTH!r}, PRETRAIN "
             f"{node.PRETRAIN} and PRETRAIN_PATH {node.PRETRAIN_PATH!r} cannot be built: "
@@ -122,10 +122,10 @@ def _build_backbone(cfg: CfgNode) -> nn.Module:
     if (
         node.NAME not in _OWN_BACKBONES
         and node.PRETRAIN_PATH
-        and max(shares, default=1) < MIN_LOADED_RATIO
+        and max(ratios, default=1) < MIN_LOADED_RATIO
     ):
         raise ValueError(
             f"MODEL.BACKBONE.PRETRAIN_PATH {node.PRETRAIN_PATH!r}: the weights do not fit "
-            f"{node.NAME}: they hold {max(shares):.0%} of its tensors by name"
+            f"{node.NAME}: they contain {max(ratios):.0%} of its tensors by name"
         )
     return backbone

@@ -1,4 +1,4 @@
-"""FastReID's optimizer with few parameter groups, in one kernel each."""
+"""FastReID's optimizer with few parameter groups, each of which runs in one kernel."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ Group = dict[str, Any]
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> tuple[Optimizer, list[Group]]:
     """Build FastReID's optimizer on the model's own parameters.
 
-    FastReID makes a group of every parameter, and PyTorch steps group by group: hundreds of
-    small kernels. Here parameters of the same settings share a group, which changes no
-    number, and PyTorch's fused step is used where there is one.
+    FastReID creates one group per parameter, and PyTorch steps group by group, which takes
+    hundreds of small kernels. Here parameters with the same settings share a group, which
+    changes no value, and PyTorch's fused step is used where it exists.
 
-    FastReID's own remedy, contiguous buffers of parameters, is left out: there a weight
-    without a gradient has one of zeros, and weight decay still moves it.
+    FastReID's own remedy, contiguous parameter buffers, is not used: there a weight without
+    a gradient has a gradient of zeros, so that weight decay still changes it.
 
     Args:
         cfg: Complete config.
         model: Model whose parameters are trained.
 
     Returns:
-        The optimizer, and its parameter groups as FastReID's trainer wants them.
+        The optimizer, and its parameter groups as FastReID's trainer expects them.
     """
     optimizer, _ = build_host_optimizer(cfg, model, contiguous=False)
     groups = merge_groups(optimizer.param_groups)
     merged = _build(type(optimizer), groups, clips=cfg.SOLVER.CLIP_GRADIENTS.ENABLED)
-    # Checkpoints may have FastReID's own groups.
+    # Checkpoints may contain FastReID's own groups.
     merged.register_load_state_dict_pre_hook(_with_merged_groups)
     return merged, merged.param_groups
 
 
 def _build(kind: Any, groups: list[Group], *, clips: bool) -> Optimizer:
-    # A fused step divides the loss scale out by itself: clipping would come before that.
+    # A fused step unscales the gradients itself, but clipping would come before that.
     if not clips and _can_fuse(kind):
         try:
             fused: Optimizer = kind([{**g, "fused": True} for g in groups], fused=True)
-        except RuntimeError:  # this PyTorch cannot on this device
+        except RuntimeError:  # this PyTorch has no fused step on this device
             pass
         else:
             return fused
@@ -61,10 +61,10 @@ def _with_merged_groups(optimizer: Optimizer, state: dict[str, Any]) -> dict[str
 
 
 def merge_groups(groups: list[Group]) -> list[Group]:
-    """Join parameter groups whose settings are equal.
+    """Join parameter groups with equal settings.
 
     Args:
-        groups: As an optimizer has them.
+        groups: Parameter groups of an optimizer.
 
     Returns:
         One group for each combination of settings, in the order of their first parameters.
@@ -72,11 +72,11 @@ def merge_groups(groups: list[Group]) -> list[Group]:
     merged: list[Group] = []
     for group in groups:
         settings = _settings(group)
-        twin = next((other for other in merged if _settings(other) == settings), None)
-        if twin is None:
+        same = next((other for other in merged if _settings(other) == settings), None)
+        if same is None:
             merged.append({**group, "params": list(group["params"])})
         else:
-            twin["params"] += group["params"]
+            same["params"] += group["params"]
     return merged
 
 

@@ -1,4 +1,4 @@
-"""``results.json`` of a run in FastReID."""
+"""File ``results.json`` of a run in FastReID."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from selcon_plugin.runs.metrics import read_metrics
 
 
 def results_by_test_set(cfg: Any, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return FastReID's results by test set; it leaves the name out where there is one.
+    """Return FastReID's results by test set; FastReID omits the name of a single one.
 
     Args:
         cfg: Complete config.
-        results: What ``SelConTrainer.train`` or ``test`` returned.
+        results: Result of ``SelConTrainer.train`` or ``test``.
 
     Returns:
-        Metrics by the test set's name; empty without a test set.
+        Metrics by the name of the test set; empty without a test set.
     """
     if not results:
         return {}
@@ -32,8 +32,8 @@ def write_results(trainer: Any, results: Mapping[str, Any] | None) -> None:
     """Write ``results.json`` into the run's folder, on the main process.
 
     Args:
-        trainer: The trainer, after training.
-        results: What the trainer returned: metrics of the last evaluation, if any.
+        trainer: Trainer after the training.
+        results: Result of the trainer, the metrics of the last evaluation, if any.
     """
     cfg = trainer.cfg
     metrics = {
@@ -56,12 +56,12 @@ def write_results(trainer: Any, results: Mapping[str, Any] | None) -> None:
 
 
 def _last_num_clusters(trainer: Any) -> int | None:
-    """Look up the last clustering: in this process, else in what an earlier part wrote."""
+    """Return the number of clusters of this process, or in the file of an earlier part."""
     storage = getattr(trainer, "storage", None)  # absent if the run was complete before
     if storage is not None and "num_clusters" in storage.latest():
         return int(storage.latest()["num_clusters"][0])
     if trainer.start_epoch == 0:
-        return None  # the file may hold another run's
+        return None  # the file may belong to another run
     file = Path(trainer.cfg.OUTPUT_DIR) / "metrics.json"
     written = read_metrics(file) if file.is_file() else []
     counts = [line["num_clusters"] for line in written if "num_clusters" in line]

@@ -1,4 +1,4 @@
-"""The training step in FastReID's loop: micro-batches, mixed precision, FastReID's log."""
+"""Training step in FastReID's loop, with micro-batches, mixed precision and its log."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def distribute(model: nn.Module) -> nn.Module:
         model: The model.
 
     Returns:
-        The model itself where there is one process.
+        The wrapped model, or the model itself if there is one process.
     """
     if comm.get_world_size() == 1:
         return model
@@ -35,20 +35,21 @@ def distribute(model: nn.Module) -> nn.Module:
 
 
 class AccumulatingTrainer(SimpleTrainer):
-    """FastReID's ``SimpleTrainer`` with each batch in parts, and one optimizer step.
+    """FastReID's ``SimpleTrainer`` with gradient accumulation over micro-batches.
 
-    A step is :func:`selcon_plugin.engine.step.take_step`; losses are logged once per step,
-    averaged. With one micro-batch it does what ``SimpleTrainer`` does.
+    A step is :func:`selcon_plugin.engine.step.take_step`; the mean losses are logged once
+    per step. With one micro-batch it does the same as ``SimpleTrainer``.
 
     Args:
         model: Maps a batch to losses by name; called once per micro-batch.
-        data_loader: Endless; yields whole batches.
-        optimizer: Steps once per batch.
-        param_wrapper: As in FastReID's trainers.
-        num_micro_batches: Parts of each batch; must divide the number of its images.
-        autocast_dtype: Half precision that the forward pass may use; None for none.
-        guard: Checks each step and skips one with NaN or infinity in it; without a guard
-            FastReID stops on a loss that is not finite.
+        data_loader: Infinite loader of whole batches.
+        optimizer: Optimizer, which steps once per batch.
+        param_wrapper: Wrapper of the parameters, as in FastReID's trainers.
+        num_micro_batches: Number of micro-batches per batch; must divide the number of its
+            images.
+        autocast_dtype: Half precision of the forward pass, or None.
+        guard: Checks each step and skips those with NaN or infinity; without a guard
+            FastReID stops on a non-finite loss.
 
     Raises:
         ValueError: If ``num_micro_batches`` is below 1.
@@ -85,8 +86,8 @@ class AccumulatingTrainer(SimpleTrainer):
         data_time = time.perf_counter() - start
 
         def log(losses: Mapping[str, float]) -> None:
-            # On the CPU: FastReID reads them on a CUDA stream of its own, which would not
-            # wait for the one that computes them.
+            # They are on the CPU, because FastReID reads them in its own CUDA stream, which
+            # would not wait for the stream that computes them.
             on_cpu = {
                 name: torch.tensor(value, dtype=torch.float64)
                 for name, value in losses.items()
@@ -114,18 +115,18 @@ class AccumulatingTrainer(SimpleTrainer):
         return losses
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
-        """Return the context in which the network runs, also to extract features."""
+        """Return the autocast context for training and for the extraction of features."""
         if self._autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self._device_type, dtype=self._autocast_dtype)
 
 
 class AccumulatingAMPTrainer(AccumulatingTrainer, AMPTrainer):
-    """FastReID's ``AMPTrainer`` with each batch in parts, and one optimizer step.
+    """FastReID's ``AMPTrainer`` with gradient accumulation over micro-batches.
 
-    Mixed precision in float16, on CUDA: the loss scale is the same for all micro-batches of
-    a batch and changes once per step. Otherwise as :class:`AccumulatingTrainer`, which does
-    bfloat16, whose range needs no loss scale.
+    It uses mixed precision in float16 on CUDA: the loss scale is the same for all
+    micro-batches of a batch and changes once per step. Otherwise it equals
+    :class:`AccumulatingTrainer`, which supports bfloat16, whose range needs no loss scale.
     """
 
     def run_step(self) -> None:
@@ -134,5 +135,5 @@ class AccumulatingAMPTrainer(AccumulatingTrainer, AMPTrainer):
         super().run_step()
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
-        """Return the context in which the network runs, also to extract features."""
+        """Return the autocast context for training and for the extraction of features."""
         return torch.autocast("cuda")

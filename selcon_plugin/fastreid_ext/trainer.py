@@ -1,4 +1,4 @@
-"""``SelConTrainer``: FastReID's DefaultTrainer on label-blind data."""
+"""``SelConTrainer``: FastReID's DefaultTrainer on label-free data."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ logger = logging.getLogger(__name__)
 
 
 def share_host_log() -> None:
-    """Write what this package logs to wherever FastReID writes its own log."""
+    """Add FastReID's log handlers to the logger of this package."""
     ours = logging.getLogger("selcon_plugin")
     for handler in logging.getLogger("fastreid").handlers:
         if handler not in ours.handlers:
@@ -87,10 +87,10 @@ def load_trained_model(cfg: CfgNode) -> SelCon:
         The model with its weights.
 
     Raises:
-        ValueError: If no checkpoint is named.
+        ValueError: If the config names no checkpoint.
     """
     if not cfg.MODEL.WEIGHTS:
-        raise ValueError("MODEL.WEIGHTS must name a checkpoint to compute features with")
+        raise ValueError("MODEL.WEIGHTS must name the checkpoint to compute features with")
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.BACKBONE.PRETRAIN = False
@@ -102,15 +102,16 @@ def load_trained_model(cfg: CfgNode) -> SelCon:
 
 
 class SelConTrainer(DefaultTrainer):
-    """Takes the place of ``DefaultTrainer`` in a FastReID script.
+    """Trainer that replaces ``DefaultTrainer`` in a FastReID script.
 
     Optimizer, schedule, mixed precision, evaluation, writers and checkpoints are
-    FastReID's. Different are: the data (label-blind, indexed, resumable), the checkpointer
-    (banks, atomic files), the hooks of the method, CPU and gloo beside CUDA and NCCL.
+    FastReID's. The differences are the data (label-free, indexed, resumable), the
+    checkpointer (banks, atomic files), the hooks of the method, and support for CPU and
+    gloo in addition to CUDA and NCCL.
 
     Args:
-        cfg: FastReID config with ``MODEL.META_ARCHITECTURE: SelCon``; the plugin's keys are
-            added where the script did not.
+        cfg: FastReID config with ``MODEL.META_ARCHITECTURE: SelCon``; missing keys of the
+            plugin are added.
         show_progress: Whether to show each epoch's progress: a bar on a terminal, and a
             line in the log.
     """
@@ -122,8 +123,8 @@ class SelConTrainer(DefaultTrainer):
     def _build(
         self, cfg: CfgNode, images: selcon_data.IndexedDataset | None = None
     ) -> None:
-        # DefaultTrainer's constructor is not called: it wraps the model for CUDA only and
-        # builds a checkpointer without banks in mind. What follows keeps its order.
+        # DefaultTrainer's constructor is not called, because it wraps the model for CUDA
+        # only and its checkpointer does not support banks. This method keeps its order.
         TrainerBase.__init__(self)
         if not logging.getLogger("fastreid").isEnabledFor(logging.INFO):
             setup_logger()
@@ -138,7 +139,7 @@ class SelConTrainer(DefaultTrainer):
         else:
             loader = selcon_data.build_train_loader(cfg, images)
         cfg = self.auto_scale_hyperparams(cfg, loader.dataset.num_classes)
-        # FastReID logs a random seed of its own when it sets up; this one takes its place.
+        # FastReID logs a random seed of its own during setup; this one replaces it.
         logger.info("Seed of this run: MODEL.SELCON.SEED %d", cfg.MODEL.SELCON.SEED)
         seed_all(cfg.MODEL.SELCON.SEED)
         model = self.build_model(cfg)
@@ -148,10 +149,10 @@ class SelConTrainer(DefaultTrainer):
             or len(loader.dataset) // cfg.SOLVER.IMS_PER_BATCH
         )
         self.meter = RunMeter()
-        figure = cfg.MODEL.SELCON.KEEP_BEST_BY
+        criterion = cfg.MODEL.SELCON.KEEP_BEST_BY
         self.best = None
-        if figure != NEVER:
-            self.best = BestWeights(figure, lambda n: self.checkpointer.save_best(n))
+        if criterion != NEVER:
+            self.best = BestWeights(criterion, lambda n: self.checkpointer.save_best(n))
         self.cfg = cfg
         self._run = self._build_run(unwrap(model), loader)
         self._trainer = self._build_steps(cfg, model, loader, self._run.guard)
@@ -168,19 +169,19 @@ class SelConTrainer(DefaultTrainer):
 
     @staticmethod
     def check_meta_architecture(cfg: CfgNode) -> None:
-        """Refuse a config that would train on identities.
+        """Refuse a config of a supervised training.
 
         Args:
             cfg: Complete config.
 
         Raises:
-            ValueError: If its meta-architecture is another than SelCon.
+            ValueError: If its meta-architecture is not SelCon.
         """
         name = cfg.MODEL.META_ARCHITECTURE
         if not issubclass(META_ARCH_REGISTRY.get(name), SelCon):
             raise ValueError(
                 f"MODEL.META_ARCHITECTURE is {name!r}, which trains on identities: set it "
-                "to SelCon to train without"
+                "to SelCon to train without identities"
             )
 
     def _build_steps(
@@ -190,11 +191,11 @@ class SelConTrainer(DefaultTrainer):
         loader: selcon_data.TrainLoader,
         guard: StepGuard,
     ) -> AccumulatingTrainer:
-        """Build what takes the training steps: optimizer, precision, parts of a batch."""
+        """Build the trainer of single steps: optimizer, precision and micro-batches."""
         mixed = cfg.SOLVER.AMP.ENABLED
         if cfg.MODEL.DEVICE == "cpu" or mixed:
-            # Convolutions with channels innermost are up to a third faster on a CPU, and
-            # the form that a GPU's half-precision units take.
+            # Convolutions in channels-last format are up to a third faster on a CPU, and a
+            # GPU's half-precision units use this format.
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer, param_wrapper = self.build_optimizer(cfg, model)
         parts = (distribute(model), loader, optimizer, param_wrapper)
@@ -207,7 +208,7 @@ class SelConTrainer(DefaultTrainer):
 
     @staticmethod
     def _build_labeler(cfg: CfgNode, model: nn.Module, camids: Tensor) -> Labeler | None:
-        """Build the labeler of a method that clusters; check that all fits the method."""
+        """Build the labeler of a method that clusters; check cameras and sampler."""
         method = unwrap(model).method
         assert method is not None
         method.check_cameras(camids)
@@ -238,7 +239,7 @@ class SelConTrainer(DefaultTrainer):
         grad_scaler = getattr(self._trainer, "grad_scaler", None)
         if grad_scaler is not None:
             extra["grad_scaler"] = grad_scaler
-        if self.labeler is not None:  # what its filters remember
+        if self.labeler is not None:  # the state of its filters
             extra["labeler"] = self.labeler
         if self.best is not None:
             extra["best_without_labels"] = self.best
@@ -251,13 +252,13 @@ class SelConTrainer(DefaultTrainer):
         )
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Go on from the last checkpoint, or load ``MODEL.WEIGHTS``; as in FastReID.
+        """Resume from the last checkpoint, or load ``MODEL.WEIGHTS``, as in FastReID.
 
         Args:
-            resume: Whether to go on from the last checkpoint in ``OUTPUT_DIR``.
+            resume: Whether to resume from the last checkpoint in ``OUTPUT_DIR``.
 
         Raises:
-            FloatingPointError: If what was loaded holds NaN or infinity.
+            FloatingPointError: If the loaded state contains NaN or infinity.
         """  # noqa: DOC502  (raised by the functions called here)
         resuming = resume and self.checkpointer.has_checkpoint()
         if resuming:
@@ -273,15 +274,15 @@ class SelConTrainer(DefaultTrainer):
             self._resumed = {key: loaded[key] for key in rest if key in loaded}
         network, images = unwrap(self.model), self.data_loader.dataset
         check_state(network, images.paths, when="after loading")
-        # The batches after the checkpoint follow; the loader has not started yet.
+        # The batches after the checkpoint come next; the loader has not started yet.
         self.data_loader.sampler.start = self._first_step
 
     def _rebuild(self, images: selcon_data.IndexedDataset) -> None:
-        """Build everything again on the images that the run began with.
+        """Rebuild the trainer with the images that the run started with.
 
-        FastReID's scripts build the trainer before they say whether to resume, and by then
-        banks, batches and steps per epoch are those of the images that are there now. Hooks
-        that a script has registered meanwhile are kept.
+        FastReID's scripts build the trainer before they choose whether to resume. At that
+        point banks, batches and steps per epoch are those of the images that exist now.
+        Hooks that a script has registered in between are kept.
         """
         registered = self._hooks[self._num_own_hooks :]
         self._build(self.cfg, images)
@@ -293,11 +294,11 @@ class SelConTrainer(DefaultTrainer):
         return first
 
     def restart_data(self) -> None:
-        """Begin the data iterator anew at the sampler's present place."""
+        """Restart the data iterator at the current position of the sampler."""
         self._trainer._data_loader_iter = iter(self.data_loader)
 
     def _extract(self) -> Embeddings:
-        """Compute the features of the training images, as precisely as the steps do."""
+        """Compute the features of the training images in the precision of the steps."""
         with self._trainer.autocast():
             return extract_training_set(
                 self.cfg, unwrap(self.model), self.data_loader.dataset
@@ -326,7 +327,7 @@ class SelConTrainer(DefaultTrainer):
         )
 
     def _report_clusters(self, measured: Mapping[str, float]) -> None:
-        # The storage still stands at the last step, which has been written out.
+        # The storage is still at the last step, which has been written already.
         self.storage.iter = self.iter
         self.storage.put_scalars(smoothing_hint=False, **measured)
 
@@ -334,8 +335,8 @@ class SelConTrainer(DefaultTrainer):
         """Add the method's hooks to FastReID's.
 
         Returns:
-            Hooks in the order in which they run. The method's come first, so that a step's
-            banks are written before anything is evaluated or saved.
+            Hooks in the order in which they run. Those of the method come first, so that a
+            step's banks are written before anything is evaluated or saved.
         """
         run = self._run
         result: list[HookBase] = [MethodHook(run)]
@@ -344,13 +345,14 @@ class SelConTrainer(DefaultTrainer):
         if self.cfg.MODEL.SELCON.TENSORBOARD_PICTURES:
             result.append(PicturesHook(run, self.cfg.OUTPUT_DIR))
         if self._show_progress:
-            # After the clustering, which is a stage of its own; before the evaluation.
+            # It follows the clustering, which is a stage of its own, and precedes the
+            # evaluation.
             result.append(ProgressHook())
         result.append(DiagnosticsHook(run, self.cfg.MODEL.SELCON.DIAGNOSTICS_PERIOD))
         for hook in super().build_hooks():
             if isinstance(hook, host_hooks.IterationTimer):
-                # FastReID leaves the first three steps out and then fails to print the time
-                # of an epoch that has no others.
+                # FastReID ignores the first three steps and then fails to print the time of
+                # an epoch without further steps.
                 result.append(host_hooks.IterationTimer(warmup_iter=1))
             elif isinstance(hook, host_hooks.PeriodicCheckpointer):
                 period = self.cfg.SOLVER.CHECKPOINT_PERIOD
@@ -359,28 +361,28 @@ class SelConTrainer(DefaultTrainer):
             elif not isinstance(hook, host_hooks.EvalHook):
                 result.append(hook)
             elif self.cfg.DATASETS.TESTS:
-                # Period 0 means at the end alone; FastReID's hook would divide by it.
+                # Period 0 means only at the end; FastReID's hook would divide by it.
                 period = self.cfg.TEST.EVAL_PERIOD or self.cfg.SOLVER.MAX_EPOCH
                 evaluate = self.meter.excluding(hook._func)
                 result.append(EvaluationHook(period, evaluate))
         return result
 
     def train(self) -> Any:
-        """Train from where the run stands to ``MAX_EPOCH``.
+        """Train from the current epoch to ``MAX_EPOCH``.
 
-        On SIGTERM or Ctrl-C it ends after the step under way, with a checkpoint from which
-        it can be resumed exactly.
+        On SIGTERM or Ctrl-C the training ends after the current step, with a checkpoint
+        from which it resumes exactly.
 
         Returns:
-            Results of the last evaluation on the main process, empty without one.
+            Results of the last evaluation on the main process; empty without one.
 
         Raises:
-            RunStopped: If it was stopped by a signal; a ``SystemExit``.
+            RunStopped: If a signal stopped the training; it is a ``SystemExit``.
         """  # noqa: DOC502  (raised by the functions called here)
         if self.start_epoch >= self.max_epoch:
             logger.info("The run in %s is complete: nothing to resume", self.cfg.OUTPUT_DIR)
             if not (Path(self.cfg.OUTPUT_DIR) / "model_final.pth").exists():
-                # Killed between the best checkpoint of the last epoch and the final one.
+                # The run was killed between the last epoch's best and final checkpoints.
                 self.checkpointer.save("model_final", **self._resumed)
             return self.test(self.cfg, self.model)
         self._last_eval_results: dict[str, Any] = {}
@@ -395,13 +397,13 @@ class SelConTrainer(DefaultTrainer):
                 logger.exception("Exception during training:")
                 raise
             finally:
-                # Its workers end now: once the collector finds it, they are hard to reach.
+                # Its workers end now, because they are hard to reach after it is collected.
                 self._trainer._data_loader_iter.close()
                 self.after_train()
         return self._last_eval_results if comm.is_main_process() else None
 
     def _train_epochs(self) -> None:
-        """Go through FastReID's loop, beginning inside an epoch where a run was stopped."""
+        """Run FastReID's loop; it starts inside an epoch if the run was stopped there."""
         for epoch in range(self.start_epoch, self.max_epoch):
             self.epoch = epoch
             self._stop_if_asked()
@@ -426,24 +428,27 @@ class SelConTrainer(DefaultTrainer):
     def _save_stopped(self, steps_done: int) -> None:
         self.checkpointer.save(STOPPED, epoch=self.epoch - 1, steps_done=steps_done)
         for hook in self._hooks:
-            # What was measured is written out, if there is anything.
+            # Metrics are flushed, if there are any.
             if isinstance(hook, host_hooks.PeriodicWriter) and self.iter > self.start_iter:
                 hook.after_epoch()
 
     def before_train(self) -> None:
-        """Begin the hooks."""
-        self._hooks_began = False
+        """Call the hooks before the training."""
+        self._hooks_started = False
         super().before_train()
-        self._hooks_began = True
+        self._hooks_started = True
 
     def after_train(self) -> None:
-        """End the hooks, unless one could not begin: FastReID's own would hide why."""
-        if self._hooks_began:
+        """Call the hooks after the training, unless one failed before it.
+
+        In that case FastReID's own hooks would raise another error and hide the cause.
+        """
+        if self._hooks_started:
             super().after_train()
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> selcon_data.TrainLoader:
-        """Build the label-blind loader."""
+        """Build the label-free train loader."""
         return selcon_data.build_train_loader(cfg)
 
     @classmethod
@@ -455,7 +460,7 @@ class SelConTrainer(DefaultTrainer):
             model: Model whose parameters are trained.
 
         Returns:
-            The optimizer, and its parameter groups as FastReID's trainer wants them.
+            The optimizer, and its parameter groups as FastReID's trainer expects them.
         """
         return build_optimizer(cfg, model)
 
@@ -468,7 +473,7 @@ class SelConTrainer(DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_dir: str | None = None
     ) -> tuple[Any, ReidEvaluator]:
-        """Build FastReID's evaluator, with the camera term where it is asked for."""
+        """Build FastReID's evaluator, with the camera term if the config enables it."""
         loader, num_query = cls.build_test_loader(cfg, dataset_name)
         record = {"items": loader.dataset.img_items, "name": dataset_name}
         loader = ProgressLoader(loader, f"Evaluation on {dataset_name}")
@@ -481,7 +486,7 @@ class SelConTrainer(DefaultTrainer):
 
     @staticmethod
     def auto_scale_hyperparams(cfg: CfgNode, num_classes: int) -> CfgNode:
-        """Set the number of classes, one per image, whatever the config says."""
+        """Set the number of classes to one per image, regardless of the config."""
         cfg = cfg.clone()
         frozen = cfg.is_frozen()
         cfg.defrost()

@@ -1,4 +1,4 @@
-"""``selcon config``: keys of both hosts explained, and examples that can be used."""
+"""Tests of ``selcon config``: explanations of both hosts' keys, and legal examples."""
 
 import importlib.util
 import re
@@ -12,7 +12,9 @@ HOSTS = {"fastreid": "MODEL.SELCON.TEMPERATURE", "torchreid": "selcon.temperatur
 
 
 def need(host):
-    if importlib.util.find_spec(host) is None:  # not imported: it wants its shims before
+    if (
+        importlib.util.find_spec(host) is None
+    ):  # do not import it: it needs the compatibility patches first
         pytest.skip(f"{host} is not installed")
 
 
@@ -48,7 +50,7 @@ def test_mistyped_key_gets_a_suggestion(capsys):
     assert "did you mean MODEL.SELCON.NUM_NEIGHBORS" in error
 
 
-def test_key_of_a_method_of_ones_own_is_explained(tmp_path, capsys):
+def test_key_of_a_custom_method_is_explained(tmp_path, capsys):
     need("fastreid")
     file = tmp_path / "with_strange_option.py"
     file.write_text(
@@ -80,7 +82,7 @@ def test_examples_are_legal(host):
         if found.example() in ("", []) or found.example() is None:
             continue
         if key.lower().endswith((".sampler", ".test_camera_term", ".reliability")):
-            continue  # need others besides
+            continue  # these require other options
         if host == "torchreid":
             opts += ["use_gpu", "False"]
         cfg = load_config("", opts, host=host)

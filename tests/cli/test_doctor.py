@@ -1,4 +1,4 @@
-"""The doctor: honest checks, isolated from each other, with commands that mend."""
+"""Tests of ``selcon doctor``: isolated checks, and the commands that fix failures."""
 
 import importlib
 import importlib.util
@@ -34,13 +34,13 @@ GAP = Check("torchreid", works=False, needed=False, detail="not installed", reme
 BROKEN = Check("faiss", works=False, needed=True, detail="no module", remedy="pip y")
 
 
-def test_working_check_carries_what_it_saw():
+def test_working_check_returns_its_detail():
     check = doctor.run_check("thing", lambda: "seen", True)
     assert check == Check("thing", works=True, needed=True, detail="seen")
 
 
 @pytest.mark.parametrize("error", [ValueError("odd"), SystemExit(1), OSError("gone")])
-def test_whatever_a_check_raises_becomes_its_detail(error):
+def test_any_exception_of_a_check_becomes_its_detail(error):
     check = doctor.run_check("thing", raiser(error), False)
     assert not check.works
     assert check.detail.startswith(type(error).__name__)
@@ -54,13 +54,13 @@ def test_whatever_a_check_raises_becomes_its_detail(error):
         ("sklearn.metrics", "scikit-learn"),
     ],
 )
-def test_missing_module_is_mended_by_installing_its_distribution(module, distribution):
+def test_remedy_for_a_missing_module_installs_its_distribution(module, distribution):
     error = ModuleNotFoundError(f"No module named {module!r}", name=module)
     check = doctor.run_check("thing", raiser(error), True)
     assert check.remedy == f"{sys.executable} -m pip install {distribution}"
 
 
-def test_missing_host_is_mended_by_its_own_command():
+def test_remedy_for_a_missing_host_is_its_install_command():
     error = compat.HostMissingError("fastreid", compat.FASTREID_INSTALL)
     check = doctor.run_check("FastReID", raiser(error), True)
     assert check.detail == "not installed"
@@ -93,7 +93,7 @@ def test_table_shows_versions_gaps_and_remedies(monkeypatch, capsys):
     assert ["pip", "y"] in lines
 
 
-def test_json_holds_the_whole_report(monkeypatch, capsys):
+def test_json_contains_the_whole_report(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "examine", lambda: report(GOOD, BROKEN))
     assert doctor.main(["--json"]) == 1
     content = json.loads(capsys.readouterr().out)
@@ -102,19 +102,19 @@ def test_json_holds_the_whole_report(monkeypatch, capsys):
     assert [check["name"] for check in content["checks"]] == ["FastReID", "faiss"]
 
 
-def test_versions_name_this_python_and_torch():
+def test_versions_include_this_python_and_torch():
     versions = doctor.installed_versions()
     assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
     assert torch.__version__.startswith(versions["torch"].partition("+")[0])
 
 
-def test_dataset_root_is_tried_where_it_would_be_made(monkeypatch, tmp_path):
+def test_missing_dataset_root_is_checked_in_its_parent(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTREID_DATASETS", str(tmp_path / "not" / "yet"))
-    assert "can be written" in doctor.check_dataset_root()
+    assert "is writable" in doctor.check_dataset_root()
     assert not (tmp_path / "not").exists()
 
 
-def test_dataset_root_that_is_no_folder_is_a_gap(monkeypatch, tmp_path):
+def test_dataset_root_that_is_a_file_is_a_gap(monkeypatch, tmp_path):
     file = tmp_path / "file"
     file.touch()
     monkeypatch.setenv("FASTREID_DATASETS", str(file))
@@ -135,18 +135,18 @@ def test_faiss_that_finds_wrong_neighbors_is_a_gap(monkeypatch):
     fake = types.SimpleNamespace(IndexFlatL2=IndexFlatL2)
     monkeypatch.setitem(sys.modules, "faiss", fake)
     check = doctor.run_check("faiss", doctor.check_faiss, True)
-    assert check.detail == "a search gave wrong neighbors"
+    assert check.detail == "a search returned wrong neighbors"
 
 
-def test_torch_without_cuda_beside_a_gpu_is_mended_by_another_torch(monkeypatch):
+def test_remedy_for_torch_without_cuda_on_a_gpu_machine_reinstalls_torch(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
     check = doctor.run_check("GPU", doctor.check_gpu, False)
-    assert "cannot use the GPU" in check.detail
+    assert "cannot use this machine's GPU" in check.detail
     assert "--force-reinstall" in check.remedy
 
 
-def test_no_gpu_is_no_fault(monkeypatch):
+def test_missing_gpu_has_no_remedy(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     check = doctor.run_check("GPU", doctor.check_gpu, False)
@@ -156,29 +156,31 @@ def test_no_gpu_is_no_fault(monkeypatch):
 
 @pytest.mark.gpu
 def test_gpu_multiplies():
-    assert doctor.check_gpu().endswith("multiplies")
+    assert doctor.check_gpu().endswith("multiplies matrices correctly")
 
 
 @needs_fastreid
-def test_ranking_is_right_and_wrong_numbers_are_noticed(monkeypatch):
+def test_ranking_is_correct_and_wrong_scores_are_detected(monkeypatch):
     compat.prepare_fastreid()
-    assert doctor.check_ranking() == "ranks rightly in Python"
+    assert doctor.check_ranking() == "the Python evaluator ranks correctly"
     rank = importlib.import_module("fastreid.evaluation.rank")
     monkeypatch.setattr(rank, "evaluate_rank", lambda *a, **k: ([1, 1, 1], [1, 1], None))
     check = doctor.run_check("ranking", doctor.check_ranking, True)
-    assert check.detail == "ranking gives wrong numbers"
+    assert check.detail == "the evaluator returned wrong scores"
 
 
 @needs_fastreid
 @pytest.mark.parametrize(
     ("lacking", "detail", "remedy"),
     [
-        ("Cython", "for lack of Cython", "-m pip install Cython && cd "),
-        ("compiler", "for lack of", "apt install build-essential"),
+        ("Cython", "Cython is missing", "-m pip install Cython && cd "),
+        ("compiler", "is missing", "apt install build-essential"),
         ("", "not compiled", "setup.py build_ext --inplace"),
     ],
 )
-def test_uncompiled_ranking_names_what_is_lacking(monkeypatch, lacking, detail, remedy):
+def test_uncompiled_ranking_reports_the_missing_dependency(
+    monkeypatch, lacking, detail, remedy
+):
     compat.prepare_fastreid()
     monkeypatch.setitem(sys.modules, "fastreid.evaluation.rank_cylib.rank_cy", None)
     found = types.SimpleNamespace(origin=__file__)

@@ -183,7 +183,7 @@ def test_commands_from_a_run_to_features_without_it(
         (["extract", "--images", "i", "--output", "o.npz", "--backbone", "b"], "--weights"),
         (
             ["extract", "--images", "i", "--output", "o.npz", "--onnx", "n", "A", "1"],
-            "leave the other out",
+            "leave the others out",
         ),
     ],
 )

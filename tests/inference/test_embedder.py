@@ -91,7 +91,7 @@ def test_paths_pillow_images_and_arrays_are_the_same_images(embedder, pixels, tm
     ],
 )
 def test_arrays_of_another_form_are_refused(embedder, image):
-    with pytest.raises(ValueError, match="uint8 of shape"):
+    with pytest.raises(ValueError, match="uint8 RGB array of shape"):
         embedder([image])
 
 

@@ -256,5 +256,5 @@ def test_other_files_are_refused(tmp_path):
     graph = helper.make_graph([node], "g", [value], [output])
     opset = [helper.make_opsetid("", 17)]
     onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), file)
-    with pytest.raises(ValueError, match="must be written by selcon export"):
+    with pytest.raises(ValueError, match="write it with selcon export"):
         Embedder.from_onnx(file)

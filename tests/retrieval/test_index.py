@@ -47,7 +47,7 @@ def filled(folder, features, *, cameras=None, **options):
     ]
     with index._store.writing():
         index._store.append(features, images)
-        index._keep_up()
+        index._maintain()
     return index
 
 
@@ -173,7 +173,7 @@ def test_approximate_search_misses_little_and_ranks_exactly(tmp_path, kind):
     late_images = [IndexedImage(f"/late/{row}.jpg", None, 1, 1) for row in range(3)]
     with index._store.writing():
         index._store.append(late, late_images)
-        index._keep_up()
+        index._maintain()
     assert [m[0].path for m in index.search(late, top=1)] == [i.path for i in late_images]
     index.remove("/late/1.jpg")
     assert "/late/1.jpg" not in [m.path for m in index.search(late, top=4)[1]]
@@ -195,7 +195,7 @@ def test_approximate_search_grows_with_the_index(tmp_path, monkeypatch):
     with index._store.writing():
         images = [IndexedImage(f"/late/{row}.jpg", None, 1, 1) for row in range(11)]
         index._store.append(rows, images)
-        index._keep_up()
+        index._maintain()
     assert index._store.manifest.approximate["num_rows"] == 211
     assert len(list((tmp_path / "index").glob("*.faiss"))) == 1
     assert [m[0].path for m in index.search(rows, top=1)] == [i.path for i in images]
@@ -428,7 +428,7 @@ def test_says_what_is_wrong_with_a_folder(tmp_path, embedder):
 def test_refuses_wrong_arguments(tmp_path, embedder, draw_images):
     folder = draw_images("crops")
     index = Index.create(tmp_path / "index", embedder)
-    with pytest.raises(ValueError, match="index of 3 images or more, not 0"):
+    with pytest.raises(ValueError, match="index of at least 3 images, not 0"):
         index.suggest_threshold()
     index.add(folder, embedder)
     for features, message in (
@@ -443,5 +443,5 @@ def test_refuses_wrong_arguments(tmp_path, embedder, draw_images):
         index.remove("*.gif")
     with pytest.raises(ValueError, match="batch_size"):
         index.add(folder, embedder, batch_size=0)
-    with pytest.raises(ValueError, match="does not say where its network is"):
+    with pytest.raises(ValueError, match="does not name its network"):
         search(tmp_path / "index", [folder / "cam0/p0_0.png"])

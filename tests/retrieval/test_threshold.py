@@ -74,7 +74,7 @@ def test_equal_cosines_are_no_two_groups():
 
 @pytest.mark.parametrize("shape", [(1, 5), (5, 1), (5,)])
 def test_refuses_too_few(shape):
-    with pytest.raises(ValueError, match=r"2 images or more with 2 neighbors"):
+    with pytest.raises(ValueError, match=r"at least 2 images with at least 2 neighbors"):
         suggest_threshold(np.zeros(shape))
 
 
