@@ -25,12 +25,22 @@ logger = logging.getLogger(__name__)
 _LINE_SECONDS = 60.0  # seconds between two log lines of one stage
 _REFRESH_SECONDS = 0.5  # seconds between two readings of the memory for a bar
 # Loggers whose lines on a terminal must not overwrite the bar.
-_LOGGERS = ("", "selcon_plugin", "fastreid")
+_LOGGERS = ["", "selcon_plugin"]
 
 
 def on_terminal() -> bool:
     """Return whether bars are shown: on the main process, if all output is a terminal."""
     return rank() == 0 and sys.stdout.isatty() and sys.stderr.isatty()
+
+
+def protect_bars_from(logger_name: str) -> None:
+    """Print the lines of a logger above the progress bars, as those of this package.
+
+    Args:
+        logger_name: Logger with handlers of its own, such as that of a host.
+    """
+    if logger_name not in _LOGGERS:
+        _LOGGERS.append(logger_name)
 
 
 def duration(seconds: float, *, approximate: bool = False) -> str:
@@ -39,8 +49,7 @@ def duration(seconds: float, *, approximate: bool = False) -> str:
     Args:
         seconds: Duration in seconds, at least 0.
         approximate: Whether the duration is a rough estimate, which is formatted in one
-            unit
-            only: ``4 s``, ``10 min``, ``2.5 h``.
+            unit only: ``4 s``, ``10 min``, ``2.5 h``.
 
     Returns:
         The duration in at most two units.

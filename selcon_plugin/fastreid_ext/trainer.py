@@ -26,7 +26,7 @@ from selcon_plugin.engine.best_weights import NEVER, BestWeights
 from selcon_plugin.engine.extraction import calibrate_normalization
 from selcon_plugin.engine.guard import StepGuard
 from selcon_plugin.engine.image_list import images_to_resume_with, write_image_list
-from selcon_plugin.engine.progress import ProgressLoader
+from selcon_plugin.engine.progress import ProgressLoader, protect_bars_from
 from selcon_plugin.engine.run import TrainingRun, seed_all
 from selcon_plugin.engine.stopping import StopSignals
 from selcon_plugin.fastreid_ext import data as selcon_data
@@ -69,6 +69,7 @@ logger = logging.getLogger(__name__)
 
 def share_host_log() -> None:
     """Add FastReID's log handlers to the logger of this package."""
+    protect_bars_from("fastreid")
     ours = logging.getLogger("selcon_plugin")
     for handler in logging.getLogger("fastreid").handlers:
         if handler not in ours.handlers:
