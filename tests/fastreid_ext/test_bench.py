@@ -172,7 +172,7 @@ def test_finished_bench_only_reads(story, monkeypatch):
 def test_run_with_other_settings_is_refused(story):
     settings = story.output / "plain" / "seed0" / "bench.yaml"
     before = settings.read_text()
-    words = r"plain/seed0 contains a run with other settings \(SOLVER.BASE_LR: 0.02 then, 0.5 "
+    words = r"seed0 contains a run with other settings \(SOLVER.BASE_LR: 0.02 then, 0.5 "
     with pytest.raises(ValueError, match=words + r"now\): remove that folder .* --output"):
         run_bench(*story.arguments, "SOLVER.BASE_LR", "0.5")
     assert settings.read_text() == before
