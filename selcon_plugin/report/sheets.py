@@ -171,7 +171,7 @@ def contact_sheet(
 
     Raises:
         ValueError: If there are no rows, or fewer than 2 columns.
-    """  # noqa: DOC502  (raised by what this calls)
+    """  # noqa: DOC502  (raised by the functions called here)
     sheet = draw_sheet(rows, columns=columns, image_size=image_size)
     return _save(sheet, path)
 

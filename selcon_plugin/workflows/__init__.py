@@ -1,4 +1,5 @@
-"""What a user wants done, whatever the host: train, adapt, cluster a folder, benchmark.
+"""Complete tasks for any host: train, adapt, cluster a folder, benchmark, demo.
 
-No argparse and no name of a host belongs here: hosts come from ``selcon_plugin.hosts``.
+A workflow combines a host from ``selcon_plugin.hosts`` with the rest of the package.
+Argument parsing, host-specific code and algorithms do not belong here.
 """

@@ -1,8 +1,7 @@
-"""``selcon bench``: several configs on several seeds, in one table.
+"""``selcon bench``: compare several configs over several seeds in one table.
 
-A bench that was stopped resumes. What its table holds comes from the ``results.json`` that
-each run writes: metrics of the last epoch, never of the one that happened to be best on the
-test set.
+An interrupted bench resumes. The table is built from the ``results.json`` of each run. It
+contains the metrics of the last epoch, never those of the epoch with the best test score.
 """
 
 from __future__ import annotations
@@ -41,25 +40,26 @@ def run_bench(
     imports: Sequence[str] = (),
     command: str = "",
 ) -> list[Outcome]:
-    """Train and evaluate each config on each seed, and write a table.
+    """Train and evaluate each config with each seed, and write a table.
 
     Args:
         configs: Config files of any host.
-        output: Folder of the runs and of the table, in Markdown, CSV and JSON.
-        seeds: Seeds 0 to ``seeds`` - 1.
-        dataset: Data set to train and test all on; empty for those of the configs.
-        epochs: Epochs to train all for; None for those of the configs.
-        options: ``KEY VALUE`` pairs for the configs of the host whose keys they are.
+        output: Folder for the runs and the table, in Markdown, CSV and JSON.
+        seeds: Number of seeds; they are 0 to ``seeds`` - 1.
+        dataset: Data set for training and test in all configs; empty for that of each
+            config.
+        epochs: Epochs to train in all configs; None for those of each config.
+        options: ``KEY VALUE`` pairs, which apply to the configs of the host with this key.
         imports: Python files that each run imports first.
-        command: Command line to be repeated, for the table.
+        command: Command line that repeats the bench, for the table.
 
     Returns:
-        What each run measured, or why it failed.
+        The metrics of each run, or the reason of its failure.
 
     Raises:
-        ValueError: If a config or an option is wrong, or the folder holds other runs.
-        KeyboardInterrupt: On Ctrl-C, and as ``BenchTerminated`` on SIGTERM; no run is left
-            behind.
+        ValueError: If a config or an option is wrong, or the folder contains other runs.
+        KeyboardInterrupt: On Ctrl-C, and as ``BenchTerminated`` on SIGTERM; no run keeps
+            running.
     """  # noqa: DOC502  (raised by the functions called here)
     for name, value in (("--seeds", seeds), ("--epochs", epochs)):
         if value is not None and value < 1:
@@ -88,19 +88,19 @@ def plan(
     options: Sequence[str] = (),
     imports: Sequence[str] = (),
 ) -> list[Run]:
-    """Read all configs; write each run's settings into its folder, or compare them.
+    """Read all configs, and write the settings of each run or compare them.
 
     Args:
-        configs: As of :func:`run_bench`, like the others.
-        output: See there.
-        seeds: See there.
-        dataset: See there.
-        epochs: See there.
-        options: See there.
-        imports: See there.
+        configs: As for :func:`run_bench`, like all other arguments.
+        output: As for :func:`run_bench`.
+        seeds: As for :func:`run_bench`.
+        dataset: As for :func:`run_bench`.
+        epochs: As for :func:`run_bench`.
+        options: As for :func:`run_bench`.
+        imports: As for :func:`run_bench`.
 
     Returns:
-        The runs, the first seed of all configs first: a comparison, early.
+        The runs, sorted by seed, so that a first comparison of all configs is early.
     """
     with quiet_import():
         hosts = [get_host(host_of(file)) for file in configs]
@@ -128,7 +128,7 @@ def plan(
 def _load_config(
     host: Host, file: str, options: Sequence[str], overrides: dict[str, Any]
 ) -> Any:
-    """Read a config, and refuse what could not be trained before anything else is."""
+    """Read a config, and check that it can be trained before any run starts."""
     with quiet_import():
         cfg = host.load_config(file, options, overrides=overrides)
         try:
@@ -140,10 +140,10 @@ def _load_config(
 
 
 def row_names(files: Sequence[str]) -> list[str]:
-    """Name configs by their files, with as many folders as it takes to make them distinct.
+    """Name configs by their files, with as many parent folders as unique names require.
 
     Args:
-        files: Paths.
+        files: Paths of the configs.
 
     Returns:
         One name per file, for instance ``["scl", "a/mine", "b/mine"]``.
@@ -172,7 +172,7 @@ def row_names(files: Sequence[str]) -> list[str]:
 
 
 def _options_of(host: Host, options: Sequence[str]) -> list[str]:
-    """Pick the ``KEY VALUE`` pairs that are a host's; a key without a value stays last."""
+    """Select the ``KEY VALUE`` pairs of a host; a key without a value stays last."""
     pairs = (list(options[start : start + 2]) for start in range(0, len(options), 2))
     return [word for pair in pairs if host.owns(pair[:1]) for word in pair]
 
@@ -182,25 +182,26 @@ def _check_options(options: Sequence[str], hosts: Sequence[Host]) -> None:
         owners = [host for host in hosts if host.owns([key])]
         if not owners:
             raise ValueError(
-                f"{key} is a key of another host than that of the configs, or of none"
+                f"{key} is a key of another host than that of the configs, or of no host"
             )
         if any(key in host.overrides(output="", seed=0) for host in owners):
             raise ValueError(f"{key} is set by --output and --seeds: leave it out")
 
 
 def _check_folder(run: Run) -> None:
-    """Compare a run with the one that its folder holds, if any.
+    """Compare a run with the earlier run in its folder, if there is one.
 
     Raises:
-        ValueError: If it was started with other settings, or by another command.
+        ValueError: If the earlier run had other settings, or another command started it.
     """
-    begun = (get_host(run.host).run_files.begun, RESULTS_FILE)
-    if not any((run.folder / name).exists() for name in begun):
-        return  # nothing to lose
+    started = (get_host(run.host).run_files.begun, RESULTS_FILE)
+    if not any((run.folder / name).exists() for name in started):
+        return  # there is no earlier run
     file = run.folder / SETTINGS_FILE
     if not file.exists():
         raise ValueError(
-            f"{run.folder} holds a run that is not the bench's: choose another --output"
+            f"{run.folder} contains a run that the bench did not start: choose another "
+            "--output"
         )
     earlier = flatten_config(yaml.safe_load(file.read_text()) or {})
     changed = differences({"earlier": earlier, "now": run.settings})
@@ -211,16 +212,16 @@ def _check_folder(run: Run) -> None:
         )
         more = ", ..." if len(changed) > 3 else ""
         raise ValueError(
-            f"{run.folder} holds a run with other settings ({named}{more}): remove that "
+            f"{run.folder} contains a run with other settings ({named}{more}): remove that "
             "folder to start over, or choose another --output"
         )
 
 
 def _work(runs: Sequence[Run], output: Path, command: str) -> list[Outcome]:
-    """Finish all runs; rewrite the table after each."""
+    """Finish all runs, and rewrite the table after each of them."""
     num_seeds = max(run.seed for run in runs) + 1
     num_configs = len(runs) // num_seeds
-    echo(f"Runs: {len(runs)}, into {output}")
+    echo(f"{len(runs)} runs in {output}")
     outcomes: list[Outcome] = []
     for number, run in enumerate(runs, start=1):
         outcomes.append(finish(run, f"[{number}/{len(runs)}] {run}"))
@@ -234,12 +235,12 @@ def _work(runs: Sequence[Run], output: Path, command: str) -> list[Outcome]:
 
 
 class BenchTerminated(KeyboardInterrupt):
-    """The bench was ended by SIGTERM."""
+    """Interruption of the bench by SIGTERM."""
 
 
 @contextlib.contextmanager
 def _interrupted_by_sigterm() -> Iterator[None]:
-    """Treat SIGTERM as Ctrl-C, so that no run is left behind."""
+    """Treat SIGTERM as Ctrl-C, so that no run keeps running."""
 
     def interrupt(_number: int, _frame: Any) -> None:
         raise BenchTerminated

@@ -1,4 +1,4 @@
-"""A folder of images, from features to clusters: what ``selcon cluster`` does."""
+"""``selcon cluster``: compute the features of a folder of images and cluster them."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ __all__ = ["cluster_folder", "fingerprint"]
 
 CSV_FILE, FEATURES_FILE, SHEET_FILE = "clusters.csv", "features.npz", "contact_sheet.jpg"
 LINKS_FOLDER = "links"
-# The network and the images that the features beside it were computed from.
+# Records the network and the images from which the saved features were computed.
 _SOURCE_FILE = "features.json"
-# JPEG files hold no picture that is longer.
+# A larger sheet would exceed the maximum size of JPEG images.
 _MOST_SHEET_ROWS = 400
 
 
@@ -68,34 +68,34 @@ def cluster_folder(
     device: str = "auto",
     echo: Callable[[str], None] = lambda _: None,
 ) -> FolderClusters:
-    """Cluster a folder of images, and write the clusters.
+    """Cluster a folder of images by pseudo identity, and write the clusters.
 
-    ``clusters.csv`` is written into ``output``, and ``features.npz``, from which the same
-    network clusters the same images again without computing anything. Time and memory are
-    reported before either is started.
+    The function writes ``clusters.csv`` and ``features.npz`` to ``output``. A later call
+    with the same network and images reuses these features. Estimates of time and memory
+    are reported before the extraction and before the clustering.
 
     Args:
-        load_embedder: Makes the network; called only if there are no features of it yet.
-        folder: Images, searched to any depth.
+        load_embedder: Loads the network; called only if its features are not saved yet.
+        folder: Folder of images, which is searched recursively.
         output: Folder to write to.
-        network_key: Text that changes with the network.
-        labeler: Registered name.
-        options: Its options; those left out are chosen by the number of images.
+        network_key: Text that identifies the network.
+        labeler: Registered name of the labeler.
+        options: Options of the labeler; the number of images determines the others.
         camera_pattern: How to find the camera in a file's path, as for ``selcon train``.
-        links: Whether to make a folder of links for each cluster.
-        contact_sheet_rows: How many of the largest clusters to draw.
-        batch_size: Images computed together.
-        num_workers: Processes that read images.
-        device: Where to cluster: ``"auto"`` for a GPU if there is one.
-        echo: Takes lines for the user.
+        links: Whether to create a folder of links for each cluster.
+        contact_sheet_rows: Number of the largest clusters to draw.
+        batch_size: Images per batch of the feature extraction.
+        num_workers: Number of processes that read images.
+        device: Device of the clustering; ``"auto"`` for a GPU if there is one.
+        echo: Receives lines for the user.
 
     Returns:
         The clusters.
 
     Raises:
-        ValueError: If an option is illegal, the images need more memory than there is, or
-            the output cannot be written.
-        FileNotFoundError: If there is no such folder.
+        ValueError: If an option is illegal, the memory does not suffice, or the output
+            cannot be written.
+        FileNotFoundError: If the folder does not exist.
     """  # noqa: DOC502  (raised by the functions called here)
     if not 0 <= contact_sheet_rows <= _MOST_SHEET_ROWS:
         raise ValueError(
@@ -109,12 +109,12 @@ def cluster_folder(
     found = _kept_features(output, source)
     if found is None:
         found = _compute_features(load_embedder(), items, batch_size, num_workers, echo)
-        # In this order: a kill between the two leaves features that are not used.
+        # The source is written last: a kill in between leaves features that are not used.
         (output / _SOURCE_FILE).unlink(missing_ok=True)
         found.save(output / FEATURES_FILE)
         write_atomically(json.dumps(source) + "\n", output / _SOURCE_FILE)
     else:
-        echo(f"{len(found.paths):,} features of this network are in {output} already")
+        echo(f"{len(found.paths):,} features of this network are reused from {output}")
         found = _with_cameras(found, items, output)
     values = {**default_options(labeler, len(found.paths)), **(options or {})}
     labels = _cluster(found, labeler, values, str(choose_device(device)), echo)
@@ -129,18 +129,18 @@ def cluster_folder(
     echo(f"{_summary(labels)}: {output / CSV_FILE}")
     if links:
         link_clusters(clusters, output / LINKS_FOLDER)
-        echo(f"A folder for each cluster: {output / LINKS_FOLDER}")
+        echo(f"Links by cluster: {output / LINKS_FOLDER}")
     if contact_sheet_rows and clusters.num_clusters:
         rows = [
             _sheet_row(clusters, number)
             for number in range(min(contact_sheet_rows, clusters.num_clusters))
         ]
-        echo(f"The largest clusters: {contact_sheet(output / SHEET_FILE, rows)}")
+        echo(f"Contact sheet: {contact_sheet(output / SHEET_FILE, rows)}")
     return clusters
 
 
 def fingerprint(items: Sequence[ImageItem]) -> str:
-    """Return a short text that changes with the images' names, sizes and times.
+    """Return a short hash of the images' names, sizes and modification times.
 
     Args:
         items: The images.
@@ -159,18 +159,18 @@ def fingerprint(items: Sequence[ImageItem]) -> str:
 
 
 def _kept_features(output: Path, source: Mapping[str, str]) -> FolderFeatures | None:
-    """Read the features of an earlier call, if of this network and these images."""
+    """Return the saved features if they belong to this network and these images."""
     try:
         same = json.loads((output / _SOURCE_FILE).read_text()) == source
         return FolderFeatures.load(output / FEATURES_FILE) if same else None
-    except (OSError, ValueError):  # none, or damaged: they can be computed again
+    except (OSError, ValueError):  # missing or damaged features are computed again
         return None
 
 
 def _with_cameras(
     found: FolderFeatures, items: Sequence[ImageItem], output: Path
 ) -> FolderFeatures:
-    """Number the cameras of features that were computed with another camera pattern."""
+    """Update the camera numbers of features that were saved with another pattern."""
     camera_of = {item.path: item.camera for item in items}
     numbers = number_names([camera_of.get(path) for path in found.paths])
     camids = np.array(numbers, dtype=np.int64)
@@ -188,7 +188,7 @@ def _compute_features(
     num_workers: int,
     echo: Callable[[str], None],
 ) -> FolderFeatures:
-    # An unreadable image would end the measurement: the next one takes its place.
+    # An unreadable image would fail the measurement, so the next readable one replaces it.
     readable = (item.path for item in items if not fault_of(item.path))
     first = list(itertools.islice(readable, batch_size))
     if first:
@@ -198,7 +198,7 @@ def _compute_features(
             embedder.dim,
             batch_size=len(first),
         )
-        echo(f"{len(items):,} images: their features take {expected}")
+        echo(f"{len(items):,} images: computing their features takes {expected}")
         check_memory(expected, f"computing the features of {len(items):,} images")
     return embedder.embed_items(
         items,
@@ -221,12 +221,12 @@ def _cluster(
         num_images, dim, k1=neighbors, products_per_second=product_rate(dim, device)
     )
     chosen = ", ".join(f"{name} {value}" for name, value in options.items())
-    echo(f"Clustering takes {expected}: {labeler} ({chosen or 'its defaults'})")
+    echo(f"Clustering takes {expected}: {labeler} ({chosen or 'default options'})")
     if device == "cpu":
         check_memory(expected, f"clustering {num_images:,} images")
     started = time.perf_counter()
     if centered := num_centered(torch.from_numpy(found.camids)):
-        echo(f"The features of {centered} cameras are made alike in their means")
+        echo(f"Per-camera feature centering: {centered} cameras")
     labels = cluster_features(
         found.features, found.camids, labeler=labeler, options=options, device=device
     )
@@ -241,7 +241,7 @@ def _summary(found: PseudoLabels) -> str:
     eps = found.measured.get("eps")
     return (
         f"{found.num_clusters} clusters of {int(sizes.min())} to {int(sizes.max())} "
-        f"images, {found.num_outliers} images in none ({100 * found.outlier_ratio:.0f} %)"
+        f"images, {found.num_outliers} outliers ({100 * found.outlier_ratio:.0f} %)"
         + (f", eps {eps:g}" if eps is not None else "")
     )
 

@@ -1,4 +1,4 @@
-"""Clusters of a folder of images: who may be the same person, written for people to read.
+"""Clusters of a folder of images, and their output as a table and as folders of links.
 
 Shape shorthand in this module:
 
@@ -44,20 +44,20 @@ __all__ = [
 
 _CSV_COLUMNS = ("image", "cluster", "confidence", "camera")
 _OUTLIERS = "outliers"
-# Similarities of images and centers held at a time.
+# Maximum number of similarities between images and centers in memory at a time.
 _PRODUCTS = 2**24
 
 
 @dataclass(frozen=True)
 class FolderClusters:
-    """Which images of a folder are in which cluster.
+    """The clusters of a folder of images.
 
     Attributes:
         paths: Path of each image.
-        cameras: Name of each image's camera; "" where unknown.
+        cameras: Name of each image's camera; "" if unknown.
         labels: Cluster of each image, int64 ``(M,)``; -1 for an outlier. The largest
             cluster is 0.
-        confidence: How clearly each belongs there, float32 ``(M,)``; see
+        confidence: Confidence of each assignment, float32 ``(M,)``, see
             :func:`cluster_confidence`.
     """
 
@@ -68,14 +68,14 @@ class FolderClusters:
 
     @property
     def num_clusters(self) -> int:
-        """Clusters; outliers are none."""
+        """Return the number of clusters, without the outliers."""
         return int(self.labels.max(initial=OUTLIER)) + 1
 
     def members(self, cluster: int) -> NDArray[np.int64]:
         """Return the images of a cluster, the most confident first.
 
         Args:
-            cluster: Its number; -1 for the outliers.
+            cluster: Number of the cluster; -1 for the outliers.
         """
         images = np.flatnonzero(self.labels == cluster)
         order = np.argsort(-self.confidence[images], kind="stable")
@@ -87,16 +87,17 @@ def default_options(labeler: str, num_images: int) -> dict[str, Any]:
     """Choose a labeler's options by the number of images.
 
     Args:
-        labeler: Registered name.
-        num_images: Images M.
+        labeler: Registered name of the labeler.
+        num_images: Number of images M.
 
     Returns:
-        ``eps`` "auto" where the labeler finds it, and the neighbors of
-        :class:`~selcon_plugin.clustering.neighborhood.NeighborhoodSizes`, as far as it has
-        such options. For few images HDBSCAN's smallest cluster shrinks to ``min_samples``.
+        ``eps="auto"`` and the neighborhood sizes of
+        :class:`~selcon_plugin.clustering.neighborhood.NeighborhoodSizes`, as far as the
+        labeler has these options. For few images, HDBSCAN's minimum cluster size is
+        reduced to ``min_samples``.
 
     Raises:
-        ValueError: If there is no such labeler.
+        ValueError: If the labeler does not exist.
     """  # noqa: DOC502  (raised by the functions called here)
     check_name("--labeler", labeler, labeler_names())
     known = labeler_options(labeler)
@@ -121,18 +122,17 @@ def cluster_features(
 
     Args:
         features: Unit vectors, shape ``(M, C)``.
-        camids: Camera of each image, ``(M,)``, -1 where unknown: the features of all
-            cameras are made alike in their means first. None to leave cameras out.
-        labeler: Registered name.
-        options: Its options; those left out are chosen by the number of images, see
-            :func:`default_options`.
-        device: Where to compute what PyTorch computes.
+        camids: Camera of each image, ``(M,)``, -1 if unknown, for per-camera feature
+            centering before the clustering; None to ignore cameras.
+        labeler: Registered name of the labeler.
+        options: Options of the labeler; :func:`default_options` determines the others.
+        device: Device of the computations with PyTorch.
 
     Returns:
-        The clusters, the largest numbered 0, with what the labeler measured.
+        The clusters, the largest numbered 0, with the measurements of the labeler.
 
     Raises:
-        ValueError: If labeler or option is unknown, or a value illegal.
+        ValueError: If the labeler or an option is unknown, or a value is illegal.
     """  # noqa: DOC502  (raised by the functions called here)
     values = {**default_options(labeler, len(features)), **(options or {})}
     clusterer = build_labeler(labeler, center_cameras=True, **values)
@@ -152,21 +152,22 @@ def cluster_features(
 def cluster_confidence(
     features: NDArray[np.float32], labels: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    r"""Tell how clearly each image belongs to its cluster.
+    r"""Compute the confidence with which each image belongs to its cluster.
 
-    With a the cosine distance (1 - cosine) of an image to the center of the *other* images
-    of its cluster, and b that to the nearest center of another cluster, the confidence is
-    :math:`\frac12 (1 + \frac{b - a}{\max(a, b)})`: 1 at the own center, 0.5 where another
-    cluster is as near, below where another is nearer. It is a silhouette of centers, moved
-    to 0..1; no probability. Where there is one cluster alone, b is 1, no similarity.
+    Let a be the cosine distance (1 - cosine) of an image to the center of the *other*
+    images of its cluster, and b the distance to the nearest center of another cluster. The
+    confidence is :math:`\frac12 (1 + \frac{b - a}{\max(a, b)})`: 1 at the own center, 0.5
+    if another center is equally near, and less if another center is nearer. It is a
+    centroid-based (simplified) silhouette, rescaled to 0..1, and not a probability. If
+    there is only one cluster, b is 1, which means no similarity.
 
     Args:
         features: Unit vectors, shape ``(M, C)``.
         labels: Clusters 0..K-1 without a gap, -1 for an outlier, ``(M,)``.
 
     Returns:
-        Float32 ``(M,)``; 0 for outliers and for clusters of one image, which have no
-        others to be compared with.
+        Float32 ``(M,)``; 0 for outliers and for clusters of one image, which have no other
+        image to compare with.
 
     Example:
         >>> features = np.eye(3, dtype=np.float32)[[0, 0, 1, 1, 2]]
@@ -208,7 +209,7 @@ def write_csv(clusters: FolderClusters, file: str | Path, *, folder: str | Path)
     """Write a table ``image,cluster,confidence,camera``, sorted by image.
 
     Args:
-        clusters: What to write.
+        clusters: The clusters to write.
         file: The file to write or replace.
         folder: Folder of the images, to which the names are relative.
     """
@@ -234,17 +235,18 @@ def relative_name(path: str | Path, folder: str | Path) -> str:
 
 
 def link_clusters(clusters: FolderClusters, folder: str | Path) -> None:
-    """Make a folder of links for each cluster, the most confident image first.
+    """Create a folder of links for each cluster, the most confident image first.
 
-    The links are relative and symbolic; hard where the file system has no symbolic ones.
+    The links are relative symbolic links, or hard links if the file system has no
+    symbolic ones.
 
     Args:
-        clusters: What to show.
-        folder: Folder to make, or to replace if it holds nothing but links; ``0000``,
-            ``0001``, ... and ``outliers`` are made in it.
+        clusters: The clusters to link.
+        folder: Folder to create, or to replace if it contains only links; its subfolders
+            are ``0000``, ``0001``, ... and ``outliers``.
 
     Raises:
-        ValueError: If there is anything else in it.
+        ValueError: If the folder contains other files.
     """  # noqa: DOC502  (raised by the functions called here)
     folder = Path(folder)
     _remove_links(folder)
@@ -265,7 +267,7 @@ def link_clusters(clusters: FolderClusters, folder: str | Path) -> None:
 
 
 def _remove_links(folder: Path) -> None:
-    """Remove an earlier folder of links; refuse to remove anything else."""
+    """Remove an earlier folder of links; refuse to remove other files."""
     if not folder.exists():
         return
     for place, _, names in os.walk(folder):
@@ -273,7 +275,7 @@ def _remove_links(folder: Path) -> None:
             file = Path(place, name)
             if not file.is_symlink() and file.stat().st_nlink < 2:
                 raise ValueError(
-                    f"{folder} is replaced by links, but holds the file {file}: move it, "
-                    "or name another --output"
+                    f"{folder} would be replaced by links, but contains the file {file}: "
+                    "move the file, or give another --output"
                 )
     shutil.rmtree(folder)

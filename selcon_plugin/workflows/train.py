@@ -1,4 +1,4 @@
-"""Train or evaluate in any host, and write the report of what was trained."""
+"""Training and evaluation in any host, with a report of each trained run."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def train(host: Host, cfg: Any, *, resume: bool = False, source: str = "") -> Ru
     """Train in this process, as ``selcon train`` does, and write ``report.html``.
 
     Args:
-        host: Framework that trains.
-        cfg: Its complete config.
+        host: Training framework.
+        cfg: Complete config of the host.
         resume: Whether to resume from the last checkpoint in the run's folder, if there is
             one.
-        source: File that the config came from, for the log.
+        source: File from which the config was read, for the log.
 
     Returns:
-        Where the run is and what was measured.
+        Folder and results of the run.
     """
     result = host.train(cfg, resume=resume, source=source)
     if result.trained:
@@ -38,9 +38,9 @@ def evaluate(host: Host, cfg: Any, *, source: str = "") -> Mapping[str, Any]:
     """Evaluate the weights that a config names, in this process.
 
     Args:
-        host: Framework that evaluates.
-        cfg: Its complete config.
-        source: File that the config came from, for the log.
+        host: Framework of the evaluation.
+        cfg: Complete config of the host.
+        source: File from which the config was read, for the log.
 
     Returns:
         Metrics by test set.
@@ -61,16 +61,17 @@ def launch(
     """Train or evaluate in one process or several.
 
     Args:
-        host: Framework that trains.
-        cfg: Its complete config.
-        processes: How many, and where they meet.
+        host: Training framework.
+        cfg: Complete config of the host.
+        processes: Number of processes and their rendezvous.
         eval_only: Whether to evaluate instead of training.
-        resume: As of :func:`train`.
-        source: File that the config came from, for the log.
+        resume: As for :func:`train`.
+        source: File from which the config was read, for the log.
         imports: Python files that each process imports first.
 
     Raises:
-        ValueError: If the host cannot train in that many, or a setting is wrong.
+        ValueError: If the host does not support this number of processes, or a setting is
+            wrong.
         ProcessFailure: If one of several processes failed.
     """  # noqa: DOC502  (raised by the functions called here)
     arguments = (host.name, cfg, eval_only, resume, source, tuple(imports))

@@ -320,7 +320,8 @@ def test_archives_stay_below_their_folder(place):
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"metrics": 3}'])
 def test_damaged_results_are_named(place, text):
     (place / "results.json").write_text(text)
-    with pytest.raises(ValueError, match=r"results\.json is not what a run writes"):
+    message = r"results\.json does not have the format of a run's results"
+    with pytest.raises(ValueError, match=message):
         _read_results(place / "results.json")
 
 

@@ -90,7 +90,7 @@ def test_the_best_checkpoint_is_written_and_loads_by_itself(
     result = adapt(settings, tmp_path / "out", echo=said.append)
     assert [c.epochs for c in result.candidates] == [0, 1, 2]
     assert (result.best.epochs, result.improved) == (1, True)
-    assert "after 1 epochs is the best, quality 0.3000 -> 0.6000" in said[-1]
+    assert "after 1 epochs, quality 0.3000 -> 0.6000" in said[-1]
 
     state = load_data(result.file)["state_dict"]
     assert not any(name.startswith("method.") for name in state)
@@ -121,7 +121,7 @@ def test_a_harmful_learning_rate_leaves_the_given_network(
     result = adapt(harmful, tmp_path / "out", echo=said.append)
     assert not result.improved
     assert result.file.read_bytes() == weights.read_bytes()
-    assert "No epoch is better" in said[-1]
+    assert "No checkpoint is better" in said[-1]
     assert result.best.value == result.before.value
     assert all(c.value <= result.before.value for c in result.candidates)
     given = features(weights, folder, backbone="osnet_x0_25", options=SMALL[:4])
@@ -180,7 +180,7 @@ def test_training_that_breaks_down_is_said_and_what_there_is_counts(
     monkeypatch.setattr(adapt_module, "train", broken)
     said: list[str] = []
     result = adapt(settings, tmp_path / "out", echo=said.append)
-    assert "Training ended early: ten steps in a row" in said
+    assert "Training stopped early: ten steps in a row" in said
     assert not result.improved
 
 

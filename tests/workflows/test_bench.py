@@ -1,4 +1,4 @@
-"""What the bench does around its runs, without training anything."""
+"""Tests of the bench around its runs: names, messages and locks, without training."""
 
 import fcntl
 import os
@@ -32,7 +32,7 @@ def test_names_of_rows(files, names):
     assert row_names(files) == names
 
 
-def test_names_of_files_that_differ_in_their_ending_alone(tmp_path):
+def test_files_that_differ_only_in_their_suffix_keep_it_in_their_names(tmp_path):
     names = row_names([str(tmp_path / "m.yml"), str(tmp_path / "m.yaml")])
     assert names == ["m.yml", "m.yaml"]
 
@@ -42,7 +42,7 @@ def test_file_given_twice_is_refused():
         row_names(["a.yml", "./a.yml"])
 
 
-def test_failure_gives_the_reason():
+def test_failure_describes_the_reason():
     console = "Traceback ...\n  File\nValueError: no images\n\n"
     assert failure(1, console) == "exit status 1: ValueError: no images"
     assert failure(2, "") == "exit status 2: it printed nothing"
@@ -51,15 +51,15 @@ def test_failure_gives_the_reason():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["--configs", "a.yml", "--seeds", "0"], "--seeds .*1.*got 0"),
         (["--configs", "a.yml", "--epochs", "0"], "--epochs .*1.*got 0"),
         (["--configs", "SOLVER.BASE_LR", "1.0"], "--configs needs .yml files, got 'SOLVER"),
     ],
 )
-def test_mistakes_are_refused_before_anything_is_read(arguments, words):
-    with pytest.raises(ValueError, match=words):
+def test_wrong_arguments_are_refused_before_any_config_is_read(arguments, message):
+    with pytest.raises(ValueError, match=message):
         main(arguments)
 
 

@@ -1,4 +1,4 @@
-"""What the bench makes of finished runs, without training anything."""
+"""Tests of the bench's table, which is built from the records of runs."""
 
 import csv
 import json
@@ -40,14 +40,14 @@ def run(config="scl", seed=0, **settings):
 # --- aggregation --------------------------------------------------------------------------
 
 
-def test_mean_and_sample_deviation_by_hand():
+def test_mean_and_sample_deviation_computed_by_hand():
     # Deviations from 4 are -2, 0, 2: (4 + 0 + 4) / (3 - 1) = 4, whose root is 2.
     assert mean_and_std([2.0, 4.0, 6.0]) == (4.0, 2.0)
     assert mean_and_std([3.0]) == (3.0, None)
     assert mean_and_std([]) == (None, None)
 
 
-def test_rows_by_hand():
+def test_rows_computed_by_hand():
     outcomes = [
         Outcome(run(seed=0), record(50.0, num_clusters=100, peak_memory_mib=700.0)),
         Outcome(run("cc", seed=0), error="exit status 1: it broke"),
@@ -65,7 +65,7 @@ def test_rows_by_hand():
     assert cc["mAP_mean"] is cc["minutes_mean"] is cc["peak_memory_mib"] is None
 
 
-def test_each_test_set_has_a_row_and_none_is_one_too():
+def test_each_test_set_has_a_row_and_so_has_a_config_without_one():
     two = {name: {"mAP": 1.0, "Rank-1": 2.0, "mINP": 3.0} for name in ("A", "B")}
     rows = summarize([Outcome(run(), record(metrics=two))], 1)
     assert [row["test_set"] for row in rows] == ["A", "B"]
@@ -78,12 +78,12 @@ def test_each_test_set_has_a_row_and_none_is_one_too():
 
 
 def cells(table):
-    """Return a Markdown table's rows, without the header and its rule."""
+    """Return the header and the rows of a Markdown table, without the rule between."""
     rows = [line.strip("|").split("|") for line in table.splitlines()]
     return [[cell.strip() for cell in row] for row in rows[:1] + rows[2:]]
 
 
-def test_table_shows_what_is_known():
+def test_table_shows_the_known_values():
     outcomes = [
         Outcome(run(seed=0), record(50.0, num_clusters=100)),
         Outcome(run("cc", seed=0), record(40.0, peak_gpu_memory_mib=2048.4)),
@@ -96,9 +96,9 @@ def test_table_shows_what_is_known():
         *("Seeds", "mAP", "Rank-1", "mINP"),
         *("Minutes", "Memory (MiB)", "Clusters"),
     ]
-    # The deviation of two values is their distance over the root of 2: 3 / 1.414.
-    figures = ["51.5 ± 2.1", "71.5 ± 2.1", "21.5 ± 2.1", "1.5 ± 0.0", "500", "102 ± 2"]
-    assert scl == ["scl", "SelectiveContrastive", "Market1501", "2", *figures]
+    # The deviation of two values is their difference over the root of 2: 3 / 1.414.
+    values = ["51.5 ± 2.1", "71.5 ± 2.1", "21.5 ± 2.1", "1.5 ± 0.0", "500", "102 ± 2"]
+    assert scl == ["scl", "SelectiveContrastive", "Market1501", "2", *values]
     assert cc[3:] == ["1 of 2", "40.0", "60.0", "10.0", "1.5", "2048 (GPU)", "-"]
     assert len({len(line) for line in report.table().splitlines()}) == 1  # aligned
 
@@ -110,13 +110,13 @@ def test_notes_name_failures_machine_and_command():
     assert "**scl seed 1 failed:** exit status 1: why" in notes
     assert "a processor, 2 threads; python 3.11, torch 2.13." in notes
     assert "`selcon bench --configs a.yml`" in notes
-    assert "budget" not in notes  # there is nothing to compare with
+    assert "budget" not in notes  # there is only one config
     one = "\n".join(Report(outcomes[:1], 1, "").notes())
     assert "±" not in one
-    assert "one run, of seed 0" in one
+    assert "one run with seed 0" in one
 
 
-def test_files_hold_the_same_figures(tmp_path):
+def test_all_files_contain_the_same_metrics(tmp_path):
     outcomes = [Outcome(run(), record(50.0)), Outcome(run(seed=1), record(53.0))]
     report = Report(outcomes, 2, "selcon bench")
     report.write(tmp_path)
@@ -132,7 +132,7 @@ def test_files_hold_the_same_figures(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-# --- fairness -----------------------------------------------------------------------------
+# --- fair comparison ----------------------------------------------------------------------
 
 
 def test_differences_name_key_and_values():
@@ -148,7 +148,7 @@ def test_differences_name_key_and_values():
     assert differences({"a": settings["a"]}) == {}
 
 
-def test_recipes_may_differ_and_budgets_are_named():
+def test_recipes_may_differ_and_budget_differences_are_listed():
     recipe = differences({"a": {"SOLVER.BASE_LR": 1.0}, "b": {"SOLVER.BASE_LR": 2.0}})
     assert budget_notes(recipe)[0].startswith("* Same budget")
     epochs = differences({"a": {"SOLVER.MAX_EPOCH": 20}, "b": {"SOLVER.MAX_EPOCH": 30}})

@@ -1,4 +1,4 @@
-"""Ten lines of Python, from a folder of crops to who is where."""
+"""Tests of the Python API: train on a folder of crops, index it and search it."""
 
 import functools
 import importlib.util
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 SPEC = SyntheticPersonsSpec(
     num_train_ids=6, num_test_ids=4, images_per_id=5, num_cameras=2, num_distractors=0
 )
-# A random network, whose features a tenth of a person's look tells apart at most.
+# The network is random and trains for one epoch, so its accuracy is low.
 TINY = {
     "epochs": 1,
     "pretrained": False,
@@ -33,7 +33,9 @@ TINY = {
 
 
 def needs(host):
-    if importlib.util.find_spec(host) is None:  # not imported: compat mends it first
+    if (
+        importlib.util.find_spec(host) is None
+    ):  # do not import it: it needs compat's patches first
         pytest.skip(f"{host} is not installed")
 
 
@@ -133,7 +135,7 @@ def test_options_become_the_keys_of_the_host(monkeypatch, tmp_path, crops, host)
     assert seen == expected[host]
 
 
-def test_mistakes_are_said_in_words(tmp_path, crops):
+def test_wrong_arguments_are_explained(tmp_path, crops):
     needs("fastreid")
     with pytest.raises(ValueError, match="host 'mmreid' is unknown"):
         selcon_plugin.fit(crops, tmp_path, host="mmreid")
@@ -143,7 +145,7 @@ def test_mistakes_are_said_in_words(tmp_path, crops):
         selcon_plugin.fit(tmp_path / "none", tmp_path / "run", **TINY)
 
 
-def test_importing_the_package_stays_light():
+def test_importing_the_package_imports_no_host():
     code = (
         "import sys, selcon_plugin; "
         "assert not {'fastreid', 'torchreid', 'faiss', 'selcon_plugin.inference.embedder'} "
@@ -158,9 +160,7 @@ def test_importing_the_package_stays_light():
         selcon_plugin.Indexer  # noqa: B018
 
 
-def test_the_ten_lines_of_the_documentation_run_as_they_stand(
-    tmp_path, crops, monkeypatch, capsys
-):
+def test_the_code_of_the_documentation_runs_unchanged(tmp_path, crops, monkeypatch, capsys):
     needs("fastreid")
     text = (ROOT / "docs/python.md").read_text()
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
@@ -177,9 +177,9 @@ def test_the_ten_lines_of_the_documentation_run_as_they_stand(
         selcon_plugin, "fit", lambda *where, method, epochs: fit(*where, method=method)
     )
     exec(compile(code, "docs/python.md", "exec"), {})
-    said = capsys.readouterr().out
-    assert re.search(r"^cosine -?\d", said, re.MULTILINE)
+    printed = capsys.readouterr().out
+    assert re.search(r"^cosine -?\d", printed, re.MULTILINE)
     # The query is a copy of an image that is in the index.
-    path, similarity = said.splitlines()[-1].split()
+    path, similarity = printed.splitlines()[-1].split()
     assert Path(path) == tmp_path / files[2]
     assert float(similarity) == pytest.approx(1.0, abs=1e-5)

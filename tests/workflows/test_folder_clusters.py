@@ -49,7 +49,7 @@ def test_confidence_equals_its_definition(labels) -> None:
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_confidence_in_pieces_is_the_same(monkeypatch) -> None:
+def test_confidence_computed_in_chunks_is_the_same(monkeypatch) -> None:
     features = unit(np.random.default_rng(1).normal(size=(40, 6)))
     labels = np.arange(40) % 5
     whole = cluster_confidence(features, labels)
@@ -57,9 +57,9 @@ def test_confidence_in_pieces_is_the_same(monkeypatch) -> None:
     np.testing.assert_allclose(cluster_confidence(features, labels), whole, atol=1e-6)
 
 
-def test_confidence_says_where_another_cluster_is_nearer() -> None:
-    stray = [1.0, 0.1]
-    features = unit([[1, 0], [1, 0], [0, 1], [0, 1], stray])
+def test_confidence_is_low_if_another_cluster_is_nearer() -> None:
+    misplaced = [1.0, 0.1]
+    features = unit([[1, 0], [1, 0], [0, 1], [0, 1], misplaced])
     labels = np.array([0, 0, 1, 1, 1])
     found = cluster_confidence(features, labels)
     assert found[4] < 0.5 < found[0]
@@ -75,7 +75,7 @@ def test_clusters_are_numbered_by_size() -> None:
     assert found.labels.tolist() == [2] * 4 + [0] * 9 + [1] * 6
 
 
-def test_cameras_are_made_alike_where_they_are_known() -> None:
+def test_features_are_centered_per_camera_if_cameras_are_known() -> None:
     rng = np.random.default_rng(0)
     people = np.repeat(np.arange(10), 30)
     cameras = np.tile(np.repeat(np.arange(3), 10), 10)
@@ -103,7 +103,7 @@ def test_cameras_are_made_alike_where_they_are_known() -> None:
         ("KMeans", 200, {}),
     ],
 )
-def test_defaults_follow_the_number_of_images(labeler, num_images, expected) -> None:
+def test_defaults_depend_on_the_number_of_images(labeler, num_images, expected) -> None:
     assert default_options(labeler, num_images) == expected
 
 
@@ -124,7 +124,9 @@ def clusters(tmp_path: Path) -> FolderClusters:
     return FolderClusters(paths, ["b", "a", "a", ""], np.array([0, 0, 0, -1]), confidence)
 
 
-def test_table_is_read_back(clusters: FolderClusters, tmp_path: Path) -> None:
+def test_table_has_one_row_per_image_sorted_by_name(
+    clusters: FolderClusters, tmp_path: Path
+) -> None:
     write_csv(clusters, tmp_path / "clusters.csv", folder=tmp_path / "images")
     with open(tmp_path / "clusters.csv", newline="") as stream:
         rows = list(csv.reader(stream))
@@ -141,7 +143,7 @@ def test_links_are_relative_and_lead_to_the_images(
     clusters: FolderClusters, tmp_path: Path
 ) -> None:
     links = tmp_path / "out" / "links"
-    for _ in range(2):  # the second call replaces what the first made
+    for _ in range(2):  # the second call replaces the links of the first
         link_clusters(clusters, links)
     names = sorted(file.relative_to(links).as_posix() for file in links.rglob("*.png"))
     assert names == [
@@ -156,7 +158,7 @@ def test_links_are_relative_and_lead_to_the_images(
     assert os.readlink(link) == "../../../images/a/x.png"
 
 
-def test_hard_links_where_there_are_no_symbolic_ones(
+def test_hard_links_replace_unsupported_symbolic_links(
     clusters: FolderClusters, tmp_path: Path, monkeypatch
 ) -> None:
     def refuse(*_: object) -> None:
