@@ -1,4 +1,5 @@
-"""What a user wants done, whatever the host: train, adapt, cluster a folder, benchmark.
+"""Workflows of a user in any host: train, adapt, cluster a folder, benchmark.
 
-No argparse and no name of a host belongs here: hosts come from ``selcon_plugin.hosts``.
+Neither argparse nor the name of a host belongs here: the hosts come from
+``selcon_plugin.hosts``, and the command line from ``cli``.
 """

@@ -1,4 +1,4 @@
-"""Adapt a trained network to a folder of images, and keep the best checkpoint.
+"""Adaptation of a trained network to a folder of images, with selection of a checkpoint.
 
 The network trains on the images without labels. Before the training and at each checkpoint,
 :func:`~selcon_plugin.metrics.label_free.label_free_quality` scores its features of the same
@@ -41,28 +41,28 @@ __all__ = ["AdaptSettings", "Adapted", "Candidate", "adapt"]
 ADAPTED_FILE, CONFIG_FILE, RECORD_FILE = "adapted.pth", "config.yaml", "adapt.json"
 TRAINING_FOLDER = "training"
 _DEFAULT_METHOD = "SelConCluster"
-# Each takes as long to measure as a clustering of the training does.
+# The score of each takes as long as a clustering in the training.
 _CHECKPOINTS = 5
 
 
 @dataclass(frozen=True)
 class AdaptSettings:
-    """What to adapt, and how.
+    """Settings of an adaptation.
 
     Attributes:
-        weights: Checkpoint of this plugin, FastReID or torchreid, or plain weights.
+        weights: Checkpoint of this plugin, FastReID or torchreid, or plain state dict.
         images: Folder of images.
-        config_file: Config of the checkpoint; empty for the ``config.yaml`` beside it.
-        backbone: For weights without a config, torchreid's name of the model.
-        method: Registered name of the method that trains; empty for that of the config, if
-            it names one, else SelConCluster.
-        epochs: Epochs to train, at least 1.
-        learning_rate: Of Adam, which trains.
-        camera_pattern: How to find the camera in a file's path, as for ``selcon train``.
-        batch_size: Images of a training step, and of those computed together.
-        num_workers: Processes that read images.
-        device: ``"auto"`` for a GPU if there is one, or as in PyTorch.
-        options: ``KEY VALUE`` pairs of the host's config; they come last.
+        config_file: Config of the checkpoint; empty for the ``config.yaml`` in its folder.
+        backbone: For weights without a config, the name of the model in torchreid.
+        method: Registered name of the training method; empty for that of the config, if it
+            names one, otherwise SelConCluster.
+        epochs: Number of epochs to train, at least 1.
+        learning_rate: Learning rate of Adam.
+        camera_pattern: Pattern that finds the camera in a path, as for ``selcon train``.
+        batch_size: Images per training step, and images per batch of extraction.
+        num_workers: Number of processes that read images.
+        device: ``"auto"`` for a GPU if there is one, or a device name of PyTorch.
+        options: ``KEY VALUE`` pairs of the host's config, which are merged last.
     """
 
     weights: str
@@ -91,18 +91,18 @@ class AdaptSettings:
 
     @property
     def checkpoint_period(self) -> int:
-        """Epochs between the checkpoints that are measured: five at most."""
+        """Number of epochs between the scored checkpoints, of which there are at most 5."""
         return math.ceil(self.epochs / _CHECKPOINTS)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A network that was measured.
+    """Scored network.
 
     Attributes:
-        epochs: Epochs of adaptation; 0 for the given network.
-        file: Its checkpoint.
-        quality: Of its features; None where they hold NaN or infinity.
+        epochs: Number of epochs of adaptation; 0 for the given network.
+        file: Path of its checkpoint.
+        quality: Quality of its features; None if they contain NaN or infinity.
     """
 
     epochs: int
@@ -111,19 +111,19 @@ class Candidate:
 
     @property
     def value(self) -> float:
-        """The score that decides."""
+        """Score by which the best candidate is selected."""
         return -1.0 if self.quality is None else self.quality.value
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """The result of an adaptation.
+    """Result of an adaptation.
 
     Attributes:
-        file: The network.
-        before: The given one.
-        best: The one in ``file``.
-        candidates: All that were measured, the given one first.
+        file: Path of the resulting network.
+        before: The given network.
+        best: The network in ``file``.
+        candidates: All scored networks, the given one first.
     """
 
     file: Path
@@ -133,7 +133,7 @@ class Adapted:
 
     @property
     def improved(self) -> bool:
-        """Whether it is another network than the given one."""
+        """True if the result differs from the given network."""
         return self.best.epochs > 0
 
 
@@ -145,21 +145,21 @@ def adapt(
 ) -> Adapted:
     """Adapt a network to a folder of images.
 
-    Writes ``adapted.pth``, ``config.yaml``, with which it is loaded, and ``adapt.json``,
-    what was measured. The same call resumes an adaptation that was stopped.
+    It writes ``adapted.pth``, ``config.yaml``, with which the network is loaded, and
+    ``adapt.json`` with the scores. The same call resumes a stopped adaptation.
 
     Args:
-        settings: What to adapt, and how.
+        settings: Settings of the adaptation.
         output: Folder to write to.
-        echo: Takes lines for the user.
+        echo: Receives lines for the user.
 
     Returns:
-        The network and what was measured.
+        The network and the scores.
 
     Raises:
-        ValueError: If a setting is illegal, or the folder holds another adaptation.
-        FileNotFoundError: If there is no such file or folder.
-        RunStopped: If it was stopped by a signal; a ``SystemExit``.
+        ValueError: If a setting is invalid, or the folder contains another adaptation.
+        FileNotFoundError: If a file or folder does not exist.
+        RunStopped: If a signal stopped it; it is a ``SystemExit``.
     """  # noqa: DOC502  (raised by the functions called here)
     if not Path(settings.weights).expanduser().is_file():
         raise FileNotFoundError(f"--weights {settings.weights!r} does not exist")
@@ -170,10 +170,10 @@ def adapt(
     given_config = network.load_config(settings.options)
     record = _Record.open(output / RECORD_FILE, settings, fingerprint(items))
     if record.done:
-        echo(f"{output} holds this adaptation, complete: nothing to do")
+        echo(f"The adaptation in {output} is already complete")
         return record.result(output)
-    measure = _Measure(network.host, items, settings, record, echo)
-    measure(0, settings.weights, given_config)
+    score = _Scorer(network.host, items, settings, record, echo)
+    score(0, settings.weights, given_config)
     training = output / TRAINING_FOLDER
     cfg = training_config(network, settings, len(items), training)
     try:
@@ -181,7 +181,7 @@ def adapt(
     except FloatingPointError as error:
         echo(f"Training ended early: {error}")
     for epochs, file in network.host.checkpoints(training, settings.epochs):
-        measure(epochs, file, cfg)
+        score(epochs, file, cfg)
     _write_best(network.host, record, output, given_config, cfg)
     result = record.finish(output)
     _report(result, echo)
@@ -191,18 +191,18 @@ def adapt(
 def training_config(
     network: TrainedNetwork, settings: AdaptSettings, num_images: int, folder: Path
 ) -> Any:
-    """Make the config of the training.
+    """Build the config of the training.
 
     Args:
         network: The given network.
-        settings: What to adapt, and how.
-        num_images: Images of the folder.
+        settings: Settings of the adaptation.
+        num_images: Number of images in the folder.
         folder: Folder of the run.
 
     Returns:
-        Complete config: that of the network, in which the training is that of ``settings``.
-        A network that the plugin did not train keeps its head, and is clustered with the
-        options that fit the number of images.
+        Complete config of the network with the training of ``settings``. A network from
+        another training keeps its head, and its features are clustered with options for the
+        number of images.
     """
     host = network.host
     own_method = _own_method(network)
@@ -236,7 +236,7 @@ def training_config(
 
 
 def _plugin_node(host: Host, content: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Find the plugin's node in a config; None in one of another kind."""
+    """Return the plugin's node in a config; None if the config has none."""
     node: Any = content
     for name in host.keys.path.split("."):
         if name not in node:
@@ -252,7 +252,7 @@ def _effective_content(network: TrainedNetwork) -> dict[str, Any]:
 
 
 def _own_method(network: TrainedNetwork) -> str:
-    """Return the method that the config trains with; "" for another kind of config."""
+    """Return the training method of the config; "" if it has no node of the plugin."""
     host, file = network.host, network.config_file
     if not file or _plugin_node(host, read_config_file(file)) is None:
         return ""
@@ -262,7 +262,7 @@ def _own_method(network: TrainedNetwork) -> str:
 
 
 def _without_method_options(network: TrainedNetwork, folder: Path) -> str:
-    """Write the config anew, without the options of the method that it names."""
+    """Write a copy of the config without the options of its method."""
     content = _effective_content(network)
     node = _plugin_node(network.host, content)
     assert node is not None
@@ -275,8 +275,8 @@ def _without_method_options(network: TrainedNetwork, folder: Path) -> str:
     return str(file)
 
 
-class _Measure:
-    """Measures a network, unless the record has it already."""
+class _Scorer:
+    """Function that scores a network, unless the record contains its score already."""
 
     def __init__(
         self,
@@ -294,12 +294,12 @@ class _Measure:
         self._paths: tuple[str, ...] | None = None
 
     def __call__(self, epochs: int, file: str | Path, cfg: Any) -> None:
-        """Measure a checkpoint and note what came out.
+        """Score a checkpoint and record the result.
 
         Args:
-            epochs: Epochs of adaptation.
-            file: The checkpoint.
-            cfg: Its config.
+            epochs: Number of epochs of adaptation.
+            file: Path of the checkpoint.
+            cfg: Config of the checkpoint.
         """
         known = {candidate.epochs: candidate for candidate in self._record.candidates}
         if epochs in known:
@@ -307,10 +307,11 @@ class _Measure:
         try:
             features = self._features(file, cfg)
             finite = bool(np.isfinite(features.features).all())
-        except FloatingPointError:  # in the weights
+        except FloatingPointError:  # the weights are not finite
             finite = False
         quality = label_free_quality(features.features) if finite else None
-        place = str(Path(file).expanduser().absolute())  # a later call may be elsewhere
+        # The path is absolute, because a later call may run in another folder.
+        place = str(Path(file).expanduser().absolute())
         self._record.add(Candidate(epochs, place, quality))
         name = f"after {epochs} epochs" if epochs else "as given"
         self._echo(f"{name}: {_summary(quality)}")
@@ -325,8 +326,8 @@ class _Measure:
         )
         if self._paths not in (None, found.paths):
             raise ValueError(
-                f"the images in {self._settings.images} changed while they were measured: "
-                "leave the folder alone, and start over with another --output"
+                f"the images in {self._settings.images} changed during the adaptation: do "
+                "not change the folder, and start over with another --output"
             )
         self._paths = found.paths
         return found
@@ -334,7 +335,7 @@ class _Measure:
 
 def _summary(quality: LabelFreeQuality | None) -> str:
     if quality is None:
-        return "NaN or infinity, left out"
+        return "its features contain NaN or infinity, ignored"
     if quality.collapse:
         return f"quality 0: collapsed, {quality.collapse}"
     return (
@@ -353,8 +354,8 @@ def _report(result: Adapted, echo: Callable[[str], None]) -> None:
         )
     else:
         echo(
-            f"No epoch is better than the given network, quality {before:.4f}: it is kept "
-            f"as {result.file}. Try a smaller learning rate, or other settings"
+            f"No epoch is better than the given network, quality {before:.4f}, which is "
+            f"kept as {result.file}. Try a smaller learning rate, or other settings"
         )
 
 
@@ -365,7 +366,7 @@ def _write_best(
     if best.epochs:
         host.write_network(best.file, output / ADAPTED_FILE)
     elif best.quality is None:
-        raise ValueError("the given network's features hold NaN or infinity")
+        raise ValueError("the given network's features contain NaN or infinity")
     else:
         shutil.copyfile(Path(best.file).expanduser(), output / ADAPTED_FILE)
         cfg = given_config
@@ -374,36 +375,36 @@ def _write_best(
 
 @dataclass
 class _Record:
-    """``adapt.json``: settings, and what was measured so far."""
+    """File ``adapt.json`` with the settings and the scores so far."""
 
     file: Path
-    facts: dict[str, Any]
+    settings: dict[str, Any]
     candidates: list[Candidate] = dataclasses.field(default_factory=list)
     done: bool = False
 
     @classmethod
     def open(cls, file: Path, settings: AdaptSettings, images: str) -> _Record:
-        """Read the record of an earlier call, or start one."""
-        facts = {**dataclasses.asdict(settings), "image_list": images}
-        facts["options"] = list(settings.options)
-        for free in ("num_workers", "device"):  # they do not change what comes out
-            del facts[free]
+        """Read the record of an earlier call, or start a new one."""
+        values = {**dataclasses.asdict(settings), "image_list": images}
+        values["options"] = list(settings.options)
+        for free in ("num_workers", "device"):  # they do not change the result
+            del values[free]
         if not file.exists():
-            return cls(file, facts)
+            return cls(file, values)
         try:
             content = json.loads(file.read_text())
             earlier = content["settings"]
             candidates = [_candidate(entry) for entry in content["candidates"]]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is damaged: remove it to start over") from error
-        changed = [key for key in facts if earlier.get(key) != facts[key]]
+        changed = [key for key in values if earlier.get(key) != values[key]]
         if changed:
             raise ValueError(
-                f"{file.parent} holds an adaptation with another {changed[0]} "
-                f"({earlier.get(changed[0])!r}, now {facts[changed[0]]!r}): name another "
-                "--output, or remove it"
+                f"{file.parent} contains an adaptation with another {changed[0]} "
+                f"({earlier.get(changed[0])!r}, now {values[changed[0]]!r}): choose "
+                "another --output, or remove it"
             )
-        return cls(file, facts, candidates, bool(content.get("done")))
+        return cls(file, values, candidates, bool(content.get("done")))
 
     @property
     def folder(self) -> Path:
@@ -412,11 +413,11 @@ class _Record:
 
     @property
     def best(self) -> Candidate:
-        """The best; of equals the one with the fewest epochs."""
+        """Best candidate; among equal ones that with the fewest epochs."""
         return max(self.candidates, key=lambda c: (c.value, -c.epochs))
 
     def add(self, candidate: Candidate) -> None:
-        """Note a candidate."""
+        """Record a candidate."""
         self.candidates.append(candidate)
         self._write()
 
@@ -427,14 +428,14 @@ class _Record:
         )
 
     def finish(self, output: Path) -> Adapted:
-        """Note that all is done."""
+        """Record that the adaptation is complete."""
         self.done = True
         self._write()
         return self.result(output)
 
     def _write(self) -> None:
         content = {
-            "settings": self.facts,
+            "settings": self.settings,
             "done": self.done,
             "candidates": [dataclasses.asdict(c) for c in self.candidates],
             "best_epochs": self.best.epochs,

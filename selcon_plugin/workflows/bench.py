@@ -1,8 +1,7 @@
-"""``selcon bench``: several configs on several seeds, in one table.
+"""Benchmark of several configs on several seeds, in one table.
 
-A bench that was stopped resumes. What its table holds comes from the ``results.json`` that
-each run writes: metrics of the last epoch, never of the one that happened to be best on the
-test set.
+A stopped benchmark resumes. Its table is built from the ``results.json`` of each run, which
+contains the metrics of the last epoch, never of the epoch that was best on the test set.
 """
 
 from __future__ import annotations
@@ -46,20 +45,20 @@ def run_bench(
     Args:
         configs: Config files of any host.
         output: Folder of the runs and of the table, in Markdown, CSV and JSON.
-        seeds: Seeds 0 to ``seeds`` - 1.
-        dataset: Data set to train and test all on; empty for those of the configs.
-        epochs: Epochs to train all for; None for those of the configs.
-        options: ``KEY VALUE`` pairs for the configs of the host whose keys they are.
+        seeds: Number of seeds, which are 0 to ``seeds`` - 1.
+        dataset: Data set for training and test; empty for those of the configs.
+        epochs: Number of epochs; None for those of the configs.
+        options: ``KEY VALUE`` pairs for the configs of the host that owns the keys.
         imports: Python files that each run imports first.
-        command: Command line to be repeated, for the table.
+        command: Command line that reproduces the table, for its notes.
 
     Returns:
-        What each run measured, or why it failed.
+        The results of each run, or the reason of its failure.
 
     Raises:
-        ValueError: If a config or an option is wrong, or the folder holds other runs.
-        KeyboardInterrupt: On Ctrl-C, and as ``BenchTerminated`` on SIGTERM; no run is left
-            behind.
+        ValueError: If a config or an option is invalid, or the folder contains other runs.
+        KeyboardInterrupt: On Ctrl-C, and as ``BenchTerminated`` on SIGTERM; all runs are
+            ended then.
     """  # noqa: DOC502  (raised by the functions called here)
     for name, value in (("--seeds", seeds), ("--epochs", epochs)):
         if value is not None and value < 1:
@@ -88,10 +87,10 @@ def plan(
     options: Sequence[str] = (),
     imports: Sequence[str] = (),
 ) -> list[Run]:
-    """Read all configs; write each run's settings into its folder, or compare them.
+    """Read all configs, and write each run's settings into its folder or compare them.
 
     Args:
-        configs: As of :func:`run_bench`, like the others.
+        configs: As for :func:`run_bench`, like the others.
         output: See there.
         seeds: See there.
         dataset: See there.
@@ -100,7 +99,7 @@ def plan(
         imports: See there.
 
     Returns:
-        The runs, the first seed of all configs first: a comparison, early.
+        The runs, starting with the first seed of all configs, for an early comparison.
     """
     with quiet_import():
         hosts = [get_host(host_of(file)) for file in configs]
@@ -128,7 +127,7 @@ def plan(
 def _load_config(
     host: Host, file: str, options: Sequence[str], overrides: dict[str, Any]
 ) -> Any:
-    """Read a config, and refuse what could not be trained before anything else is."""
+    """Read a config, and refuse it before any run starts if it cannot be trained."""
     with quiet_import():
         cfg = host.load_config(file, options, overrides=overrides)
         try:
@@ -140,10 +139,10 @@ def _load_config(
 
 
 def row_names(files: Sequence[str]) -> list[str]:
-    """Name configs by their files, with as many folders as it takes to make them distinct.
+    """Return distinct names of configs, by their files and as many folders as needed.
 
     Args:
-        files: Paths.
+        files: Paths of the config files.
 
     Returns:
         One name per file, for instance ``["scl", "a/mine", "b/mine"]``.
@@ -157,7 +156,7 @@ def row_names(files: Sequence[str]) -> list[str]:
             raise ValueError(f"--configs: {file} is given twice")
     plain = [path.with_suffix("") for path in paths]
     parts = [
-        (path if plain.count(short) > 1 else short).parts[1:]  # without the root
+        (path if plain.count(short) > 1 else short).parts[1:]  # parts without the root
         for path, short in zip(paths, plain, strict=True)
     ]
     depths = [1] * len(paths)
@@ -172,7 +171,7 @@ def row_names(files: Sequence[str]) -> list[str]:
 
 
 def _options_of(host: Host, options: Sequence[str]) -> list[str]:
-    """Pick the ``KEY VALUE`` pairs that are a host's; a key without a value stays last."""
+    """Select the ``KEY VALUE`` pairs of a host; a key without a value stays last."""
     pairs = (list(options[start : start + 2]) for start in range(0, len(options), 2))
     return [word for pair in pairs if host.owns(pair[:1]) for word in pair]
 
@@ -182,25 +181,25 @@ def _check_options(options: Sequence[str], hosts: Sequence[Host]) -> None:
         owners = [host for host in hosts if host.owns([key])]
         if not owners:
             raise ValueError(
-                f"{key} is a key of another host than that of the configs, or of none"
+                f"{key} is a key of another host than those of the configs, or of no host"
             )
         if any(key in host.overrides(output="", seed=0) for host in owners):
-            raise ValueError(f"{key} is set by --output and --seeds: leave it out")
+            raise ValueError(f"{key} is set by --output and --seeds: remove it")
 
 
 def _check_folder(run: Run) -> None:
-    """Compare a run with the one that its folder holds, if any.
+    """Compare a run with an earlier one in its folder.
 
     Raises:
-        ValueError: If it was started with other settings, or by another command.
+        ValueError: If that was started with other settings, or by another command.
     """
     begun = (get_host(run.host).run_files.begun, RESULTS_FILE)
     if not any((run.folder / name).exists() for name in begun):
-        return  # nothing to lose
+        return  # the folder contains no run
     file = run.folder / SETTINGS_FILE
     if not file.exists():
         raise ValueError(
-            f"{run.folder} holds a run that is not the bench's: choose another --output"
+            f"{run.folder} contains a run of another command: choose another --output"
         )
     earlier = flatten_config(yaml.safe_load(file.read_text()) or {})
     changed = differences({"earlier": earlier, "now": run.settings})
@@ -211,13 +210,13 @@ def _check_folder(run: Run) -> None:
         )
         more = ", ..." if len(changed) > 3 else ""
         raise ValueError(
-            f"{run.folder} holds a run with other settings ({named}{more}): remove that "
+            f"{run.folder} contains a run with other settings ({named}{more}): remove that "
             "folder to start over, or choose another --output"
         )
 
 
 def _work(runs: Sequence[Run], output: Path, command: str) -> list[Outcome]:
-    """Finish all runs; rewrite the table after each."""
+    """Finish all runs, and rewrite the table after each."""
     num_seeds = max(run.seed for run in runs) + 1
     num_configs = len(runs) // num_seeds
     echo(f"Runs: {len(runs)}, into {output}")
@@ -234,12 +233,12 @@ def _work(runs: Sequence[Run], output: Path, command: str) -> list[Outcome]:
 
 
 class BenchTerminated(KeyboardInterrupt):
-    """The bench was ended by SIGTERM."""
+    """Interrupt of a benchmark by SIGTERM."""
 
 
 @contextlib.contextmanager
 def _interrupted_by_sigterm() -> Iterator[None]:
-    """Treat SIGTERM as Ctrl-C, so that no run is left behind."""
+    """Treat SIGTERM like Ctrl-C, so that all runs are ended."""
 
     def interrupt(_number: int, _frame: Any) -> None:
         raise BenchTerminated

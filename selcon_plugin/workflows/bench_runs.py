@@ -1,6 +1,6 @@
-"""The runs of a bench: each is a process of its own, watched until it ends.
+"""Runs of a benchmark, each in a process of its own that is monitored until it ends.
 
-Its peak memory is its own, and its end does not end the others.
+Separate processes measure the peak memory of each run, and a failure ends only one run.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from selcon_plugin.workflows.terminal import echo, show_status
 
 __all__ = ["SETTINGS_FILE", "failure", "finish", "progress"]
 
-SETTINGS_FILE = "bench.yaml"  # the effective config that a run was started with
-_CONSOLE = "console.txt"  # what a run printed
+SETTINGS_FILE = "bench.yaml"  # effective config of a run
+_CONSOLE = "console.txt"  # printed output of a run
 _LOCK = ".lock"
 
 _POLL_SECONDS = 1.0
@@ -34,21 +34,21 @@ _STOP_SECONDS = 60.0
 
 
 def finish(run: Run, title: str) -> Outcome:
-    """Read a finished run, or train what is left of it.
+    """Read the results of a finished run, or train its remaining epochs.
 
     Args:
-        run: The run; its folder holds its settings.
-        title: Its name in the lines for the user.
+        run: The run, whose folder contains its settings.
+        title: Name of the run in the output for the user.
 
     Returns:
-        What it measured, or why it failed.
+        The results, or the reason of the failure.
 
     Raises:
-        ValueError: If its ``results.json`` is not what a run writes.
+        ValueError: If ``results.json`` is damaged.
     """  # noqa: DOC502  (raised by the functions called here)
     started = time.monotonic()
-    # A bench that was killed leaves its last run running. The system frees the lock when
-    # both have ended.
+    # The last run of a killed benchmark continues. The system releases the lock when both
+    # have ended.
     waiting = f"{title}: another process trains in {run.folder}, waiting for it"
     with exclusive(run.folder / _LOCK, on_wait=lambda: echo(waiting)) as lock:
         if (run.folder / RESULTS_FILE).exists():
@@ -78,7 +78,7 @@ def _read_results(file: Path) -> dict[str, Any]:
 
 def _command(run: Run) -> list[str]:
     """Return the command that trains and evaluates a run, or resumes it."""
-    # The copy, not the file that was given: it may be edited while the bench runs.
+    # It uses a copy, because the given file may be edited while the benchmark runs.
     config = str(run.folder / SETTINGS_FILE)
     return [
         *(sys.executable, "-m", "selcon_plugin", "train"),
@@ -88,13 +88,13 @@ def _command(run: Run) -> list[str]:
 
 
 def _train(run: Run, title: str, lock: int | None) -> str:
-    """Train in a process of its own; return why it failed, or nothing."""
+    """Train in a separate process; return the reason of a failure, or an empty string."""
     host, console = get_host(run.host), run.folder / _CONSOLE
     log = run.folder / (host.run_files.log or _CONSOLE)
     log_start, console_start = _size(log), _size(console)
     epochs = run.settings[host.run_keys.epochs]
     if not sys.stdout.isatty():
-        echo(f"{title}: starts, prints into {console}")
+        echo(f"{title}: started, output in {console}")
     started = time.monotonic()
     with console.open("ab") as stream:
         process = subprocess.Popen(
@@ -102,7 +102,7 @@ def _train(run: Run, title: str, lock: int | None) -> str:
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
-            # The run holds the lock as long as it lives, should the bench be killed.
+            # If the benchmark is killed, the run still holds the lock until it ends.
             pass_fds=() if lock is None else (lock,),
         )
     try:
@@ -122,7 +122,7 @@ def _train(run: Run, title: str, lock: int | None) -> str:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process, if it still runs; it finishes a step and writes a checkpoint."""
+    """Terminate a running process, which finishes its step and writes a checkpoint."""
     if process.poll() is not None:
         return
     process.terminate()
@@ -134,16 +134,16 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def progress(log: str, epochs: int, elapsed: float, files: RunFiles) -> str:
-    """Describe how far a run is.
+    """Describe the progress of a run.
 
     Args:
         log: End of the host's log.
-        epochs: Epochs of the whole run.
+        epochs: Number of epochs of the whole run.
         elapsed: Seconds since this part of the run started.
-        files: How to read the log.
+        files: Log format of the host.
 
     Returns:
-        Epoch, time, and time left as the host estimates it.
+        Epoch, elapsed time, and remaining time as estimated by the host.
     """
     found = list(files.progress.finditer(log))
     if not found:
@@ -160,11 +160,11 @@ def progress(log: str, epochs: int, elapsed: float, files: RunFiles) -> str:
 
 
 def failure(status: int, console: str) -> str:
-    """Describe why a run ended.
+    """Describe the failure of a run.
 
     Args:
-        status: Its exit status; below 0 for the signal that ended it.
-        console: End of what it printed.
+        status: Exit status of the run; negative for the signal that ended it.
+        console: End of its printed output.
 
     Returns:
         One line.
@@ -182,7 +182,7 @@ def _size(file: Path) -> int:
 
 
 def _tail(file: Path, start: int) -> str:
-    """Read the end of a file, of what was written after ``start``."""
+    """Read the end of a file, from ``start`` at the earliest."""
     if not file.exists():
         return ""
     with file.open("rb") as stream:

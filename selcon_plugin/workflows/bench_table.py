@@ -1,6 +1,6 @@
-"""What ``selcon bench`` makes of its runs: one table, and what has to be said with it.
+"""Table and footnotes of ``selcon bench``, in Markdown, CSV and JSON.
 
-Nothing here runs anything: outcomes go in, Markdown, CSV and JSON come out.
+This module aggregates and formats the results of runs, and starts none.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from selcon_plugin.io.atomic import write_atomically
 
 METRICS = ("mAP", "Rank-1", "mINP")
 
-# Settings that may differ between the parts of one run, and say nothing about a method.
+# Settings that may differ between the parts of one run, and do not describe a method.
 _FREE_KEYS = (
     *("OUTPUT_DIR", "DATALOADER.NUM_WORKERS"),
     *("SOLVER.CHECKPOINT_PERIOD", "MODEL.SELCON.KEEP_CHECKPOINTS"),
     "MODEL.SELCON.KEEP_BEST_BY",
     *("TEST.EVAL_PERIOD", "TEST.IMS_PER_BATCH", "TEST.EXPECTED_RESULTS"),
 )
-# What has to be equal for methods to be compared, by the beginning of its keys. The rest is
-# a method's recipe.
+# Prefixes of the keys that must be equal for a fair comparison of methods. All other keys
+# belong to a method's recipe.
 _BUDGET_KEYS = (
     *("MODEL.BACKBONE.", "MODEL.WEIGHTS", "MODEL.DEVICE", "INPUT.SIZE_", "DATASETS."),
     *("SOLVER.MAX_EPOCH", "SOLVER.IMS_PER_BATCH", "SOLVER.AMP."),
@@ -39,17 +39,17 @@ _HOST = "host"
 
 @dataclass(frozen=True)
 class Run:
-    """One config on one seed.
+    """Run of one config on one seed.
 
     Attributes:
-        config: The config's name in the table.
+        config: Name of the config in the table.
         seed: Seed of the run.
-        folder: Where it writes.
+        folder: Folder of the run.
         settings: Effective values by their full keys.
         host: Package of the host.
-        imports: Python files that it imports first.
-        comparable: The settings by keys that are the same in all hosts, as far as there are
-            such; empty where ``settings`` have them.
+        imports: Python files that the run imports first.
+        comparable: Settings by host-independent keys, as far as there are such; empty if
+            ``settings`` already use them.
     """
 
     config: str
@@ -66,12 +66,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run.
+    """Result of a run.
 
     Attributes:
         run: The run.
         record: Content of its ``results.json``; None if it failed.
-        error: Why it failed.
+        error: Reason of the failure.
     """
 
     run: Run
@@ -86,7 +86,7 @@ def mean_and_std(values: Sequence[float]) -> tuple[float | None, float | None]:
         values: Any number of values.
 
     Returns:
-        The mean, None of no values, and the deviation, None of fewer than two.
+        The mean, None for no values, and the deviation, None for fewer than two values.
     """
     mean = statistics.fmean(values) if values else None
     return mean, statistics.stdev(values) if len(values) > 1 else None
@@ -96,13 +96,13 @@ def summarize(outcomes: Sequence[Outcome], num_seeds: int) -> list[dict[str, Any
     """Aggregate runs over their seeds.
 
     Args:
-        outcomes: What became of the runs so far.
-        num_seeds: Runs of each config when all are done.
+        outcomes: Results of the runs so far.
+        num_seeds: Number of runs of each config when all are done.
 
     Returns:
-        One row per config and test set. ``X_mean`` and ``X_std`` over the finished runs for
-        each metric (percent), ``minutes`` and ``clusters``; the largest peak memory (MiB);
-        None for what is not known.
+        One row per config and test set, with ``X_mean`` and ``X_std`` over the finished
+        runs for each metric (percent), ``minutes`` and ``clusters``, and the largest peak
+        memory (MiB); unknown values are None.
     """
     rows = []
     for config in dict.fromkeys(outcome.run.config for outcome in outcomes):
@@ -118,13 +118,13 @@ def summarize(outcomes: Sequence[Outcome], num_seeds: int) -> list[dict[str, Any
                 "failed": sum(bool(outcome.error) for outcome in mine),
             }
             found = [r["metrics"][test_set] for r in records if test_set in r["metrics"]]
-            figures = {
+            columns = {
                 name: [metrics[name] for metrics in found if name in metrics]
                 for name in METRICS
             }
-            figures["minutes"] = [r["train_seconds"] / 60 for r in records]
-            figures["clusters"] = _known(records, "num_clusters")
-            for name, values in figures.items():
+            columns["minutes"] = [r["train_seconds"] / 60 for r in records]
+            columns["clusters"] = _known(records, "num_clusters")
+            for name, values in columns.items():
                 row[f"{name}_mean"], row[f"{name}_std"] = mean_and_std(values)
             for name in ("peak_memory_mib", "peak_gpu_memory_mib"):
                 row[name] = max(_known(records, name), default=None)
@@ -140,11 +140,11 @@ def differences(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str
     """Compare effective configs.
 
     Args:
-        settings: Values by full key, for each name.
+        settings: Values by full key, for each config name.
 
     Returns:
-        The values by name of each key that is not the same in all, sorted by key; without
-        the keys that say nothing about a method.
+        Values by config name for each key that differs, sorted by key, without the keys
+        that do not describe a method.
     """
     keys = sorted({key for values in settings.values() for key in values})
     result = {}
@@ -157,10 +157,10 @@ def differences(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str
 
 
 def budget_notes(differing: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Say whether configs had the same budget, and what differs if not.
+    """Describe whether the configs have the same budget, or which settings differ.
 
     Args:
-        differing: What :func:`differences` returned, with the steps of training.
+        differing: Result of :func:`differences`, including the steps of training.
 
     Returns:
         Lines of Markdown.
@@ -184,12 +184,12 @@ def budget_notes(differing: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 @dataclass(frozen=True)
 class Report:
-    """The table and what has to be said with it.
+    """Table with its footnotes.
 
     Attributes:
-        outcomes: What became of the runs so far.
-        num_seeds: Runs of each config when all are done.
-        command: The command line, to be repeated.
+        outcomes: Results of the runs so far.
+        num_seeds: Number of runs of each config when all are done.
+        command: Command line that reproduces the table.
     """
 
     outcomes: Sequence[Outcome]
@@ -216,7 +216,7 @@ class Report:
         write_atomically(json.dumps(content, indent=2) + "\n", output / "table.json")
 
     def table(self) -> str:
-        """Lay out the rows in Markdown, readable on a terminal as well."""
+        """Format the rows in Markdown that is also readable on a terminal."""
         header = ("Config", "Method", "Test set", "Seeds", *METRICS)
         cells = [(*header, "Minutes", "Memory (MiB)", "Clusters")]
         for row in summarize(self.outcomes, self.num_seeds):
@@ -225,21 +225,21 @@ class Report:
                 (
                     *(row["config"], row["method"] or "-", row["test_set"] or "-"),
                     str(seeds) if finished == seeds else f"{finished} of {seeds}",
-                    *(_figure(row, name, 1) for name in (*METRICS, "minutes")),
+                    *(_mean_std_text(row, name, 1) for name in (*METRICS, "minutes")),
                     _memory(row),
-                    _figure(row, "clusters", 0),
+                    _mean_std_text(row, "clusters", 0),
                 )
             )
         return _pipe_table(cells)
 
     def notes(self) -> list[str]:
-        """Say in Markdown how the figures came about, and what went wrong."""
+        """Return footnotes in Markdown about the protocol, the budget and failures."""
         over = f"mean ± sample standard deviation over seeds 0 to {self.num_seeds - 1}"
         lines = [
-            f"* Metrics in percent, of the last epoch; "
-            f"{over if self.num_seeds > 1 else 'one run, of seed 0'}.",
-            "* Minutes of training, evaluation left out. Memory: the largest peak of the "
-            "training process, or of the GPU's memory where one was used.",
+            f"* Metrics are in percent, after the last epoch; "
+            f"{over if self.num_seeds > 1 else 'one run with seed 0'}.",
+            "* Minutes are the training time without evaluation. Memory is the largest "
+            "peak of the training process, or of the GPU memory if a GPU was used.",
         ]
         if len({outcome.run.config for outcome in self.outcomes}) > 1:
             lines += budget_notes(self.differing())
@@ -253,7 +253,7 @@ class Report:
         return [*lines, f"* {_now()}: `{self.command}`"]
 
     def differing(self) -> dict[str, dict[str, Any]]:
-        """Compare the configs, and the steps that their finished runs took."""
+        """Compare the configs, and the numbers of steps of their finished runs."""
         settings: dict[str, dict[str, Any]] = {}
         for outcome in self.outcomes:
             run = outcome.run
@@ -262,11 +262,11 @@ class Report:
             if outcome.record is not None:
                 first[_STEPS] = outcome.record["steps"]
         finished = [flat for flat in settings.values() if _STEPS in flat]
-        if len(finished) < len(settings):  # not known yet of all
+        if len(finished) < len(settings):  # not known for all configs yet
             for flat in finished:
                 del flat[_STEPS]
         if len({flat[_HOST] for flat in settings.values()}) > 1:
-            # Most keys of a host have no counterpart in the other.
+            # Most keys of a host have no counterpart in another one.
             common = set.intersection(*(set(flat) for flat in settings.values()))
             settings = {
                 name: {key: flat[key] for key in common} for name, flat in settings.items()
@@ -280,7 +280,7 @@ def _run_as_json(outcome: Outcome) -> dict[str, Any]:
     return {**place, "error": outcome.error, **(outcome.record or {})}
 
 
-def _figure(row: Mapping[str, Any], name: str, digits: int) -> str:
+def _mean_std_text(row: Mapping[str, Any], name: str, digits: int) -> str:
     mean, std = row[f"{name}_mean"], row[f"{name}_std"]
     if mean is None:
         return "-"
@@ -296,7 +296,7 @@ def _memory(row: Mapping[str, Any]) -> str:
 
 
 def _pipe_table(cells: Sequence[Sequence[str]]) -> str:
-    """Lay out a Markdown table; figures, from the fourth column on, to the right."""
+    """Format a Markdown table; from the fourth column on, cells are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for row in cells:

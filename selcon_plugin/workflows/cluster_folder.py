@@ -1,4 +1,4 @@
-"""A folder of images, from features to clusters: what ``selcon cluster`` does."""
+"""Clustering of a folder of images, from features to files, for ``selcon cluster``."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ __all__ = ["cluster_folder", "fingerprint"]
 
 CSV_FILE, FEATURES_FILE, SHEET_FILE = "clusters.csv", "features.npz", "contact_sheet.jpg"
 LINKS_FOLDER = "links"
-# The network and the images that the features beside it were computed from.
+# File with the network and the images of the cached features.
 _SOURCE_FILE = "features.json"
-# JPEG files hold no picture that is longer.
+# The height of JPEG images is limited.
 _MOST_SHEET_ROWS = 400
 
 
@@ -70,51 +70,51 @@ def cluster_folder(
 ) -> FolderClusters:
     """Cluster a folder of images, and write the clusters.
 
-    ``clusters.csv`` is written into ``output``, and ``features.npz``, from which the same
-    network clusters the same images again without computing anything. Time and memory are
-    reported before either is started.
+    It writes ``clusters.csv`` into ``output``, and ``features.npz``, a cache from which the
+    same images are clustered again without the network. The expected time and memory are
+    reported before each step.
 
     Args:
-        load_embedder: Makes the network; called only if there are no features of it yet.
-        folder: Images, searched to any depth.
+        load_embedder: Loads the network; called only if there are no cached features of it.
+        folder: Folder of images, which is searched recursively.
         output: Folder to write to.
-        network_key: Text that changes with the network.
-        labeler: Registered name.
-        options: Its options; those left out are chosen by the number of images.
-        camera_pattern: How to find the camera in a file's path, as for ``selcon train``.
-        links: Whether to make a folder of links for each cluster.
-        contact_sheet_rows: How many of the largest clusters to draw.
+        network_key: Text that identifies the network.
+        labeler: Registered name of the labeler.
+        options: Options of the labeler; omitted ones are chosen by the number of images.
+        camera_pattern: Pattern that finds the camera in a path, as for ``selcon train``.
+        links: Whether to create a folder of links for each cluster.
+        contact_sheet_rows: Number of the largest clusters on the contact sheet.
         batch_size: Images computed together.
-        num_workers: Processes that read images.
-        device: Where to cluster: ``"auto"`` for a GPU if there is one.
-        echo: Takes lines for the user.
+        num_workers: Number of processes that read images.
+        device: Device of the clustering, ``"auto"`` for a GPU if there is one.
+        echo: Receives lines for the user.
 
     Returns:
         The clusters.
 
     Raises:
-        ValueError: If an option is illegal, the images need more memory than there is, or
-            the output cannot be written.
-        FileNotFoundError: If there is no such folder.
+        ValueError: If an option is invalid, the images need more memory than is available,
+            or the output is not writable.
+        FileNotFoundError: If the folder does not exist.
     """  # noqa: DOC502  (raised by the functions called here)
     if not 0 <= contact_sheet_rows <= _MOST_SHEET_ROWS:
         raise ValueError(
-            f"--contact-sheet draws 1 to {_MOST_SHEET_ROWS} clusters, got "
+            f"--contact-sheet must be 1 to {_MOST_SHEET_ROWS} clusters, got "
             f"{contact_sheet_rows}"
         )
     make_output_folder("--output", str(output))
     output = Path(output)
     items = read_image_folder(folder, camera_pattern=camera_pattern)
     source = {"network": network_key, "images": fingerprint(items)}
-    found = _kept_features(output, source)
+    found = _cached_features(output, source)
     if found is None:
         found = _compute_features(load_embedder(), items, batch_size, num_workers, echo)
-        # In this order: a kill between the two leaves features that are not used.
+        # The order matters: after a kill in between, the features are not used.
         (output / _SOURCE_FILE).unlink(missing_ok=True)
         found.save(output / FEATURES_FILE)
         write_atomically(json.dumps(source) + "\n", output / _SOURCE_FILE)
     else:
-        echo(f"{len(found.paths):,} features of this network are in {output} already")
+        echo(f"Using {len(found.paths):,} cached features of this network in {output}")
         found = _with_cameras(found, items, output)
     values = {**default_options(labeler, len(found.paths)), **(options or {})}
     labels = _cluster(found, labeler, values, str(choose_device(device)), echo)
@@ -140,10 +140,10 @@ def cluster_folder(
 
 
 def fingerprint(items: Sequence[ImageItem]) -> str:
-    """Return a short text that changes with the images' names, sizes and times.
+    """Return a short hash of the images' paths, sizes and modification times.
 
     Args:
-        items: The images.
+        items: Listed images.
 
     Returns:
         Sixteen hexadecimal digits.
@@ -158,12 +158,12 @@ def fingerprint(items: Sequence[ImageItem]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _kept_features(output: Path, source: Mapping[str, str]) -> FolderFeatures | None:
-    """Read the features of an earlier call, if of this network and these images."""
+def _cached_features(output: Path, source: Mapping[str, str]) -> FolderFeatures | None:
+    """Read the features of an earlier call with the same network and images."""
     try:
         same = json.loads((output / _SOURCE_FILE).read_text()) == source
         return FolderFeatures.load(output / FEATURES_FILE) if same else None
-    except (OSError, ValueError):  # none, or damaged: they can be computed again
+    except (OSError, ValueError):  # missing or damaged features are computed again
         return None
 
 
@@ -188,7 +188,7 @@ def _compute_features(
     num_workers: int,
     echo: Callable[[str], None],
 ) -> FolderFeatures:
-    # An unreadable image would end the measurement: the next one takes its place.
+    # An unreadable image would end the measurement: only readable ones are used.
     readable = (item.path for item in items if not fault_of(item.path))
     first = list(itertools.islice(readable, batch_size))
     if first:
@@ -198,7 +198,7 @@ def _compute_features(
             embedder.dim,
             batch_size=len(first),
         )
-        echo(f"{len(items):,} images: their features take {expected}")
+        echo(f"The features of {len(items):,} images take {expected}")
         check_memory(expected, f"computing the features of {len(items):,} images")
     return embedder.embed_items(
         items,
@@ -226,7 +226,7 @@ def _cluster(
         check_memory(expected, f"clustering {num_images:,} images")
     started = time.perf_counter()
     if centered := num_centered(torch.from_numpy(found.camids)):
-        echo(f"The features of {centered} cameras are made alike in their means")
+        echo(f"The features of {centered} cameras are centered per camera")
     labels = cluster_features(
         found.features, found.camids, labeler=labeler, options=options, device=device
     )

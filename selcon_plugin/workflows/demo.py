@@ -1,8 +1,7 @@
-"""``selcon demo``: from nothing to a model trained without labels, in minutes, on a CPU.
+"""Demo of label-free training on synthetic persons, in minutes on a CPU.
 
-It renders persons under several cameras, measures what ImageNet features know about them,
-trains on them without identities, measures again, and leaves pictures of what was learned.
-A run that was stopped resumes where it stopped.
+It renders persons in several cameras, evaluates ImageNet features on them, trains without
+identities, evaluates again, and writes pictures of the results. A stopped run resumes.
 """
 
 from __future__ import annotations
@@ -39,10 +38,10 @@ __all__ = ["run_demo"]
 logger = logging.getLogger(__name__)
 
 _CONFIG = "SyntheticPersons/scl.yml"
-_SETTINGS = "demo.yaml"  # what the run in a folder was started with
+_SETTINGS = "demo.yaml"  # settings of the run in a folder
 _LOG = "log.txt"
 _GAIN = "gain.json"  # metrics before and after
-# What the demo leaves behind beside the host's files; --fresh removes nothing else.
+# Files of the demo in addition to the host's; --fresh removes nothing else.
 _RUN_FILES = (
     *(_SETTINGS, _LOG, "results.json", _GAIN, "ranked.png", "loss.png", "report.html"),
     *("images.json", "embedding.npz", "ranked.json"),
@@ -60,18 +59,19 @@ def run_demo(
     data_root: str = "",
     options: Sequence[str] = (),
 ) -> None:
-    """Render data, train, evaluate before and after, and draw pictures.
+    """Render data, train, evaluate before and after, and write pictures.
 
     Args:
-        output: Folder of the run; one that was stopped resumes.
-        epochs: Epochs to train; None for those of the config.
+        output: Folder of the run; a stopped run in it resumes.
+        epochs: Number of epochs to train; None for that of the config.
         fresh: Whether to delete the run in the folder and start over.
         data_root: Folder of the data sets; empty for FASTREID_DATASETS.
-        options: ``KEY VALUE`` pairs of the config; they come last.
+        options: ``KEY VALUE`` pairs of the config, which are merged last.
 
     Raises:
-        ValueError: If a setting is wrong, or the folder holds a run with other settings.
-        RunStopped: If it was stopped by a signal; a ``SystemExit``.
+        ValueError: If a setting is invalid, or the folder contains a run with other
+            settings.
+        RunStopped: If a signal stopped the run; it is a ``SystemExit``.
     """  # noqa: DOC502  (raised by the functions called here)
     if epochs is not None and epochs < 1:
         raise ValueError(f"--epochs must be 1 or more, got {epochs}")
@@ -84,7 +84,7 @@ def run_demo(
         config_file = builtin_config(_CONFIG)
         cfg = host.load_config(config_file, options, overrides=overrides)
     demo = host.demo(cfg)
-    demo.test_set  # noqa: B018  (there has to be one)
+    demo.test_set  # noqa: B018  (raises if there is none)
     # The options may have named another folder.
     folder = Path(value_of(cfg, host.run_keys.output)).resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,21 +97,21 @@ def run_demo(
 
 
 def _run(host: Host, demo: Demo, output: Path, *, num_epochs: int) -> None:
-    """Go through the steps of the demo."""
+    """Run the steps of the demo."""
     started = time.monotonic()
     echo("[1/5] Data")
     _render_data(demo)
-    echo("[2/5] What ImageNet features know, without any training")
+    echo("[2/5] Evaluation of ImageNet features, without any training")
     before = demo.rank_untrained()
     echo(f"      {_summary(before)}")
     done = demo.epochs_trained
     if done == num_epochs:
         echo("[3/5] Training was finished earlier; --fresh starts over")
     else:
-        first = f", from epoch {done + 1} on" if done else ""
+        first = f", resumed at epoch {done + 1}" if done else ""
         echo(f"[3/5] Training without labels, {num_epochs} epochs{first}")
     demo.train()
-    echo("[4/5] What the trained model knows")
+    echo("[4/5] Evaluation of the trained model")
     after = demo.rank_trained()
     echo(f"      {_summary(after)}")
     echo("[5/5] Pictures")
@@ -142,16 +142,16 @@ def _render_data(demo: Demo) -> None:
         root, spec, num_workers=processes, progress=sys.stderr.isatty()
     )
     echo(
-        f"      {spec.num_train_images} images to train on, {spec.num_test_images} of "
-        f"other people to test on, {spec.num_cameras} cameras:\n      {folder}"
+        f"      {spec.num_train_images} training images, {spec.num_test_images} test "
+        f"images of other persons, {spec.num_cameras} cameras:\n      {folder}"
     )
 
 
 def _check_settings(output: Path, cfg: Any, demo: Demo, *, begun: str) -> None:
-    """Note what the run is started with, or compare with what it was started with.
+    """Record the settings of a new run, or compare them with those of the earlier part.
 
     Raises:
-        ValueError: If the folder holds a run with other settings.
+        ValueError: If the folder contains a run with other settings.
     """
     content = flatten_config(yaml.safe_load(cfg.dump()))
     settings = {"data": demo.data_name, **content}
@@ -160,7 +160,7 @@ def _check_settings(output: Path, cfg: Any, demo: Demo, *, begun: str) -> None:
     if not file.exists():
         if (output / begun).exists():
             raise ValueError(
-                f"{output} holds a run that is not the demo's: choose another --output"
+                f"{output} contains a run of another command: choose another --output"
             )
         write_atomically(yaml.safe_dump(settings), file)
         return
@@ -171,13 +171,13 @@ def _check_settings(output: Path, cfg: Any, demo: Demo, *, begun: str) -> None:
     if changed:
         named = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
         raise ValueError(
-            f"{output} holds a run with other settings ({named}): add --fresh to delete it "
-            "and start over, or choose another --output"
+            f"{output} contains a run with other settings ({named}): add --fresh to delete "
+            "it and start over, or choose another --output"
         )
 
 
 def _remove_run(output: Path, demo: Demo) -> None:
-    """Remove what an earlier demo left in its folder."""
+    """Remove the files of an earlier demo from its folder."""
     if not (output / _SETTINGS).exists():
         return
     for pattern in (*demo.run_files, *_RUN_FILES):
@@ -188,9 +188,9 @@ def _remove_run(output: Path, demo: Demo) -> None:
 def _draw_pictures(
     output: Path, before: Ranking, after: Ranking, demo: Demo
 ) -> tuple[Path, Path]:
-    """Draw ranked results before and after training, and the loss curve."""
+    """Plot ranked results before and after training, and the loss curve."""
     steps_per_epoch, warmup_steps = demo.schedule
-    # Evenly spread over all queries, so that nobody can pick the nice ones.
+    # The queries are evenly spaced over all of them, which prevents cherry-picking.
     spread = np.linspace(0, len(after.query) - 1, _NUM_QUERIES_SHOWN).round().astype(int)
     ranked = ranked_sheet(
         output / "ranked.png",
@@ -209,7 +209,7 @@ def _draw_pictures(
 
 
 def _table(before: dict[str, float], after: dict[str, float]) -> str:
-    """Lay out both rows and the gain."""
+    """Format a table of both evaluations and the gain."""
     gain = {name: after[name] - before[name] for name in _METRIC_NAMES}
     lines = [f"{'':28}" + "".join(f"{name:>9}" for name in _METRIC_NAMES)]
     for label, row, form in (

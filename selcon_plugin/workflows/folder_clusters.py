@@ -1,9 +1,9 @@
-"""Clusters of a folder of images: who may be the same person, written for people to read.
+"""Clusters of a folder of images by pseudo identity, as a table and folders of links.
 
 Shape shorthand in this module:
 
     M: images
-    C: length of a feature
+    C: feature dimension
     K: clusters
 """
 
@@ -44,20 +44,20 @@ __all__ = [
 
 _CSV_COLUMNS = ("image", "cluster", "confidence", "camera")
 _OUTLIERS = "outliers"
-# Similarities of images and centers held at a time.
+# Maximum number of image-center similarities in memory at a time.
 _PRODUCTS = 2**24
 
 
 @dataclass(frozen=True)
 class FolderClusters:
-    """Which images of a folder are in which cluster.
+    """Assignment of the images of a folder to clusters.
 
     Attributes:
         paths: Path of each image.
         cameras: Name of each image's camera; "" where unknown.
         labels: Cluster of each image, int64 ``(M,)``; -1 for an outlier. The largest
             cluster is 0.
-        confidence: How clearly each belongs there, float32 ``(M,)``; see
+        confidence: Confidence of each assignment, float32 ``(M,)``; see
             :func:`cluster_confidence`.
     """
 
@@ -68,14 +68,14 @@ class FolderClusters:
 
     @property
     def num_clusters(self) -> int:
-        """Clusters; outliers are none."""
+        """Number of clusters, without outliers."""
         return int(self.labels.max(initial=OUTLIER)) + 1
 
     def members(self, cluster: int) -> NDArray[np.int64]:
         """Return the images of a cluster, the most confident first.
 
         Args:
-            cluster: Its number; -1 for the outliers.
+            cluster: Number of the cluster; -1 for the outliers.
         """
         images = np.flatnonzero(self.labels == cluster)
         order = np.argsort(-self.confidence[images], kind="stable")
@@ -87,13 +87,14 @@ def default_options(labeler: str, num_images: int) -> dict[str, Any]:
     """Choose a labeler's options by the number of images.
 
     Args:
-        labeler: Registered name.
-        num_images: Images M.
+        labeler: Registered name of the labeler.
+        num_images: Number of images M.
 
     Returns:
-        ``eps`` "auto" where the labeler finds it, and the neighbors of
-        :class:`~selcon_plugin.clustering.neighborhood.NeighborhoodSizes`, as far as it has
-        such options. For few images HDBSCAN's smallest cluster shrinks to ``min_samples``.
+        ``eps`` "auto" if the labeler supports it, and the neighborhood sizes of
+        :class:`~selcon_plugin.clustering.neighborhood.NeighborhoodSizes`, as far as the
+        labeler has such options. For few images HDBSCAN's ``min_cluster_size`` is reduced
+        to ``min_samples``.
 
     Raises:
         ValueError: If there is no such labeler.
@@ -121,18 +122,18 @@ def cluster_features(
 
     Args:
         features: Unit vectors, shape ``(M, C)``.
-        camids: Camera of each image, ``(M,)``, -1 where unknown: the features of all
-            cameras are made alike in their means first. None to leave cameras out.
-        labeler: Registered name.
-        options: Its options; those left out are chosen by the number of images, see
-            :func:`default_options`.
-        device: Where to compute what PyTorch computes.
+        camids: Camera of each image, ``(M,)``, -1 where unknown, for per-camera feature
+            centering. None to ignore cameras.
+        labeler: Registered name of the labeler.
+        options: Options of the labeler; omitted ones are chosen by the number of images,
+            see :func:`default_options`.
+        device: Device of the PyTorch computations.
 
     Returns:
-        The clusters, the largest numbered 0, with what the labeler measured.
+        The clusters, the largest numbered 0, with the metrics of the labeler.
 
     Raises:
-        ValueError: If labeler or option is unknown, or a value illegal.
+        ValueError: If labeler or option is unknown, or a value is invalid.
     """  # noqa: DOC502  (raised by the functions called here)
     values = {**default_options(labeler, len(features)), **(options or {})}
     clusterer = build_labeler(labeler, center_cameras=True, **values)
@@ -152,21 +153,21 @@ def cluster_features(
 def cluster_confidence(
     features: NDArray[np.float32], labels: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    r"""Tell how clearly each image belongs to its cluster.
+    r"""Compute the confidence of each image's cluster assignment.
 
     With a the cosine distance (1 - cosine) of an image to the center of the *other* images
     of its cluster, and b that to the nearest center of another cluster, the confidence is
-    :math:`\frac12 (1 + \frac{b - a}{\max(a, b)})`: 1 at the own center, 0.5 where another
-    cluster is as near, below where another is nearer. It is a silhouette of centers, moved
-    to 0..1; no probability. Where there is one cluster alone, b is 1, no similarity.
+    :math:`\frac12 (1 + \frac{b - a}{\max(a, b)})`: 1 at the own center, 0.5 if another
+    cluster is as near, and less if another one is nearer. It is a simplified silhouette,
+    scaled to 0..1, not a probability. If there is only one cluster, b is 1.
 
     Args:
         features: Unit vectors, shape ``(M, C)``.
-        labels: Clusters 0..K-1 without a gap, -1 for an outlier, ``(M,)``.
+        labels: Contiguous clusters 0..K-1, -1 for an outlier, ``(M,)``.
 
     Returns:
-        Float32 ``(M,)``; 0 for outliers and for clusters of one image, which have no
-        others to be compared with.
+        Confidence, float32 ``(M,)``; 0 for outliers and for clusters of one image, which
+        have no other images to compare with.
 
     Example:
         >>> features = np.eye(3, dtype=np.float32)[[0, 0, 1, 1, 2]]
@@ -208,8 +209,8 @@ def write_csv(clusters: FolderClusters, file: str | Path, *, folder: str | Path)
     """Write a table ``image,cluster,confidence,camera``, sorted by image.
 
     Args:
-        clusters: What to write.
-        file: The file to write or replace.
+        clusters: Clusters to write.
+        file: File to write or replace.
         folder: Folder of the images, to which the names are relative.
     """
     text = io.StringIO()
@@ -234,17 +235,18 @@ def relative_name(path: str | Path, folder: str | Path) -> str:
 
 
 def link_clusters(clusters: FolderClusters, folder: str | Path) -> None:
-    """Make a folder of links for each cluster, the most confident image first.
+    """Create a folder of links for each cluster, with the most confident image first.
 
-    The links are relative and symbolic; hard where the file system has no symbolic ones.
+    The links are relative symbolic links, or hard links if the file system does not support
+    these.
 
     Args:
-        clusters: What to show.
-        folder: Folder to make, or to replace if it holds nothing but links; ``0000``,
-            ``0001``, ... and ``outliers`` are made in it.
+        clusters: Clusters to link.
+        folder: Folder to create, or to replace if it contains only links; the folders
+            ``0000``, ``0001``, ... and ``outliers`` are created in it.
 
     Raises:
-        ValueError: If there is anything else in it.
+        ValueError: If the folder contains anything else.
     """  # noqa: DOC502  (raised by the functions called here)
     folder = Path(folder)
     _remove_links(folder)
@@ -273,7 +275,7 @@ def _remove_links(folder: Path) -> None:
             file = Path(place, name)
             if not file.is_symlink() and file.stat().st_nlink < 2:
                 raise ValueError(
-                    f"{folder} is replaced by links, but holds the file {file}: move it, "
-                    "or name another --output"
+                    f"{folder} is replaced by links, but contains the file {file}: move "
+                    "it, or choose another --output"
                 )
     shutil.rmtree(folder)

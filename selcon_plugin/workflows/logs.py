@@ -1,4 +1,4 @@
-"""Where the log lines of a command go."""
+"""Logging of a command into a file, with warnings and progress on the terminal."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["quiet_logging"]
 
 @contextlib.contextmanager
 def quiet_logging(file: Path) -> Iterator[None]:
-    """Write what is logged into a file, and to the terminal only warnings and progress.
+    """Log into a file, and show only warnings and progress on the terminal.
 
     Args:
         file: File to append to.
 
     Yields:
-        Nothing; afterwards the loggers are as they were.
+        Nothing; the loggers are restored afterwards.
     """
     to_file = logging.FileHandler(file)
     form = "[%(asctime)s] %(name)s %(levelname)s: %(message)s"
@@ -34,9 +34,9 @@ def quiet_logging(file: Path) -> Iterator[None]:
         **{name: [to_file, to_terminal] for name in host_names()},
         "selcon_plugin": [to_file, to_terminal],
         "selcon_plugin.engine.progress": [to_file],
-        "py.warnings": [to_file],  # from libraries: nothing the reader could fix
+        "py.warnings": [to_file],  # warnings of libraries, which the user cannot fix
     }
-    if not on_terminal():  # where there are no bars
+    if not on_terminal():  # without progress bars
         lines = logging.StreamHandler(sys.stderr)
         lines.setFormatter(logging.Formatter("      %(message)s"))
         handlers["selcon_plugin.engine.progress"].append(lines)

@@ -1,4 +1,4 @@
-"""Lines for the person at the terminal."""
+"""Output lines and a status line on the terminal."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ __all__ = ["echo", "show_status"]
 
 
 def echo(text: str) -> None:
-    """Print text, in the place of the status line if there is one."""
+    """Print text, which replaces the status line if there is one."""
     show_status("")
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 
 def show_status(text: str) -> None:
-    """Show a line on a terminal until the next text takes its place."""
+    """Show a status line on a terminal until the next text replaces it."""
     if sys.stdout.isatty():
         width = shutil.get_terminal_size().columns - 1
         sys.stdout.write(f"\r\x1b[K{text[:width]}")

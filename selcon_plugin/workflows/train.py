@@ -1,4 +1,4 @@
-"""Train or evaluate in any host, and write the report of what was trained."""
+"""Training and evaluation in any host, with the report of a finished run."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def train(host: Host, cfg: Any, *, resume: bool = False, source: str = "") -> Ru
 
     Args:
         host: Framework that trains.
-        cfg: Its complete config.
+        cfg: Complete config of the host.
         resume: Whether to resume from the last checkpoint in the run's folder, if there is
             one.
-        source: File that the config came from, for the log.
+        source: File of the config, for the log.
 
     Returns:
-        Where the run is and what was measured.
+        Folder, weights and metrics of the run.
     """
     result = host.train(cfg, resume=resume, source=source)
     if result.trained:
@@ -39,8 +39,8 @@ def evaluate(host: Host, cfg: Any, *, source: str = "") -> Mapping[str, Any]:
 
     Args:
         host: Framework that evaluates.
-        cfg: Its complete config.
-        source: File that the config came from, for the log.
+        cfg: Complete config of the host.
+        source: File of the config, for the log.
 
     Returns:
         Metrics by test set.
@@ -62,15 +62,16 @@ def launch(
 
     Args:
         host: Framework that trains.
-        cfg: Its complete config.
-        processes: How many, and where they meet.
+        cfg: Complete config of the host.
+        processes: Number of processes and their rendezvous.
         eval_only: Whether to evaluate instead of training.
-        resume: As of :func:`train`.
-        source: File that the config came from, for the log.
+        resume: As for :func:`train`.
+        source: File of the config, for the log.
         imports: Python files that each process imports first.
 
     Raises:
-        ValueError: If the host cannot train in that many, or a setting is wrong.
+        ValueError: If the host does not support that many processes, or a setting is
+            invalid.
         ProcessFailure: If one of several processes failed.
     """  # noqa: DOC502  (raised by the functions called here)
     arguments = (host.name, cfg, eval_only, resume, source, tuple(imports))

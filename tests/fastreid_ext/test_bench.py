@@ -172,7 +172,9 @@ def test_finished_bench_only_reads(story, monkeypatch):
 def test_run_with_other_settings_is_refused(story):
     settings = story.output / "plain" / "seed0" / "bench.yaml"
     before = settings.read_text()
-    words = r"plain/seed0 holds a run with other settings \(SOLVER.BASE_LR: 0.02 then, 0.5 "
+    words = (
+        r"plain/seed0 contains a run with other settings \(SOLVER.BASE_LR: 0.02 then, 0.5 "
+    )
     with pytest.raises(ValueError, match=words + r"now\): remove that folder .* --output"):
         run_bench(*story.arguments, "SOLVER.BASE_LR", "0.5")
     assert settings.read_text() == before
@@ -183,7 +185,7 @@ def test_folder_of_another_run_is_refused(tiny_values, tmp_path):
     folder = tmp_path / "out" / "a" / "seed0"
     folder.mkdir(parents=True)
     (folder / "last_checkpoint").write_text("model_final.pth")
-    with pytest.raises(ValueError, match="not the bench's"):
+    with pytest.raises(ValueError, match="a run of another command"):
         run_bench("--configs", config, "--seeds", 1, "--output", tmp_path / "out")
 
 

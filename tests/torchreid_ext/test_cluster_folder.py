@@ -56,7 +56,7 @@ def test_folder_to_table_links_and_sheet(
     small = ["k1", "6", "k2", "1", "min_samples", "3"]
     assert main([*command, "--links", "--contact-sheet", "2", *small]) == 0
     said = capsys.readouterr().out
-    assert "25 images: their features take about" in said
+    assert "The features of 25 images take about" in said
     assert "k1 6, k2 1, min_samples 3, eps auto" in said
 
     rows = rows_of(output / "clusters.csv")
@@ -81,7 +81,7 @@ def test_folder_to_table_links_and_sheet(
     # The same images and network again: nothing is computed, another eps is instant.
     assert main([*command, "--eps", "0.4", *small]) == 0
     said = capsys.readouterr().out
-    assert "24 features of this network are in" in said
+    assert "Using 24 cached features of this network in" in said
     assert "features take" not in said
     assert "eps 0.4" in said
 
@@ -149,13 +149,13 @@ def test_large_cameras_are_made_alike_and_it_says_so(
             **other,
             echo=lines.append,
         )
-        return [line for line in lines if "made alike" in line]
+        return [line for line in lines if "centered per camera" in line]
 
     assert said() == []  # twelve images each
     monkeypatch.setattr(
         "selcon_plugin.clustering.camera_centering.MIN_IMAGES_PER_CAMERA", 12
     )
-    assert said() == ["The features of 2 cameras are made alike in their means"]
+    assert said() == ["The features of 2 cameras are centered per camera"]
     assert said(camera_pattern="none") == []
 
 

@@ -113,7 +113,7 @@ def test_notes_name_failures_machine_and_command():
     assert "budget" not in notes  # there is nothing to compare with
     one = "\n".join(Report(outcomes[:1], 1, "").notes())
     assert "±" not in one
-    assert "one run, of seed 0" in one
+    assert "one run with seed 0" in one
 
 
 def test_files_hold_the_same_figures(tmp_path):

@@ -109,7 +109,7 @@ def test_stopped_run_gives_the_figures_of_the_unbroken_one(run, tmp_path, monkey
         assert "Stopped." in run("--epochs", "3", "--fresh", status=130)
     assert not (out / "gain.json").exists()
 
-    assert "from epoch 3 on" in run("--epochs", "3")
+    assert "resumed at epoch 3" in run("--epochs", "3")
     assert json.loads((out / "gain.json").read_text())["after"] == unbroken
 
 
@@ -129,7 +129,7 @@ def test_folder_of_another_run_is_refused(run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "last_checkpoint").write_text("model_final.pth")
     for arguments in ((), ("--fresh",)):
-        with pytest.raises(ValueError, match="not the demo's"):
+        with pytest.raises(ValueError, match="a run of another command"):
             run(*arguments)
 
 
