@@ -1,7 +1,7 @@
-"""The hosts by name: the only place that knows which there are.
+"""Registry of the hosts by name; no other module lists them.
 
-A host is imported when it is asked for: ``selcon doctor`` must run where none can be
-imported, and FastReID reads FASTREID_DATASETS when it is.
+A host is imported only when it is requested: ``selcon doctor`` must run where no host can
+be imported, and FastReID reads FASTREID_DATASETS during its import.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ __all__ = [
 
 @dataclass(frozen=True)
 class HostEntry:
-    """What is known of a host without importing it.
+    """Description of a host that does not require its import.
 
     Attributes:
         implementation: ``module:class`` of its :class:`~selcon_plugin.config.host.Host`.
-        owns: Whether keys, of the top level or full, are of its config.
+        owns: Function that returns whether top-level or full keys belong to its config.
     """
 
     implementation: str
     owns: Callable[[Iterable[str]], bool]
 
 
-# By name of the package; the first whose keys a config has is its host.
+# Hosts by package name; a config belongs to the first host that owns its keys.
 HOSTS = {
     "fastreid": HostEntry(
         "selcon_plugin.fastreid_ext.host:FastReIDHost", keys_in(str.upper)
@@ -58,12 +58,12 @@ HOSTS = {
         "selcon_plugin.torchreid_ext.host:TorchreidHost", keys_in(str.lower)
     ),
 }
-# Whose a config is that has no keys, or keys of no host.
+# Host of a config without keys, or with keys of no host.
 DEFAULT_HOST = "fastreid"
-# Builds models by name, for plain weights without a config.
+# Host that builds models by name, for weights without a config.
 _MODEL_ZOO = "torchreid"
 
-# What a run in any host writes beside its checkpoints.
+# File that a run in any host writes next to its checkpoints.
 _CONFIG = "config.yaml"
 
 
@@ -83,7 +83,7 @@ def get_host(name: str) -> Host:
 
     Raises:
         ValueError: If there is no host of that name.
-        ImportError: If it is not installed; says how to install it.
+        ImportError: If it is not installed; the message names the command to install it.
     """  # noqa: DOC502  (raised by the functions called here)
     check_name("host", name, HOSTS)
     return _load_host(HOSTS[name].implementation)
@@ -97,29 +97,29 @@ def _load_host(implementation: str) -> Host:
 
 
 def host_of_keys(keys: Iterable[str]) -> str:
-    """Tell by its keys whose config it is.
+    """Return the host of a config by its keys.
 
     Args:
         keys: Keys of the top level, or full keys.
 
     Returns:
-        Name of the host; the default one for keys of none.
+        Name of the host; the default host if the keys belong to none.
     """
     names = list(keys)
     return next((host for host, entry in HOSTS.items() if entry.owns(names)), DEFAULT_HOST)
 
 
 def host_of(config_file: str) -> str:
-    """Tell by its keys whose config a file is.
+    """Return the host of a config file by its keys.
 
     Args:
-        config_file: Path, or empty.
+        config_file: Path of the file, or empty.
 
     Returns:
-        Name of the host; the default one for an empty path.
+        Name of the host; the default host for an empty path.
 
     Raises:
-        ValueError: If the file is not YAML of keys and values.
+        ValueError: If the file is not YAML with keys and values.
     """  # noqa: DOC502  (raised by the functions called here)
     return host_of_keys(read_config_file(config_file)) if config_file else DEFAULT_HOST
 
@@ -131,7 +131,7 @@ def host_of_settings(settings: Mapping[str, Any]) -> Host | None:
         settings: Values by full keys.
 
     Returns:
-        The host; None where it is not installed.
+        The host; None if it is not installed.
     """
     try:
         return get_host(host_of_keys(settings))
@@ -154,14 +154,14 @@ def load_config(
             package's own.
         opts: ``KEY VALUE`` pairs.
         images: Folder of images to train on.
-        camera_pattern: How to find their cameras.
-        host: Name of the host; empty for the one whose keys the file has.
+        camera_pattern: Pattern that finds their cameras.
+        host: Name of the host; empty for the one that owns the keys of the file.
 
     Returns:
         Complete, frozen config.
 
     Raises:
-        ValueError: If it cannot be read, or a key or a value is wrong.
+        ValueError: If the file is unreadable, or a key or a value is invalid.
         FileNotFoundError: If the file does not exist.
     """  # noqa: DOC502  (raised by the functions called here)
     return get_host(host or host_of(config_file)).load_config(
@@ -171,13 +171,13 @@ def load_config(
 
 @dataclass(frozen=True)
 class TrainedNetwork:
-    """A trained network, by its files.
+    """Files of a trained network.
 
     Attributes:
-        host: The host that builds it.
-        weights: Its checkpoint.
-        config_file: Config that it was trained with; empty for plain weights.
-        backbone: Name of the model, for plain weights.
+        host: Host that builds the network.
+        weights: Checkpoint of the network.
+        config_file: Config of its training; empty for weights without a config.
+        backbone: Name of the model, for weights without a config.
     """
 
     host: Host
@@ -186,10 +186,10 @@ class TrainedNetwork:
     backbone: str = ""
 
     def load_config(self, options: Sequence[str] = ()) -> Any:
-        """Read its config, or make one for plain weights.
+        """Read the config of the network, or create one for weights without a config.
 
         Args:
-            options: ``KEY VALUE`` pairs that change it.
+            options: ``KEY VALUE`` pairs that change the config.
 
         Returns:
             Complete config with which the network can be loaded.
@@ -204,41 +204,41 @@ class TrainedNetwork:
 def find_network(
     weights: str | Path, config_file: str = "", backbone: str = ""
 ) -> TrainedNetwork:
-    """Find what a checkpoint was trained with.
+    """Find the config and the host of a checkpoint.
 
     Args:
-        weights: The checkpoint.
-        config_file: Its config; empty for the one beside it.
+        weights: Path of the checkpoint.
+        config_file: Path of its config; empty for the one in the folder of the run.
         backbone: For weights without a config, the name of the model.
 
     Returns:
         The network with its host.
 
     Raises:
-        ValueError: If there is no config and no name, or both.
+        ValueError: If there is neither a config nor a name, or both.
     """
     weights = Path(weights).expanduser()
     if backbone and config_file:
-        raise ValueError("the config names the backbone: leave out one of the two")
+        raise ValueError("the config names the backbone: give only one of the two")
     if backbone:
         return TrainedNetwork(get_host(_MODEL_ZOO), weights, backbone=backbone)
     config_file = config_file or find_config(weights)
     if not config_file:
         raise ValueError(
-            f"there is no {_CONFIG} beside {weights}: name the config that it was trained "
-            "with (--config-file), or for plain weights the model (--backbone osnet_x0_25)"
+            f"there is no {_CONFIG} next to {weights}: give the config of its training "
+            "(--config-file), or for weights without one the model (--backbone osnet_x0_25)"
         )
     return TrainedNetwork(get_host(host_of(config_file)), weights, config_file)
 
 
 def find_config(weights: str | Path) -> str:
-    """Find the config that a run left in its folder.
+    """Find the config in the folder of a run.
 
     Args:
-        weights: A checkpoint of the run. torchreid's lie in a sub-folder.
+        weights: A checkpoint of the run; those of torchreid are in a subfolder.
 
     Returns:
-        Path of ``config.yaml``; empty where there is none.
+        Path of ``config.yaml``; empty if there is none.
     """
     folder = Path(weights).expanduser().absolute().parent
     folders = [folder, folder.parent] if folder.name == "model" else [folder]
@@ -248,7 +248,7 @@ def find_config(weights: str | Path) -> str:
 
 @contextlib.contextmanager
 def quiet_import() -> Iterator[None]:
-    """Leave out what hosts warn of when they are imported: that no ranking is compiled."""
+    """Suppress the hosts' import warning that the ranking is not compiled."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Cython .*evaluation")
         yield

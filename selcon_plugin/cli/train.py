@@ -12,7 +12,15 @@ from selcon_plugin.hosts import get_host, host_names, host_of
 from selcon_plugin.workflows.train import launch
 
 
-def _train_parser(prog: str) -> argparse.ArgumentParser:
+def train_parser(prog: str) -> argparse.ArgumentParser:
+    """Build the parser of ``selcon train`` or ``selcon eval``.
+
+    Args:
+        prog: Name of the command, ``"train"`` or ``"eval"``.
+
+    Returns:
+        The parser.
+    """
     parser = argparse.ArgumentParser(
         prog=f"selcon {prog}",
         description="The arguments are those of FastReID's train script, with additional "
@@ -79,7 +87,7 @@ def main(argv: list[str]) -> int:
     Returns:
         Exit status: 0, or 1 if one of several processes failed.
     """
-    return _launch(_train_parser("train").parse_args(argv))
+    return _launch(train_parser("train").parse_args(argv))
 
 
 def evaluate(argv: list[str]) -> int:
@@ -91,7 +99,7 @@ def evaluate(argv: list[str]) -> int:
     Returns:
         Exit status as for :func:`main`.
     """
-    args = _train_parser("eval").parse_args(argv)
+    args = train_parser("eval").parse_args(argv)
     args.eval_only = True
     return _launch(args)
 

@@ -1,4 +1,5 @@
-"""Config: keys, options of a run, the check, loading, help, and the ``Host`` interface.
+"""Configs of all hosts: keys, checks, loading, help, and the ``Host`` interface.
 
-No host is imported here, and nothing here trains.
+This folder translates between options and config keys. It imports no host and trains
+nothing; the options themselves are defined where they are used.
 """

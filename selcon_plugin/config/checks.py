@@ -1,4 +1,4 @@
-"""Checks of a config before anything is built; errors name key, value and remedy."""
+"""Checks of a config before anything is built, with errors that name key and remedy."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ import yaml
 from selcon_plugin.options import Option
 
 _BASE_KEY = "_BASE_"
-_MARK = "_selcon_checked"  # attribute of a config, none of its keys
-# Set between the check and what relies on it, to what needs none.
+_MARK = "_selcon_checked"  # attribute of a config, which is not one of its keys
+# Keys that the trainer sets after the check, to values that need no check.
 _SET_LATER = ("MODEL.HEADS.NUM_CLASSES",)
 
 
 def mark_checked(cfg: Any) -> None:
-    """Note in a config that it has been checked as it is.
+    """Mark a config with its present values as checked.
 
     Args:
-        cfg: The host's config; copies of it are marked, too.
+        cfg: Config of a host; its copies are marked as well.
     """
     cfg.__dict__[_MARK] = _content(cfg)
 
 
 def is_checked(cfg: Any) -> bool:
-    """Tell whether a config has been checked, and no value was changed since."""
+    """Return whether a config was checked and no value has changed since."""
     return bool(cfg.__dict__.get(_MARK) == _content(cfg))
 
 
@@ -40,11 +40,11 @@ def _content(cfg: Mapping[str, Any]) -> str:
 
 
 def check_values(cfg: Mapping[str, Any], options: Iterable[Option]) -> None:
-    """Check keys of a host, which checks none itself.
+    """Check keys of a host that does not check them itself.
 
     Args:
-        cfg: The host's config.
-        options: What is legal; an option's name is the full key.
+        cfg: Config of the host.
+        options: Valid values; the name of an option is the full key.
     """
     for option in options:
         option.check(value_of(cfg, option.name))
@@ -56,16 +56,16 @@ def value_of(cfg: Mapping[str, Any], key: str) -> Any:
 
 
 def check_name(key: str, name: str, known: Iterable[str], remedy: str = "") -> None:
-    """Refuse a name that nothing is registered under.
+    """Refuse a name that is not registered.
 
     Args:
-        key: Full key, for the error.
-        name: Its value.
-        known: Names there are.
-        remedy: What else to do; after the known names.
+        key: Full key, for the error message.
+        name: Value of the key.
+        known: Registered names.
+        remedy: Further advice, appended to the known names.
 
     Raises:
-        ValueError: If the name is not among them; names the closest.
+        ValueError: If the name is unknown; the message suggests the closest ones.
     """
     known = list(known)
     if name in known:
@@ -78,14 +78,14 @@ def check_name(key: str, name: str, known: Iterable[str], remedy: str = "") -> N
 
 
 def check_size(key: str, size: Sequence[Any]) -> None:
-    """Refuse what is no image size.
+    """Refuse an invalid image size.
 
     Args:
-        key: Full key, for the error.
+        key: Full key, for the error message.
         size: Height and width.
 
     Raises:
-        ValueError: If it is anything else.
+        ValueError: If the size is not a pair of positive integers.
     """
     whole = [isinstance(side, int) and side >= 1 for side in size]
     if whole != [True, True]:
@@ -98,14 +98,15 @@ def check_size(key: str, size: Sequence[Any]) -> None:
 def check_device(key: str, device: str) -> None:
     """Refuse a device that does not exist.
 
-    Without CUDA ``"cuda"`` passes, the default of hosts: they fall back on the CPU.
+    Without CUDA, ``"cuda"`` is accepted, because it is the hosts' default and they fall
+    back to the CPU.
 
     Args:
-        key: Full key, for the error.
+        key: Full key, for the error message.
         device: ``"cpu"``, ``"cuda"``, or ``"cuda:0"`` and so on.
 
     Raises:
-        ValueError: If it is another.
+        ValueError: If the device does not exist.
     """
     count = torch.cuda.device_count()
     known = ["cpu", "cuda", *(f"cuda:{number}" for number in range(count))]
@@ -117,42 +118,42 @@ def check_device(key: str, device: str) -> None:
 
 
 def make_output_folder(key: str, folder: str) -> None:
-    """Make the folder of a run, and find out at once whether it can be written to.
+    """Create the folder of a run, and check that it is writable.
 
     Args:
-        key: Its config key, for the error.
-        folder: Path.
+        key: Config key of the folder, for the error message.
+        folder: Path of the folder.
 
     Raises:
-        ValueError: If the name is empty, or the folder cannot be made or written to.
+        ValueError: If the name is empty, or the folder cannot be created or is not
+            writable.
     """
     if not folder:
-        raise ValueError(f"{key} is empty: name a folder for checkpoints and results")
+        raise ValueError(f"{key} is empty: set it to a folder for checkpoints and results")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise ValueError(
-            f"{key} {folder!r} is no folder that can be written to: {error.strerror}. Name "
-            "another"
+            f"{key} {folder!r} is not a writable folder: {error.strerror}. Use another one"
         ) from error
 
 
 def read_config_file(file: str, source: str = "--config-file") -> dict[str, Any]:
-    """Read a config file as plain YAML, after whatever it is based on.
+    """Read a config file as plain YAML, and check the files that it is based on.
 
     Args:
-        file: Its path.
-        source: Who names the file, for the error.
+        file: Path of the file.
+        source: Origin of the path, for the error message.
 
     Returns:
-        Its own keys, those of its ``_BASE_`` left out.
+        The keys of the file itself, without those of its ``_BASE_``.
 
     Raises:
-        FileNotFoundError: If there is no such file, or no such base.
-        ValueError: If it, or a base, is not YAML of keys and values, has a tag that would
-            make an object, or is its own base.
+        FileNotFoundError: If the file, or a base, does not exist.
+        ValueError: If the file, or a base, is not YAML with keys and values, has a tag that
+            would create an object, or is its own base.
     """  # noqa: DOC502  (raised by the functions called here)
     return _read_chain(file, source)[0]
 
@@ -160,18 +161,18 @@ def read_config_file(file: str, source: str = "--config-file") -> dict[str, Any]
 def read_config_tree(
     file: str, prepare: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """Read a config file together with what it is based on.
+    """Read a config file together with the files that it is based on.
 
     Args:
-        file: Its path.
+        file: Path of the file.
         prepare: Called with the content of each file before they are merged.
 
     Returns:
-        All keys; what a file sets takes the place of what its ``_BASE_`` does.
+        All keys; the values of a file replace those of its ``_BASE_``.
 
     Raises:
-        FileNotFoundError: If there is no such file, or no such base.
-        ValueError: If a file cannot be read, or a key is a group in one file only.
+        FileNotFoundError: If the file, or a base, does not exist.
+        ValueError: If a file is unreadable, or a key is a group in only one of them.
     """  # noqa: DOC502  (raised by the functions called here)
     merged: dict[str, Any] = {}
     for content in reversed(_read_chain(file, "--config-file")):
@@ -200,7 +201,7 @@ def _read_chain(file: str, source: str) -> list[dict[str, Any]]:
         base = str(Path(base).parent / Path(name).expanduser())
         content = _read_yaml(base, source)
         if Path(base).resolve() in seen:
-            raise ValueError(f"{source} leads back to {base}: name another base, or none")
+            raise ValueError(f"{source} leads back to {base}: use another base, or none")
         seen.add(Path(base).resolve())
         chain.append(content)
     return chain
@@ -209,7 +210,7 @@ def _read_chain(file: str, source: str) -> list[dict[str, Any]]:
 def _read_yaml(file: str, source: str) -> dict[str, Any]:
     path = Path(file)
     if path.is_dir():
-        raise ValueError(f"{source} {file!r} is a folder: name a file in it")
+        raise ValueError(f"{source} {file!r} is a folder: give a file in it")
     if not path.is_file():
         raise FileNotFoundError(f"{source} {file!r} does not exist")
     if path.suffix == ".py":
@@ -218,27 +219,27 @@ def _read_yaml(file: str, source: str) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.constructor.ConstructorError as error:
         raise ValueError(
-            f"{file} is refused: {error.problem} ({error.problem_mark}). A config holds "
-            "plain values: take the tag out"
+            f"{file} is refused: {error.problem} ({error.problem_mark}). A config contains "
+            "plain values only: remove the tag"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is not YAML: {error}") from error
     if content is None:
         raise ValueError(f"{file} is empty: it has no keys")
     if not isinstance(content, dict):
-        raise ValueError(f"{file} is no config: it must hold lines KEY: value")
+        raise ValueError(f"{file} is not a config: it must contain lines KEY: value")
     return content
 
 
 def flatten_config(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of a config, or of a dict of dicts, by their full keys.
+    """Return the values of a config, or of nested dicts, by their full keys.
 
     Args:
         node: Config or dict.
-        prefix: Put before each key.
+        prefix: Prefix of each key.
 
     Returns:
-        For instance ``{"SOLVER.MAX_EPOCH": 20, ...}``.
+        Values by full key, for instance ``{"SOLVER.MAX_EPOCH": 20, ...}``.
     """
     flat: dict[str, Any] = {}
     for key, value in node.items():

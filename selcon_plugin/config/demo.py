@@ -1,4 +1,4 @@
-"""What a host does in ``selcon demo``; the workflow asks for it step by step."""
+"""Interface for a host's steps of ``selcon demo``, which the workflow calls in order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Demo", "Ranking"]
 
 @dataclass(frozen=True)
 class Ranking:
-    """An evaluation, with the distances that it ranked by.
+    """Result of an evaluation, with the distances of its ranking.
 
     Attributes:
         metrics: Percentages by name.
@@ -34,12 +34,12 @@ class Ranking:
 
 
 class Demo(ABC):
-    """The steps of the demo that are a host's.
+    """Steps of the demo that depend on the host.
 
     Attributes:
-        run_files: Patterns of what the host's runs leave in their folder.
-        free_keys: Beginnings of keys that may differ between the parts of one run.
-        metrics_file: The host's file of measured values.
+        run_files: Patterns of the files that the host's runs write into their folder.
+        free_keys: Prefixes of keys that may differ between the parts of one run.
+        metrics_file: Name of the host's metrics file.
     """
 
     run_files: ClassVar[tuple[str, ...]]
@@ -52,27 +52,27 @@ class Demo(ABC):
         """Name of the test set.
 
         Raises:
-            ValueError: If the config names none, or several.
+            ValueError: If the config does not name exactly one test set.
         """
 
     @property
     @abstractmethod
     def data(self) -> tuple[Path, SyntheticPersonsSpec] | None:
-        """Folder of the data sets and what to render; None for other data."""
+        """Folder of the data sets and specification of the persons; None for other data."""
 
     @property
     @abstractmethod
     def data_name(self) -> str:
-        """Name of the data, which changes with what renders it."""
+        """Name of the data, which changes with the version of the renderer."""
 
     @abstractmethod
     def rank_untrained(self) -> Ranking:
-        """Evaluate the backbone as it starts: pooled features, nothing learned."""
+        """Evaluate pooled features of the initial backbone, without any training."""
 
     @property
     @abstractmethod
     def epochs_trained(self) -> int:
-        """Epochs of the run in the folder that are done; builds what trains."""
+        """Number of finished epochs of the run in the folder; builds the trainer."""
 
     @abstractmethod
     def train(self) -> None:
@@ -85,7 +85,7 @@ class Demo(ABC):
     @property
     @abstractmethod
     def schedule(self) -> tuple[int, int]:
-        """Steps of an epoch, and steps of the warm-up."""
+        """Number of steps per epoch, and number of warm-up steps."""
 
     @abstractmethod
     def write_results(self, metrics: dict[str, float]) -> None:

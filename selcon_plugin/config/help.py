@@ -1,4 +1,4 @@
-"""What a config key means: for ``selcon config`` and the tables of configs/README.md."""
+"""Documentation of config keys, for ``selcon config`` and for configs/README.md."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from selcon_plugin.methods import method_class, method_names
 from selcon_plugin.options import Choice, Option
 
 _HEADER = "| key | default | legal | meaning |\n| --- | --- | --- | --- |"
-_EVERY = ""  # owner of what does not belong to a single method or labeler
+_EVERY = ""  # owner of keys that do not belong to a single method or labeler
 
 
 @dataclass(frozen=True)
 class KeyHelp:
-    """One key of a config.
+    """Documentation of one config key.
 
     Attributes:
         key: Full key.
-        kind: ``"method"`` or ``"labeler"`` for a key of some of these alone, else ``""``.
-        options: What the key is, by the name of the method or labeler.
+        kind: ``"method"`` or ``"labeler"`` for a key of only some of these, else ``""``.
+        options: Option of the key, by the name of the method or labeler.
     """
 
     key: str
@@ -35,30 +35,30 @@ class KeyHelp:
 
     @property
     def owners(self) -> list[str]:
-        """Methods or labelers that have the key; empty for a key of every run."""
+        """Methods or labelers with this key; empty for a key of every run."""
         return [name for name in self.options if name != _EVERY]
 
     def example(self) -> Any:
-        """Return a legal value, another than the default where that is a choice."""
+        """Return a valid value, which differs from the default where there is a choice."""
         option = next(iter(self.options.values()))
         if option.kind is bool:
             return not option.default
         if isinstance(option.legal, Choice):
-            others = [word for word in option.legal.values if word != option.default]
+            others = [value for value in option.legal.values if value != option.default]
             return others[0] if others else option.default
         return option.default
 
 
 @dataclass(frozen=True)
 class ConfigHelp:
-    """The keys of a host's config that the plugin adds or checks.
+    """Documentation of the keys of a host's config that the plugin adds or checks.
 
     Attributes:
-        keys: The plugin's keys.
+        keys: Keys of the plugin.
         host: Name of the host.
-        defaults: Every key of the host's config, the plugin's included, with its default.
-        own: Keys outside the plugin's node that the plugin adds; full keys.
-        checked: Keys of the host that the plugin checks; full keys.
+        defaults: All keys of the host's config, including the plugin's, with defaults.
+        own: Full keys outside the plugin's node that the plugin adds.
+        checked: Full keys of the host that the plugin checks.
     """
 
     keys: ConfigKeys
@@ -74,7 +74,7 @@ class ConfigHelp:
         object.__setattr__(self, "plugin_keys", found)
 
     def find(self, text: str) -> str:
-        """Find the key that a user means.
+        """Find a full key by its name or its end.
 
         Args:
             text: Full key, or the end of one, in any case: ``temperature``.
@@ -83,7 +83,7 @@ class ConfigHelp:
             The full key of the host.
 
         Raises:
-            ValueError: If there is none, or more than one; names those that are close.
+            ValueError: If no key or several keys match; the message names similar keys.
         """
         text = self.keys.present_key(text)
         if text in self.defaults:
@@ -92,7 +92,7 @@ class ConfigHelp:
         for known in (self.plugin_keys, self.defaults):
             found = [key for key in known if f".{key.lower()}".endswith(end)]
             if len(found) > 1:
-                raise ValueError(f"{text} may be {' or '.join(found)}: write it out")
+                raise ValueError(f"{text} may be {' or '.join(found)}: give the full key")
             if found:
                 return found[0]
         inside = [
@@ -110,18 +110,18 @@ class ConfigHelp:
         return f"; did you mean {' or '.join(found)}?" if found else ""
 
     def explain(self, key: str) -> str:
-        """Say what a key does, what is legal, its default, who has it, and how to set it.
+        """Explain a key: meaning, valid values, default, owners and how to set it.
 
         Args:
-            key: A full key of the host.
+            key: Full key of the host.
 
         Returns:
-            Some lines of text.
+            Lines of text.
         """
         if key in self.plugin_keys:
             found = self.plugin_keys[key]
             return "\n".join([key, "", *_explained(found), *self._usage(found)])
-        lines = [key, "", *_wrapped(f"A key of {self.host} itself.")]
+        lines = [key, "", *_wrapped(f"This is a key of {self.host} itself.")]
         for option in self.checked:
             if option.name == key:
                 lines += _wrapped(_sentence(option.meaning))
@@ -134,11 +134,11 @@ class ConfigHelp:
         owners = found.owners
         if owners:
             plural = "s" if len(owners) > 1 else ""
-            of = _wrapped(f"Of the {found.kind}{plural} {', '.join(owners)}.")
+            of = _wrapped(f"It belongs to the {found.kind}{plural} {', '.join(owners)}.")
             node = found.key.rpartition(".")[0]
             setting.insert(0, f"{node}.{self.keys.case(found.kind)} {owners[0]}")
         else:
-            of = _wrapped("Of every run.")
+            of = _wrapped("It belongs to every run.")
         tree = yaml.safe_dump(_nested(found.key, found.example()), sort_keys=False)
         return [
             "",
@@ -151,7 +151,7 @@ class ConfigHelp:
         ]
 
     def listing(self) -> str:
-        """List the plugin's keys, one to a line, with default and meaning.
+        """List the plugin's keys, one per line, with default and meaning.
 
         Returns:
             Lines of text, in groups.
@@ -172,7 +172,7 @@ class ConfigHelp:
         return "\n".join(lines[1:])
 
     def tables(self) -> dict[str, str]:
-        """Make the tables of all keys.
+        """Build the tables of all keys.
 
         Returns:
             Markdown by the name of the table: ``run``, ``clustering``, ``other``, and one
@@ -218,29 +218,29 @@ def _group_title(found: KeyHelp) -> str:
 
 
 def _explained(found: KeyHelp) -> list[str]:
-    """Say what a key means and which values it takes."""
+    """Describe the meaning and the valid values of a key."""
     return [
-        *_said("", found.options, lambda option: _sentence(option.meaning)),
+        *_grouped("", found.options, lambda option: _sentence(option.meaning)),
         "",
-        *_said("Legal: ", found.options, lambda option: option.describe()),
-        *_said("Default: ", found.options, lambda option: _written(option.default)),
+        *_grouped("Legal: ", found.options, lambda option: option.describe()),
+        *_grouped("Default: ", found.options, lambda option: _written(option.default)),
     ]
 
 
-def _said(
-    title: str, options: Mapping[str, Option], say: Callable[[Option], str]
+def _grouped(
+    title: str, options: Mapping[str, Option], describe: Callable[[Option], str]
 ) -> list[str]:
-    """Write a line for each different thing said, with the names it is said of."""
+    """Return one line per distinct description, with the names that share it."""
     groups: dict[str, list[str]] = {}
     for owner, option in options.items():
-        groups.setdefault(say(option), []).append(owner)
+        groups.setdefault(describe(option), []).append(owner)
     lines = []
-    ordered = sorted(groups, key=lambda words: len(groups[words]))
-    for words in ordered:
-        owners = ", ".join(groups[words])
-        if words == ordered[-1] and len(groups[words]) > 2:
+    ordered = sorted(groups, key=lambda text: len(groups[text]))
+    for text in ordered:
+        owners = ", ".join(groups[text])
+        if text == ordered[-1] and len(groups[text]) > 2:
             owners = "the others"
-        lines += _wrapped(f"{title}{words}" + (f" ({owners})" if len(groups) > 1 else ""))
+        lines += _wrapped(f"{title}{text}" + (f" ({owners})" if len(groups) > 1 else ""))
     return lines
 
 
@@ -257,12 +257,12 @@ def _plain(markdown: str) -> str:
 def _sentence(meaning: str) -> str:
     text = _plain(meaning)
     # A symbol keeps its case: "τ, divides ...".
-    begins_with_word = text[:1].isascii() and text[1:2].islower()
-    return f"{text[:1].upper() + text[1:] if begins_with_word else text}."
+    starts_with_word = text[:1].isascii() and text[1:2].islower()
+    return f"{text[:1].upper() + text[1:] if starts_with_word else text}."
 
 
 def _written(value: Any) -> str:
-    """Write a value as a command line takes it."""
+    """Format a value for the command line."""
     return value if isinstance(value, str) and value else repr(value)
 
 
@@ -273,7 +273,7 @@ def _nested(key: str, value: Any) -> Any:
 
 
 def _method_table(name: str, case: Callable[[str], str]) -> str:
-    """List a method's options; of one that derives from another, those that differ."""
+    """Build the table of a method, which lists only differences from its base method."""
     options = own_method_options(name)
     registered = {method_class(other): other for other in method_names() if other != name}
     bases = [registered[cls] for cls in method_class(name).__mro__ if cls in registered]
@@ -291,14 +291,14 @@ def _method_table(name: str, case: Callable[[str], str]) -> str:
 
 
 def key_table(options: Iterable[Option], case: Callable[[str], str] = str) -> str:
-    """Make a table of keys.
+    """Build a table of keys.
 
     Args:
-        options: What the keys are.
-        case: Spells an option's name as a key.
+        options: Options of the keys.
+        case: Converts an option's name to a key.
 
     Returns:
-        Markdown: key, default, legal values and meaning.
+        Markdown table with key, default, valid values and meaning.
     """
     rows = [
         f"| `{case(o.name)}` | {_cell(o.default)} | {_legal(o)} | {o.meaning} |"
@@ -312,16 +312,16 @@ def _cell(value: Any) -> str:
 
 
 def _legal(option: Option) -> str:
-    # A table of the methods' own names would be a list of the tables below it.
+    # The names of all methods would only list the tables below.
     return (
         "a name below" if option.name in ("method", "labeler") else option.describe_legal()
     )
 
 
 def fill_tables(text: str, tables: Mapping[str, str]) -> str:
-    """Put tables between their markers.
+    """Insert tables between their markers.
 
-    A table stands between ``<!-- keys: NAME -->`` and ``<!-- keys: end -->``.
+    A table is placed between ``<!-- keys: NAME -->`` and ``<!-- keys: end -->``.
 
     Args:
         text: Markdown with a marker for each table.
@@ -331,7 +331,7 @@ def fill_tables(text: str, tables: Mapping[str, str]) -> str:
         The text with new tables.
 
     Raises:
-        ValueError: If a table has no place, or a marker no table.
+        ValueError: If a table has no marker, or a marker has no table.
     """
     end = "<!-- keys: end -->"
     for name, table in tables.items():
@@ -340,12 +340,12 @@ def fill_tables(text: str, tables: Mapping[str, str]) -> str:
         _, closed, after = rest.partition(end)
         if not found or not closed:
             raise ValueError(
-                f"there is no place for the table {name!r}: add a heading, and below it "
-                f"the lines {begin} and {end}"
+                f"there is no place for the table {name!r}: add a heading, followed by the "
+                f"lines {begin} and {end}"
             )
         text = f"{before}{begin}\n\n{table}\n\n{end}{after}"
     known = {f"<!-- keys: {name} -->" for name in [*tables, "end"]}
     for line in text.splitlines():
         if line.startswith("<!-- keys: ") and line not in known:
-            raise ValueError(f"nothing has the table of {line}: remove it")
+            raise ValueError(f"there is no table for {line}: remove the line")
     return text

@@ -1,8 +1,8 @@
-"""The interface of a host: what a workflow asks of FastReID, of torchreid, or of a third.
+"""Interface between the workflows and a host, such as FastReID or torchreid.
 
-Settings go in by neutral names and come out as keys of the host's config; runs, networks
-and files come back in one form. A host is one class in one folder, and a line in
-``selcon_plugin.hosts``.
+It translates settings with host-independent names into keys of the host's config, and
+returns runs, networks and files in one form. A host consists of one class in one folder,
+and an entry in ``selcon_plugin.hosts``.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from selcon_plugin.io.atomic import save_atomically
 from selcon_plugin.models.inference import InferenceNetwork
 from selcon_plugin.models.pretrained import read_state_dict
 
-# Prefix of what a method remembers, in a checkpoint.
+# Prefix of the state of a method in a checkpoint.
 _METHOD_STATE = "method."
 
 
 class Host(ABC):
-    """A framework that trains.
+    """Framework that trains networks.
 
     Attributes:
         name: Name of its package.
-        title: Name for people.
+        title: Display name.
         keys: The plugin's keys in its config.
-        run_keys: Its own keys of what every host has.
-        run_files: How far a run of it is.
+        run_keys: Its own keys of settings that every host has.
+        run_files: Files from which the progress of a run is read.
         folder_config: The package's config for a folder of images; empty for the defaults.
-        checkpoint_key: Entry of a checkpoint that holds the network.
+        checkpoint_key: Entry of a checkpoint that contains the network.
     """
 
     name: ClassVar[str]
@@ -65,13 +65,13 @@ class Host(ABC):
     # --- configs --------------------------------------------------------------------------
 
     def owns(self, keys: Iterable[str]) -> bool:
-        """Tell by their case whether keys are of this host's config.
+        """Return whether keys belong to this host's config, by their case.
 
         Args:
             keys: Full keys, or keys of the top level.
 
         Returns:
-            Whether all are; False for no keys at all.
+            Whether all do; False for no keys at all.
         """
         return keys_in(self.keys.case)(keys)
 
@@ -81,10 +81,11 @@ class Host(ABC):
 
     @abstractmethod
     def complete_config(self, cfg: Any) -> Any:
-        """Return a checked copy of a config with everything that a run needs.
+        """Return a checked copy of a config with all keys that a run needs.
 
         Raises:
-            ValueError: If a value is illegal; names key, value and what is legal.
+            ValueError: If a value is invalid; the message names key, value and the valid
+                values.
         """
 
     def load_config(
@@ -101,16 +102,16 @@ class Host(ABC):
         Args:
             file: Config of this host; empty for its defaults, or with ``images`` for the
                 package's own.
-            options: ``KEY VALUE`` pairs as on a command line; they come last.
-            overrides: Values by full key, merged before ``options``.
+            options: ``KEY VALUE`` pairs as on a command line, which are merged last.
+            overrides: Values by full key, which are merged before ``options``.
             images: Folder of images to train on.
-            camera_pattern: How to find their cameras.
+            camera_pattern: Pattern that finds their cameras.
 
         Returns:
             Complete, frozen config.
 
         Raises:
-            ValueError: If the file cannot be read, or a key or a value is wrong.
+            ValueError: If the file is unreadable, or a key or a value is invalid.
             FileNotFoundError: If the file does not exist.
         """  # noqa: DOC502  (raised by the functions called here)
         if file:
@@ -122,7 +123,7 @@ class Host(ABC):
             merge_file(cfg, self.keys, file)
         merge_overrides(cfg, self.keys, overrides or {})
         merge_options(cfg, self.keys, options)
-        # Set as they are: a config option would be read as a Python literal.
+        # They are set directly: a config option would be parsed as a Python literal.
         self._name_images(cfg, images, camera_pattern)
         cfg = self.complete_config(cfg)
         cfg.freeze()
@@ -130,7 +131,7 @@ class Host(ABC):
 
     @abstractmethod
     def _name_images(self, cfg: Any, images: str, camera_pattern: str) -> None:
-        """Put a folder of images in the place of the data sets; "" changes nothing."""
+        """Replace the data sets by a folder of images; "" changes nothing."""
 
     def overrides(
         self,
@@ -142,16 +143,16 @@ class Host(ABC):
         clustering: Mapping[str, Any] | None = None,
         **run: Any,
     ) -> dict[str, Any]:
-        """Turn settings by neutral names into values by full keys.
+        """Translate settings with host-independent names into values by full keys.
 
         Args:
-            network: The network to train.
-            device: ``"auto"`` leaves that of the config.
+            network: Network to train.
+            device: Device; ``"auto"`` keeps that of the config.
             dataset: Data set to train and to test on.
             options: The plugin's options of run and method, such as ``temperature``.
             clustering: The plugin's options of the clustering and its labeler.
-            **run: Values by the names of :class:`RunKeys`, and ``seed``; None leaves that
-                of the config.
+            **run: Values by the names of :class:`RunKeys`, and ``seed``; None keeps the
+                value of the config.
 
         Returns:
             Values for :meth:`load_config`.
@@ -171,46 +172,46 @@ class Host(ABC):
 
     @abstractmethod
     def _of_network(self, network: NetworkSettings) -> dict[str, Any]:
-        """Return what a network is set by."""
+        """Return the values that select a network."""
 
     @abstractmethod
     def _of_device(self, device: str) -> dict[str, Any]:
-        """Return what a device is set by."""
+        """Return the values that select a device."""
 
     @abstractmethod
     def _of_dataset(self, name: str) -> dict[str, Any]:
-        """Return what a data set, to train and to test on, is set by."""
+        """Return the values that select a data set for training and test."""
 
     @abstractmethod
     def help(self) -> ConfigHelp:
-        """Return what is known of the config's keys."""
+        """Return the documentation of the config keys."""
 
     @abstractmethod
     def default_values(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the defaults, with those of the method of another config, by full keys.
+        """Return the default config with the defaults of another config's method.
 
         Args:
-            settings: The other config, by full keys.
+            settings: Values of the other config by full keys.
         """
 
     def comparable_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Name settings as the default host does, where it has the same.
+        """Rename settings to the default host's keys where it has the same setting.
 
         Args:
             settings: Effective values of this host by full keys.
 
         Returns:
-            The same values, some by other keys.
+            The same values, some of them with other keys.
         """
         return dict(settings)
 
     @abstractmethod
     def check_trainable(self, cfg: Any) -> None:
-        """Refuse what could not be trained, before anything is built.
+        """Refuse a config that cannot be trained, before anything is built.
 
         Raises:
-            ValueError: If the config would train on identities, or names a data set that
-                is unknown.
+            ValueError: If the config is for supervised training, or names an unknown data
+                set.
         """
 
     # --- runs -----------------------------------------------------------------------------
@@ -223,7 +224,7 @@ class Host(ABC):
             cfg: Complete config.
             resume: Whether to resume from the last checkpoint in the folder, if there is
                 one.
-            source: File that the config came from, for the log.
+            source: File of the config, for the log.
         """
 
     @abstractmethod
@@ -232,7 +233,7 @@ class Host(ABC):
 
         Args:
             cfg: Complete config.
-            source: File that the config came from, for the log.
+            source: File of the config, for the log.
 
         Returns:
             Metrics by test set.
@@ -242,7 +243,7 @@ class Host(ABC):
         """
 
     def check_expected(self, cfg: Any, result: RunResult) -> None:  # noqa: B027
-        """Compare the metrics with those that the config expects, where a host can."""
+        """Compare the metrics with the config's expected ones, if a host supports it."""
 
     def launch(
         self,
@@ -255,14 +256,14 @@ class Host(ABC):
         """Call a function in all processes of a run.
 
         Args:
-            main: Importable by name: a process of its own imports it.
-            args: Its arguments.
-            processes: How many there are.
+            main: Function that is importable by name, as other processes import it.
+            args: Arguments of the function.
+            processes: Number of processes and their rendezvous.
             training: Config of the training, for checks before any process starts; None for
                 an evaluation.
 
         Raises:
-            ValueError: If the host trains in one process and there are to be several.
+            ValueError: If the host trains in one process, and several are requested.
             ProcessFailure: If one of several processes failed.
         """  # noqa: DOC502  (raised by those that start several)
         if processes.per_machine > 1 or processes.num_machines > 1:
@@ -270,15 +271,13 @@ class Host(ABC):
         main(*args)
 
     def _one_process(self) -> str:
-        return (
-            f"{self.title} trains in one process: leave out --num-gpus and --num-machines"
-        )
+        return f"{self.title} trains in one process: remove --num-gpus and --num-machines"
 
     def demo(self, cfg: Any) -> Demo:
         """Return this host's steps of ``selcon demo``.
 
         Raises:
-            ValueError: If it has none.
+            ValueError: If the host has no demo.
         """
         raise ValueError(f"there is no demo in {self.title}")
 
@@ -293,18 +292,18 @@ class Host(ABC):
         Args:
             cfg: Complete config; see :meth:`inference_overrides`.
             weights: Checkpoint that was trained with it.
-            device: Where to compute.
+            device: Device to compute on.
 
         Raises:
-            ValueError: If the file holds another network.
-            FileNotFoundError: If there is no file.
+            ValueError: If the file contains another network.
+            FileNotFoundError: If the file does not exist.
         """
 
     def inference_overrides(self, backbone: str = "") -> dict[str, Any]:
-        """Return what is set to load a trained network: no download, no missing GPU.
+        """Return the settings to load a trained network without download or missing GPU.
 
         Args:
-            backbone: Name of the model, for plain weights without a config.
+            backbone: Name of the model, for weights without a config.
 
         Raises:
             ValueError: If the host builds no models by name.
@@ -315,25 +314,25 @@ class Host(ABC):
 
     @abstractmethod
     def adaptation_overrides(self, adaptation: Adaptation) -> dict[str, Any]:
-        """Return what is set to train a network further."""
+        """Return the settings to fine-tune a trained network."""
 
     @abstractmethod
     def checkpoints(self, folder: str | Path, epochs: int) -> list[tuple[int, Path]]:
         """List the checkpoints of a run.
 
         Args:
-            folder: Its folder.
-            epochs: Its epochs in all.
+            folder: Folder of the run.
+            epochs: Total number of epochs of the run.
 
         Returns:
-            Epochs trained and file, by rising epochs.
+            Number of epochs trained and file, in ascending order.
         """
 
     def write_network(self, checkpoint: str | Path, target: str | Path) -> None:
-        """Write the network of a run's checkpoint, without what belongs to the run.
+        """Write the network of a run's checkpoint, without the state of the run.
 
         Args:
-            checkpoint: The checkpoint.
+            checkpoint: Path of the checkpoint.
             target: File to write or replace.
         """
         state = {
@@ -344,15 +343,15 @@ class Host(ABC):
         save_atomically({self.checkpoint_key: network}, target)
 
     def extract(self, cfg: Any, output: str | Path) -> tuple[int, int]:
-        """Write the features of a config's images, by the weights that it names, to a file.
+        """Extract the features of a config's images with its weights into a file.
 
         Args:
             cfg: Complete config.
-            output: File to write: arrays ``paths``, ``camids`` and ``features``; the number
-                of images and the length of a feature are returned.
+            output: File to write, with arrays ``paths``, ``camids`` and ``features``; the
+                number of images and the feature dimension are returned.
 
         Raises:
-            ValueError: If the host cannot.
+            ValueError: If the host does not support this.
         """
         raise ValueError(
             f"{self.title}'s config cannot name the network here: use --weights FILE"

@@ -1,4 +1,4 @@
-"""What passes between a workflow and a host: keys, settings by neutral names, results."""
+"""Data that a workflow and a host exchange: keys, host-independent settings, results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class RunKeys:
-    """Full keys of the settings that each host has under a name of its own."""
+    """Full keys of the settings that each host has under its own name."""
 
     output: str
     epochs: str
@@ -34,13 +34,14 @@ class RunKeys:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Which files of a run's folder tell how far the run is.
+    """Files of a run's folder from which its progress is read.
 
     Attributes:
-        begun: What is there once there is something to lose.
-        log: File that shows the progress; empty for what the run prints.
-        progress: Finds ``epoch`` in it, and ``days`` and ``time`` left where it tells them.
-        first_epoch: Number of the first epoch in it.
+        begun: File or folder that exists once the run has a checkpoint.
+        log: File with the progress; empty for the output of the run.
+        progress: Pattern with the group ``epoch``, and optionally with ``days`` and
+            ``time`` for the remaining time.
+        first_epoch: Number of the first epoch in the log.
     """
 
     begun: str
@@ -51,11 +52,11 @@ class RunFiles:
 
 @dataclass(frozen=True)
 class NetworkSettings:
-    """A network to train, by neutral names.
+    """Settings of a network to train, with host-independent names.
 
     Attributes:
-        backbone: torchreid's name of a model, or timm's after ``timm:``; empty for that of
-            the config.
+        backbone: Model name in torchreid, or ``timm:`` and a name in timm; empty for that
+            of the config.
         pretrained: Whether it starts from ImageNet weights, or a file of weights.
         input_size: Height and width of its input; None for those of the config.
     """
@@ -67,20 +68,20 @@ class NetworkSettings:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """A training that starts from a trained network, by neutral names.
+    """Settings of a training that starts from a trained network.
 
     Attributes:
         weights: Checkpoint of the network.
-        method: Registered name.
+        method: Registered name of the method.
         folder: Folder of the run.
-        epochs: Epochs to train.
-        learning_rate: Of Adam; constant.
-        batch_size: Images of a training step, and of those computed together.
-        num_workers: Processes that read images.
+        epochs: Number of epochs to train.
+        learning_rate: Constant learning rate of Adam.
+        batch_size: Images per training step, and images per batch of extraction.
+        num_workers: Number of processes that read images.
         checkpoint_period: Epochs between checkpoints, all of which are kept.
-        device: ``"auto"`` for that of the config, or as in PyTorch.
+        device: ``"auto"`` for that of the config, or a device name of PyTorch.
         clustering: Options of the clustering, for a network whose config has none.
-        foreign: Whether the plugin did not train the network: its head stays as it is.
+        foreign: Whether the network comes from another training; its head is kept then.
     """
 
     weights: str
@@ -98,14 +99,14 @@ class Adaptation:
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of one run.
+    """Number and rendezvous of the processes of one run.
 
     Attributes:
-        per_machine: Processes on this machine, on GPUs or CPUs.
+        per_machine: Number of processes on this machine, on GPUs or CPUs.
         num_machines: Number of machines.
         machine_rank: Rank of this machine.
-        meeting_point: ``tcp://host:port``, or ``"auto"`` on one machine.
-        timeout_minutes: How long a process waits for another before it gives up.
+        meeting_point: Rendezvous address ``tcp://host:port``, or ``"auto"`` on one machine.
+        timeout_minutes: Time that a process waits for another before it gives up.
     """
 
     per_machine: int = 1
@@ -117,13 +118,13 @@ class Processes:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a training in this process returned.
+    """Result of a training in this process.
 
     Attributes:
         folder: Folder of the run.
-        weights: Its last checkpoint.
-        metrics: The host's metrics by test set; empty on all but the main process.
-        trained: False if the config asked for an evaluation only.
+        weights: Last checkpoint of the run.
+        metrics: The host's metrics by test set; empty except on the main process.
+        trained: False if the config requested only an evaluation.
     """
 
     folder: Path
@@ -133,17 +134,17 @@ class RunResult:
 
 
 class ProcessFailure(RuntimeError):  # noqa: N818  (as in torch's ProcessExitedException)
-    """A training process failed or was killed; the others have been ended."""
+    """Error for a training process that failed or was killed; the others were ended."""
 
 
 def keys_in(case: Callable[[str], str]) -> Callable[[Iterable[str]], bool]:
-    """Return a check whether all keys are in one case.
+    """Return a function that checks whether all keys are in one case.
 
     Args:
         case: ``str.upper`` or ``str.lower``.
 
     Returns:
-        The check; False for no keys at all.
+        The function; it returns False for no keys at all.
 
     Example:
         >>> keys_in(str.lower)(["train.lr"]), keys_in(str.lower)(["train", "MODEL"])

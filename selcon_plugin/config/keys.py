@@ -1,8 +1,8 @@
-"""The plugin's settings as keys of a host's config: defaults, checks, what is selected.
+"""Config keys of the plugin's options in a host: defaults, checks and selection.
 
-An option of the run, of a method, of the clustering or of a labeler is a key by its name.
-How a host spells keys is in :class:`ConfigKeys`; what the keys mean and which values are
-legal is the same in all.
+Each option of the run, a method, the clustering or a labeler is a key of the same name.
+:class:`ConfigKeys` defines the format of a host's keys; their meaning and their valid
+values are the same in all hosts.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from selcon_plugin.samplers.cluster import AUTO
 Node = MutableMapping[str, Any]
 _OptionsOf = Callable[[str], Mapping[str, Option]]
 
-# What keys of both hosts mean.
+# Meanings of keys that both hosts have.
 CAMERA_PATTERN = (
-    "regular expression whose first group, or match, is the camera in a path below the "
-    'folder; "" first sub-folder, "none" no cameras'
+    "regular expression whose first group, or whole match, is the camera in a path below "
+    'the folder; "" uses the first subfolder, "none" uses no cameras'
 )
-EMBEDDING_DIM = "length of the global feature; 0 is as wide as the backbone"
+EMBEDDING_DIM = "dimension of the global feature; 0 uses that of the backbone"
 
 
 def run_options() -> dict[str, Option]:
-    """Return the options of a run that belong to no method."""
+    """Return the options of a run that do not belong to a method."""
     return options_of(RunOptions)
 
 
@@ -50,12 +50,12 @@ def clustering_options() -> dict[str, Option]:
 
 
 def own_method_options(name: str) -> dict[str, Option]:
-    """Return a method's options without the seed, which is the whole run's."""
+    """Return a method's options without the seed, which belongs to the whole run."""
     return {key: o for key, o in method_options(name).items() if key != "seed"}
 
 
 def sampler_of(method: str, sampler: str) -> str:
-    """Return the sampler that draws the batches: the method's own for "auto".
+    """Return the name of the batch sampler, which for "auto" is the method's own.
 
     Args:
         method: Registered name.
@@ -74,13 +74,13 @@ def configured_labeler(
 
     Args:
         clustering: Options of the clustering.
-        options: Constructor arguments of the labeler; checked.
+        options: Checked constructor arguments of the labeler.
 
     Returns:
         The labeler.
 
     Raises:
-        ValueError: If a filter needs what the labeler does not have.
+        ValueError: If the labeler does not support a filter.
     """  # noqa: DOC502  (raised by the functions called here)
     filters: list[LabelFilter] = []
     if clustering.reliability:
@@ -88,7 +88,7 @@ def configured_labeler(
     if clustering.drop_single_camera:
         filters.append(SingleCameraFilter())
     if clustering.outliers != "drop":
-        policy: Any = clustering.outliers  # its check leaves the policies only
+        policy: Any = clustering.outliers  # the check allows only the policies
         filters.append(OutlierPolicy(policy))
     labeler = labeler_class(clustering.labeler)(**options)
     labeler.center_cameras = clustering.center_cameras
@@ -100,10 +100,10 @@ def configured_labeler(
 
 @dataclass(frozen=True)
 class _Group:
-    """The options of all methods, or of all labelers, in one node of a config."""
+    """Options of all methods, or of all labelers, in one node of a config."""
 
     kind: str
-    chooser: str  # option that names the one chosen
+    chooser: str  # option that names the selected one
     names: Callable[[], Sequence[str]]
     options_of: _OptionsOf
 
@@ -111,8 +111,9 @@ class _Group:
         """Collect the defaults by option.
 
         Returns:
-            None where they differ between methods, and where a word is legal besides a
-            number: yacs lets a key change its type only if its default is None.
+            Defaults by option; None where they differ between methods, and where an option
+            accepts special values in addition to numbers, because yacs lets a key change
+            its type only if its default is None.
         """
         defaults: dict[str, Any] = {}
         for name in self.names():
@@ -133,8 +134,8 @@ class ConfigKeys:
     """The plugin's keys in the config of a host.
 
     Attributes:
-        path: Full key of the node that holds them, for error messages.
-        case: Spells an option's name as a key: ``str.upper`` or ``str.lower``.
+        path: Full key of the node that contains them, for error messages.
+        case: Converts an option's name to a key: ``str.upper`` or ``str.lower``.
         extra: Options of the run that only this host has.
     """
 
@@ -144,36 +145,36 @@ class ConfigKeys:
 
     @property
     def clustering_key(self) -> str:
-        """Key of the node of clustering, inside that of :attr:`path`."""
+        """Key of the clustering node, inside the node of :attr:`path`."""
         return self.case("clustering")
 
     @property
     def clustering_path(self) -> str:
-        """Full key of the node of clustering."""
+        """Full key of the clustering node."""
         return f"{self.path}.{self.clustering_key}"
 
     def run_options(self) -> dict[str, Option]:
-        """Return the options of the run, those of this host included."""
+        """Return the options of the run, including those of this host."""
         return {**run_options(), **{option.name: option for option in self.extra}}
 
     def defaults(self) -> dict[str, Any]:
-        """Return all keys with their defaults, those of clustering in a dict of its own."""
+        """Return all keys with their defaults; those of clustering are in a nested dict."""
         run = {name: option.default for name, option in self.run_options().items()}
         clustering = {name: o.default for name, o in clustering_options().items()}
         return {
-            **self._spelled({**run, **_METHODS.defaults()}),
-            self.clustering_key: self._spelled({**clustering, **_LABELERS.defaults()}),
+            **self._as_keys({**run, **_METHODS.defaults()}),
+            self.clustering_key: self._as_keys({**clustering, **_LABELERS.defaults()}),
         }
 
     def former_keys(self) -> dict[str, None]:
-        """Return the former names of keys, unset.
+        """Return the former names of keys with the value None.
 
-        They stand in the config until it is checked, so that a script may merge files that
-        have them.
+        They stay in the config until it is checked, so that a script may merge files with
+        former names.
         """
         return {self.case(name): None for name in OPTIONS}
 
-    def _spelled(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    def _as_keys(self, values: Mapping[str, Any]) -> dict[str, Any]:
         return {self.case(name): value for name, value in values.items()}
 
     def _groups(self, node: Node) -> Iterator[tuple[Node, str, _Group]]:
@@ -181,10 +182,10 @@ class ConfigKeys:
         yield node[self.clustering_key], self.clustering_path, _LABELERS
 
     def present_key(self, text: str) -> str:
-        """Return a key, or the end of one, with its present name for a former one.
+        """Return a key, or the end of one, with a former name replaced by the present one.
 
         Args:
-            text: For instance ``MODEL.SELCON.MAX_BAD_SHARE`` or ``max_bad_share``.
+            text: Key, for instance ``MODEL.SELCON.MAX_BAD_SHARE`` or ``max_bad_share``.
         """
         node, dot, name = text.rpartition(".")
         present = OPTIONS.get(name.lower())
@@ -193,13 +194,13 @@ class ConfigKeys:
     # --- names of earlier releases --------------------------------------------------------
 
     def rename_in_tree(self, content: dict[str, Any]) -> None:
-        """Put what a config file sets by former names under the present ones.
+        """Replace former names of keys in a config file by the present ones.
 
         Args:
-            content: The file's content; changed in place.
+            content: Content of the file, which is changed in place.
 
         Raises:
-            ValueError: If it sets both names of a key.
+            ValueError: If it sets a key by both names.
         """  # noqa: DOC502  (raised by the functions called here)
         owner, nodes = content, self.path.split(".")
         for name in nodes[:-1]:
@@ -212,23 +213,23 @@ class ConfigKeys:
             )
 
     def rename_in_words(self, words: Sequence[Any]) -> list[Any]:
-        """Put what a command line sets by former names under the present ones.
+        """Replace former names of keys on a command line by the present ones.
 
         Args:
             words: ``KEY VALUE`` pairs.
 
         Returns:
-            Pairs; of a key that comes several times, the last.
+            Pairs; if a key occurs several times, only the last one.
 
         Raises:
-            ValueError: If it sets both names of a key.
+            ValueError: If it sets a key by both names.
         """  # noqa: DOC502  (raised by the functions called here)
         given = dict(zip(words[::2], words[1::2], strict=True))
         renamed = accept_renamed(given, spell=lambda name: f"{self.path}.{self.case(name)}")
         return [word for pair in renamed.items() for word in pair]
 
     def _rename_in_node(self, node: Node) -> None:
-        """Take the former names out of a node, and what a script set by them over."""
+        """Move values that a script set by former names to the present names in a node."""
         former = {key: node.pop(key, None) for key in self.former_keys()}
         given = {key: value for key, value in former.items() if value is not None}
         # A present key with its default counts as not set.
@@ -245,17 +246,18 @@ class ConfigKeys:
     # --- the check ------------------------------------------------------------------------
 
     def check(self, node: Node) -> None:
-        """Check every key once; put the chosen method's and labeler's defaults for None.
+        """Check every key once, and replace None by the selected method's defaults.
 
-        What reads the node afterwards trusts it.
+        Functions that read the node afterwards do not check it again.
 
         Args:
-            node: The plugin's node; changed in place: values are in their options' types,
-                and those of former names under the present ones.
+            node: The plugin's node, which is changed in place: values get the types of
+                their options, and former names are replaced.
 
         Raises:
-            ValueError: If a value is illegal (names key, value and legal range), or if a
-                key was set that the chosen method or labeler does not have.
+            ValueError: If a value is invalid (the message names key, value and valid
+                range), or if a key was set that the selected method or labeler does not
+                have.
         """  # noqa: DOC502  (raised by the functions called here)
         self._rename_in_node(node)
         self._check_each(node, self.path, self.run_options())
@@ -275,7 +277,7 @@ class ConfigKeys:
             owner[key] = option.check(owner[key], label=f"{label}.{key}")
 
     def _refuse_others(self, owner: Node, label: str, group: _Group, chosen: str) -> None:
-        """Refuse options of methods, or labelers, other than the chosen one."""
+        """Refuse options of methods or labelers other than the selected one."""
         known = group.options_of(chosen)
         for name, default in group.defaults().items():
             key = self.case(name)
@@ -291,11 +293,12 @@ class ConfigKeys:
                 owner[self.case(name)] = option.default
 
     def fill_defaults(self, node: Node, settings: Mapping[str, Any]) -> None:
-        """Put, for None, the defaults of the method and the labeler of another config.
+        """Replace None by the defaults of another config's method and labeler.
 
         Args:
-            node: The plugin's node, with the defaults; changed in place.
-            settings: The other config, by full keys. What is not registered here is left.
+            node: The plugin's node with the defaults, which is changed in place.
+            settings: Values of the other config by full keys. Names that are not registered
+                here are ignored.
         """
         self._rename_in_node(node)
         for owner, label, group in self._groups(node):
@@ -310,7 +313,7 @@ class ConfigKeys:
         """Return the options of the run.
 
         Args:
-            node: The plugin's node, checked.
+            node: Checked node of the plugin.
 
         Returns:
             The options.
@@ -321,7 +324,7 @@ class ConfigKeys:
         """Return the options of clustering.
 
         Args:
-            node: The plugin's node, checked.
+            node: Checked node of the plugin.
 
         Returns:
             The options.
@@ -332,15 +335,15 @@ class ConfigKeys:
         )
 
     def selected(self, node: Node, kind: str) -> dict[str, Any]:
-        """Return the options of the chosen method or labeler.
+        """Return the options of the selected method or labeler.
 
         Args:
-            node: The plugin's node, checked.
+            node: Checked node of the plugin.
             kind: ``"method"`` or ``"labeler"``.
 
         Returns:
-            Constructor arguments; options left at None are absent. A method with a seed
-            gets the run's.
+            Constructor arguments without options that are None. A method with a seed gets
+            that of the run.
         """
         owner, _, group = next(g for g in self._groups(node) if g[2].kind == kind)
         chosen = owner[self.case(group.chooser)]
@@ -354,7 +357,7 @@ class ConfigKeys:
         """Build the labeler that a config describes.
 
         Args:
-            node: The plugin's node, checked.
+            node: Checked node of the plugin.
 
         Returns:
             The labeler with its filters.
@@ -365,13 +368,13 @@ class ConfigKeys:
 
     @contextlib.contextmanager
     def allow_type_change(self, node: Node) -> Iterator[None]:
-        """Let a merge change the type of the keys that take several, such as eps: auto.
+        """Let a merge change the type of keys with several types, such as eps: auto.
 
-        yacs compares a value with the one that stands there: after a file's 0.5 the word
-        "auto" would be refused.
+        yacs compares the type of a value with that of the present one: after 0.5 in a file
+        it would refuse the string "auto".
 
         Args:
-            node: The plugin's node, merged into inside the ``with`` block.
+            node: The plugin's node, the target of a merge inside the ``with`` block.
 
         Yields:
             Nothing.
@@ -393,13 +396,13 @@ class ConfigKeys:
                     owner[key] = value
 
     def describe(self, key: str) -> str:
-        """Say in words what is legal for a key; ``""`` for keys that are not the plugin's.
+        """Describe the valid values of a key of the plugin.
 
         Args:
             key: Full key, for instance ``MODEL.SELCON.TEMPERATURE``.
 
         Returns:
-            For instance "a number > 0".
+            Description, for instance "a number > 0"; ``""`` for other keys.
         """
         path, _, name = key.rpartition(".")
         if path == self.path:
@@ -410,5 +413,5 @@ class ConfigKeys:
             return ""
         for owner in group.names():
             known.update(group.options_of(owner))
-        spelled = {self.case(option): known[option] for option in known}
-        return spelled[name].describe() if name in spelled else ""
+        by_key = {self.case(option): known[option] for option in known}
+        return by_key[name].describe() if name in by_key else ""

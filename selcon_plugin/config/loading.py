@@ -1,4 +1,4 @@
-"""Load config files and options: merge them, and explain what does not fit."""
+"""Loading and merging of config files and options, with errors that name the remedy."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _MISMATCH = re.compile(r"with values \(.* vs\. (.*)\) for config key: (.*)", re.
 
 
 def builtin_config(name: str) -> str:
-    """Find one of the configs that come with the package.
+    """Return the path of a config that is part of the package.
 
     Args:
         name: File name below ``configs/``.
 
     Returns:
-        Its path, in an installed package or in a checkout.
+        Path of the file, in an installed package or in a checkout.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -41,21 +41,23 @@ def builtin_config(name: str) -> str:
 
 
 def import_files(files: Sequence[str]) -> None:
-    """Import Python files, each once in a process.
+    """Import Python files, each only once per process.
 
     Args:
-        files: Paths of files; a file's name is its module's.
+        files: Paths of files; the name of a file is that of its module.
 
     Raises:
-        FileNotFoundError: If one does not exist.
-        ValueError: If one is no Python file.
+        FileNotFoundError: If a file does not exist.
+        ValueError: If a file is not a Python file.
     """
     for file in files:
         path = Path(file).resolve()
         if not path.is_file():
             raise FileNotFoundError(f"--import {file!r} does not exist")
         if path.suffix != ".py":
-            raise ValueError(f"--import {file!r} is no Python file: its name ends in .py")
+            raise ValueError(
+                f"--import {file!r} is not a Python file: its name must end in .py"
+            )
         loaded = sys.modules.get(path.stem)
         if loaded is not None and getattr(loaded, "__file__", None) == str(path):
             continue
@@ -76,7 +78,8 @@ def merge_file(cfg: Any, keys: ConfigKeys, file: str) -> None:
         file: Path of a YAML file.
 
     Raises:
-        ValueError: If a key or a value does not fit; names the closest or what is legal.
+        ValueError: If a key is unknown or a value is invalid; the message names similar
+            keys or the valid values.
     """  # noqa: DOC502  (raised by the functions called here)
     with _explained(cfg, keys, file):
         cfg.merge_from_other_cfg(type(cfg)(read_config_tree(file, keys.rename_in_tree)))
@@ -88,10 +91,10 @@ def merge_options(cfg: Any, keys: ConfigKeys, opts: Sequence[str]) -> None:
     Args:
         cfg: Config of a host, not frozen.
         keys: The plugin's keys in it.
-        opts: Keys and values in turn; values are read as Python literals.
+        opts: Alternating keys and values; values are parsed as Python literals.
 
     Raises:
-        ValueError: If a value is missing, or as of :func:`merge_file`.
+        ValueError: If a value is missing, or as for :func:`merge_file`.
     """
     source = "the command line"
     if len(opts) % 2:
@@ -105,16 +108,16 @@ def merge_overrides(cfg: Any, keys: ConfigKeys, overrides: Mapping[str, Any]) ->
     Args:
         cfg: Config of a host, not frozen.
         keys: The plugin's keys in it.
-        overrides: Python values. A text for a key whose value is a text stays as it is, for
-            another key it is read as on a command line.
+        overrides: Python values. A string stays as it is if the key has a string value;
+            otherwise it is parsed as on a command line.
 
     Raises:
-        ValueError: As of :func:`merge_file`.
+        ValueError: As for :func:`merge_file`.
     """  # noqa: DOC502  (raised by the functions called here)
     flat = flatten_config(cfg)
     pairs: list[Any] = []
     for key, value in overrides.items():
-        # As a literal: yacs would take the folder "2024" for a number.
+        # It is passed as a literal: yacs would parse the folder "2024" as a number.
         is_text = isinstance(value, str) and isinstance(flat.get(key), str)
         pairs += [key, repr(value) if is_text else value]
     _merge_pairs(cfg, keys, pairs, "the settings")
@@ -142,7 +145,7 @@ def _check_key(cfg: Any, key: str, source: str) -> None:
 
 @contextlib.contextmanager
 def _explained(cfg: Any, keys: ConfigKeys, source: str) -> Iterator[None]:
-    """Turn yacs's errors, of a merge inside, into ones that help."""
+    """Convert yacs's errors in a merge into errors that name the remedy."""
     node = cfg
     for name in keys.path.split("."):
         node = node[name]
@@ -158,7 +161,7 @@ def _explained(cfg: Any, keys: ConfigKeys, source: str) -> Iterator[None]:
             raise ValueError(f"{source}: {error}") from error
         value, key = mismatch.groups()
         legal = keys.describe(key) or KINDS.get(type(flatten_config(cfg).get(key)), "")
-        # To yacs a whole number is no float: 1 has to be written 1.0.
+        # yacs does not accept an integer for a float: 1 must be written as 1.0.
         remedy = f"; it must be {legal}, written with its type (1.0, not 1)"
         raise ValueError(
             f"{source}: {value} does not fit {key}{remedy if legal else ''}"

@@ -1,8 +1,8 @@
-"""Config keys of the plugin: ``add_selcon_config`` adds, ``complete_config`` checks them.
+"""Config keys of the plugin in FastReID, their defaults and their check.
 
 A method's options become keys of ``MODEL.SELCON`` by their upper-case names, a labeler's
-keys of ``MODEL.SELCON.CLUSTERING``: see the constructors for meaning and legal range,
-configs/README.md for the tables.
+options keys of ``MODEL.SELCON.CLUSTERING``. The constructors document meaning and valid
+range; configs/README.md has the tables.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _optimizer_names() -> tuple[str, ...]:
     )
 
 
-# How FastReID's config writes the plugin's keys.
+# The plugin's keys in the format of FastReID's config.
 KEYS = ConfigKeys(
     "MODEL.SELCON",
     str.upper,
@@ -59,13 +59,13 @@ KEYS = ConfigKeys(
             "test_camera_term": (
                 False,
                 None,
-                "add `SAME_CAMERA_PENALTY` at test time too. Uses camera ids of the test "
-                "set: say so next to the number",
+                "whether to add `SAME_CAMERA_PENALTY` at test time too. It uses camera ids "
+                "of the test set, which must be stated next to the metrics",
             )
         }
     ),
 )
-# Keys beside MODEL.SELCON.
+# Keys outside of MODEL.SELCON.
 OWN_OPTIONS = (
     *option_table(
         {
@@ -97,23 +97,22 @@ OWN_OPTIONS = (
             "SOLVER.AMP.DTYPE": (
                 FLOAT16,
                 Choice((FLOAT16, BFLOAT16)),
-                "type of mixed precision (`SOLVER.AMP.ENABLED`), in steps and for the "
-                "features that are clustered; `bfloat16` needs no loss scale, and works on "
-                "a CPU",
+                "data type of mixed precision (`SOLVER.AMP.ENABLED`), in steps and for the "
+                "clustered features; `bfloat16` needs no loss scale and works on a CPU",
             ),
-            # FastReID's verify_results reads this key, its defaults lack it.
+            # FastReID's verify_results reads this key, but its defaults lack it.
             "TEST.EXPECTED_RESULTS": (
                 [],
                 None,
-                "rows `[data set, metric, value, tolerance]`; the run fails if a result is "
-                "off",
+                "rows `[data set, metric, value, tolerance]`; the run fails if a result "
+                "deviates by more than the tolerance",
             ),
         }
     ),
 )
-_SCHEDULES = ("MultiStepLR", "CosineAnnealingLR")  # those FastReID has arguments for
+_SCHEDULES = ("MultiStepLR", "CosineAnnealingLR")  # FastReID has arguments for these only
 _FROM_0, _FROM_1 = Interval(0), Interval(1)
-# FastReID's keys whose wrong values it meets late, or in silence.
+# FastReID's keys whose invalid values it detects late, or never.
 HOST_OPTIONS = option_table(
     {
         "SOLVER.IMS_PER_BATCH": (
@@ -121,17 +120,17 @@ HOST_OPTIONS = option_table(
             _FROM_1,
             "images in a training batch, over all processes",
         ),
-        "SOLVER.MAX_EPOCH": (120, _FROM_1, "epochs in all"),
+        "SOLVER.MAX_EPOCH": (120, _FROM_1, "total number of epochs"),
         "SOLVER.BASE_LR": (0.01, _FROM_0, "learning rate after the warm-up"),
         "SOLVER.WEIGHT_DECAY": (0.0, _FROM_0, "weight decay"),
         "SOLVER.MOMENTUM": (0.9, Interval(0, 1, below=True), "momentum of SGD"),
-        "SOLVER.WARMUP_ITERS": (0, _FROM_0, "steps over which the learning rate rises"),
+        "SOLVER.WARMUP_ITERS": (0, _FROM_0, "steps of the learning-rate warm-up"),
         "SOLVER.CHECKPOINT_PERIOD": (20, _FROM_1, "epochs between checkpoints"),
         "SOLVER.OPT": ("Adam", Choice(_optimizer_names()), "optimizer"),
         "SOLVER.SCHED": (
             "MultiStepLR",
             Choice(_SCHEDULES),
-            "schedule of the learning rate",
+            "learning-rate schedule",
         ),
         "TEST.IMS_PER_BATCH": (
             64,
@@ -141,7 +140,7 @@ HOST_OPTIONS = option_table(
         "TEST.EVAL_PERIOD": (
             20,
             _FROM_0,
-            "epochs between evaluations; 0 is only at the end",
+            "epochs between evaluations; 0 evaluates only at the end",
         ),
         "DATALOADER.NUM_WORKERS": (8, _FROM_0, "processes that read images"),
         "DATALOADER.NUM_INSTANCE": (4, _FROM_1, "images K of each cluster in a batch"),
@@ -159,10 +158,10 @@ def add_selcon_config(cfg: CfgNode) -> CfgNode:
     """Add the plugin's keys, with their defaults, to a FastReID config.
 
     Call it after ``get_cfg()`` and before merging a file that sets any of these keys. Only
-    the given config is changed.
+    the given config changes.
 
     Args:
-        cfg: FastReID config; changed in place.
+        cfg: FastReID config, which is changed in place.
 
     Returns:
         The same config.
@@ -178,10 +177,10 @@ def add_selcon_config(cfg: CfgNode) -> CfgNode:
 
 
 def selected_method_options(cfg: CfgNode) -> dict[str, Any]:
-    """Read the options of the chosen method from ``MODEL.SELCON``.
+    """Read the options of the selected method from ``MODEL.SELCON``.
 
     Args:
-        cfg: Config with the plugin's keys, checked.
+        cfg: Checked config with the plugin's keys.
 
     Returns:
         Constructor arguments of the method.
@@ -190,7 +189,7 @@ def selected_method_options(cfg: CfgNode) -> dict[str, Any]:
 
 
 def sampler_name(cfg: CfgNode) -> str:
-    """Return the sampler that draws the batches: the method's own for "auto".
+    """Return the name of the batch sampler, which for "auto" is the method's own.
 
     Args:
         cfg: Config with the plugin's keys.
@@ -202,7 +201,7 @@ def sampler_name(cfg: CfgNode) -> str:
 
 
 def _check_combinations(cfg: CfgNode) -> None:
-    """Refuse what each option's own range cannot."""
+    """Refuse combinations of options that are valid on their own."""
     node, batch_size = cfg.MODEL.SELCON, cfg.SOLVER.IMS_PER_BATCH
     if batch_size % node.MICRO_BATCHES:
         raise ValueError(
@@ -217,7 +216,7 @@ def _check_combinations(cfg: CfgNode) -> None:
     if node.TEST_CAMERA_TERM and "same_camera_penalty" not in method_options(node.METHOD):
         raise ValueError(
             "MODEL.SELCON.TEST_CAMERA_TERM adds SAME_CAMERA_PENALTY at test time, which "
-            f"the method {node.METHOD} does not have: leave it at False"
+            f"the method {node.METHOD} does not have: set it to False"
         )
     if node.TEST_CAMERA_TERM and (cfg.TEST.RERANK.ENABLED or cfg.TEST.AQE.ENABLED):
         raise ValueError(
@@ -228,7 +227,7 @@ def _check_combinations(cfg: CfgNode) -> None:
 
 
 def _check_host_keys(cfg: CfgNode) -> None:
-    """Refuse values and names on which FastReID would fail late, or without saying why."""
+    """Refuse values and names on which FastReID would fail late, or without a reason."""
     check_values(cfg, (*HOST_OPTIONS, *OWN_OPTIONS))
     check_size("INPUT.SIZE_TRAIN", cfg.INPUT.SIZE_TRAIN)
     check_size("INPUT.SIZE_TEST", cfg.INPUT.SIZE_TEST)
@@ -247,22 +246,22 @@ def _check_host_keys(cfg: CfgNode) -> None:
 
 
 def complete_config(cfg: CfgNode) -> CfgNode:
-    """Return a checked copy of a config, with everything a SelCon run needs.
+    """Return a checked copy of a config, with all keys that a SelCon run needs.
 
-    This is the one check: what is built from a config calls it, and of a config that it
-    returned, unless a value has been changed since, it only makes a copy. It adds the
-    plugin's keys if the caller's script did not, and moves a run without CUDA to the CPU,
-    where there is no float16.
+    This is the only check: every function that builds from a config calls it. For a config
+    that it has returned, it only makes a copy, unless a value has changed since. It adds
+    the plugin's keys if the caller's script did not, and moves a run without CUDA to the
+    CPU, where float16 is not available.
 
     Args:
-        cfg: FastReID config; not changed.
+        cfg: FastReID config, which is not changed.
 
     Returns:
         Checked config, frozen if the given one was.
 
     Raises:
-        ValueError: If a key of ``MODEL.SELCON`` is illegal, or one of FastReID's that a run
-            needs; names key, value and what is legal.
+        ValueError: If a key of ``MODEL.SELCON``, or a key of FastReID that a run needs, is
+            invalid; the message names key, value and the valid values.
     """  # noqa: DOC502  (raised by the functions called here)
     if is_checked(cfg):
         return cfg.clone()
@@ -286,12 +285,12 @@ def complete_config(cfg: CfgNode) -> CfgNode:
 
 
 def _check_precision(cfg: CfgNode) -> None:
-    """Leave out what a CPU lacks; refuse what a GPU lacks."""
+    """Disable a precision that a CPU lacks; refuse one that a GPU lacks."""
     dtype = cfg.SOLVER.AMP.DTYPE
     if cfg.MODEL.DEVICE == "cpu" and dtype == FLOAT16:
         logger.warning(
-            "SOLVER.AMP.ENABLED in float16 needs CUDA: training in float32. On a CPU "
-            "there is SOLVER.AMP.DTYPE bfloat16"
+            "SOLVER.AMP.ENABLED in float16 needs CUDA: training in float32. On a CPU use "
+            "SOLVER.AMP.DTYPE bfloat16"
         )
         cfg.SOLVER.AMP.ENABLED = False
     if dtype == BFLOAT16 and cfg.MODEL.DEVICE != "cpu" and not _gpu_does_bfloat16():
@@ -302,15 +301,15 @@ def _check_precision(cfg: CfgNode) -> None:
 
 
 def _gpu_does_bfloat16() -> bool:
-    # PyTorch's own question is answered yes where it is emulated, slowly.
+    # PyTorch's own check also returns True where bfloat16 is emulated, which is slow.
     return torch.cuda.get_device_capability() >= (8, 0)
 
 
 def default_values(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the default config, with the defaults of the method of another.
+    """Return the default config with the defaults of another config's method.
 
     Args:
-        settings: The other config, by full keys.
+        settings: Values of the other config by full keys.
 
     Returns:
         Defaults by full keys.

@@ -1,4 +1,4 @@
-"""FastReID as a host."""
+"""Host interface of FastReID."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _CHECKPOINT = re.compile(r"model_(\d+)\.pth")  # counts epochs from 0
 
 
 class FastReIDHost(Host):
-    """Trains with the plugin's ``SelConTrainer``, in one process or several."""
+    """Host that trains with the plugin's ``SelConTrainer``, in one process or several."""
 
     name = "fastreid"
     title = "FastReID"
@@ -116,15 +116,15 @@ class FastReIDHost(Host):
         return {"DATASETS.NAMES": (name,), "DATASETS.TESTS": (name,)}
 
     def help(self) -> ConfigHelp:
-        """Return what is known of the config's keys."""
+        """Return the documentation of the config keys."""
         return self._config_help(own=config.OWN_OPTIONS, checked=config.HOST_OPTIONS)
 
     def default_values(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the defaults, with those of the method of another config."""
+        """Return the default config with the defaults of another config's method."""
         return config.default_values(settings)
 
     def check_trainable(self, cfg: Any) -> None:
-        """Refuse a meta-architecture that trains on identities, and unknown data sets."""
+        """Refuse a supervised meta-architecture and unknown data sets."""
         SelConTrainer.check_meta_architecture(cfg)
         known = list(DATASET_REGISTRY._obj_map)
         for name in (*cfg.DATASETS.NAMES, *cfg.DATASETS.TESTS):
@@ -176,7 +176,7 @@ class FastReIDHost(Host):
         *,
         training: Any = None,
     ) -> None:
-        """Call a function in all processes of a run, or of torchrun."""
+        """Call a function in all processes of a run or of torchrun."""
         check_launch(
             processes.per_machine,
             processes.num_machines,
@@ -184,7 +184,8 @@ class FastReIDHost(Host):
             processes.meeting_point,
         )
         if processes.per_machine > 1 and training is not None:
-            # Starting processes that all fail takes its time.
+            # Checked before, because starting processes takes time even if all of them
+            # fail.
             make_output_folder("OUTPUT_DIR", training.OUTPUT_DIR)
             check_processes(training, processes.per_machine * processes.num_machines)
         launch(
@@ -208,19 +209,19 @@ class FastReIDHost(Host):
         return load_network(cfg, weights, device)
 
     def adaptation_overrides(self, adaptation: Adaptation) -> dict[str, Any]:
-        """Return what is set to train a network further."""
+        """Return the settings to fine-tune a trained network."""
         found = {
             "MODEL.META_ARCHITECTURE": "SelCon",
             "MODEL.WEIGHTS": adaptation.weights,
             "MODEL.BACKBONE.PRETRAIN": False,
             "MODEL.SELCON.METHOD": adaptation.method,
             "MODEL.SELCON.KEEP_CHECKPOINTS": 0,
-            "MODEL.SELCON.KEEP_BEST_BY": "none",  # all checkpoints are measured
+            "MODEL.SELCON.KEEP_BEST_BY": "none",  # the adaptation scores all checkpoints
             "SOLVER.OPT": "Adam",
             "SOLVER.BASE_LR": adaptation.learning_rate,
             "SOLVER.MAX_EPOCH": adaptation.epochs,
             "SOLVER.SCHED": "MultiStepLR",
-            "SOLVER.STEPS": [adaptation.epochs + 1],  # constant
+            "SOLVER.STEPS": [adaptation.epochs + 1],  # constant learning rate
             "SOLVER.WARMUP_ITERS": 0,
             "SOLVER.DELAY_EPOCHS": 0,
             "SOLVER.IMS_PER_BATCH": adaptation.batch_size,
@@ -234,7 +235,7 @@ class FastReIDHost(Host):
         return found | (_of_foreign(adaptation) if adaptation.foreign else {})
 
     def checkpoints(self, folder: str | Path, epochs: int) -> list[tuple[int, Path]]:
-        """List the checkpoints of a run by epochs trained, the final one last."""
+        """List the checkpoints of a run by number of epochs trained, the final one last."""
         found = [
             (int(match[1]) + 1, file)
             for file in Path(folder).glob("model_*.pth")
@@ -244,12 +245,12 @@ class FastReIDHost(Host):
         return [*sorted(found), *([(epochs, final)] if final.exists() else [])]
 
     def extract(self, cfg: Any, output: str | Path) -> tuple[int, int]:
-        """Write the features of ``DATASETS.NAMES`` by ``MODEL.WEIGHTS`` to a file."""
+        """Extract the features of ``DATASETS.NAMES`` with ``MODEL.WEIGHTS`` into a file."""
         return extract_folder(cfg, output)
 
 
 def _of_foreign(adaptation: Adaptation) -> dict[str, Any]:
-    """Return what keeps the head of a network that the plugin did not train."""
+    """Return the settings that keep the head of a network from another training."""
     clustering = {
         f"MODEL.SELCON.CLUSTERING.{name.upper()}": value
         for name, value in adaptation.clustering.items()

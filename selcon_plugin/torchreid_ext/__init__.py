@@ -1,10 +1,11 @@
-"""torchreid adapter. Importing it registers data sets and models with torchreid.
+"""torchreid adapter, which registers data sets and models with torchreid when imported.
 
-* ``ImageSelConEngine`` takes the place of ``ImageSoftmaxEngine``;
+* ``ImageSelConEngine``, which replaces ``ImageSoftmaxEngine``;
 * data sets ``imagefolderreid`` and ``syntheticpersons``;
 * models ``selcon_osnet_x1_0`` and so on, one for each of torchreid's.
 
-Works with the PyPI release (``torchreid.reid``) and the GitHub layout (``torchreid``).
+It works with the PyPI release (``torchreid.reid``) and the GitHub layout (``torchreid``).
+Anything that does not use torchreid's classes belongs to another folder.
 """
 
 from selcon_plugin.compat.torchreid import prepare_torchreid

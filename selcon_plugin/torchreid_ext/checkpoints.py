@@ -1,4 +1,4 @@
-"""Files of a torchreid run: its checkpoints are written, found and read here."""
+"""Writing, listing and reading of the checkpoints of a torchreid run."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ logger = logging.getLogger(__name__)
 
 _CHECKPOINT = re.compile(r"model\.pth\.tar-(\d+)")
 
-# Entry of a checkpoint beside torchreid's own.
+# Entry of a checkpoint in addition to torchreid's own.
 RUN_ENTRY = "selcon"
 
-# Written inside an epoch, when a run is stopped by a signal.
+# Checkpoint inside an epoch, written when a signal stops the run.
 _STOPPED = "model-stopped.pth.tar"
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """List a folder's checkpoints by epoch."""
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, sorted by epoch."""
     files = [file for file in folder.glob("*") if _CHECKPOINT.fullmatch(file.name)]
-    return sorted(files, key=_epoch_of)
+    return sorted(files, key=checkpoint_epoch)
 
 
-def _epoch_of(checkpoint: Path) -> int:
+def checkpoint_epoch(checkpoint: Path) -> int:
+    """Return the number of epochs in the name of a checkpoint."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
@@ -47,22 +48,22 @@ def write_checkpoint(
     A file appears under its name only when it is complete.
 
     Args:
-        checkpoint: All that a run resumes from.
+        checkpoint: Complete state of the run.
         save_dir: Folder of the run.
-        epochs: Epochs done.
+        epochs: Number of finished epochs.
         is_best: Whether to write it as ``model-best.pth.tar`` too.
-        keep: How many checkpoints stay, the newest; 0 for all.
+        keep: Number of checkpoints to keep, the newest ones; 0 for all.
     """
     folder = _model_folder(save_dir)
     file = folder / f"model.pth.tar-{epochs}"
     save_atomically(checkpoint, file)
     logger.info("Checkpoint saved to %s", file)
-    (folder / _STOPPED).unlink(missing_ok=True)  # it has been overtaken
+    (folder / _STOPPED).unlink(missing_ok=True)  # the stopped checkpoint is outdated
     if is_best:
         save_atomically(checkpoint, folder / "model-best.pth.tar")
     if keep:
-        # What an earlier, longer run left behind is not touched.
-        own = [old for old in _checkpoints(folder) if _epoch_of(old) <= epochs]
+        # Checkpoints of an earlier, longer run are not touched.
+        own = [old for old in list_checkpoints(folder) if checkpoint_epoch(old) <= epochs]
         for old in own[:-keep]:
             old.unlink()
 
@@ -71,19 +72,19 @@ def write_stopped_checkpoint(checkpoint: dict[str, Any], save_dir: str) -> None:
     """Write the checkpoint of a run that a signal stops inside an epoch.
 
     Args:
-        checkpoint: All that a run resumes from.
+        checkpoint: Complete state of the run.
         save_dir: Folder of the run.
     """
     save_atomically(checkpoint, _model_folder(save_dir) / _STOPPED)
 
 
 def write_best_weights(state: Mapping[str, Any], save_dir: str, epochs: int) -> None:
-    """Write the best weights without labels; no run resumes from them.
+    """Write the best weights by a label-free criterion; no run resumes from them.
 
     Args:
         state: State of the model.
         save_dir: Folder of the run.
-        epochs: Epochs that they were trained for.
+        epochs: Number of epochs that the weights were trained for.
     """
     weights = {"state_dict": without_method(state), "epoch": epochs}
     save_atomically(weights, _model_folder(save_dir) / BEST_FILE)
@@ -96,22 +97,22 @@ def _model_folder(save_dir: str) -> Path:
 
 
 def read_run(path: Path) -> tuple[Path, dict[str, Any]]:
-    """Read a checkpoint, or the last one in a run's folder that can be read.
+    """Read a checkpoint, or the last readable one in the folder of a run.
 
     Args:
-        path: A checkpoint, or a run's folder.
+        path: Path of a checkpoint, or folder of a run.
 
     Returns:
-        The file and what it holds.
+        The file and its content.
 
     Raises:
-        BadCheckpointError: If it is not a checkpoint of this engine.
-        FileNotFoundError: If there is none.
+        BadCheckpointError: If the file is not a checkpoint of this engine.
+        FileNotFoundError: If there is no checkpoint.
     """
     required = ("state_dict", "optimizer", "epoch", RUN_ENTRY)
     if path.is_dir():
         folder = path / "model"
-        files = _checkpoints(folder)
+        files = list_checkpoints(folder)
         files += [file for file in [folder / _STOPPED] if file.is_file()]
         if not files:
             raise FileNotFoundError(f"there is no checkpoint in {folder}")
@@ -120,6 +121,6 @@ def read_run(path: Path) -> tuple[Path, dict[str, Any]]:
         return path, read_checkpoint(path, required)
     except BadCheckpointError as error:
         raise BadCheckpointError(
-            f"{error}. To begin from its weights, load them with torchreid's "
+            f"{error}. To start from its weights, load them with torchreid's "
             "load_pretrained_weights"
         ) from error

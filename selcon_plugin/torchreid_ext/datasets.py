@@ -1,8 +1,8 @@
-r"""Data sets registered with torchreid: any folder of images, and the embedded default.
+r"""Data sets of the plugin in torchreid: any folder of images, and synthetic persons.
 
-Registered names are lower case, as torchreid's own (``market1501``): ``imagefolderreid``
-and ``syntheticpersons``. ``ImageDataManager`` hands every data set the same arguments: what
-is particular to ours is bound to a name of the caller's choice::
+Registered names are lower case like torchreid's own (``market1501``): ``imagefolderreid``
+and ``syntheticpersons``. ``ImageDataManager`` passes the same arguments to every data set;
+the options of our data sets are bound to a name of the caller's choice::
 
     register_image_folder("station", "crops/station", camera_pattern=r"cam(\d+)")
     register_synthetic_persons("few", SyntheticPersonsSpec(num_train_ids=20))
@@ -33,10 +33,10 @@ _ImageDataset: Any = _torchreid.data.ImageDataset
 
 
 class _Unknown(int):
-    """A number that stays what it is when torchreid combines sources.
+    """Number that stays the same when torchreid combines sources.
 
-    torchreid tells the people and the cameras of several sources apart by adding offsets.
-    Added to a plain -1, an offset gives the number of somebody known.
+    torchreid distinguishes the persons and cameras of several sources by adding offsets. If
+    an offset is added to a plain -1, the result is the number of a known person.
     """
 
     def __add__(self, other: int) -> _Unknown:
@@ -48,30 +48,30 @@ UNKNOWN_CAMERA = _Unknown(-1)
 
 
 class _NoImages(list[Any]):
-    """An empty list. torchreid asks every list how long its first entry is."""
+    """Empty list with an empty first entry, whose length torchreid reads."""
 
     def __getitem__(self, index: Any) -> Any:
         return ()
 
 
 class ImageFolderReID(_ImageDataset):
-    """Any folder of images as a training set without identities; it has no test set.
+    """Training set of any folder of images, without identities and without a test set.
 
     Cameras are numbered 0, 1, ... by name. Every identity and each unknown camera is -1,
-    also among combined sources. torchreid counts -1 as one identity and as one camera.
+    even if sources are combined. torchreid counts -1 as one identity and as one camera.
 
-    Query and gallery are empty: name another data set in ``targets``, or pass
+    Query and gallery are empty: use another data set in ``targets``, or pass
     ``targets=[]``.
 
     Args:
-        root: Root of the data sets; the folder itself where ``folder`` is not given.
-        folder: The folder.
-        camera_pattern: How to find a file's camera; see
+        root: Root of the data sets; the folder itself if ``folder`` is not given.
+        folder: Folder of images.
+        camera_pattern: Pattern that finds the camera in a path; see
             :func:`selcon_plugin.datasets.read_image_folder`.
-        mode: ``"train"``, ``"query"`` or ``"gallery"``. The folder is read for training
-            only.
+        mode: ``"train"``, ``"query"`` or ``"gallery"``. The folder is read only for
+            training.
         verbose: Whether to print a summary.
-        **kwargs: torchreid's own.
+        **kwargs: Arguments of torchreid's base class.
 
     Raises:
         ValueError: If neither ``folder`` nor ``root`` is given.
@@ -89,13 +89,13 @@ class ImageFolderReID(_ImageDataset):
         folder = folder or root
         if not folder:
             raise ValueError(
-                "folder='' and root='': an image folder has to be named. Pass root=FOLDER "
-                "to ImageDataManager, or call register_image_folder(NAME, FOLDER)"
+                "folder='' and root='': an image folder is required. Pass root=FOLDER to "
+                "ImageDataManager, or call register_image_folder(NAME, FOLDER)"
             )
         reads = mode == "train"
         if mode == "query":
             logger.warning(
-                "%s has no test set: name one in targets, or pass targets=[]", folder
+                "%s has no test set: set targets to one, or pass targets=[]", folder
             )
         super().__init__(
             _unlabeled_images(folder, camera_pattern) if reads else _NoImages(),
@@ -108,12 +108,12 @@ class ImageFolderReID(_ImageDataset):
 
 
 class SyntheticPersons(_ImageDataset):
-    """Drawn people seen by several cameras; draws itself under the root when absent.
+    """Synthetic persons in several cameras, rendered below the root if they are absent.
 
     Args:
         root: Root of the data sets.
         spec: Size and seed.
-        **kwargs: torchreid's own.
+        **kwargs: Arguments of torchreid's base class.
     """
 
     _junk_pids = [-1]  # noqa: RUF012  (torchreid's convention)
@@ -124,7 +124,7 @@ class SyntheticPersons(_ImageDataset):
         spec: SyntheticPersonsSpec | None = None,
         **kwargs: Any,
     ) -> None:
-        root = os.path.abspath(os.path.expanduser(root))  # as torchreid's own do
+        root = os.path.abspath(os.path.expanduser(root))  # as in torchreid's data sets
         folder = generate_synthetic_persons(
             root, spec or SyntheticPersonsSpec(), progress=True
         )
@@ -136,10 +136,10 @@ class SyntheticPersons(_ImageDataset):
 
 
 def register_datasets() -> None:
-    """Register ``imagefolderreid`` and ``syntheticpersons``; again changes nothing.
+    """Register ``imagefolderreid`` and ``syntheticpersons``; a second call has no effect.
 
     ``imagefolderreid`` reads the folder given as ``root``; ``syntheticpersons`` has the
-    size and seed that :class:`selcon_plugin.datasets.SyntheticPersonsSpec` has by default.
+    default size and seed of :class:`selcon_plugin.datasets.SyntheticPersonsSpec`.
     """
     register_image_folder("imagefolderreid")
     register_synthetic_persons("syntheticpersons")
@@ -151,8 +151,8 @@ def register_image_folder(
     """Register a folder of images as a torchreid data set.
 
     Args:
-        name: Name for ``sources``. The same name with the same options changes nothing.
-        folder: The folder; ``""`` is the data manager's ``root``.
+        name: Name for ``sources``. A second call with the same options has no effect.
+        folder: Folder of images; ``""`` for the data manager's ``root``.
         camera_pattern: See :func:`selcon_plugin.datasets.read_image_folder`.
     """
     folder = os.fspath(folder)
@@ -160,11 +160,11 @@ def register_image_folder(
 
 
 def register_synthetic_persons(name: str, spec: SyntheticPersonsSpec | None = None) -> None:
-    """Register drawn people of some size and seed as a torchreid data set.
+    """Register synthetic persons with a size and a seed as a torchreid data set.
 
     Args:
-        name: Name for ``sources`` and ``targets``. The same name with the same
-            specification changes nothing.
+        name: Name for ``sources`` and ``targets``. A second call with the same
+            specification has no effect.
         spec: Size and seed.
     """
     _register(name, SyntheticPersons, spec=spec or SyntheticPersonsSpec())

@@ -1,4 +1,4 @@
-"""``ImageSelConEngine``, which takes the place of torchreid's ``ImageSoftmaxEngine``."""
+"""``ImageSelConEngine``, which replaces torchreid's ``ImageSoftmaxEngine``."""
 
 from __future__ import annotations
 
@@ -54,36 +54,37 @@ logger = logging.getLogger(__name__)
 
 
 class ImageSelConEngine(EvaluationEngine):
-    """Train without identities on torchreid's data manager, model, optimizer and schedule.
+    """Engine for label-free training with torchreid's data manager, model and optimizer.
 
-    Constructor and :meth:`run` are used as those of ``ImageSoftmaxEngine``; evaluation,
+    Constructor and :meth:`run` are used like those of ``ImageSoftmaxEngine``; evaluation,
     ``visrank`` and TensorBoard are torchreid's. Identities of the training set are not
-    looked at.
+    used.
 
-    Checkpoints are torchreid's files, with banks and labels inside. To go on from one::
+    Checkpoints are torchreid's files and include banks and labels. To resume from one::
 
         start_epoch = engine.resume("log/osnet/model/model.pth.tar-20")
         engine.run(save_dir="log/osnet", max_epoch=60, start_epoch=start_epoch)
 
-    torchreid's ``resume_from_checkpoint`` does as well for a :class:`SelConModel`, but does
-    not notice other settings or other images.
+    torchreid's ``resume_from_checkpoint`` also works for a :class:`SelConModel`, but does
+    not detect different settings or images.
 
     Args:
-        datamanager: torchreid's ``ImageDataManager``: images, transforms, batch size.
-        model: :class:`SelConModel`, or any torchreid model: its classifier then gives way
-            to our head, whose weights are added to the optimizer. May be wrapped in
+        datamanager: torchreid's ``ImageDataManager``, with images, transforms, batch size.
+        model: :class:`SelConModel`, or any torchreid model, whose classifier our head then
+            replaces; the head's weights are added to the optimizer. May be wrapped in
             ``nn.DataParallel``.
-        optimizer: Of the model's parameters.
-        scheduler: Learning rates by epoch, or None.
+        optimizer: Optimizer of the model's parameters.
+        scheduler: Learning-rate schedule by epoch, or None.
         method: Registered name; see :func:`selcon_plugin.methods.method_names`.
-        clustering: For methods with clusters. Either a labeler, or a dict: ``labeler``, its
-            options (``eps`` ...), ``period``, ``features``, ``center_cameras``,
-            ``reliability``, ``drop_single_camera``, ``outliers``. None for the defaults.
-        use_gpu: As torchreid's.
+        clustering: Clustering for methods with clusters: either a labeler, or a dict with
+            ``labeler``, its options (``eps`` ...), ``period``, ``features``,
+            ``center_cameras``, ``reliability``, ``drop_single_camera``, ``outliers``. None
+            for the defaults.
+        use_gpu: Whether to use a GPU, as in torchreid.
         num_instances: Images of each cluster in a batch.
         head: Arguments of :class:`SelConModel` for a model without our head.
-        checkpoint_period: Epochs between checkpoints; 0 for the last epoch alone.
-        checked: Options that were checked with a config, in the place of ``method``,
+        checkpoint_period: Epochs between checkpoints; 0 for only the last epoch.
+        checked: Options that were checked with a config, in place of ``method``,
             ``clustering`` and ``options``.
         **options: Options of the method, such as ``temperature``, and of the run:
             ``sampler``, ``outlier_ratio``, ``iters_per_epoch``, ``micro_batches``,
@@ -93,12 +94,12 @@ class ImageSelConEngine(EvaluationEngine):
             ``tensorboard_pictures``, ``seed``.
 
     Attributes:
-        start_epoch: Epoch to begin with; set by :meth:`resume`.
-        results: Percent by metric, by test set, of the last evaluation.
+        start_epoch: Epoch to start with; set by :meth:`resume`.
+        results: Metrics of the last evaluation in percent, by test set and name.
         meter: Time and memory of training.
 
     Raises:
-        ValueError: If an option is unknown or illegal, or data and options do not fit.
+        ValueError: If an option is unknown or invalid, or data and options do not match.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class ImageSelConEngine(EvaluationEngine):
             model, optimizer, scheduler, datamanager, dict(head or {})
         )
         fit_to_method(self._network, self._method_name)
-        # Also of a test without training.
+        # An evaluation without training uses this weight as well.
         self._network.global_distance_weight = self._method_options.get(
             "global_distance_weight", self._network.global_distance_weight
         )
@@ -140,14 +141,16 @@ class ImageSelConEngine(EvaluationEngine):
             self._options.max_unreadable_ratio,
         )
         self._num_instances = num_instances
-        figure = self._options.keep_best_by
-        self._best = None if figure == NEVER else BestWeights(figure, self._save_best)
+        criterion = self._options.keep_best_by
+        self._best = None
+        if criterion != NEVER:
+            self._best = BestWeights(criterion, self._save_best)
         self._training = self._build_run(images)
         self.meter = RunMeter()
         self.num_clusters: int | None = None
         self.start_epoch = 0
         self._losses_seen = LossAverage()
-        self._steps_done = 0  # of the epoch to start with
+        self._steps_done = 0  # steps done of the epoch to start with
         self._signals = StopSignals()
         self._progress: TrainingProgress | None = None
         self._ready = False
@@ -173,7 +176,7 @@ class ImageSelConEngine(EvaluationEngine):
         )
         iters = options.iters_per_epoch or len(images) // batch_size
         self.train_loader = EpochLoader(images, sampler, iters, **readers)
-        # Now: files may vanish before the first checkpoint.
+        # The fingerprint is taken now: files may disappear before the first checkpoint.
         self._metadata = RunState(
             num_images=len(images),
             image_list=images.fingerprint,
@@ -187,7 +190,7 @@ class ImageSelConEngine(EvaluationEngine):
             default=batch_size,
         )
         extraction = ExtractionLoader(test_view, test_batch, **readers)
-        # Built for its needs and its checks; the network's own comes with training.
+        # This instance serves only for its checks; training builds the network's own one.
         probe = self._build_method(1)
         probe.check_cameras(images.camera_ids)
         check_sampler(
@@ -220,8 +223,8 @@ class ImageSelConEngine(EvaluationEngine):
             **self._method_options,
         )
 
-    def _get_ready(self) -> None:
-        """Give the network its method, and banks to begin with."""
+    def _prepare_network(self) -> None:
+        """Add the method to the network, and initialize its banks."""
         network, images = self._network, self._training.dataset
         if network.method is None:
             seed_all(self._options.seed)
@@ -232,33 +235,34 @@ class ImageSelConEngine(EvaluationEngine):
         self._ready = True
 
     def _add_teacher(self) -> None:
-        """Give the network its teacher, and what a checkpoint left for it to take."""
+        """Add the teacher to the network, and load pending state from a checkpoint."""
         if self._network.teacher is None:
             self._network.add_teacher(self._options.ema_decay)
-        self._network.take_left_for_run()
+        self._network.load_pending_state()
 
     # --- training -------------------------------------------------------------------------
 
     def run(
         self, save_dir: str = "log", max_epoch: int = 0, *args: Any, **kwargs: Any
     ) -> None:
-        """Train and evaluate, as torchreid's ``run``, whose arguments these are.
+        """Train and evaluate with the arguments of torchreid's ``run``.
 
-        A run that is complete when it is resumed is evaluated. On SIGTERM or Ctrl-C it ends
-        after the step under way, with a checkpoint from which it can be resumed exactly,
-        and with :class:`~selcon_plugin.engine.stopping.RunStopped`, a ``SystemExit``.
+        A resumed run that is already complete is evaluated. On SIGTERM or Ctrl-C the run
+        ends after the current step, with a checkpoint from which it resumes exactly, and
+        raises :class:`~selcon_plugin.engine.stopping.RunStopped`, a ``SystemExit``.
 
         Args:
             save_dir: Folder of checkpoints and TensorBoard files.
-            max_epoch: Epochs in all.
+            max_epoch: Total number of epochs.
             *args: As in torchreid.
-            **kwargs: As in torchreid; ``start_epoch`` is where :meth:`resume` left off.
+            **kwargs: As in torchreid; ``start_epoch`` defaults to the result of
+                :meth:`resume`.
         """
         call = inspect.signature(super().run).bind(save_dir, max_epoch, *args, **kwargs)
         call.arguments.setdefault("start_epoch", self.start_epoch)
         self._save_dir = self._training.folder = save_dir
         if call.arguments["start_epoch"] != self.start_epoch:
-            self._steps_done = 0  # they are of another epoch
+            self._steps_done = 0  # they belong to another epoch
         with messages_shown():
             complete = 0 < max_epoch <= call.arguments["start_epoch"]
             if complete and not call.arguments.get("test_only"):
@@ -283,12 +287,12 @@ class ImageSelConEngine(EvaluationEngine):
 
         Args:
             print_freq: Batches between printed lines.
-            fixbase_epoch: Epochs in which ``open_layers`` alone are trained.
+            fixbase_epoch: Epochs in which only ``open_layers`` are trained.
             open_layers: Names of parts of the model: ``"heads"``, ``"backbone"``.
         """
         with self.meter.running():
             if not self._ready:
-                self._get_ready()
+                self._prepare_network()
             first, done = self.epoch * len(self.train_loader), self._steps_done
             self._step, self._steps_done = first + done, 0
             self._stop_if_asked()
@@ -300,7 +304,7 @@ class ImageSelConEngine(EvaluationEngine):
             self._training.refresh_pseudo_labels(self.epoch, first, done)
             self.train_loader.steps_done = done
             rate = self.get_current_lr()
-            # A bar says what torchreid's own lines say, and they would break it.
+            # The bar shows the content of torchreid's lines, which would break it.
             every = sys.maxsize if on_terminal() else print_freq
             with contextlib.closing(self._progress):
                 super().train(every, fixbase_epoch, open_layers)
@@ -320,7 +324,7 @@ class ImageSelConEngine(EvaluationEngine):
             self._training.write_pictures(self._save_dir, self._step)
 
     def update_lr(self, names: Any = None) -> None:
-        """Move the schedule by an epoch, as torchreid's ``update_lr``.
+        """Advance the schedule by an epoch, as torchreid's ``update_lr``.
 
         Args:
             names: As in torchreid.
@@ -337,10 +341,10 @@ class ImageSelConEngine(EvaluationEngine):
             data: A batch of the train loader.
 
         Returns:
-            Losses by name, their sum, and now and then what a user watches; nothing of a
-            step that is skipped.
+            Losses by name, their sum, and periodically the diagnostics; empty for a skipped
+            step.
         """
-        # torchreid counts from 0 in an epoch begun by an earlier part of the run, too.
+        # torchreid counts from 0 even if an earlier part of the run started the epoch.
         self.batch_idx = self._step - self.epoch * len(self.train_loader)
         if self._progress is not None:
             self._progress.begin_step(self._step)
@@ -410,13 +414,13 @@ class ImageSelConEngine(EvaluationEngine):
     def save_model(
         self, epoch: int, rank1: float, save_dir: str, is_best: bool = False
     ) -> None:
-        """Write torchreid's checkpoint, and what a run needs to go on.
+        """Write torchreid's checkpoint with the additional state for resuming the run.
 
         A file appears under its name only when it is complete.
 
         Args:
-            epoch: Epoch that ended, counted from 0.
-            rank1: Rank-1 of its evaluation.
+            epoch: Index of the finished epoch, counted from 0.
+            rank1: Rank-1 accuracy of its evaluation.
             save_dir: Folder of the run.
             is_best: Whether to save it as ``model-best.pth.tar`` too.
         """
@@ -428,12 +432,12 @@ class ImageSelConEngine(EvaluationEngine):
         write_best_weights(self.model.state_dict(), self._save_dir, epochs)
 
     def _stateful(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps beside torchreid's entries; None where absent."""
+        """Return the objects with state in addition to torchreid's; None where absent."""
         labeler = self._training.labeler
         return {"meter": self.meter, "labeler": labeler, "best": self._best}
 
     def _checkpoint(self, epoch: int, rank1: float, steps_done: int = 0) -> dict[str, Any]:
-        """Return all that a run goes on from, after ``epoch`` epochs and some steps."""
+        """Return the complete state of the run after ``epoch`` epochs and some steps."""
         checkpoint = {
             "state_dict": self.model.state_dict(),
             "epoch": epoch,
@@ -454,19 +458,19 @@ class ImageSelConEngine(EvaluationEngine):
         return checkpoint
 
     def resume(self, path: str | os.PathLike[str]) -> int:
-        """Go on from a checkpoint: weights, optimizer, schedule, banks, labels.
+        """Resume from a checkpoint with weights, optimizer, schedule, banks and labels.
 
         Args:
-            path: A checkpoint, or a run's ``save_dir``: the one written last that can be
-                read is taken.
+            path: Path of a checkpoint, or the ``save_dir`` of a run, whose last readable
+                checkpoint is used.
 
         Returns:
-            The epoch to go on with, for ``run(start_epoch=...)``.
+            The epoch to resume with, for ``run(start_epoch=...)``.
 
         Raises:
-            ValueError: If it is not this engine's, cannot be read, or is of a run with
-                other settings, images or another model. ``FileNotFoundError`` if there is
-                none.
+            ValueError: If the checkpoint is not from this engine, is unreadable, or belongs
+                to a run with other settings, images or another model.
+                ``FileNotFoundError`` if there is none.
         """  # noqa: DOC502  (raised by the functions called here)
         file, checkpoint = read_run(Path(path).expanduser())
         entry = checkpoint[RUN_ENTRY]

@@ -1,4 +1,4 @@
-"""torchreid's evaluation, also of small galleries, with results that are kept."""
+"""torchreid's evaluation, which also supports small galleries and records its results."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _Engine: Any = import_torchreid().engine.Engine
 
 
 class EvaluationEngine(_Engine):
-    """torchreid's engine, which evaluates small galleries too and keeps what it finds.
+    """torchreid's engine with evaluation of small galleries and recorded results.
 
     Args:
-        datamanager: torchreid's.
-        use_gpu: As torchreid's.
+        datamanager: Data manager of torchreid.
+        use_gpu: Whether to use a GPU, as in torchreid.
 
     Attributes:
-        results: Percent by metric, by test set, of the last evaluation.
+        results: Metrics of the last evaluation in percent, by test set and name.
         test_loader: Loaders of the test sets that have queries, by name.
 
     Raises:
@@ -48,10 +48,10 @@ class EvaluationEngine(_Engine):
                 loader.worker_init_fn = ignore_stop_signals
         self.results: dict[str, dict[str, float]] = {}
         self._save_dir = ""
-        self._step = 0  # optimizer steps done; 0 in a test of weights without a run
+        self._step = 0  # optimizer steps done; 0 for an evaluation without a run
 
     def _before_evaluation(self) -> None:
-        """Prepare the network; by itself there is nothing to prepare."""
+        """Prepare the network for evaluation; the base class does nothing."""
 
     def test(self, *args: Any, **kwargs: Any) -> float:
         """Evaluate on the test sets, as torchreid's ``test``.
@@ -73,7 +73,7 @@ class EvaluationEngine(_Engine):
     def _evaluate(
         self, dataset_name: str = "", ranks: Sequence[int] = (1,), **kwargs: Any
     ) -> tuple[float, float]:
-        # torchreid fails on a rank beyond what is left of a small gallery.
+        # torchreid fails on ranks beyond the remaining images of a small gallery.
         test_set = self.datamanager.test_dataset[dataset_name]
         smallest = _smallest_gallery(test_set)
         ranks = [rank for rank in ranks if rank <= smallest]
@@ -100,7 +100,10 @@ class EvaluationEngine(_Engine):
 
 
 def _smallest_gallery(test_set: Mapping[str, Any]) -> int:
-    """Return the gallery images of a query, at least: all but its own on its camera."""
+    """Return the smallest number of gallery images per query.
+
+    A query is not compared with the images of its own identity and camera.
+    """
     seen = Counter((pid, camid) for _, pid, camid, *_ in test_set["gallery"])
     own = max(seen[pid, camid] for _, pid, camid, *_ in test_set["query"])
     return len(test_set["gallery"]) - own
@@ -108,11 +111,11 @@ def _smallest_gallery(test_set: Mapping[str, Any]) -> int:
 
 @contextlib.contextmanager
 def _ranks_up_to(last: int, record: Callable[[Any], None]) -> Iterator[None]:
-    """Let torchreid count matches only at those ranks that every query has.
+    """Restrict torchreid's metrics to the ranks that every query has.
 
     Args:
         last: The last such rank.
-        record: Is handed the distances; the evaluation continues where it fails.
+        record: Called with the distances; the evaluation continues if it fails.
     """
     metrics = import_torchreid().metrics
     evaluate = metrics.evaluate_rank
@@ -121,7 +124,7 @@ def _ranks_up_to(last: int, record: Callable[[Any], None]) -> Iterator[None]:
         try:
             record(args[0])
         except Exception as error:
-            logger.warning("Ranked results could not be kept: %s", error)
+            logger.warning("The ranked results could not be written: %s", error)
         return evaluate(*args, max_rank=max(1, min(max_rank, last)), **kwargs)
 
     metrics.evaluate_rank = bounded

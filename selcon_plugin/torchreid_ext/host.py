@@ -1,4 +1,4 @@
-"""torchreid as a host."""
+"""Host interface of torchreid."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from selcon_plugin.engine.threads import reserve_cpu_core
 from selcon_plugin.models.inference import InferenceNetwork
 from selcon_plugin.models.pretrained import read_state_dict
 from selcon_plugin.torchreid_ext import config
-from selcon_plugin.torchreid_ext.checkpoints import _checkpoints, _epoch_of
+from selcon_plugin.torchreid_ext.checkpoints import checkpoint_epoch, list_checkpoints
 from selcon_plugin.torchreid_ext.datasets import image_dataset_names
 from selcon_plugin.torchreid_ext.inference import load_network
 from selcon_plugin.torchreid_ext.models import feature_layer_width
 from selcon_plugin.torchreid_ext.train import run_config
 
-# Names of FastReID's keys for the same settings.
+# FastReID's keys for the same settings.
 _COMPARABLE_KEYS = {
     "data.save_dir": "OUTPUT_DIR",
     "model.name": "MODEL.BACKBONE.NAME",
@@ -46,7 +46,7 @@ _COMPARABLE_NODES = {
 
 
 class TorchreidHost(Host):
-    """Trains with torchreid's ``ImageDataManager`` and the plugin's engine."""
+    """Host that trains with torchreid's ``ImageDataManager`` and the plugin's engine."""
 
     name = "torchreid"
     title = "torchreid"
@@ -105,15 +105,15 @@ class TorchreidHost(Host):
         return {"data.sources": [name.lower()], "data.targets": [name.lower()]}
 
     def help(self) -> ConfigHelp:
-        """Return what is known of the config's keys."""
+        """Return the documentation of the config keys."""
         return self._config_help(own=config.OWN_OPTIONS, checked=config.HOST_OPTIONS)
 
     def default_values(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the defaults, with those of the method of another config."""
+        """Return the default config with the defaults of another config's method."""
         return config.default_values(settings)
 
     def comparable_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Name settings as FastReID does, where it has the same."""
+        """Rename settings to FastReID's keys where FastReID has the same setting."""
         result = {_comparable_key(key): value for key, value in settings.items()}
         size = [settings["data.height"], settings["data.width"]]
         result["INPUT.SIZE_TRAIN"] = result["INPUT.SIZE_TEST"] = size
@@ -149,8 +149,8 @@ class TorchreidHost(Host):
 
     def _one_process(self) -> str:
         return (
-            "torchreid trains in one process, on all GPUs that CUDA_VISIBLE_DEVICES shows "
-            "it: leave out --num-gpus and --num-machines"
+            "torchreid trains in one process, on all GPUs in CUDA_VISIBLE_DEVICES: remove "
+            "--num-gpus and --num-machines"
         )
 
     def load_network(
@@ -160,11 +160,11 @@ class TorchreidHost(Host):
         return load_network(cfg, weights, device)
 
     def inference_overrides(self, backbone: str = "") -> dict[str, Any]:
-        """Return what is set to load a trained network: no download, no missing GPU."""
+        """Return the settings to load a trained network without download or missing GPU."""
         named: dict[str, Any] = {}
         if backbone:
-            # torchreid's defaults: the package's config for folders has a head of its own,
-            # to be trained from scratch.
+            # These are torchreid's defaults, because the package's config for folders has a
+            # head that is trained from scratch.
             named = {
                 "model.name": backbone,
                 "selcon.pool": "avg",
@@ -175,7 +175,7 @@ class TorchreidHost(Host):
         return {**named, "model.pretrained": False, "selcon.weights": "", **cpu}
 
     def adaptation_overrides(self, adaptation: Adaptation) -> dict[str, Any]:
-        """Return what is set to train a network further."""
+        """Return the settings to fine-tune a trained network."""
         found = {
             "model.load_weights": adaptation.weights,
             "model.resume": "",
@@ -193,19 +193,20 @@ class TorchreidHost(Host):
             "selcon.method": adaptation.method,
             "selcon.checkpoint_period": adaptation.checkpoint_period,
             "selcon.keep_checkpoints": 0,
-            "selcon.keep_best_by": "none",  # all checkpoints are measured
+            "selcon.keep_best_by": "none",  # the adaptation scores all checkpoints
         }
         if adaptation.device == "cpu":
             found["use_gpu"] = False
         return found | (_of_foreign(adaptation) if adaptation.foreign else {})
 
     def checkpoints(self, folder: str | Path, epochs: int) -> list[tuple[int, Path]]:
-        """List the checkpoints of a run by epochs trained."""
-        return [(_epoch_of(f), f) for f in _checkpoints(Path(folder) / "model")]
+        """List the checkpoints of a run by number of epochs trained."""
+        files = list_checkpoints(Path(folder) / "model")
+        return [(checkpoint_epoch(file), file) for file in files]
 
 
 def _of_foreign(adaptation: Adaptation) -> dict[str, Any]:
-    """Return what keeps the head of a network that the plugin did not train."""
+    """Return the settings that keep the head of a network from another training."""
     width = feature_layer_width(read_state_dict(Path(adaptation.weights)))
     return {
         "selcon.num_parts": 0,

@@ -1,4 +1,4 @@
-"""Trained networks of torchreid: the plugin's own, and plain models, timm's as well."""
+"""Loading of trained torchreid networks: the plugin's own, and plain or timm models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CLASSIFIER = ("classifier",)
 
 
 class _PooledMap(nn.Module):
-    """The average of a feature map, the usual feature of a backbone without a head."""
+    """Global average pooling, the usual feature of a backbone without a head."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -41,16 +41,16 @@ def load_network(
 
     Args:
         cfg: Complete config.
-        weights: A checkpoint of ``ImageSelConEngine``, or weights of a plain model of the
-            name in ``model.name``.
-        device: Where to compute.
+        weights: Checkpoint of ``ImageSelConEngine``, or weights of the plain model that
+            ``model.name`` names.
+        device: Device to compute on.
 
     Returns:
-        The network; of a run with a teacher, the teacher.
+        The network; for a run with a teacher, the teacher.
 
     Raises:
-        ValueError: If the file is of another network. ``FileNotFoundError`` if there is
-            none.
+        ValueError: If the file belongs to another network. ``FileNotFoundError`` if it
+            does not exist.
     """  # noqa: DOC502  (raised by the functions called here)
     preprocessing = Preprocessing(
         size=(cfg.data.height, cfg.data.width),

@@ -1,4 +1,4 @@
-"""Messages of this package on the terminal of a torchreid run, which sets up no logging."""
+"""Log messages of this package in a torchreid run, where logging is not set up."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 
 class _Printed(logging.Handler):
-    """Shows messages as torchreid shows its own: on what is standard output by then."""
+    """Handler that prints messages like torchreid, to the current standard output."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stdout)  # above a bar, if there is one
@@ -19,7 +19,7 @@ class _Printed(logging.Handler):
 
 @contextlib.contextmanager
 def messages_shown() -> Iterator[None]:
-    """Print what the package logs, where nobody has set up logging.
+    """Print the package's log messages if logging is not set up.
 
     Yields:
         Nothing.

@@ -1,4 +1,4 @@
-"""``SelConModel``: a torchreid model with our head, and its names in torchreid's factory.
+"""``SelConModel``: torchreid model with our head, and its names in torchreid's factory.
 
 In a script::
 
@@ -59,23 +59,23 @@ _FEATURE_LAYER = re.compile(r"(?:module\.)?fc\.\d+\.weight")
 
 
 class SelConModel(EmbeddingNetwork):
-    """A backbone with global and part features, for :class:`ImageSelConEngine`.
+    """Backbone with global and part features, for :class:`ImageSelConEngine`.
 
     In training mode it returns :class:`Embeddings`, in evaluation mode one unit vector per
     image, as torchreid's tools expect: evaluation, ``visrank``, ``FeatureExtractor``.
 
-    The engine adds the method, with its banks and labels, when training begins; it is part
-    of the state dict, and so of torchreid's checkpoints. A checkpoint that is loaded before
-    leaves banks and labels here until then.
+    The engine adds the method, with its banks and labels, when training starts; it is part
+    of the state dict, and so of torchreid's checkpoints. If a checkpoint is loaded before
+    that, its banks and labels are kept here until the method exists.
 
     Args:
-        backbone: Images to feature map, such as :class:`TorchreidBackbone`.
+        backbone: Maps images to a feature map, such as :class:`TorchreidBackbone`.
         input_size: Height and width of the images.
-        num_parts: Horizontal parts; None for 8, or fewer where the map does not allow 8.
+        num_parts: Horizontal parts; None for 8, or fewer if the map does not allow 8.
         embedding_dim: Global feature dimension C; 0 for the backbone's.
         project_global: Whether the global branch has a linear layer.
         pool: ``"avg"``, ``"max"`` or ``"gem"``.
-        bn_neck: Whether the normalization has no shift, as in the usual BN neck.
+        bn_neck: Whether the normalization has no bias, as in the usual BN neck.
         ghost_batch_size: Images that batch normalization sees together; 0 for all.
         wave_block: ``"none"``, ``"plain"`` or ``"attentive"``; see
             :mod:`selcon_plugin.models.wave_block`.
@@ -83,7 +83,7 @@ class SelConModel(EmbeddingNetwork):
         pixel_std: The loader's standard deviation per channel, on that scale.
 
     Raises:
-        ValueError: If ``pool`` is unknown or the sizes do not fit.
+        ValueError: If ``pool`` is unknown or the sizes do not match.
     """
 
     def __init__(
@@ -126,13 +126,13 @@ class SelConModel(EmbeddingNetwork):
             ghost_batch_size=ghost_batch_size,
             wave_block=wave_block,
         )
-        self._left_for_run: dict[str, Tensor] = {}
+        self._pending_state: dict[str, Tensor] = {}
 
     def forward(self, images: Tensor) -> Embeddings | Tensor:
         """Compute embeddings (training) or test features (evaluation).
 
         Args:
-            images: Normalized as torchreid's loaders do, shape ``(B, 3, h, w)``.
+            images: Images, normalized by torchreid's loaders, shape ``(B, 3, h, w)``.
 
         Returns:
             Embeddings, or unit vectors ``(B, C + S*D)``.
@@ -141,26 +141,26 @@ class SelConModel(EmbeddingNetwork):
         return embeddings if self.training else self.test_feature(embeddings)
 
     def drop_parts(self) -> None:
-        """Take the part branch out of the head."""
+        """Remove the part branch from the head."""
         self.heads.drop_parts()
 
-    def take_left_for_run(self) -> None:
-        """Load what an earlier checkpoint left for method and teacher, where they are now.
+    def load_pending_state(self) -> None:
+        """Load the pending state of method and teacher, if they exist now.
 
-        Nothing is left after a fresh start.
+        There is no pending state unless a checkpoint was loaded before.
         """
-        left = self._left_for_run
+        pending = self._pending_state
         for name in RUN_PREFIXES:
             part = getattr(self, name.rstrip("."))
-            keys = [key for key in left if key.startswith(name)]
+            keys = [key for key in pending if key.startswith(name)]
             if part is not None and keys:
-                state = {key.removeprefix(name): left.pop(key) for key in keys}
+                state = {key.removeprefix(name): pending.pop(key) for key in keys}
                 part.load_state_dict(state)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any
     ) -> None:
-        # Called for this module before its children: what changes here they see.
+        # This runs before the same method of the children, which see the changes.
         own = {
             key.removeprefix(prefix): key for key in state_dict if key.startswith(prefix)
         }
@@ -169,12 +169,12 @@ class SelConModel(EmbeddingNetwork):
         for name in RUN_PREFIXES:
             if getattr(self, name.rstrip(".")) is None:
                 for key in [key for key in own if key.startswith(name)]:
-                    self._left_for_run[key] = state_dict.pop(own[key])
+                    self._pending_state[key] = state_dict.pop(own[key])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _most_parts(rows: int, embedding_dim: int) -> int:
-    """Return the most parts, up to the usual number, that map and embedding allow."""
+    """Return the largest number of parts, up to 8, that map and embedding allow."""
     if rows == 1:
         return 0
     fitting = range(1, min(rows, _DEFAULT_PARTS) + 1)
@@ -184,7 +184,8 @@ def _most_parts(rows: int, embedding_dim: int) -> int:
 def _batch_norm(channels: int, *, shift: bool) -> nn.Module:
     norm = nn.BatchNorm2d(channels)
     if not shift:
-        # Absent and not frozen: torchreid sets every parameter free at each epoch.
+        # The bias is removed instead of frozen: torchreid unfreezes all parameters at each
+        # epoch.
         norm.register_parameter("bias", None)
     return norm
 
@@ -200,13 +201,13 @@ def build_selcon_model(
     pixel_std: Sequence[float] = IMAGENET_PIXEL_STD,
     **head: Any,
 ) -> SelConModel:
-    """Build a torchreid model, or one of timm's, with our head.
+    """Build a torchreid or timm model with our head.
 
     Args:
         name: Name in torchreid, for instance ``"osnet_x1_0"``, with or without ``selcon_``;
-            or in timm after ``timm:``, for instance ``"timm:tf_efficientnet_lite0"``.
-        pretrained: Whether to begin from ImageNet weights, or ``weights``.
-        weights: File of weights; empty for those that torchreid, or timm, downloads; see
+            or ``timm:`` and a name in timm, for instance ``"timm:tf_efficientnet_lite0"``.
+        pretrained: Whether to start from ImageNet weights, or ``weights``.
+        weights: File of weights; empty for the download of torchreid or timm; see
             :func:`create_torchreid_backbone`, :func:`create_timm_backbone`.
         last_stride: 1 keeps the resolution in the last stage of ResNets.
         input_size: Height and width of the images.
@@ -236,22 +237,23 @@ def build_selcon_model(
 
 
 def load_network(model: SelConModel, file: str) -> None:
-    """Load a network's weights, without what belongs to the run that made them.
+    """Load a network's weights, without banks and other state of their run.
 
     Args:
         model: Model to load into.
-        file: A checkpoint of :class:`ImageSelConEngine`, whose teacher's weights are taken
-            if it had one; or weights of a torchreid model, which go into the backbone.
-            Where its layer behind the pooling is as wide as the head's, the head begins as
-            that layer.
+        file: Checkpoint of :class:`ImageSelConEngine`, from which the teacher's weights are
+            loaded if it has one; or weights of a torchreid model, which are loaded into the
+            backbone. If its layer after the pooling is as wide as the head's, the head is
+            initialized with that layer.
 
     Raises:
-        ValueError: If the file is of another model. ``FileNotFoundError`` if there is none.
+        ValueError: If the file belongs to another model. ``FileNotFoundError`` if it does
+            not exist.
     """  # noqa: DOC502  (raised by the functions called here)
     read = read_state_dict(Path(file).expanduser())
     state = {unwrapped_name(name): tensor for name, tensor in read.items()}
     if not any(key.startswith("backbone.") for key in state):
-        rest = _begin_as_feature_layer(model.heads, state)
+        rest = _initialize_head(model.heads, state)
         load_weights(cast(nn.Module, model.backbone.model), rest, file)
         check_state(model, when=f"weights from {file}")
         return
@@ -259,13 +261,13 @@ def load_network(model: SelConModel, file: str) -> None:
 
 
 def feature_layer_width(state: Mapping[str, Tensor]) -> int:
-    """Tell how wide the layer is that a torchreid model has behind its pooling.
+    """Return the width of the linear layer after the pooling of a torchreid model.
 
     Args:
         state: Weights of the model, with or without ``module.`` before their names.
 
     Returns:
-        Its outputs; 0 where there is none, or several.
+        Number of outputs; 0 if there is no such layer, or there are several.
     """
     layers = [
         tensor
@@ -275,15 +277,15 @@ def feature_layer_width(state: Mapping[str, Tensor]) -> int:
     return len(layers[0]) if len(layers) == 1 else 0
 
 
-def _begin_as_feature_layer(head: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take over a linear layer and its normalization, if they are the head's in shape.
+def _initialize_head(head: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Load a linear layer and its normalization into the head, if their shapes match.
 
     Args:
         head: Head to load into.
         state: Weights of a torchreid model.
 
     Returns:
-        The weights that are still to be loaded.
+        The remaining weights.
     """
     renamed = {
         name.replace("fc.0.", "global_projection.").replace("fc.1.", "global_norm."): value
@@ -299,24 +301,24 @@ def _begin_as_feature_layer(head: nn.Module, state: dict[str, Tensor]) -> dict[s
 
 
 def load_whole(model: nn.Module, state: Mapping[str, Any], file: str | Path) -> None:
-    """Load a state of which every tensor has to fit.
+    """Load a state dict whose tensors must all match.
 
     Args:
         model: Model to load into.
-        state: Its state.
-        file: Where it comes from, for the message.
+        state: State of the model.
+        file: Source of the state, for the error message.
 
     Raises:
-        ValueError: If it is another model's.
+        ValueError: If it belongs to another model.
     """
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        # Below a heading, PyTorch gives every tensor that does not fit a line.
+        # After a heading, PyTorch lists every tensor that does not match in one line.
         fault = str(error).splitlines()[1]
         raise ValueError(
-            f"{file} is of another model: {textwrap.shorten(fault, 200)} Build the model "
-            "by the name, and with the head, that it was trained with"
+            f"{file} belongs to another model: {textwrap.shorten(fault, 200)} Build the "
+            "model with the name and the head of its training"
         ) from error
     check_state(model, when=f"weights from {file}")
 
@@ -325,7 +327,7 @@ def register_models() -> list[str]:
     """Add a ``selcon_`` name for each of torchreid's models to its factory.
 
     Returns:
-        The names. A second call changes nothing.
+        The names. A second call has no effect.
     """
     names = []
     for name in torchreid_model_names():
@@ -341,7 +343,7 @@ def _from_factory(
     pretrained: bool = True,
     use_gpu: bool = True,
 ) -> SelConModel:
-    # Classes and loss are those of training on identities.
+    # Classes and loss are arguments of supervised training.
     return build_selcon_model(name, pretrained=pretrained)
 
 
@@ -351,29 +353,29 @@ def adopt_model(
     scheduler: Any,
     **options: Any,
 ) -> SelConModel:
-    """Put our head on a plain torchreid model, and its weights into the optimizer.
+    """Add our head to a plain torchreid model, and its weights to the optimizer.
 
-    So that a script changes its engine alone. The head learns at the rate of the
+    This way a script only has to change its engine. The head uses the learning rate of the
     optimizer's last group, which is that of torchreid's new layers.
 
     Args:
-        model: A torchreid model; its layers behind the feature map are taken out.
-        optimizer: Built on the model's parameters; gets a group with the head's.
-        scheduler: Its schedule or None; follows the new group as well.
+        model: torchreid model, whose layers after the feature map are removed.
+        optimizer: Optimizer of the model's parameters, which gets a group for the head.
+        scheduler: Schedule of the optimizer or None; it gets the new group as well.
         **options: Arguments of :class:`SelConModel`.
 
     Returns:
-        The model with head, on the model's device.
+        The model with head, on the device of the given model.
 
     Raises:
-        ValueError: If the schedule cannot take another group.
+        ValueError: If the schedule does not support another group.
     """
     if scheduler is not None and (
         not hasattr(scheduler, "base_lrs") or hasattr(scheduler, "lr_lambdas")
     ):
         raise ValueError(
-            f"the schedule {type(scheduler).__name__} cannot take in the head's weights: "
-            "build the model by build_selcon_model, then optimizer and schedule on it"
+            f"the schedule {type(scheduler).__name__} cannot include the head's weights: "
+            "build the model with build_selcon_model, then its optimizer and schedule"
         )
     device = next(model.parameters()).device
     backbone = TorchreidBackbone(model, Preprocessing(tuple(options["input_size"])))
@@ -392,17 +394,17 @@ def adopt_model(
 
 
 def fit_to_method(network: SelConModel, method: str) -> None:
-    """Drop parts that a method does not use, and lay the weights out for the device.
+    """Drop parts that a method does not use, and set the memory format for the device.
 
     Args:
-        network: The network, which is changed.
-        method: Registered name.
+        network: Network, which is changed.
+        method: Registered name of the method.
     """
     if not method_class(method).uses_parts and network.heads.num_parts:
         logger.info("%s does not use parts: the head has none", method)
         network.drop_parts()
     if network.device.type == "cpu":
-        # Convolutions on a CPU are up to a third faster with channels innermost.
+        # Convolutions on a CPU are up to a third faster in channels-last format.
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -413,27 +415,27 @@ def with_head(
     datamanager: Any,
     head: dict[str, Any],
 ) -> tuple[nn.Module, SelConModel]:
-    """Give a model our head, unless it has one.
+    """Add our head to a model, unless it has one.
 
     Args:
-        model: :class:`SelConModel` or a torchreid model, may be in ``nn.DataParallel``.
-        optimizer: Of the model's parameters; gets a group with a new head's.
-        scheduler: Its schedule or None.
-        datamanager: torchreid's, whose image size and normalization a new head takes over.
+        model: :class:`SelConModel` or torchreid model, possibly in ``nn.DataParallel``.
+        optimizer: Optimizer of the model's parameters, which gets a group for a new head.
+        scheduler: Schedule of the optimizer or None.
+        datamanager: torchreid's data manager, whose image size and normalization are used.
         head: Arguments of :class:`SelConModel` for a model without our head.
 
     Returns:
         The model to call, and the network with our head inside it.
 
     Raises:
-        ValueError: If arguments are given for a head that is there already.
+        ValueError: If arguments are given for a model that already has our head.
     """
     inner = model.module if isinstance(model, nn.DataParallel) else model
     if isinstance(inner, SelConModel):
         if head:
             raise ValueError(
-                f"head {head} is for models without our head: build this one with it, by "
-                "build_selcon_model"
+                f"head {head} is for models without our head: pass it to "
+                "build_selcon_model instead"
             )
         return model, inner
     size = (datamanager.height, datamanager.width)
@@ -450,7 +452,7 @@ def with_head(
 
 
 def _normalization(datamanager: Any) -> tuple[list[float], list[float]]:
-    """Return mean and deviation on the scale 0..255 by which the manager normalizes."""
+    """Return the manager's mean and standard deviation on the scale 0..255."""
     for transform in datamanager.transform_te.transforms:
         if hasattr(transform, "mean") and hasattr(transform, "std"):
             return (

@@ -20,19 +20,19 @@ from selcon_plugin.options import check_options
 from selcon_plugin.renamed import accept_renamed
 from selcon_plugin.torchreid_ext.config import KEYS
 
-# Options of a run that are the model's, in torchreid a thing of its own.
+# Options of a run that belong to the model, which is a separate object in torchreid.
 MODEL_OPTIONS = ("num_parts", "project_global", "ghost_batch_size", "wave_block")
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Options of an engine, checked.
+    """Checked options of an engine.
 
     Attributes:
-        run: Options of the run, its method among them; those of the model are not used.
+        run: Options of the run, including its method; those of the model are not used.
         method: Constructor arguments of the method.
         clustering: Options of the clustering.
-        labeler: What finds the clusters.
+        labeler: Labeler, which clusters the images.
     """
 
     run: RunOptions
@@ -48,7 +48,7 @@ class EngineOptions:
             cfg: Complete config.
 
         Returns:
-            Its options.
+            The options.
         """
         node = cfg.selcon
         return cls(
@@ -65,18 +65,18 @@ class EngineOptions:
         clustering: Labeler | Mapping[str, Any] | None,
         options: Mapping[str, Any],
     ) -> EngineOptions:
-        """Read and check the options that a script gives to an engine.
+        """Read and check the arguments that a script passes to an engine.
 
         Args:
-            method: Registered name.
-            clustering: A labeler, options of clustering and labeler, or None.
+            method: Registered name of the method.
+            clustering: Labeler, options of clustering and labeler, or None.
             options: Options of the run and of the method, by name.
 
         Returns:
             The options.
 
         Raises:
-            ValueError: If an option is unknown or illegal, or set by two names.
+            ValueError: If an option is unknown, invalid, or set by two names.
         """
         own, run = method_options(method), run_options()
         for name in ("method", *MODEL_OPTIONS):
@@ -86,8 +86,9 @@ class EngineOptions:
         unknown = [name for name in of_method if name not in own]
         if unknown:
             raise ValueError(
-                f"ImageSelConEngine has no option {unknown[0]} with the method {method}: "
-                f"it has {', '.join(run)}, and of the method {', '.join(own)}"
+                f"ImageSelConEngine has no option {unknown[0]} with the method {method}. "
+                f"Its options are {', '.join(run)}; those of the method are "
+                f"{', '.join(own)}"
             )
         of_run = {name: value for name, value in given.items() if name in run}
         checked = RunOptions(
@@ -112,8 +113,9 @@ def _read_clustering(
     for name in values:
         if name not in options:
             raise ValueError(
-                f"clustering has no option {name} with the labeler {clustering.labeler}: "
-                f"it has {', '.join(known)}, and of the labeler {', '.join(options)}"
+                f"clustering has no option {name} with the labeler {clustering.labeler}. "
+                f"Its options are {', '.join(known)}; those of the labeler are "
+                f"{', '.join(options)}"
             )
     checked = check_options(options, values, owner=clustering.labeler)
     return clustering, configured_labeler(clustering, checked)

@@ -1,4 +1,4 @@
-"""A run from a config in torchreid's style: what ``selcon train --host torchreid`` does."""
+"""Training and evaluation from a config in torchreid's style."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def build_datamanager(cfg: CfgNode) -> Any:
 
     Raises:
         ValueError: If a data set is unknown, or there is none to train on.
-        FileNotFoundError: If one is not there.
+        FileNotFoundError: If a data set does not exist.
     """
     data = cfg.data
     if not data.sources:
@@ -93,7 +93,7 @@ def _build_datamanager(cfg: CfgNode) -> Any:
 
 
 def _bound_names(cfg: CfgNode, names: list[str]) -> list[str]:
-    """Put, for our data sets, names that are bound to what the config says of them."""
+    """Replace our data sets by names that are bound to their options in the config."""
     bound = []
     for name in names:
         if name == _IMAGE_FOLDER and cfg.image_folder.root:
@@ -111,18 +111,18 @@ def _bound_names(cfg: CfgNode, names: list[str]) -> list[str]:
 
 
 def _name_with(name: str, options: Any) -> str:
-    """Tell apart what torchreid knows by its name alone."""
+    """Return a name that depends on the options, because torchreid knows only names."""
     return f"{name}-{zlib.crc32(repr(options).encode()):08x}"
 
 
 def _plain_name(name: str) -> str:
-    """Return the name that a config has for what :func:`_name_with` told apart."""
+    """Return the name in a config for a result of :func:`_name_with`."""
     plain = name.rpartition("-")[0]
     return plain if plain in (_IMAGE_FOLDER, _SYNTHETIC_PERSONS) else name
 
 
 def build_model(cfg: CfgNode) -> SelConModel:
-    """Build the model of a config, on the GPU if one is used.
+    """Build the model of a config, on the GPU if the config uses one.
 
     Args:
         cfg: Complete config.
@@ -133,7 +133,7 @@ def build_model(cfg: CfgNode) -> SelConModel:
     node = cfg.selcon
     model = build_selcon_model(
         cfg.model.name,
-        # Nothing to download for what is to be evaluated.
+        # An evaluation needs no download.
         pretrained=cfg.model.pretrained and not cfg.test.evaluate,
         weights=node.weights,
         last_stride=node.last_stride,
@@ -157,7 +157,7 @@ def build_engine(cfg: CfgNode) -> ImageSelConEngine:
     """Build data, model, optimizer, schedule and engine.
 
     Args:
-        cfg: Config; it is checked unless it has been.
+        cfg: Config, which is checked unless it was checked before.
 
     Returns:
         The engine, ready to run.
@@ -204,20 +204,20 @@ def build_engine(cfg: CfgNode) -> ImageSelConEngine:
 
 
 def run_config(cfg: CfgNode, *, resume: bool = False) -> ImageSelConEngine:
-    """Train and evaluate, or evaluate alone (``test.evaluate``).
+    """Train and evaluate, or only evaluate (``test.evaluate``).
 
     Args:
-        cfg: Config; it is checked unless it has been.
-        resume: Whether to go on from the last checkpoint in ``data.save_dir``, if there is
-            one. ``model.resume`` names another.
+        cfg: Config, which is checked unless it was checked before.
+        resume: Whether to resume from the last checkpoint in ``data.save_dir``, if there is
+            one. ``model.resume`` names another one.
 
     Returns:
         The engine after the run; its ``results`` hold the metrics.
 
     Raises:
         ValueError: If there is nothing to evaluate, no weights to evaluate, or
-            ``data.save_dir`` cannot be written to.
-        FileNotFoundError: If there is no file that the config names.
+            ``data.save_dir`` is not writable.
+        FileNotFoundError: If a file that the config names does not exist.
     """
     cfg = complete_config(cfg)
     test, train, folder = cfg.test, cfg.train, cfg.data.save_dir
@@ -238,10 +238,10 @@ def run_config(cfg: CfgNode, *, resume: bool = False) -> ImageSelConEngine:
         try:
             engine.resume(folder)
         except FileNotFoundError:
-            logger.info("There is no checkpoint in %s: training from the start", folder)
+            logger.info("There is no checkpoint in %s: the training starts over", folder)
     if not test.evaluate:
         delete_results(folder)
-        # FastReID's runs leave it under the same name.
+        # FastReID's runs write it under the same name.
         write_atomically(cfg.dump(), Path(folder, "config.yaml"))
     engine.run(
         folder,

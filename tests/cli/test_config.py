@@ -71,7 +71,7 @@ def test_key_of_a_custom_method_is_explained(tmp_path, capsys):
         base._METHODS.pop("Strange", None)
     out = capsys.readouterr().out
     assert "How odd it is." in out
-    assert "Of the method Strange." in out
+    assert "It belongs to the method Strange." in out
 
 
 def test_examples_are_legal(host):

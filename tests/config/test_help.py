@@ -85,14 +85,14 @@ def test_explains_who_has_a_key_and_what_differs(config_help):
     assert "Legal: a number > 0\n" in text
     words = " ".join(text.split())
     owners = [name for name in method_names() if "temperature" in own_method_options(name)]
-    assert f"Of the methods {', '.join(owners)}." in words
+    assert f"It belongs to the methods {', '.join(owners)}." in words
     assert "HOST.SELCON.METHOD CACL HOST.SELCON.TEMPERATURE 0.05" in words
     assert all(len(line) <= 92 for line in text.splitlines()[:-1])
 
 
 def test_explains_a_key_of_every_run_and_one_of_a_labeler(config_help):
     text = config_help.explain("HOST.SELCON.WAVE_BLOCK")
-    assert "Of every run." in text
+    assert "It belongs to every run." in text
     assert "one of 'none', 'plain', 'attentive'" in text
     assert "        WAVE_BLOCK: plain" in text
     text = config_help.explain("HOST.SELCON.CLUSTERING.NUM_CLUSTERS")
@@ -102,7 +102,7 @@ def test_explains_a_key_of_every_run_and_one_of_a_labeler(config_help):
 
 def test_explains_keys_of_the_host_and_of_the_data(config_help):
     text = config_help.explain("SOLVER.LR")
-    assert "A key of Host itself." in text
+    assert "This is a key of Host itself." in text
     assert "Learning rate." in text
     assert "a number >= 0" in text
     assert "Default: 0.1" in text
@@ -143,7 +143,9 @@ def test_unknown_key_names_the_closest(config_help, text, words):
 
 def test_end_of_several_keys_names_them():
     help_ = ConfigHelp(KEYS, "Host", {"A.SIZE": 1, "B.SIZE": 2})
-    with pytest.raises(ValueError, match=r"size may be A\.SIZE or B\.SIZE: write it out"):
+    with pytest.raises(
+        ValueError, match=r"size may be A\.SIZE or B\.SIZE: give the full key"
+    ):
         help_.find("size")
 
 
@@ -163,5 +165,5 @@ def test_tables_are_put_between_their_markers():
     assert fill_tables(filled, {"a": "| new |"}) == filled
     with pytest.raises(ValueError, match=r"no place for the table 'b': add .*keys: b -->"):
         fill_tables(text, {"a": "", "b": ""})
-    with pytest.raises(ValueError, match=r"nothing has the table of <!-- keys: a -->"):
+    with pytest.raises(ValueError, match=r"there is no table for <!-- keys: a -->"):
         fill_tables(text, {})

@@ -207,7 +207,7 @@ def test_adaptation_is_a_legal_config(host, tmp_path):
 
 
 def test_several_processes_are_refused_where_there_is_one(toy):
-    with pytest.raises(ValueError, match="Toy trains in one process: leave out --num-gpus"):
+    with pytest.raises(ValueError, match="Toy trains in one process: remove --num-gpus"):
         launch(toy, toy.load_config(), Processes(per_machine=2))
     if "torchreid" in INSTALLED:
         with pytest.raises(ValueError, match=r"torchreid trains in one.*CUDA_VIS"):

@@ -144,7 +144,7 @@ def test_mixed_precision_on_a_cpu_is_bfloat16(monkeypatch, caplog):
     cfg = load_config("", ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "bfloat16"])
     assert cfg.SOLVER.AMP.ENABLED
     load_config("", ["SOLVER.AMP.ENABLED", "True"])
-    assert "On a CPU there is SOLVER.AMP.DTYPE bfloat16" in caplog.text
+    assert "On a CPU use SOLVER.AMP.DTYPE bfloat16" in caplog.text
     with pytest.raises(ValueError, match=r"SOLVER\.AMP\.DTYPE.*'float16'.*'half'"):
         load_config("", ["SOLVER.AMP.DTYPE", "half"])
 

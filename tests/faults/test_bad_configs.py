@@ -275,7 +275,7 @@ TORCHREID_CASES = [
     ("schedule", {"train.lr_scheduler": "cos"}, "train.lr_scheduler; 'cos'; 'cosine'"),
     ("transform", {"data.transforms": "['flip']"}, "data.transforms; flip; random_flip"),
     ("metric", {"test.dist_metric": "l2"}, "test.dist_metric; 'l2'; 'cosine'"),
-    ("video", {"data.type": "video"}, "data.type; video; images"),
+    ("video", {"data.type": "video"}, "data.type; video; image"),
     ("no-cuda", {"use_gpu": True}, "use_gpu; CUDA; False"),
     ("data-set", {"data.sources": "['market']"}, "data.sources; market; market1501"),
     ("test-set", {"data.targets": "['market']"}, "data.targets; market; market1501"),

@@ -19,7 +19,7 @@ pytest.importorskip("fastreid")
 
 from helpers.ddp import spawn_from_server
 from helpers.programs import Program
-from selcon_plugin.cli.train import _train_parser
+from selcon_plugin.cli.train import train_parser
 from selcon_plugin.fastreid_ext import launch as launching
 from selcon_plugin.fastreid_ext.launch import (
     TIMEOUT_MINUTES,
@@ -130,7 +130,7 @@ def test_time_out_must_be_in_range(minutes: float) -> None:
 
 
 def test_command_line_has_the_same_default() -> None:
-    assert _train_parser("train").parse_args([]).dist_timeout == TIMEOUT_MINUTES
+    assert train_parser("train").parse_args([]).dist_timeout == TIMEOUT_MINUTES
 
 
 @pytest.mark.parametrize("fault", [pytest.param("error", marks=pytest.mark.slow), "killed"])

@@ -109,7 +109,7 @@ def test_the_best_checkpoint_is_written_and_loads_by_itself(
 
     # Complete: nothing is done again.
     again = adapt(settings, tmp_path / "out", echo=said.append)
-    assert "nothing to do" in said[-1]
+    assert "already complete" in said[-1]
     assert again == result
 
 
@@ -221,7 +221,7 @@ def test_of_equals_the_one_trained_less_is_best() -> None:
     [
         ([], "adapt needs --images FOLDER"),
         (["--images", "."], "--weights FILE"),
-        (["--images", ".", "--weights", __file__], "no config.yaml beside"),
+        (["--images", ".", "--weights", __file__], "no config.yaml next to"),
         (["--images", ".", "--weights", __file__, "--epochs", "0"], "epochs must be"),
         (
             ["--images", ".", "--weights", __file__, "--learning-rate", "nan"],

@@ -171,7 +171,7 @@ def test_unknown_key_suggests_the_right_one(tmp_path):
         ("selcon.clustering.period", "0", r"clustering\.period .*>= 1, got 0"),
         ("selcon.clustering.num_clusters", "7", r"labeler DBSCAN has no such option"),
         ("selcon.cluster_update", "hard", r"method SelectiveContrastive has no such opt"),
-        ("data.type", "video", r"data\.type is 'video'.* takes images"),
+        ("data.type", "video", r"data\.type is 'video'.* needs 'image'"),
     ],
 )
 def test_illegal_value_names_key_value_and_legal_range(key, value, words):

@@ -113,7 +113,7 @@ def test_head_learns_at_the_rate_of_new_layers(manager):
 def test_schedule_that_cannot_take_the_head_in_is_refused(manager):
     model, optimizer, _ = plain_model(scheduler=None)
     warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: epoch / 10)
-    with pytest.raises(ValueError, match=r"LambdaLR cannot take in .*build_selcon_model"):
+    with pytest.raises(ValueError, match=r"LambdaLR cannot include .*build_selcon_model"):
         ImageSelConEngine(manager(), model, optimizer, warm_up, use_gpu=False)
     assert len(optimizer.param_groups) == 1
 

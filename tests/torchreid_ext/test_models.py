@@ -318,11 +318,13 @@ def test_file_that_fits_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"other\.pth do not fit OSNet: only 0 of its"):
         load_network(build(), file)
     file = save(build("osnet_x0_5").state_dict(), tmp_path / "large.pth")
-    with pytest.raises(ValueError, match=r"large\.pth is of another model: size mismatch"):
+    with pytest.raises(
+        ValueError, match=r"large\.pth belongs to another model: size mismatch"
+    ):
         load_network(build(), file)
     file = save(build().state_dict(), tmp_path / "parts.pth")
     with pytest.raises(
-        ValueError, match=r"parts\.pth is of another model: .*part_weight.* Build"
+        ValueError, match=r"parts\.pth belongs to another model: .*part_weight.* Build"
     ):
         load_network(build(num_parts=0), file)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):

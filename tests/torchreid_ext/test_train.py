@@ -169,7 +169,7 @@ def test_run_that_was_stopped_goes_on(selcon, tmp_path, monkeypatch):
 def test_resume_without_a_checkpoint_begins(selcon, tmp_path, caplog):
     caplog.set_level("INFO")
     assert selcon("--resume", **{"data.save_dir": tmp_path / "out"}) == 0
-    assert "training from the start" in caplog.text
+    assert "the training starts over" in caplog.text
     assert results_of(tmp_path / "out")["steps"] == 4
 
 
@@ -302,7 +302,7 @@ def test_keys_of_the_config_reach_model_and_engine(config):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--num-gpus", "2"], ["one process", "leave out --num-gpus"]),
+        (["--num-gpus", "2"], ["one process", "remove --num-gpus"]),
         (["--eval-only"], ["model.load_weights must name a checkpoint"]),
         (["selcon.temperature", "0.0"], ["selcon.temperature", "> 0"]),
         (["train.batch_size", "64"], ["40 training images", "(64)"]),
@@ -334,7 +334,7 @@ def test_weights_of_another_model_end_with_one_line(selcon, tmp_path, capsys):
         assert selcon(**{key: file, "selcon.num_parts": 4}) == 2
         error = capsys.readouterr().err.strip().splitlines()
         assert len(error) == 1
-        assert "is of another model: size mismatch for heads.part_weight" in error[0]
+        assert "belongs to another model: size mismatch for heads.part_weight" in error[0]
 
 
 def test_nothing_to_evaluate_on(config, data_root, tmp_path, capsys):

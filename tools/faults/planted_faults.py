@@ -273,8 +273,8 @@ FAULTS = (
         "extraction_in_training_mode",
         "features for the banks use batch statistics",
         "engine/extraction.py",
-        "    network.eval()\n    # Sized",
-        "    # Sized",
+        "    network.eval()\n    # The sizes",
+        "    # The sizes",
         ("tests/faults/test_uneven_shards.py",),
     ),
     Fault(
