@@ -96,7 +96,7 @@ def test_explains_a_key_of_every_run_and_one_of_a_labeler(config_help):
     assert "one of 'none', 'plain', 'attentive'" in text
     assert "        WAVE_BLOCK: plain" in text
     text = config_help.explain("HOST.SELCON.CLUSTERING.NUM_CLUSTERS")
-    assert "Of the labeler KMeans." in text
+    assert "the labeler KMeans." in text
     assert "HOST.SELCON.CLUSTERING.LABELER KMeans" in text
 
 
