@@ -36,9 +36,7 @@ from selcon_plugin.config.loading import (
 from selcon_plugin.io.atomic import save_atomically
 from selcon_plugin.models.inference import InferenceNetwork
 from selcon_plugin.models.pretrained import read_state_dict
-
-# Prefix of the state of a method in a checkpoint.
-_METHOD_STATE = "method."
+from selcon_plugin.models.state_keys import unwrapped_name, without_method
 
 
 class Host(ABC):
@@ -335,11 +333,8 @@ class Host(ABC):
             checkpoint: Path of the checkpoint.
             target: File to write or replace.
         """
-        state = {
-            name.removeprefix("module."): tensor
-            for name, tensor in read_state_dict(Path(checkpoint)).items()
-        }
-        network = {k: v for k, v in state.items() if not k.startswith(_METHOD_STATE)}
+        state = without_method(read_state_dict(Path(checkpoint)))
+        network = {unwrapped_name(name): tensor for name, tensor in state.items()}
         save_atomically({self.checkpoint_key: network}, target)
 
     def extract(self, cfg: Any, output: str | Path) -> tuple[int, int]:

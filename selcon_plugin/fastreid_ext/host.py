@@ -41,9 +41,9 @@ from selcon_plugin.fastreid_ext.trainer import (
     share_host_log,
 )
 from selcon_plugin.models.inference import InferenceNetwork
+from selcon_plugin.models.timm import TIMM_PREFIX
 from selcon_plugin.runs.results import delete_results
 
-_TIMM_PREFIX = "timm:"
 _FINAL = "model_final.pth"
 _CHECKPOINT = re.compile(r"model_(\d+)\.pth")  # counts epochs from 0
 
@@ -97,9 +97,9 @@ class FastReIDHost(Host):
             "MODEL.BACKBONE.PRETRAIN": bool(network.pretrained),
         }
         if network.backbone:
-            kind = "TIMM" if network.backbone.startswith(_TIMM_PREFIX) else "TORCHREID"
+            kind = "TIMM" if network.backbone.startswith(TIMM_PREFIX) else "TORCHREID"
             found["MODEL.BACKBONE.NAME"] = f"build_{kind.lower()}_backbone"
-            name = network.backbone.removeprefix(_TIMM_PREFIX)
+            name = network.backbone.removeprefix(TIMM_PREFIX)
             found[f"MODEL.BACKBONE.{kind}_NAME"] = name
             found["MODEL.BACKBONE.PRETRAIN_PATH"] = ""
         if isinstance(network.pretrained, str):
