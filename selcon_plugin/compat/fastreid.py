@@ -25,11 +25,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from selcon_plugin.compat.shared import (
-    _PATCHED,
+    PATCHED,
     HostMissingError,
-    _allow_numpy_in_checkpoints,
-    _restore_numpy_bool,
+    allow_numpy_in_checkpoints,
     prepare_torchvision,
+    restore_numpy_bool,
 )
 from selcon_plugin.io.safe_loading import load_data
 
@@ -53,8 +53,8 @@ def prepare_fastreid() -> None:
     prepare_torchvision()
     _restore_torch_six()
     _restore_collections_mapping()
-    _restore_numpy_bool()
-    _allow_numpy_in_checkpoints()
+    restore_numpy_bool()
+    allow_numpy_in_checkpoints()
     _translate_random_affine()
     _let_data_loader_run_without_cuda()
     _let_background_reader_fail()
@@ -151,7 +151,7 @@ def _let_background_reader_fail() -> None:
     """
     generator: Any = importlib.import_module("fastreid.data.data_utils").BackgroundGenerator
     original = generator.run
-    if hasattr(original, _PATCHED):
+    if hasattr(original, PATCHED):
         return
 
     @functools.wraps(original)
@@ -169,7 +169,7 @@ def _let_background_reader_fail() -> None:
             raise StopIteration
         return batch
 
-    setattr(run, _PATCHED, True)
+    setattr(run, PATCHED, True)
     generator.run, generator.next = run, next_batch
 
 
@@ -190,7 +190,7 @@ def _let_optimizers_keep_their_gradients() -> None:
     """
     build: Any = importlib.import_module("fastreid.solver.build")
     original: Callable[..., Any] = build.maybe_add_freeze_layer
-    if hasattr(original, _PATCHED) or not _zero_grad_drops_gradients():
+    if hasattr(original, PATCHED) or not _zero_grad_drops_gradients():
         return
 
     # FastReID calls this function last on any optimizer class.
@@ -208,7 +208,7 @@ def _let_optimizers_keep_their_gradients() -> None:
 
         return type(base.__name__, (base,), {"zero_grad": zero_grad})
 
-    setattr(maybe_add_freeze_layer, _PATCHED, True)
+    setattr(maybe_add_freeze_layer, PATCHED, True)
     build.maybe_add_freeze_layer = maybe_add_freeze_layer
 
 
@@ -237,7 +237,7 @@ def _keep_running_without_compiler() -> None:
     evaluation = importlib.import_module("fastreid.evaluation.reid_evaluation")
     rank = importlib.import_module("fastreid.evaluation.rank")
     original = rank_cylib.compile_helper
-    if rank.IS_CYTHON_AVAI or hasattr(original, _PATCHED):
+    if rank.IS_CYTHON_AVAI or hasattr(original, PATCHED):
         return
     guarded = _compile_or_fall_back(original)
     rank_cylib.__dict__["compile_helper"] = guarded
@@ -267,7 +267,7 @@ def _compile_or_fall_back(compile_helper: Callable[[], None]) -> Callable[[], No
         finally:
             os.environ["PATH"] = path
 
-    setattr(guarded, _PATCHED, True)
+    setattr(guarded, PATCHED, True)
     return guarded
 
 
@@ -281,7 +281,7 @@ def _let_reranking_run_without_gpu_faiss() -> None:
     """
     module: Any = importlib.import_module("fastreid.utils.compute_dist")
     original = module.compute_jaccard_distance
-    if hasattr(original, _PATCHED) or _faiss_searches_on_gpu(module.faiss):
+    if hasattr(original, PATCHED) or _faiss_searches_on_gpu(module.faiss):
         return
 
     @functools.wraps(original)
@@ -294,7 +294,7 @@ def _let_reranking_run_without_gpu_faiss() -> None:
     ) -> Any:
         return original(features, k1=k1, k2=k2, search_option=3, fp16=fp16)
 
-    setattr(compute_jaccard_distance, _PATCHED, True)
+    setattr(compute_jaccard_distance, PATCHED, True)
     module.compute_jaccard_distance = compute_jaccard_distance
 
 

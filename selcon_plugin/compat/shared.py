@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 # Attribute of functions that replace a host's; it prevents a second replacement.
-_PATCHED = "_selcon_patched"
+PATCHED = "_selcon_patched"
 
 # Schemas as torchvision's C++ library registers them.
 _TORCHVISION_SCHEMAS = (
@@ -92,7 +92,7 @@ def _torchvision_operators_load() -> bool:
     return True
 
 
-def _restore_numpy_bool() -> None:
+def restore_numpy_bool() -> None:
     """Provide ``numpy.bool``.
 
     Without it: the CUHK03 protocol of both hosts (``eval_cuhk03``) raises
@@ -108,7 +108,7 @@ def _restore_numpy_bool() -> None:
         np.__dict__["bool"] = np.bool_
 
 
-def _allow_numpy_in_checkpoints() -> None:
+def allow_numpy_in_checkpoints() -> None:
     """Let ``torch.load`` read the NumPy scalars that the hosts write into checkpoints.
 
     Without it: resuming raises ``WeightsUnpickler error: Unsupported global`` under

@@ -15,11 +15,11 @@ import types
 from typing import Any
 
 from selcon_plugin.compat.shared import (
-    _PATCHED,
+    PATCHED,
     HostMissingError,
-    _allow_numpy_in_checkpoints,
-    _restore_numpy_bool,
+    allow_numpy_in_checkpoints,
     prepare_torchvision,
+    restore_numpy_bool,
 )
 from selcon_plugin.datasets.reading import read_rgb
 from selcon_plugin.io.safe_loading import data_only
@@ -36,8 +36,8 @@ def prepare_torchreid() -> None:
     if importlib.util.find_spec("torchreid") is None:
         raise HostMissingError("torchreid", TORCHREID_INSTALL)
     prepare_torchvision()
-    _restore_numpy_bool()
-    _allow_numpy_in_checkpoints()
+    restore_numpy_bool()
+    allow_numpy_in_checkpoints()
 
 
 def import_torchreid() -> types.ModuleType:
@@ -73,7 +73,7 @@ def _let_unreadable_images_fail(torchreid: types.ModuleType) -> None:
     Can be removed when: torchreid's ``read_image`` raises its error.
     """
     original = getattr(torchreid.utils, "read_image", None)
-    if original is None or hasattr(original, _PATCHED):
+    if original is None or hasattr(original, PATCHED):
         return
     if "while not " not in inspect.getsource(original):
         return  # this version does not retry
@@ -88,7 +88,7 @@ def _let_unreadable_images_fail(torchreid: types.ModuleType) -> None:
                 fault = error
         raise OSError(f"{path} cannot be read as an image: {fault}") from fault
 
-    setattr(read_image, _PATCHED, True)
+    setattr(read_image, PATCHED, True)
     for part in ("utils", "utils.tools", "data.datasets.dataset"):
         sys.modules[f"{torchreid.__name__}.{part}"].__dict__["read_image"] = read_image
 
@@ -102,7 +102,7 @@ def _load_torchreid_checkpoints_as_data(torchreid: types.ModuleType) -> None:
     Can be removed when: torchreid passes ``weights_only=True``.
     """
     original = getattr(torchreid.utils, "load_checkpoint", None)
-    if original is None or hasattr(original, _PATCHED):
+    if original is None or hasattr(original, PATCHED):
         return
 
     @functools.wraps(original)
@@ -110,7 +110,7 @@ def _load_torchreid_checkpoints_as_data(torchreid: types.ModuleType) -> None:
         with data_only():
             return original(fpath)
 
-    setattr(load_checkpoint, _PATCHED, True)
+    setattr(load_checkpoint, PATCHED, True)
     for part in ("utils", "utils.torchtools"):
         sys.modules[f"{torchreid.__name__}.{part}"].__dict__["load_checkpoint"] = (
             load_checkpoint

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selcon_plugin.memory.writes import _run_starts, _sum_rows, write_rows
+from selcon_plugin.memory.writes import run_starts, sum_rows, write_rows
 
 ClusterUpdate = Literal["mean", "hard", "batch_mean"]
 
@@ -130,13 +130,13 @@ class ClusterMemory(nn.Module):
         similarity = (unit * self.bank[rows]).sum(dim=1)
         order = torch.argsort(similarity, stable=True)
         order = order[torch.argsort(rows[order], stable=True)]  # by cluster, hardest first
-        return order[_run_starts(rows[order])]
+        return order[run_starts(rows[order])]
 
     @staticmethod
     def _batch_means(rows: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
         """Return the clusters in the batch and the mean of each one's unit vectors."""
         present, place, counts = torch.unique(rows, return_inverse=True, return_counts=True)
-        return present, _sum_rows(unit, place, len(present)) / counts[:, None]
+        return present, sum_rows(unit, place, len(present)) / counts[:, None]
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any

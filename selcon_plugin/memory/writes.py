@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _run_starts(ordered: Tensor) -> Tensor:
+def run_starts(ordered: Tensor) -> Tensor:
     """Return which entries of a sorted ``(T,)`` start a run of equal ones."""
     starts = torch.ones_like(ordered, dtype=torch.bool)
     starts[1:] = ordered[1:] != ordered[:-1]
@@ -30,7 +30,7 @@ def _write_rounds(rows: Tensor) -> list[Tensor]:
     ordered = rows[order]
     position = torch.arange(len(rows), device=rows.device)
     # Position of the first write of the same row, carried forward.
-    first = torch.where(_run_starts(ordered), position, 0).cummax(dim=0).values
+    first = torch.where(run_starts(ordered), position, 0).cummax(dim=0).values
     occurrence = position - first
     by_round = torch.argsort(occurrence, stable=True)
     sizes: list[int] = torch.bincount(occurrence).tolist()  # the only synchronization
@@ -65,7 +65,7 @@ def write_rows(
         bank[targets] = F.normalize(mixed, dim=-1).to(bank.dtype)
 
 
-def _sum_rows(features: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+def sum_rows(features: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     """Add up the features of each row, always in the same order.
 
     Args:
@@ -124,7 +124,7 @@ def cluster_means(
         num_clusters = int(labels.max()) + 1 if len(labels) else 0
     # Outliers go to an extra row, which is cut off: this avoids a copy of the features.
     rows = torch.where(labels < 0, num_clusters, labels).to(features.device)
-    sums = _sum_rows(features, rows, num_clusters + 1)[:num_clusters]
+    sums = sum_rows(features, rows, num_clusters + 1)[:num_clusters]
     if normalize:
         return F.normalize(sums, dim=1)
     counts = sums.new_zeros(num_clusters + 1).index_add_(0, rows, sums.new_ones(len(rows)))

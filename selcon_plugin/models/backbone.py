@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from selcon_plugin.models.feature_map import _zero_image
+from selcon_plugin.models.feature_map import zero_image
 from selcon_plugin.models.preprocessing import (
     IMAGENET_PIXEL_MEAN,
     IMAGENET_PIXEL_STD,
@@ -36,7 +36,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 # The stride of a network whose last stage does not reduce: 256x128 gives 16x8.
-_REID_STRIDE = 16
+REID_STRIDE = 16
 
 
 class ModelBackbone(nn.Module, ABC):
@@ -122,7 +122,7 @@ class ModelBackbone(nn.Module, ABC):
         training = self.model.training
         self.eval()
         with torch.enable_grad():
-            feature_map: Tensor = self(_zero_image(self, input_size))
+            feature_map: Tensor = self(zero_image(self, input_size))
             parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
             gradients = torch.autograd.grad(
                 feature_map.sum(), list(parameters.values()), allow_unused=True
@@ -146,7 +146,7 @@ def warn_of_fixed_stride(backbone: ModelBackbone, label: str) -> None:
         label: Name of its model in the message.
     """
     # A stride of 16 measures between 16 and 32 if convolutions lose rows at the edges.
-    if backbone.feature_stride > 1.5 * _REID_STRIDE:
+    if backbone.feature_stride > 1.5 * REID_STRIDE:
         logger.warning(
             "%s has no option for its stride: LAST_STRIDE 1 has no effect, and the feature "
             "map stays at stride %d",

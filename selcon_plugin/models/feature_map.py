@@ -94,7 +94,7 @@ def infer_feature_shape(
     backbone.eval()
     try:
         with torch.no_grad():
-            output = backbone(_zero_image(backbone, input_size))
+            output = backbone(zero_image(backbone, input_size))
     finally:
         for module, training in modes:
             module.training = training
@@ -115,7 +115,8 @@ def infer_feature_dim(backbone: nn.Module, input_size: Sequence[int]) -> int:
     return infer_feature_shape(backbone, input_size)[0]
 
 
-def _size_text(input_size: Sequence[int]) -> str:
+def format_size(input_size: Sequence[int]) -> str:
+    """Return an image size as height x width, for instance ``256x128``."""
     return f"{input_size[0]}x{input_size[1]}"
 
 
@@ -143,7 +144,7 @@ def _token_grid(
         if error <= math.log(_ASPECT_TOLERANCE):
             return height, width
     raise ValueError(
-        f"{num_tokens} tokens do not fit a grid over images of {_size_text(input_size)}"
+        f"{num_tokens} tokens do not fit a grid over images of {format_size(input_size)}"
         + (f" at stride {stride}" if stride is not None else "")
         + (f" behind {num_prefix_tokens} prefix tokens" if num_prefix_tokens else "")
     )
@@ -166,6 +167,7 @@ def _closest_grid(num_patches: int, aspect: float) -> tuple[float, int, int]:
     )
 
 
-def _zero_image(module: nn.Module, input_size: Sequence[int]) -> Tensor:
+def zero_image(module: nn.Module, input_size: Sequence[int]) -> Tensor:
+    """Return a black image ``(1, 3, H, W)`` on the device and in the type of a module."""
     parameter = next(module.parameters(), torch.empty(0))
     return parameter.new_zeros(1, 3, input_size[0], input_size[1])

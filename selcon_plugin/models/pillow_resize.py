@@ -14,7 +14,7 @@ from torch import Tensor, nn
 Interpolation = Literal["bilinear", "bicubic"]
 
 
-_PILLOW_FILTERS = {
+PILLOW_FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }

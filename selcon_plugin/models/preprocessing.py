@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from selcon_plugin.models.pillow_resize import _PILLOW_FILTERS, Interpolation
+from selcon_plugin.models.pillow_resize import PILLOW_FILTERS, Interpolation
 
 # In units of pixels 0..255, as both hosts normalize.
 IMAGENET_PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -67,7 +67,7 @@ class Preprocessing:
             Pixels, shape ``(height, width, 3)``.
         """
         height, width = self.size
-        resized = image.resize((width, height), _PILLOW_FILTERS[self.interpolation])
+        resized = image.resize((width, height), PILLOW_FILTERS[self.interpolation])
         return np.array(resized)  # a copy, because Pillow's own pixels are read-only
 
     def normalize(self, pixels: Tensor) -> Tensor:

@@ -12,12 +12,12 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from selcon_plugin.models.backbone import (
-    _REID_STRIDE,
+    REID_STRIDE,
     ModelBackbone,
     suggest_names,
     warn_of_fixed_stride,
 )
-from selcon_plugin.models.feature_map import _size_text, as_feature_map
+from selcon_plugin.models.feature_map import as_feature_map, format_size
 from selcon_plugin.models.preprocessing import (
     IMAGENET_PIXEL_MEAN,
     IMAGENET_PIXEL_STD,
@@ -139,7 +139,7 @@ def create_timm_backbone(
         )
     except (RuntimeError, IndexError, AssertionError, TypeError, ValueError) as error:
         raise ValueError(
-            f"timm's {name} gives no feature map of images of {_size_text(input_size)}: "
+            f"timm's {name} gives no feature map of images of {format_size(input_size)}: "
             f"{error}. {_size_hint(model, input_size)}"
         ) from error
     if last_stride == 1:
@@ -152,7 +152,7 @@ def _size_hint(model: nn.Module, input_size: Sequence[int]) -> str:
     own_size = tuple(config.get("input_size", (3, *input_size)))[1:]
     if own_size == tuple(input_size):
         return "Choose another model"
-    return f"It was built for {_size_text(own_size)}: use that size, or another model"
+    return f"It was built for {format_size(own_size)}: use that size, or another model"
 
 
 def _timm_normalization(model: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
@@ -223,7 +223,7 @@ def _build_untrained(
     """Build a model with those of our options that it takes; return these as well."""
     timm = _import_timm()
     size = {"img_size": tuple(input_size)}
-    stride = {"output_stride": _REID_STRIDE} if last_stride == 1 else {}
+    stride = {"output_stride": REID_STRIDE} if last_stride == 1 else {}
     # Only trying shows what a constructor takes: many of timm's pass on any keyword.
     for options in ({**size, **stride}, stride, size):
         try:

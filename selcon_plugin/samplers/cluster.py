@@ -14,8 +14,8 @@ from selcon_plugin.samplers.planners import Planner, PlanSettings, planner_named
 from selcon_plugin.samplers.stream import (
     BatchStream,
     Indices,
-    _shuffled_passes,
-    _whole_numbers,
+    shuffled_passes,
+    whole_numbers,
 )
 
 # Values of the option "sampler" in addition to the names of the planners.
@@ -147,9 +147,9 @@ class ClusterSampler(BatchStream):
             ValueError: If the labels or cameras are not integers of shape ``(M,)``, or the
                 planner finds no image to sample.
         """
-        labels = _whole_numbers("labels", labels)
+        labels = whole_numbers("labels", labels)
         if camids is not None:
-            camids = _whole_numbers("camids", camids)
+            camids = whole_numbers("camids", camids)
             if len(camids) != len(labels):
                 raise ValueError(
                     f"camids ({len(camids)}) and labels ({len(labels)}) must have the same "
@@ -205,7 +205,7 @@ class ClusterSampler(BatchStream):
 
     def _with_outliers(self, epoch: _Epoch) -> Iterator[Indices]:
         num_outliers = self.outliers_per_batch
-        sampled = _shuffled_passes(
+        sampled = shuffled_passes(
             len(epoch.outliers),
             num_outliers,
             0,

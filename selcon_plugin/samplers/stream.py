@@ -79,7 +79,7 @@ class BatchStream(Sampler[SampleKey], ABC):
                 yield SampleKey(index, position + place)
 
 
-def _shuffled_passes(
+def shuffled_passes(
     num_images: int,
     batch_size: int,
     start: int,
@@ -137,7 +137,7 @@ class StreamSampler(BatchStream):
 
     def batches(self, start: int) -> Iterator[Indices]:
         """Sample the global batches ``start``, ``start + 1``, ...; see the base class."""
-        return _shuffled_passes(
+        return shuffled_passes(
             self.num_images,
             self.batch_size,
             start,
@@ -145,7 +145,19 @@ class StreamSampler(BatchStream):
         )
 
 
-def _whole_numbers(name: str, values: Tensor | ArrayLike) -> Indices:
+def whole_numbers(name: str, values: Tensor | ArrayLike) -> Indices:
+    """Return a vector of integers as int64, and refuse anything else.
+
+    Args:
+        name: Name of the argument, for the error.
+        values: Integers, shape ``(M,)``.
+
+    Returns:
+        The same on the CPU.
+
+    Raises:
+        ValueError: If the shape or the type differs.
+    """
     array = np.asarray(values.cpu() if isinstance(values, Tensor) else values)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ValueError(

@@ -50,7 +50,7 @@ one, two = np.arange(1), np.arange(2)
 cuhk03 = lambda: evaluate_rank(
     np.zeros((1, 2)), one, two, one, two + 1, 1, use_metric_cuhk03=True, use_cython=False
 )
-before_and_after("numpy.bool", shared._restore_numpy_bool, cuhk03)
+before_and_after("numpy.bool", shared.restore_numpy_bool, cuhk03)
 
 stored = io.BytesIO()
 content = {"rank1": np.float32(0.5), "epoch": np.int64(3), "model": {"w": np.ones((2, 2))}}
@@ -61,7 +61,7 @@ def load():
     assert loaded["rank1"] == 0.5 and loaded["epoch"] == 3
     assert (loaded["model"]["w"] == 1).all()
 
-before_and_after("checkpoint", shared._allow_numpy_in_checkpoints, load)
+before_and_after("checkpoint", shared.allow_numpy_in_checkpoints, load)
 
 from fastreid.config import get_cfg
 from fastreid.data.transforms import build_transforms
@@ -196,7 +196,7 @@ def test_existing_mapping_is_untouched(monkeypatch):
 def test_existing_numpy_bool_is_untouched(monkeypatch):
     existing = object()
     monkeypatch.setitem(vars(np), "bool", existing)  # asking NumPy 1 for it would warn
-    compat.shared._restore_numpy_bool()
+    compat.shared.restore_numpy_bool()
     assert np.bool is existing
 
 
@@ -204,7 +204,7 @@ def test_torch_that_loads_numpy_numbers_is_told_nothing(monkeypatch):
     told = []
     monkeypatch.setattr(compat.shared, "_loads_numpy_numbers", lambda: True)
     monkeypatch.setattr(torch.serialization, "add_safe_globals", told.append, raising=False)
-    compat.shared._allow_numpy_in_checkpoints()
+    compat.shared.allow_numpy_in_checkpoints()
     assert told == []
 
 
@@ -357,7 +357,7 @@ class RunsOnLoad:
     reason="torch.load runs pickled code by default before torch 2.6",
 )
 def test_checkpoints_still_cannot_run_code(tmp_path):
-    compat.shared._allow_numpy_in_checkpoints()
+    compat.shared.allow_numpy_in_checkpoints()
     torch.save(RunsOnLoad(), tmp_path / "malicious.pth")
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "malicious.pth")
