@@ -20,8 +20,8 @@ from selcon_plugin.distributed import gather_batch, rank, world_size
 from selcon_plugin.engine.network import EmbeddingNetwork
 from selcon_plugin.features import Embeddings
 from selcon_plugin.models.finite import (
-    find_nonfinite_state,
     broadcast_rows,
+    find_nonfinite_state,
     finite_rows,
     name_some,
 )
