@@ -19,7 +19,12 @@ from torch import Tensor, nn
 from selcon_plugin.distributed import gather_batch, rank, world_size
 from selcon_plugin.engine.network import EmbeddingNetwork
 from selcon_plugin.features import Embeddings
-from selcon_plugin.models.finite import _finite_rows, _over, find_nonfinite_state, name_some
+from selcon_plugin.models.finite import (
+    broadcast_rows,
+    find_nonfinite_state,
+    finite_rows,
+    name_some,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +191,7 @@ class StepGuard:
         seen = self._network.pending_batch()
         index, embeddings = seen.index, seen.embeddings
         every = gather_batch(index)
-        of_pixels = gather_batch(index[~_finite_rows(images.to(index.device))])
+        of_pixels = gather_batch(index[~finite_rows(images.to(index.device))])
         of_features = gather_batch(index[~_finite_embeddings(embeddings)])
         if len(of_pixels):
             found.append(f"pixels are not finite in {self._named(of_pixels)}")
@@ -250,7 +255,7 @@ def zero_nonfinite_features(
             "%s. These images belong to no cluster until their features are finite", message
         )
     kept = [
-        None if part is None else part.masked_fill(_over(~finite, part), 0.0)
+        None if part is None else part.masked_fill(broadcast_rows(~finite, part), 0.0)
         for part in embeddings
     ]
     global_features, part_features = kept
@@ -259,9 +264,9 @@ def zero_nonfinite_features(
 
 
 def _finite_embeddings(embeddings: Embeddings) -> Tensor:
-    finite = _finite_rows(embeddings.global_features)
+    finite = finite_rows(embeddings.global_features)
     if embeddings.part_features is not None:
-        finite = finite & _finite_rows(embeddings.part_features)
+        finite = finite & finite_rows(embeddings.part_features)
     return finite
 
 

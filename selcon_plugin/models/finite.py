@@ -76,11 +76,13 @@ def check_state(network: nn.Module, paths: Sequence[str] = (), *, when: str) -> 
         )
 
 
-def _over(rows: Tensor, tensor: Tensor) -> Tensor:
+def broadcast_rows(rows: Tensor, tensor: Tensor) -> Tensor:
+    """Reshape a mask of rows ``(B,)`` so that it broadcasts over a tensor ``(B, ...)``."""
     return rows.view(-1, *[1] * (tensor.dim() - 1))
 
 
-def _finite_rows(tensor: Tensor) -> Tensor:
+def finite_rows(tensor: Tensor) -> Tensor:
+    """Return the mask of the rows that contain only finite values, bool ``(B,)``."""
     return tensor.isfinite().flatten(1).all(dim=1)
 
 
@@ -88,7 +90,7 @@ def _rows(tensor: Tensor, paths: Sequence[str]) -> str:
     """Name the non-finite rows of a bank, and their images if there is a row for each."""
     if tensor.dim() < 2:
         return f"{int((~tensor.isfinite()).sum())} places"
-    rows: list[int] = (~_finite_rows(tensor)).nonzero().squeeze(1).tolist()
+    rows: list[int] = (~finite_rows(tensor)).nonzero().squeeze(1).tolist()
     if len(tensor) != len(paths):
         return f"rows {name_some([str(row) for row in rows])}"
     return f"rows {name_some([f'{row} ({paths[row]})' for row in rows])}"
