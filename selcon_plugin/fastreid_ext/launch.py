@@ -98,7 +98,7 @@ def launch(
     if dist_url == "auto":
         if num_machines > 1:
             raise ValueError("several machines need a common --dist-url tcp://host:port")
-        dist_url = f"tcp://127.0.0.1:{_free_port()}"
+        dist_url = f"tcp://127.0.0.1:{free_port()}"
     failures = multiprocessing.get_context("spawn").SimpleQueue()
     worker_args = (
         main,
@@ -138,13 +138,13 @@ def _wait_for(
                 pass
     except (ProcessRaisedException, ProcessExitedException) as error:
         # The error names a random process: when one ends, the others fail as well.
-        _raise_first_failure(context, failures, first_rank, world_size)
+        raise_first_failure(context, failures, first_rank, world_size)
         if stopped_by:  # the signal came before any process started to train
             raise SystemExit(128 + stopped_by[0]) from None
         raise ProcessFailure(str(error)) from error
 
 
-def _raise_first_failure(
+def raise_first_failure(
     context: ProcessContext, failures: Any, first_rank: int, world_size: int
 ) -> None:
     """Raise the error of the first process that failed; all processes have ended."""
@@ -285,7 +285,8 @@ def _join(
     return result
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a free local TCP port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

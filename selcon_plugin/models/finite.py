@@ -77,12 +77,12 @@ def check_state(network: nn.Module, paths: Sequence[str] = (), *, when: str) -> 
 
 
 def broadcast_rows(rows: Tensor, tensor: Tensor) -> Tensor:
-    """Return one value per row ``(B,)`` in a shape that broadcasts over ``(B, ...)``."""
+    """Reshape a mask of rows ``(B,)`` so that it broadcasts over a tensor ``(B, ...)``."""
     return rows.view(-1, *[1] * (tensor.dim() - 1))
 
 
 def finite_rows(tensor: Tensor) -> Tensor:
-    """Return which rows of ``(B, ...)`` hold finite values only, bool ``(B,)``."""
+    """Return the mask of the rows that contain only finite values, bool ``(B,)``."""
     return tensor.isfinite().flatten(1).all(dim=1)
 
 

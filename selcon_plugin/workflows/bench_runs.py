@@ -59,12 +59,23 @@ def finish(run: Run, title: str) -> Outcome:
                 echo(f"{title}: FAILED: {error}\n    see {run.folder / _CONSOLE}")
                 return Outcome(run, error=error)
             when = f"in {duration(time.monotonic() - started)}"
-        record = _read_results(run.folder / RESULTS_FILE)
+        record = read_results(run.folder / RESULTS_FILE)
     echo(f"{title}: {when}{_summary(record['metrics'])}")
     return Outcome(run, record)
 
 
-def _read_results(file: Path) -> dict[str, Any]:
+def read_results(file: Path) -> dict[str, Any]:
+    """Read and check ``results.json`` of a run.
+
+    Args:
+        file: Path of the file.
+
+    Returns:
+        Content of the file.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
     try:
         record: dict[str, Any] = json.loads(file.read_text())
         record["metrics"].items()

@@ -1,4 +1,4 @@
-"""What a key means, found by its name or a part of it."""
+"""Documentation of a key, found by its name or a part of it."""
 
 from typing import Annotated
 
@@ -55,7 +55,7 @@ def test_meanings_are_read_from_docstrings_of_class_and_base():
         """Derived.
 
         Args:
-            third: τ of :class:`~a.b.Loss`, or ``"none"``; a long text that goes
+            third: τ of :class:`~a.b.Loss`, or ``"none"``; a long text that runs
                 on in the next line.
             second: Which of ``x`` and ``y``.
             **options: Those of the base.
@@ -69,7 +69,7 @@ def test_meanings_are_read_from_docstrings_of_class_and_base():
 
     meanings = {name: option.meaning for name, option in options_of(Derived).items()}
     assert meanings == {
-        "third": "τ of `Loss`, or `none`; a long text that goes on in the next line",
+        "third": "τ of `Loss`, or `none`; a long text that runs on in the next line",
         "first": "what comes first",
         "second": "which of `x` and `y`",
     }
@@ -83,10 +83,10 @@ def test_explains_who_has_a_key_and_what_differs(config_help):
     assert "Default: 0.07 (CAP, O2CAP, ViTC)" in text
     assert "Default: 0.05 (the others)" in text
     assert "Legal: a number > 0\n" in text
-    words = " ".join(text.split())
+    fragments = " ".join(text.split())
     owners = [name for name in method_names() if "temperature" in own_method_options(name)]
-    assert f"It belongs to the methods {', '.join(owners)}." in words
-    assert "HOST.SELCON.METHOD CACL HOST.SELCON.TEMPERATURE 0.05" in words
+    assert f"It belongs to the methods {', '.join(owners)}." in fragments
+    assert "HOST.SELCON.METHOD CACL HOST.SELCON.TEMPERATURE 0.05" in fragments
     assert all(len(line) <= 92 for line in text.splitlines()[:-1])
 
 
@@ -125,7 +125,7 @@ def test_finds_a_key_by_its_end(config_help, text, key):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "fragments"),
     [
         (
             "temprature",
@@ -136,8 +136,8 @@ def test_finds_a_key_by_its_end(config_help, text, key):
         ("qqqq", r"has no key qqqq$"),
     ],
 )
-def test_unknown_key_names_the_closest(config_help, text, words):
-    with pytest.raises(ValueError, match=words):
+def test_unknown_key_names_the_closest(config_help, text, fragments):
+    with pytest.raises(ValueError, match=fragments):
         config_help.find(text)
 
 

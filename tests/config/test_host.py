@@ -51,7 +51,7 @@ def host(request):
 
 @pytest.fixture
 def toy(monkeypatch):
-    """What makes a third host known: a line in the table."""
+    """Register a third host by a line in the table."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.setitem(HOSTS, "toy", HostEntry("toy_host:ToyHost", keys_in(str.title)))
     return get_host("toy")

@@ -83,7 +83,7 @@ def test_check_puts_the_defaults_of_the_chosen(method, labeler):
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "fragments"),
     [
         ({"OWN": 0}, r"here\.selcon\.OWN .*>= 1.*got 0"),
         ({"METHOD": "Magic"}, r"here\.selcon\.METHOD .*'ClusterContrast'.*'Magic'"),
@@ -107,8 +107,8 @@ def test_check_puts_the_defaults_of_the_chosen(method, labeler):
         ),
     ],
 )
-def test_illegal_value_names_key_value_and_legal_range(values, words):
-    with pytest.raises(ValueError, match=words):
+def test_illegal_value_names_key_value_and_legal_range(values, fragments):
+    with pytest.raises(ValueError, match=fragments):
         KEYS.check(node_with(**values))
 
 
@@ -161,7 +161,7 @@ def test_failed_merge_leaves_the_values():
 
 
 @pytest.mark.parametrize(
-    ("key", "words"),
+    ("key", "fragments"),
     [
         ("here.selcon.TEMPERATURE", "a number > 0"),
         ("here.selcon.OWN", "a whole number >= 1"),
@@ -171,8 +171,8 @@ def test_failed_merge_leaves_the_values():
         ("elsewhere.TEMPERATURE", ""),
     ],
 )
-def test_what_is_legal_in_words(key, words):
-    assert KEYS.describe(key) == words
+def test_valid_values_are_described(key, fragments):
+    assert KEYS.describe(key) == fragments
 
 
 # --- what follows from settings ----------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Which sampler draws the batches, and how they are cut."""
+"""Choice of the batch sampler, and micro-batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The best weights without labels: which figures count, and what a resumed run knows."""
+"""Best weights by a label-free criterion, also in a resumed run."""
 
 import math
 
@@ -8,20 +8,20 @@ from selcon_plugin.engine.best_weights import BestWeights
 
 
 @pytest.mark.parametrize(
-    ("figure", "sign"), [("silhouette", 1), ("stability", 1), ("outlier_ratio", -1)]
+    ("criterion", "sign"), [("silhouette", 1), ("stability", 1), ("outlier_ratio", -1)]
 )
-def test_weights_are_saved_when_the_figure_gets_better(figure, sign):
+def test_weights_are_saved_when_the_criterion_improves(criterion, sign):
     saved = []
-    best = BestWeights(figure, saved.append)
+    best = BestWeights(criterion, saved.append)
     values = [0.2, 0.1, 0.2, math.nan, None, 0.3, -1.0, 0.4]
     for epochs, value in enumerate(values, start=1):
-        measured = {} if value is None else {figure: sign * value}
+        measured = {} if value is None else {criterion: sign * value}
         best.offer({"num_clusters": 9.0} | measured, epochs)
     assert saved == [1, 6, 8]
     assert best.value == sign * 0.4
 
 
-def test_resumed_run_goes_on_from_its_best():
+def test_resumed_run_knows_its_best():
     saved = []
     first = BestWeights("outlier_ratio", saved.append)
     second = BestWeights("outlier_ratio", saved.append)

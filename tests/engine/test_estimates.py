@@ -84,7 +84,7 @@ def test_one_after_the_other_adds_time_but_not_memory() -> None:
         (Estimate(9000, 0), "about 2.5 h and 0 MiB of memory"),
     ],
 )
-def test_in_words(estimate: Estimate, words: str) -> None:
+def test_as_text(estimate: Estimate, words: str) -> None:
     assert str(estimate) == words
 
 

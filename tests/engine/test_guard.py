@@ -74,7 +74,7 @@ class Training:
         *,
         spoil: Any = None,
         micro_batches: int = 1,
-        **judging: Any,
+        **checking: Any,
     ) -> dict[str, float]:
         images = self.images(rows) if images is None else images
         index, camids = torch.tensor(rows), torch.full((len(rows),), -1)
@@ -91,7 +91,7 @@ class Training:
                 losses[name] = losses.get(name, 0.0) + loss.detach() / micro_batches
         if spoil is not None:
             spoil(self.network, losses)
-        values = self.guard.check(losses, images, self.steps, **judging)
+        values = self.guard.check(losses, images, self.steps, **checking)
         self.steps += 1
         if self.guard.skipped:
             self.optimizer.zero_grad()
@@ -132,7 +132,7 @@ def bad_pixel(training: Training, rows: list[int], place: int) -> Tensor:
 def test_skipped_step_leaves_no_trace(
     cause: str, micro_batches: int, device: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The run goes on as one that never saw the step: weights, statistics, banks."""
+    """The run continues as one that never saw the step: weights, statistics, banks."""
     training, unbroken = Training(device), Training(device)
     for run in (training, unbroken):
         run.step([0, 1, 2, 3])
@@ -155,7 +155,7 @@ def test_skipped_step_leaves_no_trace(
 
 
 def test_good_steps_are_those_without_a_guard() -> None:
-    """Judging reads and never writes; what it returns is what was to be read anyway."""
+    """The check reads and never writes; it returns the losses, which are read anyway."""
     guarded, free = Training(), Training()
     losses = []
     for step in range(3):
@@ -236,7 +236,7 @@ def test_too_many_in_a_row_stop_the_run() -> None:
     training = Training(max_nonfinite_steps=3)
     for _ in range(2):
         training.step([0, 1, 2, 3], spoil=spoil_loss)
-    training.step([0, 1, 2, 3])  # a good one: counting begins anew
+    training.step([0, 1, 2, 3])  # a good one: the count starts over
     for _ in range(2):
         training.step([0, 1, 2, 3], spoil=spoil_loss)
     with pytest.raises(
@@ -282,7 +282,7 @@ def test_state_is_checked_by_name() -> None:
 # --- extracted features ------------------------------------------------------------------
 
 
-def test_finite_features_are_left_alone() -> None:
+def test_finite_features_are_not_changed() -> None:
     embeddings = Embeddings(unit(IMAGES, 8), unit(IMAGES, 2, 4))
     kept, left_out = zero_nonfinite_features(embeddings, PATHS, "stop")
     assert kept is embeddings
@@ -320,7 +320,7 @@ def work(process: int, folder: Path) -> None:
     training = Training(max_nonfinite_steps=2)
     rows = [[0, 1], [2, 3]][process]
     training.step(rows)
-    # Bad on one rank alone: both must leave the step out.
+    # Non-finite on one rank only: both must skip the step.
     images = bad_pixel(training, rows, 0) if process == 1 else None
     training.step(rows, images)
     skipped = training.guard.skipped

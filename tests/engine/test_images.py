@@ -53,11 +53,11 @@ def test_sample_holds_its_index_and_no_identity():
     assert dataset.evaluation_only_pids == [
         0,
         1,
-    ]  # by their order, and for diagnostics alone
+    ]  # by their order, and only for diagnostics
     assert len(dataset) == 2
 
 
-def test_host_says_what_a_sample_is():
+def test_host_defines_the_sample():
     dataset = IndexedImages([("a", 0, 0)], str, str.upper)
     with pytest.raises(NotImplementedError):
         dataset[0]
@@ -156,7 +156,7 @@ def test_fingerprint_is_the_same_in_another_place(files, tmp_path):
     assert images(others).fingerprint == images(files).fingerprint
 
 
-def test_augmentation_follows_seed_and_position_alone():
+def test_augmentation_follows_only_seed_and_position():
     dataset = images([("a", 0, 0), ("b", 0, 0)], draw, seed=3)
     first = dataset[SampleKey(1, 70)]["image"]
     seed_all(999)
@@ -169,7 +169,7 @@ def test_augmentation_follows_seed_and_position_alone():
         assert not (other["image"] == first).any()
 
 
-def test_loading_leaves_the_global_random_streams_alone():
+def test_loading_keeps_the_global_random_streams():
     dataset = images([("a", 0, 0)], draw)
     seed_all(5)
     expected = draw("")

@@ -1,4 +1,4 @@
-"""What lies between the losses, which read the banks, and the write into them."""
+"""State between the losses, which read the banks, and the write into them."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def lines():
-    """What is logged, as it comes."""
+    """Log records in their order."""
     said = []
     log = logging.getLogger("selcon_plugin")
     handler = logging.Handler()
@@ -63,7 +63,7 @@ def terminal(monkeypatch):
         (12_000, "3 h 20 min"),
     ],
 )
-def test_duration_in_words(seconds, text):
+def test_duration_as_text(seconds, text):
     assert duration(seconds) == text
 
 

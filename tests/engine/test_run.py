@@ -1,4 +1,4 @@
-"""What a method wants done along any host's training loop, and what a run is."""
+"""Steps of a method along any host's training loop, and metadata of a run."""
 
 import logging
 import random
@@ -213,7 +213,7 @@ def test_batches_begin_where_the_epoch_does(make_run):
 @pytest.mark.parametrize(
     ("period", "epochs"), [(1, [0, 1, 2, 3]), (2, [0, 2]), (3, [0, 3]), (9, [0])]
 )
-def test_clusters_are_renewed_every_few_epochs(make_run, period, epochs):
+def test_clusters_are_refreshed_every_few_epochs(make_run, period, epochs):
     labeler = Scripted(LABELS)
     run = make_run(
         Recorded(clusters=True),
@@ -242,7 +242,7 @@ def test_run_that_was_never_prepared_clusters_at_once(make_run):
     assert run.method.labels.tolist() == LABELS
 
 
-def test_batches_are_drawn_from_the_new_labels(make_run):
+def test_batches_are_sampled_from_the_new_labels(make_run):
     labeler = Scripted(LABELS)
     run = make_run(Recorded(clusters=True), labeler, planner="pk")
     for epoch, labels in enumerate((LABELS, LABELS[::-1])):
@@ -254,7 +254,7 @@ def test_batches_are_drawn_from_the_new_labels(make_run):
         assert (found == found[:, :1]).all()
 
 
-def test_without_clusters_every_image_is_drawn(make_run, caplog):
+def test_without_clusters_every_image_is_sampled(make_run, caplog):
     run = make_run(Recorded(clusters=True), Scripted([-1] * IMAGES), planner="pk")
     run.refresh_pseudo_labels(0, 0)
     assert run.method.instance_level
@@ -271,7 +271,7 @@ def test_batch_that_needs_more_clusters_falls_back(make_run):
 
 
 @pytest.mark.parametrize("kind", ["global", "fused"])
-def test_what_is_clustered(make_run, kind):
+def test_clustered_features(make_run, kind):
     labeler = Scripted(LABELS)
     run = make_run(
         Recorded(clusters=True),
@@ -380,7 +380,7 @@ def test_diagnostics_know_identities_where_there_are_any(make_run):
 # --- what a run is -----------------------------------------------------------------------
 
 
-def test_facts_of_a_run_survive_a_checkpoint():
+def test_metadata_of_a_run_survive_a_checkpoint():
     state = RunState(num_images=40, seed=0, method="Mine")
     saved = state.state_dict()
     assert saved == {"num_images": 40, "seed": 0, "method": "Mine"}
@@ -389,7 +389,7 @@ def test_facts_of_a_run_survive_a_checkpoint():
     assert state.metadata["seed"] == 0
 
 
-def test_run_of_other_facts_is_refused_with_all_of_them():
+def test_run_with_other_metadata_is_refused_with_all_of_them():
     saved = RunState(num_images=40, seed=0, method="Mine").state_dict()
     with pytest.raises(
         ValueError,
@@ -398,22 +398,22 @@ def test_run_of_other_facts_is_refused_with_all_of_them():
         RunState(num_images=50, seed=0, method="Your").load_state_dict(saved)
 
 
-def test_fact_that_older_checkpoints_lack_is_no_difference():
+def test_metadata_that_older_checkpoints_lack_is_no_difference():
     RunState(num_images=40, batch_size=8).load_state_dict({"num_images": 40})
 
 
 # --- the best weights --------------------------------------------------------------------
 
 
-def clustered_run(make_run, saved, figure="stability"):
+def clustered_run(make_run, saved, criterion="stability"):
     labeler = Scripted(torch.tensor(LABELS))
-    best = BestWeights(figure, saved.append)
+    best = BestWeights(criterion, saved.append)
     run = make_run(Recorded(clusters=True), labeler, planner="shuffle", best=best)
     run.before_training()
     return run, labeler
 
 
-def test_clusters_judge_the_weights_of_the_epoch_before(make_run):
+def test_clusters_score_the_weights_of_the_epoch_before(make_run):
     saved = []
     run, labeler = clustered_run(make_run, saved)
     halves = [0, 0, 1, 1, 0, 0, 1, 1, -1, -1, -1, -1]

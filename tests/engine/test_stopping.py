@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C are noted, and stop a run where it says it can."""
+"""SIGTERM and Ctrl-C are recorded, and stop a run where it allows it."""
 
 import multiprocessing
 import os
@@ -90,14 +90,14 @@ def wait_as_worker(ready):
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="senders cannot be told")
-def test_worker_ends_by_its_training_process_alone():
+def test_worker_ends_only_by_its_training_process():
     context = multiprocessing.get_context("fork")
     ready = context.Event()
     worker = context.Process(target=wait_as_worker, args=(ready,), daemon=True)
     worker.start()
     assert ready.wait(20)
-    stranger = f"kill -TERM {worker.pid}; kill -INT {worker.pid}"
-    subprocess.run(["sh", "-c", stranger], check=True)
+    other_sender = f"kill -TERM {worker.pid}; kill -INT {worker.pid}"
+    subprocess.run(["sh", "-c", other_sender], check=True)
     worker.join(0.5)
     assert worker.is_alive()
     worker.terminate()

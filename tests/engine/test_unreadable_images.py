@@ -1,4 +1,4 @@
-"""Images that cannot be read: before the training, during it, and when it goes on."""
+"""Unreadable images before the training, during it, and when it resumes."""
 
 import logging
 import multiprocessing as mp
@@ -71,10 +71,10 @@ def shade(sample):
     return round(float(sample["image"].mean()) / 20)
 
 
-# --- stand-ins ---------------------------------------------------------------------------
+# --- replacements ------------------------------------------------------------------------
 
 
-def test_stand_in_comes_with_its_own_index(images):
+def test_replacement_comes_with_its_own_index(images):
     os.unlink(images.paths[4])
     drawn = [images[SampleKey(4, position)] for position in range(60)]
     assert [shade(sample) for sample in drawn] == [sample["index"] for sample in drawn]
@@ -84,7 +84,7 @@ def test_stand_in_comes_with_its_own_index(images):
     assert images[SampleKey(5, 0)]["index"] == 5
 
 
-def test_stand_in_follows_from_seed_and_position(images, items):
+def test_replacement_follows_from_seed_and_position(images, items):
     os.unlink(images.paths[4])
     keys = [SampleKey(4, position) for position in range(20)]
     expected = [images[key]["index"] for key in keys]
@@ -94,22 +94,22 @@ def test_stand_in_follows_from_seed_and_position(images, items):
     assert [other[key]["index"] for key in keys] != expected
 
 
-def test_stand_in_is_of_the_same_cluster_while_it_has_readable_images(images):
+def test_replacement_is_of_the_same_cluster_while_it_has_readable_images(images):
     images.labels = np.array([0, 0, 0, 0, 1, 1, 1, 1, -1, -1, -1, -1])
 
-    def stand_ins(index):
+    def replacements(index):
         return {images[SampleKey(index, p)]["index"] for p in range(60)}
 
     for gone in (5, 9):
         os.unlink(images.paths[gone])
-    assert stand_ins(5) == {4, 6, 7}
-    assert stand_ins(9) == {8, 10, 11}  # an outlier was drawn: the sampler may draw them
+    assert replacements(5) == {4, 6, 7}
+    assert replacements(9) == {8, 10, 11}  # an outlier was sampled: outliers may replace it
     for gone in (4, 6, 7):
         os.unlink(images.paths[gone])
-    assert stand_ins(5) == {0, 1, 2, 3}  # of another cluster, never an outlier
+    assert replacements(5) == {0, 1, 2, 3}  # of another cluster, never an outlier
     for gone in (8, 10, 11):
         os.unlink(images.paths[gone])
-    assert stand_ins(9) == {0, 1, 2, 3}
+    assert replacements(9) == {0, 1, 2, 3}
 
 
 def test_where_nothing_can_be_read_the_run_stops_and_does_not_hang(images):
@@ -133,7 +133,7 @@ def test_batches_do_not_depend_on_workers_which_report_to_the_training(images, w
     assert images.unreadable.nonzero().flatten().tolist() == [2, 7]
 
 
-def test_what_failed_is_reported_once_and_forgotten_when_it_can_be_read(images):
+def test_what_failed_is_reported_once_and_cleared_when_it_can_be_read(images):
     content = Path(images.paths[4]).read_bytes()
     os.unlink(images.paths[4])
     images[SampleKey(4, 0)]
@@ -318,7 +318,7 @@ def test_end_of_an_epoch_warns_once_and_stops_past_the_bound(make_run, images, c
         run._report_unreadable()
 
 
-# --- going on ----------------------------------------------------------------------------
+# --- resuming ----------------------------------------------------------------------------
 
 
 def test_resumed_run_keeps_the_row_of_a_file_that_vanished(items, tmp_path, caplog):

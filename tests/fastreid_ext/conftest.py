@@ -46,7 +46,7 @@ def dataset_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def drawn_people(dataset_root: Path) -> Path:
+def synthetic_persons(dataset_root: Path) -> Path:
     """Folder of the data set, in the form of Market-1501."""
     return generate_synthetic_persons(dataset_root, SPEC)  # there already
 

@@ -50,7 +50,7 @@ def torchreid() -> ModuleType:
         pytest.skip(str(error))
 
 
-# FastReID's own, by config alone: (keys, channels, map of a 64x32 image)
+# FastReID's own, only by config: (keys, channels, map of a 64x32 image)
 HOST_BACKBONES = [
     ({"NAME": "build_resnet_backbone", "DEPTH": "18x"}, 512, (4, 2)),
     ({"NAME": "build_osnet_backbone", "DEPTH": "x0_25"}, 128, (4, 2)),

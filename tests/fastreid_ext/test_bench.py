@@ -52,7 +52,7 @@ def write_config(file, values):
 
 @dataclass
 class Story:
-    """Two configs on two seeds: stopped in the second run, and gone on with."""
+    """Two configs on two seeds: stopped in the second run, and resumed."""
 
     arguments: list
     output: Path
@@ -64,7 +64,7 @@ class Story:
 
 @pytest.fixture(scope="module")
 def told():
-    """What the next fixture keeps for the tests of this file."""
+    """Results that the next fixture keeps for the tests of this file."""
     return []
 
 
@@ -103,7 +103,7 @@ def results_of(story, name, seed):
     return json.loads((story.output / name / f"seed{seed}" / "results.json").read_text())
 
 
-def test_stopped_bench_goes_on_where_it_stopped(story):
+def test_stopped_bench_resumes_where_it_stopped(story):
     status, text = story.first
     assert status == 143  # SIGTERM
     assert "Stopped. The same command resumes" in text
@@ -119,7 +119,7 @@ def test_stopped_bench_goes_on_where_it_stopped(story):
     assert not begins[-1].endswith("epoch 0")
 
 
-def test_table_holds_the_figures_of_the_runs(story):
+def test_table_holds_the_metrics_of_the_runs(story):
     table, _notes = (story.output / "table.md").read_text().split("\n\n")
     header, _rule, *lines = table.splitlines()
     columns = [cell.strip() for cell in header.strip("|").split("|")]

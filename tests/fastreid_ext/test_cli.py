@@ -69,7 +69,7 @@ def test_killed_run_resumes_to_the_weights_of_the_unbroken_one(
         assert torch.equal(got[name], value), name
     unbroken, resumed = results_of(tmp_path / "whole"), results_of(broken)
     assert resumed["metrics"] == unbroken["metrics"]
-    # The seconds of both parts: the second alone took less than the whole.
+    # The seconds of both parts: only the second took less than the whole.
     clock = torch.load(broken / "model_0002.pth", weights_only=True)["meter"]
     assert resumed["train_seconds"] > clock["seconds"] > 0
 
@@ -90,7 +90,7 @@ def test_eval_repeats_the_result_of_the_training(tiny_values, tmp_path):
     expected = [
         line for line in trained.stdout.splitlines() if line.startswith("| Synthetic")
     ]
-    # By its own command, and as FastReID spells it, with the config that the run left
+    # By its own command, and as FastReID writes it, with the config that the run left
     # behind.
     config = tmp_path / "run" / "config.yaml"
     for arguments in (["eval"], ["train", "--eval-only"]):
@@ -170,7 +170,7 @@ def test_two_processes_by_num_gpus(selcon, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "fragments"),
     [
         (["train", "--config-file", "nowhere.yml"], ["nowhere.yml"]),
         (["train", "--images", "/nowhere"], ["/nowhere"]),
@@ -182,13 +182,13 @@ def test_two_processes_by_num_gpus(selcon, tmp_path):
     ],
 )
 def test_mistakes_end_with_status_2_and_one_line(
-    arguments, words, capsys, tmp_path, monkeypatch
+    arguments, fragments, capsys, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)  # runs write to logs/ before they look at the data
     assert main(arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"selcon {arguments[0]}: error:")
-    assert all(word in error for word in words)
+    assert all(word in error for word in fragments)
 
 
 def test_no_or_unknown_command_shows_the_commands(capsys):

@@ -78,7 +78,7 @@ def assert_equal_states(first, second):
 
 @DATASET_REGISTRY.register()
 class SwappedIdentities(SyntheticPersons):
-    """The same images with identities dealt out anew: nothing may depend on them."""
+    """The same images with identities reassigned: nothing may depend on them."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -142,7 +142,7 @@ def test_resumed_run_equals_the_unbroken_one(tiny_cfg, tmp_path, name, period):
     assert_equal_states(unbroken, resumed)
 
 
-def test_batches_are_drawn_from_the_labels_of_their_epoch(tiny_cfg):
+def test_batches_are_sampled_from_the_labels_of_their_epoch(tiny_cfg):
     recorder = BatchRecorder()
     train(with_method(tiny_cfg, "ClusterContrast"), hooks=[recorder], SOLVER__MAX_EPOCH=3)
     assert len(recorder.batches) == 15
@@ -169,9 +169,9 @@ def test_outliers_take_part_by_their_quota(tiny_cfg):
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize(
-    ("eps", "k1", "words"), [(1e-6, 8, "No cluster was"), (1.0, 40, "One cluster was")]
+    ("eps", "k1", "fragments"), [(1e-6, 8, "No cluster was"), (1.0, 40, "One cluster was")]
 )
-def test_impossible_eps_ends_well(tiny_cfg, name, eps, k1, words, caplog):
+def test_impossible_eps_ends_well(tiny_cfg, name, eps, k1, fragments, caplog):
     caplog.set_level(logging.WARNING)
     cfg = with_method(tiny_cfg, name)
     cfg.MODEL.SELCON.CLUSTERING.EPS = eps
@@ -181,7 +181,7 @@ def test_impossible_eps_ends_well(tiny_cfg, name, eps, k1, words, caplog):
     method = unwrap(trainer.model).method
     assert method.instance_level
     assert method.step == 2 * trainer.iters_per_epoch
-    assert words in caplog.text
+    assert fragments in caplog.text
     assert trainer._last_eval_results["mAP"] > 0
 
 
@@ -321,7 +321,7 @@ def test_micro_batches_equal_the_ghost_batches_of_a_whole_one(tiny_cfg, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "words"),
+    ("key", "value", "fragments"),
     [
         ("MODEL.SELCON.CLUSTERING.EPS", 1.5, r"CLUSTERING\.EPS .*<= 1 or 'auto'"),
         ("MODEL.SELCON.CLUSTERING.EPS", "often", r"CLUSTERING\.EPS .*'often'"),
@@ -333,10 +333,10 @@ def test_micro_batches_equal_the_ghost_batches_of_a_whole_one(tiny_cfg, tmp_path
         ("MODEL.SELCON.SELECTION", "jaccard", r"method ClusterContrast has no such"),
     ],
 )
-def test_wrong_settings_end_before_training(tiny_cfg, key, value, words):
+def test_wrong_settings_end_before_training(tiny_cfg, key, value, fragments):
     cfg = with_method(tiny_cfg, "ClusterContrast")
     cfg = configured(cfg, {key: value})
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=fragments):
         SelConTrainer(cfg)
 
 

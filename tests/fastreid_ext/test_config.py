@@ -43,7 +43,7 @@ def test_script_without_add_selcon_config_gets_the_defaults():
     assert complete_config(get_cfg()).MODEL.SELCON.NUM_NEIGHBORS == 7
 
 
-def test_complete_config_says_what_the_method_and_labeler_use():
+def test_complete_config_shows_what_the_method_and_labeler_use():
     cfg = add_selcon_config(get_cfg())
     assert cfg.MODEL.SELCON.TEMPERATURE is None  # methods differ
     cfg.MODEL.SELCON.METHOD = "ClusterContrast"
@@ -55,7 +55,7 @@ def test_complete_config_says_what_the_method_and_labeler_use():
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "words"),
+    ("key", "value", "fragments"),
     [
         ("TEMPERATURE", "0.0", ["MODEL.SELCON.TEMPERATURE", "> 0", "0.0"]),
         ("NUM_NEIGHBORS", "-1", ["MODEL.SELCON.NUM_NEIGHBORS", ">= 0", "-1"]),
@@ -66,10 +66,10 @@ def test_complete_config_says_what_the_method_and_labeler_use():
         ("NUM_NEGATIVES", "many", ["MODEL.SELCON.NUM_NEGATIVES", "many", ">= 1"]),
     ],
 )
-def test_illegal_value_names_key_value_and_legal_range(key, value, words):
-    with pytest.raises(ValueError, match=re.escape(words[0])) as caught:
+def test_illegal_value_names_key_value_and_legal_range(key, value, fragments):
+    with pytest.raises(ValueError, match=re.escape(fragments[0])) as caught:
         load_config("", [f"MODEL.SELCON.{key}", value])
-    assert all(word in str(caught.value) for word in words)
+    assert all(word in str(caught.value) for word in fragments)
 
 
 def test_unknown_key_suggests_the_right_one(tmp_path):
@@ -79,7 +79,7 @@ def test_unknown_key_suggests_the_right_one(tmp_path):
         load_config(str(file))
 
 
-def test_whole_number_for_a_float_says_what_to_write():
+def test_whole_number_for_a_float_names_what_to_write():
     with pytest.raises(ValueError, match=r"MODEL\.SELCON\.EMA_DECAY.*a number >= 0.*1\.0"):
         load_config("", ["MODEL.SELCON.EMA_DECAY", "0"])
 

@@ -45,7 +45,7 @@ def test_fingerprint_notices_a_missing_image_and_another_camera(dataset):
     assert IndexedDataset(items, None).fingerprint != dataset.fingerprint
 
 
-def test_augmentation_follows_the_position_alone(dataset):
+def test_augmentation_follows_only_the_position(dataset):
     first = dataset[SampleKey(2, 70)]["images"]
     seed_all_rng(999)
     assert torch.equal(dataset[SampleKey(2, 70)]["images"], first)
@@ -53,7 +53,7 @@ def test_augmentation_follows_the_position_alone(dataset):
     assert any(not torch.equal(other, first) for other in others)
 
 
-def test_loading_leaves_the_global_random_streams_alone(dataset):
+def test_loading_keeps_the_global_random_streams(dataset):
     seed_all_rng(5)
     expected = (random.random(), np.random.rand(), torch.rand(1))  # noqa: NPY002
     seed_all_rng(5)
@@ -82,7 +82,7 @@ def test_palette_gray_and_transparent_images_keep_their_colors(tmp_path, mode):
     assert np.array_equal(dataset[0]["images"], expected)
 
 
-def test_fewer_images_than_a_batch_is_an_error_that_says_so(tiny_cfg):
+def test_fewer_images_than_a_batch_is_an_error_that_states_it(tiny_cfg):
     tiny_cfg.SOLVER.IMS_PER_BATCH = 64
     with pytest.raises(
         ValueError, match=r"40 training images.*batch size \(64\).*IMS_PER_BATCH"

@@ -174,7 +174,7 @@ def test_commands_from_a_run_to_features_without_it(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "fragments"),
     [
         (["export"], "--weights"),
         (["export", "--weights", "w.pth"], "--onnx FILE, --torchscript FILE"),
@@ -187,12 +187,12 @@ def test_commands_from_a_run_to_features_without_it(
         ),
     ],
 )
-def test_mistakes_end_in_one_line(arguments, words, capsys, tmp_path, monkeypatch):
+def test_mistakes_end_in_one_line(arguments, fragments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1
-    assert words in error[0]
+    assert fragments in error[0]
 
 
 def test_export_past_the_bound_leaves_no_file(trained, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The study on Market-1501, on a few drawn people in its place."""
+"""The study on Market-1501, with a few synthetic persons in its place."""
 
 import json
 import re
@@ -128,10 +128,10 @@ def study(data, output, *phases, options=TINY, more=()):
 
 
 @pytest.fixture(scope="module")
-def market(drawn_people, tmp_path_factory):
-    """Drawn people under Market-1501's folder name."""
+def market(synthetic_persons, tmp_path_factory):
+    """Synthetic persons under Market-1501's folder name."""
     root = tmp_path_factory.mktemp("market")
-    (root / DATASET_FOLDER).symlink_to(drawn_people)
+    (root / DATASET_FOLDER).symlink_to(synthetic_persons)
     return root
 
 
@@ -145,7 +145,7 @@ def test_failed_runs_are_named(market, tmp_path):
 
 
 @pytest.mark.slow
-def test_whole_study_goes_on_and_gives_the_commands(market, tmp_path):
+def test_whole_study_resumes_and_gives_the_commands(market, tmp_path):
     output = tmp_path / "study"
     done = study(market, output, "choose", "--margin", "-100")
     assert done.returncode == 0, done.stderr

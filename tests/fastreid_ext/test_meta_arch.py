@@ -79,7 +79,7 @@ def test_training_without_number_of_images_says_who_sets_it(tiny_cfg):
         model(batch())
 
 
-def test_more_parts_than_rows_is_an_error_that_says_what_to_change(tiny_cfg):
+def test_more_parts_than_rows_is_an_error_that_names_the_remedy(tiny_cfg):
     tiny_cfg.MODEL.SELCON.NUM_PARTS = 8
     with pytest.raises(ValueError, match=r"4 rows into 8 .*NUM_PARTS.*larger input"):
         build_model(tiny_cfg)
@@ -130,7 +130,7 @@ HOST_BACKBONES = {
 
 
 @pytest.mark.parametrize("name", HOST_BACKBONES)
-def test_host_backbone_trains_a_step_by_config_alone(name):
+def test_host_backbone_trains_a_step_only_by_config(name):
     cfg = add_selcon_config(get_cfg())
     cfg.MODEL.META_ARCHITECTURE = "SelCon"
     cfg.MODEL.DEVICE = "cpu"

@@ -1,4 +1,4 @@
-"""Bad numbers and collapse in whole runs of FastReID."""
+"""Non-finite values and collapse in whole runs of FastReID."""
 
 import logging
 import re
@@ -23,7 +23,7 @@ OTHER_METHODS_KEYS = ("NUM_NEIGHBORS", "NUM_NEGATIVES", "WARMUP_EPOCHS")
 
 
 class Messages(logging.Handler):
-    """What the package warns about, as a user sees it."""
+    """Warnings of the package, as a user sees them."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
@@ -33,12 +33,12 @@ class Messages(logging.Handler):
     def emit(self, record):
         self.texts.append(record.getMessage())
 
-    def about(self, words):
-        return [text for text in self.texts if words in text]
+    def about(self, fragments):
+        return [text for text in self.texts if fragments in text]
 
 
 class Spoiler(HookBase):
-    """Puts a NaN into the pixels of one image wherever it is drawn."""
+    """Puts a NaN into the pixels of one image whenever it is sampled."""
 
     def __init__(self, model, bad_steps):
         self.step, self.bad_steps, self.states = 0, bad_steps, {}
@@ -78,7 +78,7 @@ def finite(model):
 
 
 @pytest.mark.parametrize("method", ["SelectiveContrastive", "ClusterContrast"])
-def test_run_goes_on_without_the_bad_steps(tiny_cfg, method):
+def test_run_continues_without_the_nonfinite_steps(tiny_cfg, method):
     changes = CLUSTERED if method == "ClusterContrast" else []
     trainer = trainer_of(tiny_cfg, *changes, bad_steps=(1, 2, 6))
     messages = Messages()
@@ -91,7 +91,7 @@ def test_run_goes_on_without_the_bad_steps(tiny_cfg, method):
     assert all("pixels are not finite in " in text and ".jpg" in text for text in skipped)
 
 
-def test_teacher_stands_still_and_schedule_goes_on(tiny_cfg):
+def test_teacher_stands_still_and_schedule_continues(tiny_cfg):
     tiny_cfg.MODEL.SELCON.EMA_DECAY = 0.9
     trainer = trainer_of(tiny_cfg, bad_steps=(3,))
     trainer.train()

@@ -81,7 +81,7 @@ def test_each_parameter_keeps_its_settings_in_few_groups(cfg: CfgNode) -> None:
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam"])
-def test_checkpoint_of_the_hosts_optimizer_goes_on(cfg: CfgNode, name: str) -> None:
+def test_checkpoint_of_the_hosts_optimizer_resumes(cfg: CfgNode, name: str) -> None:
     cfg.SOLVER.OPT = name
     host, ours = Network(), Network()
     theirs = build_host_optimizer(cfg, host, contiguous=False)[0]

@@ -1,4 +1,4 @@
-"""What a run in FastReID leaves for its report."""
+"""Records of a run in FastReID for its report."""
 
 from selcon_plugin.fastreid_ext import SelConTrainer
 from selcon_plugin.fastreid_ext.results import write_results

@@ -105,7 +105,7 @@ def unbroken(cfg, tmp_path, kept):
 # In the middle of an epoch, twice; after its last step; before all; the run's last step.
 @pytest.mark.parametrize("steps", [(1, 4), (2,), (-1,), (8,)])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_stopped_run_goes_on_to_the_end_of_the_unbroken_one(
+def test_stopped_run_resumes_to_the_end_of_an_uninterrupted_one(
     cfg, tmp_path, unbroken, steps, workers
 ):
     cfg.DATALOADER.NUM_WORKERS = workers
@@ -123,9 +123,9 @@ def test_stopped_run_goes_on_to_the_end_of_the_unbroken_one(
     assert not (folder / "model_stopped.pth").exists()
 
 
-def test_stop_says_how_to_go_on_and_ends_the_evaluation(cfg, tmp_path, caplog):
+def test_stop_reports_how_to_resume_and_ends_the_evaluation(cfg, tmp_path, caplog):
     cfg.DATASETS.TESTS = ("SyntheticPersons",)
-    cfg.TEST.EVAL_PERIOD = 0  # at the end alone, where FastReID's hook would run it
+    cfg.TEST.EVAL_PERIOD = 0  # only at the end, where FastReID's hook would run it
     with caplog.at_level(logging.INFO), pytest.raises(RunStopped) as stop:
         train(cfg, tmp_path, SignalAt(7, signal.SIGINT))
     assert stop.value.code == 130

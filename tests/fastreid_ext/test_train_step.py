@@ -222,7 +222,7 @@ def test_processes_exchange_gradients_once_per_step(num_micro_batches: int) -> N
 
 
 class RecordingScaler:
-    """Stands in for CUDA's gradient scaler: a fixed scale, divided out before the step."""
+    """Replacement of CUDA's gradient scaler: a fixed scale, divided out before the step."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []

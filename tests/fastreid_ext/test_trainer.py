@@ -16,7 +16,7 @@ from selcon_plugin.runs.metrics import read_metrics
 
 @DATASET_REGISTRY.register()
 class ShuffledIdentities(SyntheticPersons):
-    """The same images with identities dealt out anew: nothing may depend on them."""
+    """The same images with identities reassigned: nothing may depend on them."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -151,7 +151,7 @@ def test_run_of_a_step_or_two(tiny_cfg, num_people, epochs):
     assert trainer.iter == epochs * num_people // 2
 
 
-def test_period_0_evaluates_at_the_end_alone(tiny_cfg):
+def test_period_0_evaluates_only_at_the_end(tiny_cfg):
     trainer = train(tiny_cfg, TEST__EVAL_PERIOD=0, SOLVER__MAX_EPOCH=2)
     assert trainer._last_eval_results["mAP"] > 0
     epochs = [epoch for _, epoch in trainer.storage.history("mAP").values()]

@@ -32,7 +32,7 @@ CLUSTERS = {
 
 @pytest.fixture
 def own_root(tiny_cfg, dataset_root, tmp_path, monkeypatch):
-    """The drawn people as Market-1501 lies on a disk, to break."""
+    """The synthetic persons in Market-1501's layout, to damage."""
     root = tmp_path / "datasets"
     drawn = generate_synthetic_persons(dataset_root, synthetic_persons_spec(tiny_cfg))
     shutil.copytree(drawn, root / "Market-1501-v15.09.15")

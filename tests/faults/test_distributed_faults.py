@@ -24,9 +24,9 @@ from selcon_plugin.fastreid_ext import launch as launching
 from selcon_plugin.fastreid_ext.launch import (
     TIMEOUT_MINUTES,
     ProcessFailure,
-    _free_port,
-    _raise_first_failure,
+    free_port,
     launch,
+    raise_first_failure,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,7 +120,7 @@ def test_first_failure_is_distinguished_from_later_ones(
 ) -> None:
     processes = SimpleNamespace(processes=[SimpleNamespace(exitcode=c) for c in exit_codes])
     with pytest.raises(error, match=message):
-        _raise_first_failure(processes, Failures(failures), first_rank=4, world_size=8)
+        raise_first_failure(processes, Failures(failures), first_rank=4, world_size=8)
 
 
 @pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan"), float("inf")])
@@ -148,7 +148,7 @@ def test_torchrun_ends_the_others_with_the_reason(fault: str, tmp_path: Path) ->
 
 def test_machine_that_vanishes_ends_the_other(tmp_path: Path) -> None:
     """Start two launchers, as on two machines; kill the second with its process."""
-    meeting = f"tcp://127.0.0.1:{_free_port()}"
+    meeting = f"tcp://127.0.0.1:{free_port()}"
     first, second = (
         Program(__file__, "hang", tmp_path, meeting, rank) for rank in range(2)
     )

@@ -23,7 +23,7 @@ from selcon_plugin.hosts import load_config
 from selcon_plugin.io.safe_loading import data_only, load_data, safe_extraction
 from selcon_plugin.models.torchreid import create_torchreid_backbone
 from selcon_plugin.torchreid_ext import ImageSelConEngine
-from selcon_plugin.workflows.bench_runs import _read_results
+from selcon_plugin.workflows.bench_runs import read_results
 
 FASTREID = tiny.FASTREID | {"OUTPUT_DIR": "out"}
 TORCHREID = tiny.TORCHREID | {"data.root": "datasets", "data.save_dir": "out"}
@@ -322,7 +322,7 @@ def test_damaged_results_are_named(place, text):
     (place / "results.json").write_text(text)
     message = r"results\.json does not have the format of a run's results"
     with pytest.raises(ValueError, match=message):
-        _read_results(place / "results.json")
+        read_results(place / "results.json")
 
 
 def test_no_source_unpickles_or_starts_a_shell():

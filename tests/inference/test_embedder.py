@@ -127,7 +127,7 @@ def test_folder_gives_paths_cameras_and_features(embedder, folder, pixels, worke
     assert part.camids.tolist() == [-1, 1, 3, 0, 2]
 
 
-def test_unreadable_images_are_left_out_up_to_a_share(embedder, folder, caplog):
+def test_unreadable_images_are_left_out_up_to_a_ratio(embedder, folder, caplog):
     (folder / "cam0" / "2.png").write_bytes(b"no image")
     found = embedder.embed_folder(folder, batch_size=1, max_unreadable_ratio=0.2)
     assert len(found.paths) == len(found.features) == len(found.camids) == 4

@@ -67,7 +67,7 @@ def network():
 
 @pytest.fixture(scope="module")
 def crops():
-    """Drawn persons, at sizes that have to be shrunk and stretched."""
+    """Synthetic persons, at sizes that have to be shrunk and enlarged."""
     sizes = [(20, 50), (64, 128), (31, 170), (90, 64)]
     drawn = check_crops(number=22)
     return [crop.resize(sizes[i % len(sizes)]) for i, crop in enumerate(drawn)]
@@ -99,13 +99,13 @@ def test_onnx_has_the_features_of_pytorch_in_batches_of_any_size(
 def test_onnx_without_the_package_is_used_as_its_metadata_say(network, crops, tmp_path):
     """All that a program in another language would do, from what the file says."""
     file = tmp_path / "net.onnx"
-    export_onnx(network, file, crops=crops, license="mine alone")
+    export_onnx(network, file, crops=crops, license="only mine")
     session = onnxruntime.InferenceSession(str(file))
     said = session.get_modelmeta().custom_metadata_map
     said = {key: json.loads(value) for key, value in said.items()}
     assert (said["channel_order"], said["layout"]) == ("RGB", "NCHW")
     assert (said["license"], said["method"], said["precision"]) == (
-        "mine alone",
+        "only mine",
         "Mine",
         "float32",
     )

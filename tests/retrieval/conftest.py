@@ -36,7 +36,7 @@ def embedder():
 
 @pytest.fixture
 def draw_images(tmp_path):
-    """Draw people: each has colors of its own, each image of one a little noise."""
+    """Render persons: each has its own colors, and each image a little noise."""
 
     def draw(folder, *, people=6, images=4, seed=0, cameras=2):
         rng = np.random.default_rng(seed)

@@ -39,8 +39,8 @@ def made(tmp_path, draw_images, network, capsys):
     return index, images
 
 
-def run(capsys, *words):
-    status = main([str(word) for word in words])
+def run(capsys, *arguments):
+    status = main([str(word) for word in arguments])
     out, err = capsys.readouterr()
     return status, out, err
 
@@ -115,9 +115,9 @@ def test_mistakes_are_one_line(made, tmp_path, capsys, network):
         ),
         (("index", "--index", index, "--remove", "*.gif"), "matches none of the 24 images"),
     ]
-    for words, message in cases:
-        status, _, said = run(capsys, *words)
-        assert (status, said.count("\n")) == (2, 1), (words, said)
+    for arguments, message in cases:
+        status, _, said = run(capsys, *arguments)
+        assert (status, said.count("\n")) == (2, 1), (arguments, said)
         assert message in said
 
 

@@ -1,4 +1,4 @@
-"""Indexes: exact where they say so, and whole after whatever happens to them."""
+"""Indexes: exact search, and consistency after kills and changes."""
 
 import os
 import shutil
@@ -128,7 +128,7 @@ def test_threshold_cuts_the_list(tmp_path):
     assert len(matches) == ((features @ features[0]) >= 0.2).sum() > 1
 
 
-def test_suggested_threshold_separates_drawn_people(tmp_path):
+def test_suggested_threshold_separates_synthetic_persons(tmp_path):
     rng = np.random.default_rng(4)
     people = np.repeat(unit(rng, 40, 64), 6, axis=0)
     features = people + 0.05 * rng.normal(size=people.shape)
@@ -214,7 +214,7 @@ def test_kind_is_chosen_by_size(monkeypatch):
 
 
 def by_path(index, embedder, folder):
-    """What the index finds for each image of a folder, whatever the order of its rows."""
+    """Results for each image of a folder, independent of the order of the rows."""
     files = [item.path for item in read_image_folder(folder, camera_pattern="none")]
     results = search(index, files, embedder=embedder, top=100)
     return {
@@ -223,7 +223,7 @@ def by_path(index, embedder, folder):
     }
 
 
-def test_adding_and_removing_equals_building_anew(tmp_path, embedder, draw_images):
+def test_adding_and_removing_equals_rebuilding(tmp_path, embedder, draw_images):
     first, second = draw_images("first"), draw_images("second", seed=1)
     changed = Index.create(tmp_path / "changed", embedder)
     changed.add(first, embedder)
@@ -233,12 +233,12 @@ def test_adding_and_removing_equals_building_anew(tmp_path, embedder, draw_image
     changed = Index.open(tmp_path / "changed")  # from the disk
 
     shutil.move(first / "cam0", tmp_path / "elsewhere")
-    anew = Index.create(tmp_path / "anew", embedder)
-    anew.add(first, embedder)
-    anew.add(second, embedder)
-    assert len(changed) == len(anew) == 36
-    assert sorted(changed.paths) == sorted(anew.paths)
-    assert by_path(changed, embedder, second) == by_path(anew, embedder, second)
+    rebuilt = Index.create(tmp_path / "rebuilt", embedder)
+    rebuilt.add(first, embedder)
+    rebuilt.add(second, embedder)
+    assert len(changed) == len(rebuilt) == 36
+    assert sorted(changed.paths) == sorted(rebuilt.paths)
+    assert by_path(changed, embedder, second) == by_path(rebuilt, embedder, second)
 
 
 def test_most_rows_removed_are_dropped_from_the_files(tmp_path, embedder, draw_images):
@@ -289,7 +289,7 @@ def test_cameras_come_from_the_paths_even_if_there_is_one(tmp_path, embedder, dr
         index.add(folder, embedder, camera_pattern="(")
 
 
-def test_unreadable_images_are_left_out_up_to_a_share(tmp_path, embedder, draw_images):
+def test_unreadable_images_are_left_out_up_to_a_ratio(tmp_path, embedder, draw_images):
     folder = draw_images("crops")
     (folder / "cam0/broken.png").write_bytes(b"no image")
     index = Index.create(tmp_path / "index", embedder)
@@ -325,7 +325,7 @@ def test_answers_that_are_no_unit_vectors_are_refused(tmp_path):
         Index.create(tmp_path / "index", Long(8))
 
 
-def test_a_killed_add_loses_nothing_and_goes_on(tmp_path, embedder, draw_images):
+def test_a_killed_add_loses_nothing_and_resumes(tmp_path, embedder, draw_images):
     folder, late = draw_images("crops"), draw_images("late", seed=1, people=12)
     script = textwrap.dedent(
         f"""
@@ -366,10 +366,10 @@ def test_a_killed_add_loses_nothing_and_goes_on(tmp_path, embedder, draw_images)
     (tmp_path / "index/approximate-hnsw-0-9.faiss").write_text("half")
     added = index.add(late, embedder)
     assert (added.new, added.known) == (72 - there, there - 24)
-    anew = Index.create(tmp_path / "anew", embedder)
-    anew.add(folder, embedder)
-    anew.add(late, embedder)
-    assert by_path(index, embedder, late) == by_path(anew, embedder, late)
+    rebuilt = Index.create(tmp_path / "rebuilt", embedder)
+    rebuilt.add(folder, embedder)
+    rebuilt.add(late, embedder)
+    assert by_path(index, embedder, late) == by_path(rebuilt, embedder, late)
     names = sorted(file.name for file in (tmp_path / "index").iterdir())
     assert names == ["features-0.bin", "images-0.jsonl", "index.json"]
 
@@ -407,7 +407,7 @@ def test_two_processes_add_one_after_the_other(tmp_path, embedder, draw_images):
     assert len(other) == len(Index.open(tmp_path / "index")) == 48
 
 
-def test_says_what_is_wrong_with_a_folder(tmp_path, embedder):
+def test_reports_what_is_wrong_with_a_folder(tmp_path, embedder):
     with pytest.raises(FileNotFoundError, match="create one with selcon index"):
         Index.open(tmp_path)
     (tmp_path / "full").mkdir()

@@ -1,4 +1,4 @@
-"""Thresholds on drawn people: the truth is known, and the suggestion comes near it."""
+"""Thresholds on synthetic persons: the suggestion is near the known optimum."""
 
 import numpy as np
 import pytest

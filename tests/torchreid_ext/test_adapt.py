@@ -147,7 +147,7 @@ def test_the_network_begins_as_it_was_given(
         torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_a_killed_adaptation_goes_on(
+def test_a_killed_adaptation_resumes(
     settings: AdaptSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scripted
 ) -> None:
     seen = scripted(0.2, 0.4, 0.3)

@@ -85,7 +85,7 @@ def configs(tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch) ->
     return files
 
 
-def test_both_hosts_stand_in_one_table(configs: list[Path], tmp_path: Path) -> None:
+def test_both_hosts_share_one_table(configs: list[Path], tmp_path: Path) -> None:
     output = tmp_path / "out"
     arguments = ["--configs", *configs, "--seeds", 1, "--epochs", 1, "--output", output]
     status, text = run_bench(*arguments, "SOLVER.BASE_LR", "0.01", "train.lr", "0.01")

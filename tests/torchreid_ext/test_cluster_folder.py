@@ -105,7 +105,7 @@ class _Counted:
         return FolderFeatures(paths, camids, self(paths, batch_size=8))
 
 
-def test_features_are_kept_for_the_same_network_and_images_alone(
+def test_features_are_kept_for_the_same_network_and_images_only(
     folder: Path, tmp_path: Path
 ) -> None:
     embedder, output = _Counted(), tmp_path / "out"
@@ -133,7 +133,7 @@ def test_features_are_kept_for_the_same_network_and_images_alone(
     assert json.loads((output / "features.json").read_text())["network"] == "b"
 
 
-def test_large_cameras_are_made_alike_and_it_says_so(
+def test_large_cameras_are_centered_and_it_is_reported(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"eps": 0.6, "k1": 4, "k2": 1, "min_samples": 3}

@@ -109,7 +109,7 @@ def test_keys_are_fastreids_in_lower_case():
     }
 
 
-def test_complete_config_says_what_method_and_labeler_use():
+def test_complete_config_shows_what_method_and_labeler_use():
     cfg = get_default_config()
     assert cfg.selcon.temperature is None  # methods differ
     cfg.selcon.method = "ClusterContrast"
@@ -153,7 +153,7 @@ def test_unknown_key_suggests_the_right_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "words"),
+    ("key", "value", "fragments"),
     [
         (
             "selcon.temperature",
@@ -174,13 +174,13 @@ def test_unknown_key_suggests_the_right_one(tmp_path):
         ("data.type", "video", r"data\.type is 'video'.* needs 'image'"),
     ],
 )
-def test_illegal_value_names_key_value_and_legal_range(key, value, words):
-    with pytest.raises(ValueError, match=words):
+def test_illegal_value_names_key_value_and_legal_range(key, value, fragments):
+    with pytest.raises(ValueError, match=fragments):
         load(key, value)
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "words"),
+    ("key", "value", "fragments"),
     [
         ("selcon.ema_decay", "0", r"a number >= 0 and < 1, written with its type \(1\.0"),
         (
@@ -191,8 +191,8 @@ def test_illegal_value_names_key_value_and_legal_range(key, value, words):
         ("train.lr", "fast", r"fast does not fit train\.lr; it must be a number"),
     ],
 )
-def test_wrong_type_says_what_to_write(key, value, words):
-    with pytest.raises(ValueError, match=words):
+def test_wrong_type_names_what_to_write(key, value, fragments):
+    with pytest.raises(ValueError, match=fragments):
         load(key, value)
 
 

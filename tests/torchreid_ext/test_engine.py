@@ -109,7 +109,7 @@ def test_epochs_follow_the_stream_of_the_seed(make_engine, tmp_path):
     assert seen == [key.index for key in itertools.islice(stream, 4 * 2 * BATCH)]
 
 
-def test_clusters_are_renewed_every_few_epochs(make_engine, tmp_path):
+def test_clusters_are_refreshed_every_few_epochs(make_engine, tmp_path):
     engine = make_engine(
         method="ClusterContrast", clustering={**CLUSTERING, "period": 2}, iters_per_epoch=1
     )

@@ -1,4 +1,4 @@
-"""Which checkpoints ``ImageSelConEngine`` writes, and what they hold."""
+"""Checkpoints that ``ImageSelConEngine`` writes, and their content."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_best_weights_without_labels_are_kept(make_engine, tmp_path, monkeypatch
     kept = torch.load(tmp_path / "model" / "best_without_labels.pth", weights_only=True)
     assert kept["epoch"] in (1, 2)
     assert not any(key.startswith("method.") for key in kept["state_dict"])
-    if kept["epoch"] == 2:  # judged after training: the weights that came out
+    if kept["epoch"] == 2:  # scored after training: the final weights
         for key, value in network_of(engine).state_dict().items():
             if not key.startswith("method."):
                 assert torch.equal(value, kept["state_dict"][key])

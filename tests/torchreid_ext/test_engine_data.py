@@ -76,7 +76,7 @@ def test_wrong_settings_end_before_training(make_engine, options, words):
         make_engine(**options)
 
 
-def test_fewer_images_than_a_batch_is_an_error_that_says_so(make_engine, manager):
+def test_fewer_images_than_a_batch_is_an_error_that_states_it(make_engine, manager):
     with pytest.raises(ValueError, match=r"40 training images do not fill.*\(64\)"):
         make_engine(datamanager=manager(batch_size_train=64))
 

@@ -94,7 +94,7 @@ def test_gallery_that_leaves_queries_different_numbers_of_images(make_engine, tm
     assert engine.results["uneven"] == pytest.approx(expected)
 
 
-def test_evaluation_alone_by_any_distance(make_engine, tmp_path):
+def test_evaluation_only_by_any_distance(make_engine, tmp_path):
     engine = make_engine()
     before = {name: value.clone() for name, value in state_of(engine).items()}
     plain = run(engine, tmp_path, test_only=True).results["few"]

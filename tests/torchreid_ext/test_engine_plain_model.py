@@ -124,7 +124,7 @@ def test_without_a_schedule(adopt, tmp_path):
 
 
 @pytest.mark.parametrize("parallel", [False, True])
-def test_two_stepped_learning_moves_the_head_alone(adopt, tmp_path, parallel):
+def test_two_stepped_learning_moves_only_the_head(adopt, tmp_path, parallel):
     engine = adopt(parallel=parallel)
     network = network_of(engine)
     engine._get_ready()  # calibrates the head

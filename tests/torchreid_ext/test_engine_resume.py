@@ -118,7 +118,7 @@ def test_resumed_run_equals_the_unbroken_one(resumable, tmp_path, case, way, wor
         assert mine == other
 
 
-def test_engine_goes_on_where_it_was_resumed(make_engine, tmp_path):
+def test_engine_continues_where_it_was_resumed(make_engine, tmp_path):
     unbroken = run(make_engine(), tmp_path, 2)
     engine = make_engine()
     engine.resume(tmp_path / "model" / "model.pth.tar-1")

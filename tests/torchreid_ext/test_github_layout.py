@@ -1,6 +1,6 @@
 """The adapter under torchreid's GitHub layout, where its parts lie without ``reid``.
 
-The installed PyPI release is copied and renamed to that layout: apart from how they spell
+The installed PyPI release is copied and renamed to that layout: apart from how they write
 their imports, the modules of the two are the same. A second interpreter, which finds the
 copy first, runs every function in ``CHECKS``. To check one more part of the adapter, write
 a function that raises where something is wrong, and list it.

@@ -94,7 +94,7 @@ def test_same_map_as_the_torchreid_model():
 
 
 def pooled(kind, rows):
-    """Pool by the definition, in plain words."""
+    """Pool by the definition."""
     cells = rows.flatten(2)
     if kind == "avg":
         return cells.mean(dim=2)
@@ -143,7 +143,7 @@ def test_neck_has_no_shift_and_torchreid_frees_none(bn_neck):
     assert model.heads.global_norm.weight.grad is not None
 
 
-def test_neck_without_shift_normalises_and_scales_alone():
+def test_neck_without_bias_only_normalizes_and_scales():
     model = build(bn_neck=True).train()
     seen = []
     model.heads.global_norm.register_forward_hook(lambda *args: seen.append(args[1:]))
@@ -287,7 +287,7 @@ def test_own_checkpoint_gives_the_network_it_was_tested_with(tmp_path, prefix, t
     load_network(model, save(state, tmp_path / "own.pth"))
     assert torch.equal(model(images()), trained(images()))
     assert model.method is None
-    model.take_left_for_run()
+    model.load_pending_state()
     assert not model._left_for_run
 
 
@@ -302,7 +302,7 @@ def test_plain_torchreid_weights_go_into_the_backbone(tmp_path, prefix, caplog):
     for name, value in model.backbone.model.state_dict().items():
         assert torch.equal(value, plain.state_dict()[name]), name
     assert_equal_states(model.heads, head)
-    assert "not in the model, ignored: fc.0.weight" in caplog.text  # what was left out
+    assert "not in the model, ignored: fc.0.weight" in caplog.text  # the rest
 
 
 def test_checkpoint_without_parts_drops_them(tmp_path):
@@ -346,21 +346,21 @@ def test_banks_loaded_before_there_is_a_method_wait_for_it(parallel):
     assert model.method is None
     assert model.teacher is None
     model.add_teacher(0.9)
-    model.take_left_for_run()  # the teacher's alone: there is no method yet
+    model.load_pending_state()  # only the teacher's: there is no method yet
     assert_equal_states(model.teacher, trained.teacher)
     model.method = build_method("SelectiveContrastive", 6, 128, 2, 64)
-    model.take_left_for_run()
+    model.load_pending_state()
     assert_equal_states(model, trained)
     assert not model._left_for_run
 
 
-def test_taking_what_was_left_happens_once():
+def test_pending_state_is_loaded_once():
     model = build()
     model.load_state_dict(in_training(build(seed=1)).state_dict())
     in_training(model)
-    model.take_left_for_run()
+    model.load_pending_state()
     model.method.memory.mixture_bank.zero_()
-    model.take_left_for_run()
+    model.load_pending_state()
     assert not model.method.memory.mixture_bank.any()
 
 

@@ -1,4 +1,4 @@
-"""Bad numbers and collapse in whole runs of torchreid."""
+"""Non-finite values and collapse in whole runs of torchreid."""
 
 import logging
 import re
@@ -33,7 +33,7 @@ def spoil_steps(engine, bad_steps):
 
 
 @pytest.mark.parametrize("method", ["SelectiveContrastive", "ClusterContrast"])
-def test_run_goes_on_without_the_bad_steps(make_engine, tmp_path, caplog, method):
+def test_run_continues_without_the_nonfinite_steps(make_engine, tmp_path, caplog, method):
     engine = make_engine(method=method, num_instances=2, ema_decay=0.9)
     summaries = spoil_steps(engine, (1, 2, 6))
     with caplog.at_level(logging.WARNING, "selcon_plugin"):

@@ -22,7 +22,7 @@ CASES: dict[str, dict[str, Any]] = {
     "SelConCluster": {"num_neighbors": 3, "num_negatives": 20},
 }
 CLUSTERING = {"eps": 0.7, "min_samples": 2, "k1": 8, "k2": 3}
-# The drawn images have this size: neither host has to resize.
+# The rendered images have this size: neither host has to resize.
 SIZE = (128, 64)
 
 

@@ -66,7 +66,7 @@ def unbroken(make, tmp_path, kept):
 
 @pytest.mark.parametrize("steps", [(1, 4), (2,), (8,)])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_stopped_run_goes_on_to_the_end_of_the_unbroken_one(
+def test_stopped_run_resumes_to_the_end_of_an_uninterrupted_one(
     make, tmp_path, unbroken, steps, workers
 ):
     folder = tmp_path / "stopped"
@@ -81,7 +81,7 @@ def test_stopped_run_goes_on_to_the_end_of_the_unbroken_one(
     assert not (folder / "model" / "model-stopped.pth.tar").exists()
 
 
-def test_stop_says_how_to_go_on(make, tmp_path, caplog):
+def test_stop_reports_how_to_resume(make, tmp_path, caplog):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with caplog.at_level(logging.INFO), pytest.raises(RunStopped) as stop:
         run(make(), tmp_path, 4, signal.SIGINT)
@@ -117,7 +117,7 @@ def test_nothing_readable_is_an_error(make, tmp_path):
         make().resume(tmp_path / "model" / "model.pth.tar-1")
 
 
-def test_test_alone_leaves_ctrl_c_to_python(make_engine, tmp_path):
+def test_evaluation_only_leaves_ctrl_c_to_python(make_engine, tmp_path):
     engine = make_engine()
     seen = []
     engine.test = lambda **_: seen.append(signal.getsignal(signal.SIGTERM))

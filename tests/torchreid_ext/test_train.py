@@ -137,7 +137,7 @@ def test_run_leaves_a_report(selcon, tmp_path, capsys):
     assert "data:image" not in again
 
 
-def test_run_that_was_stopped_goes_on(selcon, tmp_path, monkeypatch):
+def test_stopped_run_resumes(selcon, tmp_path, monkeypatch):
     values = {
         "selcon.method": "SelConCluster",
         "selcon.clustering.eps": 0.7,
@@ -236,8 +236,8 @@ def test_folder_of_images_trains(selcon, data_root, tmp_path):
     assert set(camids.tolist()) == {0, 1, 2}
 
 
-def test_two_folders_are_told_apart(config, tmp_path):
-    """torchreid knows a data set by its name alone."""
+def test_two_folders_are_distinguished(config, tmp_path):
+    """torchreid knows a data set only by its name."""
     counts = []
     for name, count in (("one", 9), ("two", 10)):
         for number in range(count):
@@ -269,8 +269,8 @@ def test_several_test_sets_keep_their_names(selcon, data_root, tmp_path):
     ],
 )
 def test_optimiser_is_that_of_the_config(config, options, expected):
-    words = [word for key, value in options.items() for word in (key, str(value))]
-    engine = build_engine(load_config(config, words))
+    pairs = [word for key, value in options.items() for word in (key, str(value))]
+    engine = build_engine(load_config(config, pairs))
     group = engine.optimizer.param_groups[0]
     assert expected.items() <= group.items()
     if "train.staged_lr" in options:
@@ -280,14 +280,14 @@ def test_optimiser_is_that_of_the_config(config, options, expected):
 
 
 def test_keys_of_the_config_reach_model_and_engine(config):
-    words = [
+    pairs = [
         *("selcon.pool", "gem", "selcon.bn_neck", "True", "selcon.embedding_dim", "32"),
         *("selcon.method", "SelConCluster", "selcon.warmup_epochs", "0"),
         *("selcon.num_parts", "4", "selcon.temperature", "0.2"),
         *("selcon.micro_batches", "2", "selcon.clustering.period", "3"),
         *("sampler.num_instances", "2", "selcon.clustering.eps", "auto"),
     ]
-    engine = build_engine(load_config(config, words))
+    engine = build_engine(load_config(config, pairs))
     head = engine.model.heads
     assert type(head.pool).__name__ == "GeneralizedMeanPool"
     assert head.global_norm.bias is None
@@ -300,7 +300,7 @@ def test_keys_of_the_config_reach_model_and_engine(config):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "fragments"),
     [
         (["--num-gpus", "2"], ["one process", "remove --num-gpus"]),
         (["--eval-only"], ["model.load_weights must name a checkpoint"]),
@@ -316,13 +316,13 @@ def test_keys_of_the_config_reach_model_and_engine(config):
     ],
 )
 def test_mistakes_end_with_status_2_and_one_line(
-    config, arguments, words, capsys, tmp_path, monkeypatch
+    config, arguments, fragments, capsys, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--config-file", config, *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("selcon train: error:")
-    assert all(word in error for word in words)
+    assert all(word in error for word in fragments)
 
 
 def test_weights_of_another_model_end_with_one_line(selcon, tmp_path, capsys):

@@ -15,7 +15,7 @@ torchreid = import_torchreid()
 
 @pytest.fixture
 def own_root(data_root, tmp_path):
-    """The drawn people as Market-1501 lies on a disk, to break."""
+    """The synthetic persons in Market-1501's layout, to damage."""
     root = tmp_path / "datasets"
     (drawn,) = data_root.glob("synthetic_persons*")
     shutil.copytree(drawn, root / "market1501" / "Market-1501-v15.09.15")
@@ -113,7 +113,7 @@ def test_resumed_run_equals_the_unbroken_one_where_files_were_deleted(
         assert torch.equal(value, found[name]), name
 
 
-def test_run_goes_on_in_two_worker_processes_where_files_vanish(
+def test_run_continues_in_two_worker_processes_where_files_vanish(
     engine, own_root, tmp_path, caplog
 ):
     trained = engine(workers=2)
