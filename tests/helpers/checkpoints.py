@@ -1,4 +1,4 @@
-"""Checkpoints of two runs that should be one."""
+"""Comparison of the checkpoints of two runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def assert_equal(first: Any, second: Any, name: str = "") -> None:
-    """Compare to the last bit all but the seconds that a run has measured."""
+    """Check that values are bit-identical, except for measured times in ``meter``."""
     if isinstance(first, dict):
         assert first.keys() == second.keys(), name
         for key in first.keys() - {"meter"}:

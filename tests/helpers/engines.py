@@ -1,4 +1,4 @@
-"""What the tests of ``ImageSelConEngine`` do with an engine."""
+"""Helpers for the tests of ``ImageSelConEngine``."""
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ from selcon_plugin.compat.torchreid import import_torchreid
 torchreid = import_torchreid()
 
 METHODS = ["SelectiveContrastive", "ClusterContrast", "SelConCluster"]
-# Clusters are found on 40 images in the features of a random network.
+# With these options the features of a random network on 40 images form clusters.
 CLUSTERING = {"eps": 0.7, "min_samples": 2, "k1": 8, "k2": 3}
 BATCH, IMAGES = 8, 40
 NETWORK = "timm:test_resnet"  # a third of OSNet x0.25's time
@@ -44,7 +44,7 @@ def checkpoints_in(folder):
 
 
 def record_losses(engine):
-    """Keep what every step returns."""
+    """Record the return value of every step."""
     found, step = [], engine.forward_backward
 
     def recorded(batch):
@@ -56,7 +56,7 @@ def record_losses(engine):
 
 
 class Scalars:
-    """Stands in for TensorBoard's writer."""
+    """A fake of TensorBoard's writer."""
 
     def __init__(self):
         self.found = {}

@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 def units(*shape: int, seed: int = 0) -> Tensor:
-    """Rows of length one in random directions: the last axis is the feature's."""
+    """Return unit vectors in random directions along the last axis."""
     generator = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
 
 
 def units_of(dim: int) -> Callable[..., Tensor]:
-    """Return ``units(count, *, seed)`` for features of one length."""
+    """Return ``units(count, *, seed)`` for features of a fixed dimension."""
 
     def rows(count: int, *, seed: int) -> Tensor:
         return units(count, dim, seed=seed)

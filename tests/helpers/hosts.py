@@ -1,4 +1,4 @@
-"""Which hosts are installed, and code in an interpreter that has imported none."""
+"""Skip marks for missing hosts, and fresh interpreters that have imported no host."""
 
 import importlib.util
 import json

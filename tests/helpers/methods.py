@@ -1,4 +1,4 @@
-"""Methods as a run has them after its first clustering."""
+"""Methods in the state after the first clustering of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the fork server imports once for all programs: most of what a program waits for."""
+"""Imports of the fork server, done once for all programs because they take most time."""
 
 import contextlib
 import gc
@@ -7,7 +7,7 @@ import sys
 
 from selcon_plugin.compat import prepare_torchvision
 
-PATH = sys.path[1:]  # without the entry of the program, which is the first
+PATH = sys.path[1:]  # without the first entry, which belongs to the program
 
 prepare_torchvision()
 for _name in (
@@ -23,4 +23,4 @@ for _name in (
     with contextlib.suppress(ImportError):  # a host or a library may be missing
         importlib.import_module(_name)
 
-gc.freeze()  # the collector leaves the pages that all programs share untouched
+gc.freeze()  # keeps the collector from copying the pages that all programs share

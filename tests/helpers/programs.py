@@ -1,10 +1,10 @@
-"""Programs in processes of their own, as a shell starts them, without their imports' cost.
+"""Programs in separate processes, as a shell starts them, without the cost of imports.
 
-Importing torch, a host and numba takes some six seconds. A fork server
-(:mod:`multiprocessing.forkserver`) does it once; each program is a fork of it with its own
-output, working directory, environment, arguments and signals. What is read while modules
-are imported is the server's: only ``FASTREID_DATASETS`` is passed on. A test of the start
-itself (what is imported, what an import reads) uses :mod:`subprocess`.
+Importing torch, a host and numba takes about six seconds. A fork server
+(:mod:`multiprocessing.forkserver`) imports them once. Each program is a fork of it with its
+own output, working directory, environment, arguments and signals. Modules read the server's
+environment when they are imported; only ``FASTREID_DATASETS`` is passed on. Tests of the
+start itself (which modules are imported, what an import reads) use :mod:`subprocess`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def environment(**changes: object) -> dict[str, str]:
-    """This process's environment, in which programs find the package and the helpers."""
+    """Return this process's environment with the package and the helpers on the path."""
     path = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     changes = {"PYTHONPATH": os.pathsep.join(filter(None, path))} | changes
     return os.environ | {name: str(value) for name, value in changes.items()}
@@ -84,7 +84,7 @@ class Program:
         return self.returncode
 
     def output(self) -> tuple[str, str]:
-        """What it has written so far to stdout and stderr."""
+        """Return the text written so far to stdout and stderr."""
         out, err = (file.read_text() for file in self._files)
         return out, err
 
@@ -109,7 +109,7 @@ def run_program(
     cwd: str | os.PathLike[str] | None = None,
     timeout: float = 300,
 ) -> subprocess.CompletedProcess[str]:
-    """Do as ``subprocess.run([sys.executable, *arguments], ...)`` with captured text."""
+    """Replace ``subprocess.run([sys.executable, *arguments], ...)`` with captured text."""
     program = Program(*arguments, env=env, cwd=cwd)
     try:
         output = program.communicate(timeout)
@@ -127,7 +127,7 @@ def popen(
     stderr: int,
     pass_fds: Sequence[int],
 ) -> Program:
-    """Stand in for ``subprocess.Popen`` of the bench: a program of the fork server."""
+    """Replace ``subprocess.Popen`` in the bench by a program of the fork server."""
     executable, *arguments = command
     assert executable == sys.executable
     assert (stdin, stderr) == (subprocess.DEVNULL, subprocess.STDOUT)
@@ -135,7 +135,7 @@ def popen(
 
 
 class _Inherited:
-    """A file descriptor that a program gets a copy of; there it is a number."""
+    """A file descriptor that is duplicated into a program, where it is a number."""
 
     def __init__(self, number: int) -> None:
         self._number = number
@@ -164,7 +164,7 @@ def _run(
     outputs: list[Path | int],
     _inherited: list[int],
 ) -> None:
-    """Become the program, and end as the interpreter would."""
+    """Run the program in this process, and exit as the interpreter would."""
     for number, output in enumerate(outputs, start=1):
         file = output if isinstance(output, int) else os.open(output, os.O_WRONLY)
         os.dup2(file, number)

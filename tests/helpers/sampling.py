@@ -1,4 +1,4 @@
-"""Labels to sample from, and what samplers and planners make of them."""
+"""Random labels, and helpers to run samplers and planners on them."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""A data set of a few drawn persons, and the smallest runs on it, as on a command line."""
+"""A data set of a few synthetic persons, and options of the smallest runs on it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from selcon_plugin.datasets import SyntheticPersonsSpec
 
-# FastReID's evaluation wants ten gallery images of a query.
+# FastReID's evaluation needs ten gallery images per query.
 SPEC = SyntheticPersonsSpec(
     num_train_ids=8, num_test_ids=4, images_per_id=5, num_cameras=3, num_distractors=3
 )

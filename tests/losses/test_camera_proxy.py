@@ -18,7 +18,7 @@ from selcon_plugin.losses import (
 )
 
 B, C = 7, 8
-# Proxies of five clusters under three cameras and an unknown one.
+# The proxies are those of five clusters in three cameras and an unknown one.
 CLUSTERS = torch.tensor([0, 0, 0, 1, 1, 2, 3, 3, 3, 4])
 CAMERAS = torch.tensor([0, 1, 2, 0, -1, 2, -1, 0, 1, 1])
 P = len(CLUSTERS)
@@ -39,7 +39,7 @@ def contrast(row: list[float], positives: list[int], negatives: list[int]) -> fl
 
 
 def mean_in_loops(one: Callable[[list[float], int], float], weights: Tensor) -> float:
-    """Mean of a loss of one image over those that have a proxy."""
+    """Average the loss of one image over the images that have a proxy."""
     losses = [
         weight * one(row, target)
         for row, target, weight in zip(
@@ -51,7 +51,7 @@ def mean_in_loops(one: Callable[[list[float], int], float], weights: Tensor) -> 
 
 
 @pytest.mark.parametrize("weights", [torch.ones(B), WEIGHTS], ids=["plain", "weighted"])
-def test_intra_camera_loss_is_the_definition(weights: Tensor, device: str) -> None:
+def test_intra_camera_loss_equals_its_definition(weights: Tensor, device: str) -> None:
     def one(row: list[float], own: int) -> float:
         if CAMERAS[own] < 0:
             return 0.0
@@ -70,7 +70,7 @@ def test_intra_camera_loss_is_the_definition(weights: Tensor, device: str) -> No
 
 @pytest.mark.parametrize("num_negatives", [1, 3, 50])
 @pytest.mark.parametrize("weights", [torch.ones(B), WEIGHTS], ids=["plain", "weighted"])
-def test_inter_camera_loss_is_the_definition(
+def test_inter_camera_loss_equals_its_definition(
     num_negatives: int, weights: Tensor, device: str
 ) -> None:
     def one(row: list[float], own: int) -> float:
@@ -100,7 +100,7 @@ def associated(mixed: list[float], num_positives: int) -> list[int]:
 
 @pytest.mark.parametrize("image_weight", [0.0, 0.15, 1.0])
 @pytest.mark.parametrize(("num_positives", "num_negatives"), [(1, 2), (3, 4), (9, 50)])
-def test_online_association_loss_is_the_definition(
+def test_online_association_loss_equals_its_definition(
     image_weight: float, num_positives: int, num_negatives: int, device: str
 ) -> None:
     bank = BANK.double()
@@ -128,7 +128,7 @@ def test_online_association_loss_is_the_definition(
     assert found.item() == pytest.approx(mean_in_loops(one, torch.ones(B)), rel=1e-5)
 
 
-def test_one_camera_makes_the_intra_camera_loss_that_of_clusters() -> None:
+def test_with_one_camera_the_intra_camera_loss_equals_the_cluster_loss() -> None:
     found = intra_camera_loss(
         SIMILARITY, TARGETS, torch.zeros(P, dtype=torch.int64), temperature=TAU
     )
@@ -136,7 +136,7 @@ def test_one_camera_makes_the_intra_camera_loss_that_of_clusters() -> None:
     assert torch.allclose(found, wanted)
 
 
-def test_one_proxy_per_cluster_and_all_negatives_is_the_loss_of_clusters() -> None:
+def test_one_proxy_per_cluster_and_all_negatives_equal_the_cluster_loss() -> None:
     found = inter_camera_loss(
         SIMILARITY, TARGETS, torch.arange(P), temperature=TAU, num_negatives=P - 1
     )
@@ -144,7 +144,7 @@ def test_one_proxy_per_cluster_and_all_negatives_is_the_loss_of_clusters() -> No
     assert torch.allclose(found, wanted)
 
 
-def test_a_camera_for_each_proxy_leaves_nothing_to_tell_apart_within() -> None:
+def test_one_camera_per_proxy_has_no_intra_camera_loss() -> None:
     similarity = SIMILARITY.clone().requires_grad_()
     loss = intra_camera_loss(similarity, TARGETS, torch.arange(P))
     loss.backward()
@@ -153,8 +153,8 @@ def test_a_camera_for_each_proxy_leaves_nothing_to_tell_apart_within() -> None:
     assert not similarity.grad.any()
 
 
-def test_inter_camera_loss_is_the_selective_loss_on_proxies() -> None:
-    """Every positive of equal weight, all others negatives."""
+def test_inter_camera_loss_equals_the_selective_loss_on_proxies() -> None:
+    """All positives have equal weight, and all other proxies are negatives."""
     inside = TARGETS >= 0
     losses = []
     for feature, own in zip(FEATURES[inside], TARGETS[inside], strict=True):
@@ -174,18 +174,18 @@ def test_inter_camera_loss_is_the_selective_loss_on_proxies() -> None:
     assert torch.allclose(found, torch.stack(losses).mean())
 
 
-def test_image_share_decides_who_associates() -> None:
-    """At 0 the proxy alone chooses, whatever the image; at 1 the image alone."""
+def test_image_weight_selects_image_or_proxy_similarity() -> None:
+    """At weight 0 only the proxy selects positives, at weight 1 only the image does."""
     other = FEATURES.flip(0) @ BANK.T
     own = BANK[TARGETS.clamp(min=0)] @ BANK.T
     by_proxy = associate_proxies(own, CAMERAS)
     by_image = associate_proxies(SIMILARITY, CAMERAS)
     assert not torch.equal(by_proxy, by_image)
 
-    def positives(similarity: Tensor, share: float) -> Tensor:
+    def positives(similarity: Tensor, image_weight: float) -> Tensor:
         similarity = similarity.clone().requires_grad_()
         loss = online_association_loss(
-            similarity, BANK, TARGETS, CAMERAS, temperature=10.0, image_weight=share
+            similarity, BANK, TARGETS, CAMERAS, temperature=10.0, image_weight=image_weight
         )
         loss.backward()
         assert similarity.grad is not None
@@ -228,7 +228,7 @@ def every_loss(similarity: Tensor, targets: Tensor, bank: Tensor) -> list[Tensor
     ]
 
 
-def test_outliers_alone_have_no_loss_and_no_gradient() -> None:
+def test_outliers_only_have_no_loss_and_no_gradient() -> None:
     similarity = SIMILARITY.clone().requires_grad_()
     losses = every_loss(similarity, torch.full((B,), -1), BANK)
     torch.stack(losses).sum().backward()
@@ -247,13 +247,13 @@ def test_an_outlier_gets_no_gradient() -> None:
     assert bank.grad is None
 
 
-def test_without_proxies_there_is_nothing_to_compare_with() -> None:
+def test_missing_proxies_are_refused() -> None:
     empty = torch.zeros(2, 0)
     with pytest.raises(ValueError, match="no camera proxies: cluster the images first"):
         every_loss(empty, torch.full((2,), -1), torch.zeros(0, C))
 
 
-def test_illegal_numbers_are_named() -> None:
+def test_illegal_values_are_reported() -> None:
     with pytest.raises(ValueError, match=r"temperature .*got 0"):
         intra_camera_loss(SIMILARITY, TARGETS, CAMERAS, temperature=0.0)
     with pytest.raises(ValueError, match=r"num_negatives .*1.*got 0"):

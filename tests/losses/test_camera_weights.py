@@ -16,7 +16,7 @@ from selcon_plugin.losses.camera_weights import (
 
 
 def random_images(seed: int, size: int = 60) -> tuple[Tensor, Tensor]:
-    """Clusters -1..7, cameras -1..3; cluster 6 has camera 2 only, cluster 7 none known."""
+    """Return clusters -1..7 and cameras -1..3; cluster 6 has only camera 2, 7 only -1."""
     generator = torch.Generator().manual_seed(seed)
     clusters = torch.randint(-1, 8, (size,), generator=generator)
     camids = torch.randint(-1, 4, (size,), generator=generator)
@@ -50,7 +50,7 @@ def test_cluster_entropy_equals_definition_by_loops(seed: int, device: str) -> N
     assert found[7] == 0.0
 
 
-def test_cluster_entropy_by_hand() -> None:
+def test_cluster_entropy_computed_by_hand() -> None:
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, -1])
     camids = torch.tensor([5, 5, 9, 9, 3, 3, 3, -1, 1])
     found = cluster_camera_entropy(labels, camids)
@@ -61,7 +61,7 @@ def test_cluster_entropy_by_hand() -> None:
 
 
 @pytest.mark.parametrize("camera", [-1, 0])
-def test_cluster_entropy_without_clusters_or_cameras_to_tell_apart(camera: int) -> None:
+def test_cluster_entropy_without_clusters_or_with_one_camera(camera: int) -> None:
     nothing = torch.empty(0, dtype=torch.int64)
     assert cluster_camera_entropy(nothing, nothing).shape == (0,)
     camids = torch.full((4,), camera)
@@ -80,9 +80,9 @@ def test_batch_weights_equal_definition_by_loops(seed: int, device: str) -> None
     )
 
 
-def test_batch_weights_by_hand() -> None:
-    # Cluster 4: two cameras in equal parts, 1 bit. Cluster 2: one camera, 0 bits. Their
-    # mean is (e + 1) / 2, though cluster 4 has twice the images.
+def test_batch_weights_computed_by_hand() -> None:
+    # Cluster 4 has two equally frequent cameras (1 bit), cluster 2 one camera (0 bits).
+    # Their mean is (e + 1) / 2, although cluster 4 has twice as many images.
     targets = torch.tensor([4, 2, 4, 4, 2, 4])
     camids = torch.tensor([0, 7, 1, 0, 7, 1])
     found = camera_entropy_weights(targets, camids, mode="batch")
@@ -90,14 +90,14 @@ def test_batch_weights_by_hand() -> None:
     assert found.tolist() == pytest.approx([several, one, several, several, one, several])
 
 
-def test_batch_weights_are_1_where_all_clusters_are_alike() -> None:
+def test_batch_weights_are_1_if_all_clusters_have_equal_entropy() -> None:
     targets = torch.tensor([0, 0, 1, 1])
     for camids in ([0, 1, 2, 3], [0, 0, 0, 0], [0, 0, 1, 1], [-1, -1, -1, -1]):
         found = camera_entropy_weights(targets, torch.tensor(camids), mode="batch")
         assert found.tolist() == pytest.approx([1.0] * 4)
 
 
-def test_unknown_cameras_are_left_out_and_get_their_clusters_weight() -> None:
+def test_unknown_cameras_are_ignored_and_get_the_weight_of_their_cluster() -> None:
     targets = torch.tensor([0, 0, 1, 1])
     known = camera_entropy_weights(targets, torch.tensor([0, 1, 2, 2]), mode="batch")
     targets = torch.tensor([0, 0, 0, 0, 1, 1, 1])
@@ -117,7 +117,7 @@ def test_autocast_changes_nothing() -> None:
 def test_weights_over_the_data_set(device: str) -> None:
     entropy = torch.tensor([0.0, math.log(2), 1.5], device=device)
     targets = torch.tensor([2, 0, -1, 1, 0], device=device)
-    camids = torch.zeros_like(targets)  # not looked at
+    camids = torch.zeros_like(targets)  # ignored
     weights = {
         mode: camera_entropy_weights(targets, camids, mode=mode, cluster_entropy=entropy)
         for mode in ("cluster", "multi_camera")
@@ -129,7 +129,7 @@ def test_weights_over_the_data_set(device: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["cluster", "multi_camera"])
-def test_one_camera_data_are_weighed_equally_but_one_camera_batches_are_not(
+def test_one_camera_data_are_weighted_equally_but_one_camera_batches_are_not(
     mode: str,
 ) -> None:
     targets, camids = torch.tensor([0, 1, -1]), torch.tensor([0, 0, 0])
@@ -171,10 +171,10 @@ def test_weighting_of_a_method_equals_the_function(mode: str, device: str) -> No
         mode=mode,  # type: ignore[arg-type]
         cluster_entropy=cluster_camera_entropy(labels, camids),
     )
-    expected[targets < 0] = 1.0  # a method that keeps outliers does not weigh them
+    expected[targets < 0] = 1.0  # a method that keeps outliers does not weight them
     found = weighting(index, targets, camids[index])
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    # Other clusters replace the old ones, and the state does not change its size.
+    # New clusters replace the old ones, and the size of the state does not change.
     before = {name: tensor.shape for name, tensor in weighting.state_dict().items()}
     weighting.prepare(torch.zeros_like(labels), torch.zeros_like(camids))
     assert {k: v.shape for k, v in weighting.state_dict().items()} == before
@@ -192,7 +192,7 @@ def test_weighting_of_a_method_without_mode_or_cameras_is_none() -> None:
     assert weighting(labels, labels, camids) is None
 
 
-def test_wrong_arguments_are_named() -> None:
+def test_wrong_arguments_are_reported() -> None:
     two, three = torch.zeros(2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(ValueError, match="batch, cluster, multi_camera, got 'epoch'"):
         camera_entropy_weights(two, two, mode="epoch")  # type: ignore[arg-type]

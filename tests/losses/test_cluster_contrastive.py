@@ -22,7 +22,7 @@ def case() -> dict[str, Tensor]:
     bank = units(CLUSTERS, C, seed=2)
     targets = torch.tensor([4, 4, 0, 8, 0, 4])
     noise = torch.randn(B, C, generator=torch.Generator().manual_seed(1))
-    # Somewhat like their clusters, so that p is neither 0 nor 1; of any length.
+    # The features resemble their clusters, so that p is neither 0 nor 1; norms vary.
     return {"features": bank[targets] + noise, "bank": bank, "targets": targets}
 
 
@@ -78,13 +78,13 @@ def test_temperature_divides_by_default_with_0_05(case: dict[str, Tensor]) -> No
     assert found.item() == pytest.approx(loss_by_loops(case, 0.05), rel=1e-5)
 
 
-def test_length_of_the_features_is_irrelevant(case: dict[str, Tensor]) -> None:
+def test_norm_of_the_features_is_irrelevant(case: dict[str, Tensor]) -> None:
     expected = cluster_contrastive_loss(**case)
     case["features"] = case["features"] * torch.linspace(0.1, 9, B)[:, None]
     torch.testing.assert_close(cluster_contrastive_loss(**case), expected)
 
 
-def test_is_the_selective_loss_with_one_positive_and_all_others_negative(
+def test_equals_the_selective_loss_with_one_positive_and_all_other_negatives(
     case: dict[str, Tensor],
 ) -> None:
     others = [[k for k in range(CLUSTERS) if k != t] for t in case["targets"].tolist()]
@@ -118,7 +118,7 @@ def test_gradient_passes_gradcheck_in_float64(
     assert torch.autograd.gradcheck(loss_of, (features,))
 
 
-def test_gradient_stays_off_bank_and_outliers(case: dict[str, Tensor]) -> None:
+def test_bank_and_outliers_get_no_gradient(case: dict[str, Tensor]) -> None:
     case["targets"][3] = -1
     case["bank"].requires_grad_()
     features = case["features"].requires_grad_()
@@ -128,7 +128,7 @@ def test_gradient_stays_off_bank_and_outliers(case: dict[str, Tensor]) -> None:
     assert features.grad.any(dim=1).tolist() == [True, True, True, False, True, True]
 
 
-def test_outliers_change_nothing_for_the_others(case: dict[str, Tensor]) -> None:
+def test_outliers_do_not_change_the_loss_of_the_others(case: dict[str, Tensor]) -> None:
     expected = cluster_contrastive_loss(**case)
     case["features"] = torch.cat([units(2, C, seed=5), case["features"]])
     case["targets"] = torch.cat([torch.tensor([-1, -1]), case["targets"]])
@@ -148,7 +148,7 @@ def test_batch_of_outliers_has_loss_0_with_a_gradient(
     assert not features.grad.any()
 
 
-def test_weights_are_not_divided_out(case: dict[str, Tensor]) -> None:
+def test_weights_are_not_normalized(case: dict[str, Tensor]) -> None:
     expected = 2 * cluster_contrastive_loss(**case)
     found = cluster_contrastive_loss(**case, sample_weight=torch.full((B,), 2.0))
     torch.testing.assert_close(found, expected)
@@ -168,8 +168,8 @@ def test_focal_factor_of_a_perfect_match_is_0_with_a_finite_gradient(gamma: floa
     assert not features.grad.any()
 
 
-def test_focal_factor_by_hand() -> None:
-    # Equal similarities: p = 1/2, so each loss is 0.5^gamma log 2.
+def test_focal_factor_computed_by_hand() -> None:
+    # The similarities are equal, so p = 1/2 and each loss is 0.5^gamma log 2.
     loss = cluster_contrastive_loss(
         torch.tensor([[1.0, 0.0]]),
         torch.tensor([[0.0, 1.0], [0.0, -1.0]]),
@@ -241,7 +241,7 @@ def test_module_equals_function(case: dict[str, Tensor], gamma: float) -> None:
     assert not criterion.state_dict()
 
 
-def test_wrong_arguments_are_named(case: dict[str, Tensor]) -> None:
+def test_wrong_arguments_are_reported(case: dict[str, Tensor]) -> None:
     for temperature in (0, math.nan):
         message = f"temperature .*got {temperature}"
         with pytest.raises(ValueError, match=message):

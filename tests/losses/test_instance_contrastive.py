@@ -44,7 +44,7 @@ def loss_in_loops(
 
 @pytest.mark.parametrize("own", ["mean", "max", "min"])
 @pytest.mark.parametrize("others", ["mean", "max", "min"])
-def test_loss_is_the_definition(own: str, others: str, device: str) -> None:
+def test_loss_equals_its_definition(own: str, others: str, device: str) -> None:
     features, bank = units(B, seed=0), units(R, seed=1)
     found = instance_contrastive_loss(
         features.to(device),
@@ -60,7 +60,7 @@ def test_loss_is_the_definition(own: str, others: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("own", ["mean", "max", "min"])
-def test_one_instance_per_class_is_the_cluster_loss(own: str) -> None:
+def test_one_instance_per_class_equals_the_cluster_loss(own: str) -> None:
     features, bank = units(B, seed=0), units(4, seed=1)
     found = instance_contrastive_loss(
         features,
@@ -107,7 +107,7 @@ def test_class_without_rows_has_no_similarity() -> None:
         assert found.tolist() == [[0.25, -math.inf, 0.75]]
 
 
-def test_mistakes_are_named() -> None:
+def test_wrong_arguments_are_reported() -> None:
     features, bank = units(B, seed=0), units(R, seed=1)
     with pytest.raises(ValueError, match=r"temperature .*got 0"):
         instance_contrastive_loss(features, bank, LABELS, TARGETS, temperature=0)

@@ -38,7 +38,7 @@ def loss_in_loops(
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_loss_is_the_definition(weighted: bool, device: str) -> None:
+def test_loss_equals_its_definition(weighted: bool, device: str) -> None:
     features, bank = units(B, seed=0), units(R, seed=1)
     weights = torch.tensor([1.0, 0.5, 3.0, 0.0, 2.0])
     loss = priority_contrastive_loss(
@@ -53,7 +53,7 @@ def test_loss_is_the_definition(weighted: bool, device: str) -> None:
 
 
 def test_one_positive_is_info_nce() -> None:
-    """A row for each cluster, of which an image has one: the cluster loss."""
+    """With one row per cluster and one positive per image it equals the cluster loss."""
     features, bank = units(B, seed=0), units(R, seed=1)
     targets = torch.tensor([3, 0, -1, 11, 3])
     priority = F.one_hot(targets.clamp(min=0), R) * torch.tensor(
@@ -77,14 +77,14 @@ def test_bank_is_a_constant_and_no_positive_no_gradient() -> None:
     assert not features.grad.any()
 
 
-def test_autocast_keeps_the_mantissa() -> None:
+def test_autocast_keeps_full_precision() -> None:
     features, bank = units(B, seed=0), units(R, seed=1)
     wanted = priority_contrastive_loss(features, bank, priorities())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(priority_contrastive_loss(features, bank, priorities()), wanted)
 
 
-def test_wrong_calls_are_refused() -> None:
+def test_wrong_arguments_are_refused() -> None:
     features, bank = units(B, seed=0), units(R, seed=1)
     with pytest.raises(ValueError, match=r"temperature .*got 0"):
         priority_contrastive_loss(features, bank, priorities(), temperature=0)

@@ -16,7 +16,7 @@ from selcon_plugin.losses import (
 
 B, C, R, TAU = 6, 8, 12, 0.2
 LABELS = torch.tensor([0, 0, 1, 2, 2, 2, -1, 1, 3, 0, -1, 1])
-INDEX = torch.tensor([0, 7, 6, 8, 3, 5])  # 8 is alone in its class, 6 an outlier
+INDEX = torch.tensor([0, 7, 6, 8, 3, 5])  # 8 is the only image of its class, 6 an outlier
 TARGETS = LABELS[INDEX]
 LOSSES = [sample_to_instance_loss, sample_constraint_loss]
 Loss = Callable[..., Tensor]
@@ -62,7 +62,7 @@ def in_loops(loss: Loss, features: Tensor, bank: Tensor) -> list[float]:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_loss_is_the_definition(loss: Loss, device: str) -> None:
+def test_loss_equals_its_definition(loss: Loss, device: str) -> None:
     features, bank = units(B, seed=0), units(R, seed=1)
     found = compute(loss, 3.0 * features.to(device), bank.to(device))
     wanted = in_loops(loss, features, bank)
@@ -78,7 +78,7 @@ def test_weights_scale_each_images_loss(loss: Loss) -> None:
     assert found.item() == pytest.approx((2.0 * first + 0.5 * fifth) / 5, rel=1e-5)
 
 
-def test_one_row_per_class_is_the_cluster_loss() -> None:
+def test_one_row_per_class_equals_the_cluster_loss() -> None:
     features, bank, targets = units(B, seed=0), units(4, seed=1), TARGETS
     found = sample_to_instance_loss(features, bank, torch.arange(4), targets)
     torch.testing.assert_close(found, cluster_contrastive_loss(features, bank, targets))
@@ -133,7 +133,7 @@ def test_autocast_keeps_full_precision(loss: Loss) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_mistakes_are_named(loss: Loss) -> None:
+def test_wrong_arguments_are_reported(loss: Loss) -> None:
     features, bank = units(B, seed=0), units(R, seed=1)
     with pytest.raises(ValueError, match=r"temperature .*got 0"):
         compute(loss, features, bank, temperature=0)  # type: ignore[arg-type]

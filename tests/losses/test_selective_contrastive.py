@@ -33,7 +33,7 @@ def case() -> dict[str, Tensor]:
 
 @pytest.fixture(params=["small", "gather", "dense"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Take the logits in float64, from gathered rows or from the whole product."""
+    """Compute the logits in float64, from gathered rows or from the whole product."""
     force(request.param, monkeypatch)
     return str(request.param)
 
@@ -98,7 +98,7 @@ def test_gradient_passes_gradcheck_in_float64(case: dict[str, Tensor]) -> None:
     assert torch.autograd.gradcheck(loss_of, (features,))
 
 
-def test_both_ways_to_take_the_logits_agree(
+def test_both_ways_to_compute_the_logits_agree(
     case: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     products = []
@@ -121,7 +121,7 @@ def test_both_ways_to_take_the_logits_agree(
         torch.testing.assert_close(results[path][1], results["small"][1], rtol=0, atol=2e-6)
 
 
-def test_small_banks_and_huge_gathers_take_the_product(
+def test_small_banks_and_huge_gathers_use_the_product(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     products = []
@@ -193,7 +193,7 @@ def test_order_of_negatives_is_irrelevant(case: dict[str, Tensor], path: str) ->
     )
 
 
-def test_inputs_unchanged_and_bank_without_gradient(
+def test_inputs_are_unchanged_and_the_bank_gets_no_gradient(
     case: dict[str, Tensor], path: str
 ) -> None:
     before = {name: tensor.clone() for name, tensor in case.items()}
@@ -207,7 +207,7 @@ def test_inputs_unchanged_and_bank_without_gradient(
 
 
 def test_equal_candidates_give_the_log_of_their_number() -> None:
-    # Every logit is equal, so every probability is 1 / (P + N): duplicates and empty banks.
+    # All logits are equal (duplicates or empty banks), so each probability is 1 / (P + N).
     for bank in (torch.zeros(6, 4), units(1, 4, seed=0).repeat(6, 1)):
         loss = selective_contrastive_loss(
             units(2, 4, seed=1),
@@ -219,7 +219,7 @@ def test_equal_candidates_give_the_log_of_their_number() -> None:
         assert loss.item() == pytest.approx(1.375 * math.log(5), rel=1e-6)
 
 
-def test_no_negatives_and_no_neighbors_leave_nothing_to_learn() -> None:
+def test_no_negatives_and_no_neighbors_give_zero_loss() -> None:
     loss = selective_contrastive_loss(
         units(1, 4, seed=0),
         units(1, 4, seed=1),
@@ -231,7 +231,7 @@ def test_no_negatives_and_no_neighbors_leave_nothing_to_learn() -> None:
 
 
 def masked_case(case: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Anchors with 4, 2, 1, 3 and no positives and 9, 6, 3, 0 and 8 negatives."""
+    """Return anchors with 4, 2, 1, 3 and 0 positives and 9, 6, 3, 0 and 8 negatives."""
     counts = torch.tensor([[4], [2], [1], [3], [0]])
     weight = torch.rand(B, P, generator=torch.Generator().manual_seed(4)) + 0.1
     negative_counts = torch.tensor([[9], [6], [3], [0], [8]])
@@ -269,7 +269,7 @@ def masked_loss_by_loops(
     return total / B
 
 
-def test_own_weights_and_absent_candidates_equal_definition_by_loops(
+def test_weights_per_anchor_and_masked_candidates_equal_definition_by_loops(
     case: dict[str, Tensor], path: str, device: str
 ) -> None:
     case = masked_case(case)
@@ -291,7 +291,7 @@ def test_focal_factor_equals_definition_by_loops(
     assert found.item() < masked_loss_by_loops(case, 0.5)
 
 
-def test_focal_gradient_is_right_and_finite_at_a_perfect_match(
+def test_focal_gradient_is_correct_and_finite_at_a_perfect_match(
     case: dict[str, Tensor],
 ) -> None:
     case["bank"] = case["bank"].double()
@@ -323,7 +323,7 @@ def test_negative_focal_exponent_is_refused(case: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("given", ["positive_weight", "negative_mask"])
-def test_weights_or_mask_alone_equal_definition_by_loops(
+def test_only_weights_or_only_a_mask_equal_definition_by_loops(
     case: dict[str, Tensor], path: str, given: str
 ) -> None:
     masked = masked_case(case)
@@ -358,7 +358,7 @@ def test_views_share_weights_and_mask(case: dict[str, Tensor], path: str) -> Non
     torch.testing.assert_close(losses, torch.stack(apart), rtol=1e-6, atol=0)
 
 
-def test_row_in_the_place_of_an_absent_candidate_is_irrelevant(
+def test_row_of_a_masked_candidate_is_irrelevant(
     case: dict[str, Tensor], path: str
 ) -> None:
     case = masked_case(case)
@@ -371,7 +371,7 @@ def test_row_in_the_place_of_an_absent_candidate_is_irrelevant(
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
-def test_gradient_with_absent_candidates(case: dict[str, Tensor]) -> None:
+def test_gradient_with_masked_candidates(case: dict[str, Tensor]) -> None:
     case = masked_case(case) | {"bank": case["bank"].double()}
     case["negative_mask"][4] = False  # the last anchor has no candidate at all
 
@@ -384,8 +384,8 @@ def test_gradient_with_absent_candidates(case: dict[str, Tensor]) -> None:
     assert gradient.any(dim=1).tolist() == [True, True, True, True, False]
 
 
-def exempt_case(case: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The masked case, with some pairs that do not count."""
+def ignored_case(case: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the masked case with some ignored pairs of positives and negatives."""
     generator = torch.Generator().manual_seed(6)
     return masked_case(case) | {
         "ignored_positive": torch.rand(B, P, generator=generator) < 0.5,
@@ -393,8 +393,8 @@ def exempt_case(case: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def exempt_loss_by_loops(case: dict[str, Tensor], temperature: float) -> float:
-    """The masked case of each positive with the negatives that count against it."""
+def ignored_loss_by_loops(case: dict[str, Tensor], temperature: float) -> float:
+    """Compute the loss of each positive against the negatives that are not ignored."""
     total = 0.0
     for p in range(P):
         fewer = case["ignored_positive"][:, p, None] & case["ignored_negative"]
@@ -420,19 +420,19 @@ def exempt_loss_by_loops(case: dict[str, Tensor], temperature: float) -> float:
     return total / B
 
 
-def test_exempt_pairs_equal_definition_by_loops(
+def test_ignored_pairs_equal_definition_by_loops(
     case: dict[str, Tensor], path: str, device: str
 ) -> None:
-    case = exempt_case(case)
+    case = ignored_case(case)
     on_device = {name: tensor.to(device) for name, tensor in case.items()}
     for temperature in (0.1, 1.0):
         found = selective_contrastive_loss(**on_device, temperature=temperature)
-        expected = exempt_loss_by_loops(case, temperature)
+        expected = ignored_loss_by_loops(case, temperature)
         assert found.item() == pytest.approx(expected, rel=2e-6)
         assert expected < masked_loss_by_loops(case, temperature)
 
 
-def test_no_pair_and_all_pairs_exempt(case: dict[str, Tensor], path: str) -> None:
+def test_no_pair_and_all_pairs_ignored(case: dict[str, Tensor], path: str) -> None:
     case = masked_case(case)
     plain = selective_contrastive_loss(**case)
     nothing, everything = torch.zeros(B, P).bool(), torch.ones(B, N).bool()
@@ -448,8 +448,8 @@ def test_no_pair_and_all_pairs_exempt(case: dict[str, Tensor], path: str) -> Non
     torch.testing.assert_close(found, selective_contrastive_loss(**case))
 
 
-def test_gradient_with_exempt_pairs(case: dict[str, Tensor]) -> None:
-    case = exempt_case(case) | {"bank": case["bank"].double()}
+def test_gradient_with_ignored_pairs(case: dict[str, Tensor]) -> None:
+    case = ignored_case(case) | {"bank": case["bank"].double()}
 
     def loss_of(features: Tensor) -> Tensor:
         return selective_contrastive_loss(**(case | {"features": features}))
@@ -479,7 +479,7 @@ def test_module_equals_function_and_follows_the_positives_given(
     assert not list(criterion.parameters())
 
 
-def test_wrong_arguments_are_named(case: dict[str, Tensor]) -> None:
+def test_wrong_arguments_are_reported(case: dict[str, Tensor]) -> None:
     with pytest.raises(ValueError, match=r"temperature .*got 0"):
         selective_contrastive_loss(**case, temperature=0)
     with pytest.raises(ValueError, match=r"temperature .*got nan"):

@@ -45,7 +45,7 @@ def test_equals_definition_by_loops(temperature: float, device: str) -> None:
 
 
 @pytest.mark.parametrize("targets", [[0, 0, 0], [-1, -1, -1], [0, -1, -1]])
-def test_without_negatives_there_is_nothing_to_learn(targets: list[int]) -> None:
+def test_without_negatives_the_loss_is_zero(targets: list[int]) -> None:
     features = units(3, seed=0).requires_grad_()
     loss = softmax_triplet_loss(features, torch.tensor(targets))
     loss.backward()
@@ -54,7 +54,7 @@ def test_without_negatives_there_is_nothing_to_learn(targets: list[int]) -> None
     assert not features.grad.any()
 
 
-def test_gradient_is_that_of_the_numbers() -> None:
+def test_gradient_equals_the_numerical_one() -> None:
     features = units(8, seed=1).requires_grad_()
     targets = torch.tensor(TARGETS)
     softmax_triplet_loss(features, targets, temperature=0.5).backward()
@@ -78,6 +78,6 @@ def test_equal_images_have_a_finite_gradient() -> None:
     assert features.grad.isfinite().all()
 
 
-def test_illegal_temperature_is_named() -> None:
+def test_illegal_temperature_is_reported() -> None:
     with pytest.raises(ValueError, match=r"temperature .*got 0"):
         softmax_triplet_loss(units(2, seed=0), torch.tensor([0, 1]), temperature=0.0)

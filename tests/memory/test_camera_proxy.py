@@ -16,7 +16,7 @@ from selcon_plugin.memory.cluster import ClusterMemory
 from selcon_plugin.memory.writes import cluster_means
 
 M, C = 30, 8
-# Clusters 0..5, two outliers; cameras 3, 5 and 9, some images of unknown camera.
+# There are clusters 0..5, two outliers, cameras 3, 5 and 9, and some unknown cameras.
 LABELS = torch.tensor([i % 6 if i < 28 else -1 for i in range(M)])
 CAMIDS = torch.tensor([(3, 5, 9, 5, -1)[i * i % 5] for i in range(M)])
 units = units_of(C)
@@ -37,31 +37,31 @@ def test_proxies_are_the_pairs_of_cluster_and_camera(device: str) -> None:
 
 
 def test_cameras_are_numbered_without_a_gap() -> None:
-    """Camera 1 is seen by an outlier alone; the unknown camera takes no number."""
+    """Camera 1 has an outlier only and, like the unknown camera, gets no number."""
     found = number_camera_proxies(torch.tensor([0, -1, 0]), torch.tensor([70, 1, 90]))
     assert found.cameras.tolist() == [0, 1]
 
 
-def test_one_camera_leaves_the_clusters_as_they_are() -> None:
+def test_with_one_camera_proxies_equal_clusters() -> None:
     found = number_camera_proxies(LABELS, torch.full((M,), 4))
     assert torch.equal(found.proxies, LABELS)
     assert torch.equal(found.clusters, torch.arange(6))
 
 
-def test_a_camera_for_each_image_makes_every_image_a_proxy() -> None:
+def test_with_one_camera_per_image_every_image_is_a_proxy() -> None:
     found = number_camera_proxies(LABELS, torch.arange(M))
     inside = LABELS >= 0
     assert len(torch.unique(found.proxies[inside])) == inside.sum()
     assert torch.equal(found.clusters[found.proxies[inside]], LABELS[inside])
 
 
-def test_outliers_alone_have_no_proxy() -> None:
+def test_outliers_only_have_no_proxy() -> None:
     found = number_camera_proxies(torch.full((3,), -1), torch.tensor([0, 1, -1]))
     assert found.proxies.tolist() == [-1, -1, -1]
     assert len(found.clusters) == len(found.cameras) == 0
 
 
-def test_weights_make_a_mean_the_sum_of_camera_means(device: str) -> None:
+def test_weights_turn_a_mean_into_the_sum_of_camera_means(device: str) -> None:
     cameras = torch.tensor([0, 2, -1, 0, 0, 2, 1], device=device)
     counted = torch.tensor([True, True, True, True, False, True, False], device=device)
     losses = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0], device=device)
@@ -70,7 +70,7 @@ def test_weights_make_a_mean_the_sum_of_camera_means(device: str) -> None:
     assert mean.item() == pytest.approx((1 + 8) / 2 + (2 + 32) / 2 + 4)
 
 
-def test_weights_of_a_share_are_those_of_the_batch() -> None:
+def test_weights_of_a_micro_batch_equal_those_of_the_batch() -> None:
     cameras = torch.tensor([0, 1, 1, 0, 0])
     every = torch.ones(5, dtype=torch.bool)
     whole = camera_sum_weights(cameras, cameras, every)
@@ -97,7 +97,7 @@ def test_memory_starts_from_the_means_and_is_written_in_batch_order(device: str)
     assert torch.allclose(memory.bank.cpu(), torch.stack(rows), atol=1e-6)
 
 
-def test_one_camera_is_the_memory_of_clusters() -> None:
+def test_one_camera_equals_the_cluster_memory() -> None:
     features, index, batch = units(M, seed=0), torch.arange(9), units(9, seed=1)
     memory = CameraProxyMemory(M, C, momentum=0.2)
     memory.reset(features, LABELS, torch.zeros(M, dtype=torch.int64))
@@ -107,14 +107,14 @@ def test_one_camera_is_the_memory_of_clusters() -> None:
     assert torch.equal(memory.bank, clusters.bank)
 
 
-def test_checkpoint_brings_its_own_proxies() -> None:
+def test_checkpoint_restores_its_own_proxies() -> None:
     memory = CameraProxyMemory(M, C)
     memory.reset(units(M, seed=0), LABELS, CAMIDS)
     stream = io.BytesIO()
     torch.save(memory.state_dict(), stream)
     stream.seek(0)
     fresh = CameraProxyMemory(M, C)
-    fresh.reset(units(M, seed=1), torch.arange(M) % 2, CAMIDS)  # of another epoch
+    fresh.reset(units(M, seed=1), torch.arange(M) % 2, CAMIDS)  # from another epoch
     fresh.load_state_dict(torch.load(stream, weights_only=True))
     for name, tensor in memory.state_dict().items():
         assert torch.equal(tensor, fresh.state_dict()[name]), name

@@ -17,7 +17,7 @@ UPDATES = ["mean", "hard", "batch_mean"]
 
 
 def make_batch(seed: int = 1) -> tuple[Tensor, Tensor]:
-    """Features of any length; clusters in no order, two of them absent, two outliers."""
+    """Return unnormalized features, unordered clusters (two empty) and two outliers."""
     generator = torch.Generator().manual_seed(seed)
     targets = torch.tensor([3, 0, 3, -1, 5, 0, 3, 3, 5, 0, -1, 2, 5, 3, 0, 5])
     return torch.randn(B, C, generator=generator), targets
@@ -65,7 +65,7 @@ def test_update_equals_definition_by_loops(
     assert torch.equal(targets, inputs[1])
 
 
-def test_mean_update_follows_the_batch_order_and_the_others_do_not() -> None:
+def test_only_the_mean_update_depends_on_the_batch_order() -> None:
     features, targets = make_batch()
     for update in UPDATES:
         banks = []
@@ -78,15 +78,15 @@ def test_mean_update_follows_the_batch_order_and_the_others_do_not() -> None:
 
 
 def test_hard_update_compares_with_the_row_before_the_step() -> None:
-    # After the first image's write the row is (0, 1) and the second would be the harder
-    # one by far; the first is taken, by what the row was.
+    # After the write of the first image the row is (0, 1), to which the second image is
+    # much less similar. The first is selected, because the old row counts.
     memory = ClusterMemory(torch.tensor([[1.0, 0.0]]), momentum=0.0, update="hard")
     features = torch.tensor([[0.0, 1.0], [3.0, 4.0]])
     memory.update(features, torch.tensor([0, 0]))
     assert memory.bank.tolist() == [[0.0, 1.0]]
 
 
-def test_hard_update_takes_the_first_of_equally_hard_images() -> None:
+def test_hard_update_uses_the_first_of_equally_hard_images() -> None:
     features = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, -3.0]])
     for order, expected in (([0, 1, 2], 1.0), ([2, 1, 0], -1.0)):
         memory = ClusterMemory(torch.tensor([[1.0, 0.0]]), momentum=0.0, update="hard")
@@ -103,7 +103,7 @@ def test_batch_mean_is_not_scaled_before_it_is_mixed() -> None:
 
 
 @pytest.mark.parametrize("update", UPDATES)
-def test_outliers_alone_write_nothing(update: str) -> None:
+def test_outliers_only_write_nothing(update: str) -> None:
     memory = ClusterMemory(units(CLUSTERS, C, seed=0), update=update)  # type: ignore[arg-type]
     before = memory.bank.clone()
     memory.update(units(3, C, seed=1), torch.full((3,), -1))
@@ -130,7 +130,7 @@ def test_first_rows_are_copied_and_scaled_to_unit_length() -> None:
     assert same.any()
 
 
-def test_reset_takes_another_number_of_clusters(device: str) -> None:
+def test_reset_accepts_another_number_of_clusters(device: str) -> None:
     memory = ClusterMemory(units(CLUSTERS, C, seed=0)).to(device)
     memory.reset((2 * units(3, C, seed=1)).to(device).half())
     assert (memory.bank.device.type, memory.bank.dtype) == (device, torch.float32)
@@ -142,7 +142,7 @@ def test_reset_takes_another_number_of_clusters(device: str) -> None:
 
 
 @pytest.mark.parametrize("saved_clusters", [0, 3, CLUSTERS, 9])
-def test_checkpoint_brings_its_own_number_of_clusters(
+def test_checkpoint_restores_its_own_number_of_clusters(
     saved_clusters: int, device: str
 ) -> None:
     def model(num_clusters: int) -> nn.Module:
@@ -178,7 +178,7 @@ def test_checkpoint_of_another_network_or_without_a_bank_is_refused() -> None:
 
 
 @pytest.mark.parametrize("update", UPDATES)
-def test_resumed_run_equals_the_unbroken_one(update: str) -> None:
+def test_resumed_run_equals_the_uninterrupted_one(update: str) -> None:
     def steps(memory: ClusterMemory, numbers: range) -> None:
         for number in numbers:
             memory.update(*make_batch(seed=number))
@@ -221,7 +221,7 @@ def test_resumed_run_equals_the_unbroken_one(update: str) -> None:
         ),
     ],
 )
-def test_wrong_arguments_are_named(call: Callable[[], object], message: str) -> None:
+def test_wrong_arguments_are_reported(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
 
@@ -229,7 +229,7 @@ def test_wrong_arguments_are_named(call: Callable[[], object], message: str) -> 
 def test_cluster_means_equal_definition_by_loops(device: str) -> None:
     features = units(200, C, seed=0)
     labels = torch.randint(-1, 20, (200,), generator=torch.Generator().manual_seed(1))
-    labels[labels == 7] = 8  # a number that no image has
+    labels[labels == 7] = 8  # a cluster without images
     found = cluster_means(features.to(device), labels)
     assert found.device.type == device
     assert found.shape == (20, C)
@@ -241,7 +241,7 @@ def test_cluster_means_equal_definition_by_loops(device: str) -> None:
         torch.testing.assert_close(found[cluster].cpu(), expected)
 
 
-def test_means_need_not_be_scaled_nor_their_number_be_read(device: str) -> None:
+def test_cluster_means_without_normalization_and_with_a_given_number(device: str) -> None:
     features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [5.0, 5.0]], device=device)
     labels = torch.tensor([0, 2, 0, -1], device=device)
     found = cluster_means(features, labels, num_clusters=4, normalize=False)
@@ -251,7 +251,7 @@ def test_means_need_not_be_scaled_nor_their_number_be_read(device: str) -> None:
 def test_product_with_a_plain_mean_is_the_mean_of_the_products(device: str) -> None:
     features, query = units(50, C, seed=0).to(device), units(1, C, seed=1)[0].to(device)
     labels = torch.arange(50) % 4 - 1
-    labels[labels == 1] = 3  # a number that no image has
+    labels[labels == 1] = 3  # a cluster without images
     means = cluster_means(features, labels, normalize=False)
     products = features @ query
     for cluster in (0, 2, 3):

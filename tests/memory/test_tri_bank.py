@@ -30,7 +30,7 @@ def filled_memory(**options: object) -> TriBankMemory:
 
 @pytest.fixture
 def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Index with one row twice, features, and positives that overlap between images."""
+    """Return an index with a repeated row, features, and overlapping positives."""
     index = torch.tensor([4, 0, 7, 4, 11, 1])
     positives = torch.tensor(
         [
@@ -59,7 +59,7 @@ def test_write_rows_equals_a_loop_over_the_writes(momentum: float, device: str) 
         found, rows.to(device), features.to(device), source.to(device), momentum=momentum
     )
     torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-6)
-    assert torch.equal(found.cpu()[7:], bank[7:])  # rows nobody writes keep every bit
+    assert torch.equal(found.cpu()[7:], bank[7:])  # other rows are bit-identical
 
 
 def test_write_rows_without_writes_changes_nothing() -> None:
@@ -143,7 +143,7 @@ def test_half_precision_banks_stay_close_to_float32(
     full, half = filled_memory(), filled_memory(dtype=dtype)
     full.update(*batch)
     half.update(*batch)
-    # A row is rounded at every write: here up to 13 of them.
+    # A row is rounded at every write, here up to 13 times.
     tolerance = 10 * torch.finfo(dtype).eps
     for name, bank in half.named_buffers():
         assert bank.dtype == dtype
@@ -180,12 +180,12 @@ def test_initialize_fills_ranking_banks_and_empties_the_mixture_bank() -> None:
         ),
     ],
 )
-def test_wrong_arguments_are_named(call: Callable[[], object], message: str) -> None:
+def test_wrong_arguments_are_reported(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
 
 
-def test_banks_are_persistent_and_survive_a_round_trip() -> None:
+def test_banks_are_persistent_and_restored_from_a_checkpoint() -> None:
     memory = filled_memory()
     state = memory.state_dict()
     assert set(state) == {"global_bank", "part_bank", "mixture_bank"}
@@ -208,7 +208,7 @@ def test_instance_memory_writes_the_own_rows_in_batch_order(device: str) -> None
     assert torch.allclose(memory.bank.cpu(), expected, atol=1e-6)
 
 
-def test_instance_memory_refuses_what_does_not_fit() -> None:
+def test_instance_memory_refuses_wrong_shapes() -> None:
     with pytest.raises(ValueError, match=r"momentum .*\[0, 1\].*got 1.5"):
         InstanceMemory(M, C, momentum=1.5)
     with pytest.raises(ValueError, match=rf"features must be \({M}, {C}\), got \(3, {C}\)"):

@@ -1,7 +1,7 @@
-"""What every registered method must hold; this file is also the program of two processes.
+"""Tests of all registered methods; this file is also the program of two processes.
 
-A method is tested by being registered. One with forms or switches is listed once more for
-each that matters, in CASES; one that cannot do without an option there is listed with it.
+Every registered method is tested. CASES lists a method again for each relevant form or
+switch, and with the options that it requires.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ CASES: dict[str, dict[str, Any]] = {name: {} for name in method_names()} | {
 
 M, C, S = 40, 16, 2
 CAMIDS = torch.arange(M) % 3
-EPOCHS = (0, 6)  # the second lies behind any usual warm-up
-# Images of 0..34 come from five people in the first epoch; the last five stand alone.
+EPOCHS = (0, 6)  # the second is later than any usual warm-up
+# In the first epoch, images 0..34 show five persons, and the last five are outliers.
 BATCHES = (
     [0, 1, 2, 7, 8, 9, 35, 36],
     [14, 15, 16, 21, 22, 23, 28, 30],
@@ -61,7 +61,7 @@ def embeddings_of(method: Method, count: int, *, seed: int) -> Embeddings:
 
 @functools.cache
 def people(epoch: int) -> Tensor:
-    """Features of five people, in a later epoch of four, and of some images alone."""
+    """Return features of five persons (four in a later epoch) and of some outliers."""
     images_each = 7 if epoch == 0 else 9
     person = torch.arange(M).clamp(max=35) // images_each
     own = F.normalize(units(M, C, seed=epoch) + 3 * units(M, C, seed=9)[person], dim=1)
@@ -70,7 +70,7 @@ def people(epoch: int) -> Tensor:
 
 @functools.cache
 def clusters(epoch: int) -> PseudoLabels:
-    """Labels with everything that a labeler can say: distances, several clusterings."""
+    """Return labels with all optional outputs: distances and several clusterings."""
     labeler = EnsembleLabeler(eps=0.6, min_samples=3, k1=6, k2=2)
     found = label_images(labeler, people(epoch), CAMIDS)
     assert found.num_clusters >= 4, found.labels
@@ -85,7 +85,7 @@ def build(case: str) -> Method:
 
 
 def begin_epoch(method: Method, epoch: int, labels: PseudoLabels | None = None) -> None:
-    """What the engine does before an epoch."""
+    """Prepare a method for an epoch as the engine does."""
     method.start_epoch(epoch)
     if method.prepared and not method.needs_clusters:
         return
@@ -112,21 +112,21 @@ def cut(embeddings: Embeddings, rows: Tensor) -> Embeddings:
 
 
 def batch_of(
-    method: Method, number: int, share: Tensor | None = None
+    method: Method, number: int, rows: Tensor | None = None
 ) -> tuple[Tensor, Embeddings, list[Embeddings]]:
-    """Index, features and views of a batch, or of a share of it."""
+    """Return index, features and views of a batch, or of some of its rows."""
     index = torch.tensor(BATCHES[number % len(BATCHES)])
-    share = torch.arange(len(index)) if share is None else share
+    rows = torch.arange(len(index)) if rows is None else rows
     num_views = len(method.make_views(torch.rand(2, 3, 8, 4) * 255))
     features, *views = (
-        cut(embeddings_of(method, len(index), seed=100 * number + view), share)
+        cut(embeddings_of(method, len(index), seed=100 * number + view), rows)
         for view in range(1 + num_views)
     )
-    return index[share], features, views
+    return index[rows], features, views
 
 
-def step(method: Method, number: int, share: Tensor | None = None) -> Tensor:
-    index, features, views = batch_of(method, number, share)
+def step(method: Method, number: int, rows: Tensor | None = None) -> Tensor:
+    index, features, views = batch_of(method, number, rows)
     losses = method.loss(features, index, CAMIDS[index], *views)
     assert losses, "a method returns at least one loss"
     assert all(loss.shape == () for loss in losses.values()), "losses are scalars"
@@ -155,10 +155,11 @@ def test_every_case_is_a_method() -> None:
     assert {case.partition(",")[0] for case in CASES} == set(method_names())
 
 
-# Two epochs of four steps. The first break lies before new clusters, the others after.
+# There are two epochs of four steps. The first interruption is before the second
+# clustering, the others after it.
 @every_case
 @pytest.mark.parametrize("steps_before", [2, 4, 6])
-def test_a_resumed_run_is_the_unbroken_one(case: str, steps_before: int) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_one(case: str, steps_before: int) -> None:
     unbroken, broken = prepared(case), prepared(case)
     for number in range(8):
         if number == steps_before:
@@ -198,8 +199,8 @@ def test_loss_reads_and_update_writes(case: str) -> None:
     assert not any(buffer.requires_grad for buffer in method.buffers())
 
 
-def assert_same_up_to_names(name: str, found: Tensor, wanted: Tensor) -> None:
-    """Banks hold the same rows in any order. Whole numbers may be names: not compared."""
+def assert_same_up_to_numbering(name: str, found: Tensor, wanted: Tensor) -> None:
+    """Compare banks regardless of the order of rows; skip integers, which may be labels."""
     assert found.shape == wanted.shape, name
     if not found.dtype.is_floating_point or not found.numel():
         return
@@ -211,7 +212,7 @@ def assert_same_up_to_names(name: str, found: Tensor, wanted: Tensor) -> None:
 
 
 @every_case
-def test_names_of_clusters_do_not_matter(case: str) -> None:
+def test_numbering_of_clusters_does_not_matter(case: str) -> None:
     labels = clusters(0)
     names = (torch.arange(labels.num_clusters) + 2) % labels.num_clusters
     renamed = torch.where(labels.labels < 0, -1, names[labels.labels])
@@ -221,19 +222,19 @@ def test_names_of_clusters_do_not_matter(case: str) -> None:
         torch.testing.assert_close(step(other, number), step(method, number))
     found = other.state_dict()
     for name, tensor in method.state_dict().items():
-        assert_same_up_to_names(name, found[name], tensor)
+        assert_same_up_to_numbering(name, found[name], tensor)
     if method.needs_clusters:
         assert torch.equal(other.labels, renamed)
 
 
 @every_case
-def test_parts_of_a_batch_write_what_the_batch_would(case: str) -> None:
+def test_micro_batches_write_the_same_as_the_batch(case: str) -> None:
     whole, cut_up = prepared(case, EPOCHS[1]), prepared(case, EPOCHS[1])
     for number in range(3):
         step(whole, number)
         parts = []
-        for share in torch.arange(len(BATCHES[0])).chunk(2):
-            index, features, views = batch_of(cut_up, number, share)
+        for rows in torch.arange(len(BATCHES[0])).chunk(2):
+            index, features, views = batch_of(cut_up, number, rows)
             cut_up.loss(features, index, CAMIDS[index], *views)
             parts.append((index, features))
         index = torch.cat([index for index, _ in parts])
@@ -242,12 +243,12 @@ def test_parts_of_a_batch_write_what_the_batch_would(case: str) -> None:
 
 
 @every_case
-def test_every_image_its_own_class(case: str) -> None:
-    """As the engine does where it finds too few clusters."""
+def test_instance_level_labels(case: str) -> None:
+    """Use the labels with which the engine replaces too few clusters."""
     labeler = EnsembleLabeler(eps=0.6, min_samples=3, k1=6, k2=2)
-    alone = label_images(labeler, people(0), CAMIDS, min_clusters=M)
-    assert alone.instance_level
-    method = prepared(case, labels=alone)
+    singletons = label_images(labeler, people(0), CAMIDS, min_clusters=M)
+    assert singletons.instance_level
+    method = prepared(case, labels=singletons)
     for number in range(2):
         assert torch.isfinite(step(method, number))
     assert_finite(method)
@@ -257,7 +258,7 @@ def test_every_image_its_own_class(case: str) -> None:
 
 
 @every_case
-def test_batch_of_nothing_but_outliers(case: str) -> None:
+def test_batch_of_outliers_only(case: str) -> None:
     method = prepared(case, EPOCHS[1])
     outliers = (clusters(EPOCHS[1]).labels < 0).nonzero().flatten()
     features, *views = (
@@ -297,25 +298,25 @@ def test_losses_are_finite_in_half_precision(case: str) -> None:
 
 
 def train(case: str, process: int, num_processes: int) -> dict[str, Tensor]:
-    """Two epochs on this process's share of every batch; returns the state."""
+    """Train two epochs on this process's rows of every batch, and return the state."""
     method = prepared(case)
     for number in range(8):
         if number == 4:
             begin_epoch(method, EPOCHS[1])
-        share = torch.arange(len(BATCHES[0])).tensor_split(num_processes)[process]
-        step(method, number, share)
+        rows = torch.arange(len(BATCHES[0])).tensor_split(num_processes)[process]
+        step(method, number, rows)
     return copy_of_state(method)
 
 
 def work(process: int, folder: Path) -> None:
-    """Run all cases in one of two processes; what fails is reported by its test."""
+    """Run all cases in one of two processes; the tests report failures."""
     join_group(process, folder)
     results: dict[str, Any] = {}
     for case in CASES:
         try:
             results[case] = train(case, process, 2)
         except Exception:
-            # The other process may wait for this one: there is no going on together.
+            # The other process may be waiting for this one, so neither can continue.
             results[case] = traceback.format_exc()
             break
     torch.save(results, folder / f"{process}.pt")
@@ -331,7 +332,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @every_case
-def test_two_processes_hold_the_banks_of_one(
+def test_two_processes_have_the_banks_of_one(
     case: str, two_ranks: list[dict[str, Any]]
 ) -> None:
     states = []

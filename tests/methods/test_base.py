@@ -20,7 +20,7 @@ from selcon_plugin.methods import (
 
 
 class Minimal(Method):
-    """A method with nothing of its own: what remains is the base."""
+    """A minimal method, which exposes the behavior of the base class."""
 
     def prepare(
         self, embeddings: Embeddings, camids: Tensor | None, pseudo_labels: Any = None
@@ -67,7 +67,7 @@ def test_unknown_option_lists_the_methods_options() -> None:
         ("normalize_parts", "yes", "True or False"),
     ],
 )
-def test_illegal_option_names_option_value_and_range(
+def test_error_of_an_illegal_option_includes_value_and_range(
     option: str, value: Any, legal: str
 ) -> None:
     with pytest.raises(ValueError, match=f"^{option} must be ") as error:
@@ -93,7 +93,7 @@ def test_needs_at_least_one_image() -> None:
         Minimal(0, 4)
 
 
-def test_counters_are_state_even_inside_a_larger_model() -> None:
+def test_counters_are_in_the_state_of_a_larger_model() -> None:
     method = Minimal(10, 4)
     method.start_epoch(5)
     method.prepare(Embeddings(torch.zeros(10, 4)), None)
@@ -113,7 +113,7 @@ def test_defaults_of_the_optional_reports() -> None:
     assert method.selected_positives() is None
 
 
-def test_missing_cameras_are_named() -> None:
+def test_missing_cameras_are_reported() -> None:
     method = Minimal(10, 4)
     method.check_cameras(None)
     method.needs_cameras = True  # type: ignore[misc]

@@ -1,7 +1,7 @@
-"""Thirty steps of every method on real features: people come apart, without a label.
+"""Thirty label-free training steps of every method on real features improve retrieval.
 
-A linear layer and a normalization learn on ImageNet features of SyntheticPersons, the way
-the engine runs a method: features, clusters, batches, loss, step, banks.
+A linear layer and a normalization layer are trained on ImageNet features of
+SyntheticPersons in the order of the engine: features, clusters, batches, loss, step, banks.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "HHCL": {},
     "HHCL, instances": {"form": "instances", "instance_slots": 4},
     "OutlierAware": {},
-    # Sums over cameras: a higher temperature for smaller steps.
+    # The loss sums over cameras, so a higher temperature makes the steps smaller.
     "CAP": {"inter_epoch": 0, "temperature": 0.2},
     "O2CAP": {"temperature": 0.2},
     "ViTC": {},
     "ISE": {"support_epochs": 3},
     "PPLR": {"num_parts": 2, "part_dim": DIM // 2, "smoothing_epochs": 1},
-    # At 0.05 the focal factor leaves little to learn in thirty steps.
+    # At temperature 0.05 the focal factor leaves little gradient for thirty steps.
     "CACL": {"temperature": 0.2},
     "HCM": {},
     "MultiLevel": {},
@@ -65,7 +65,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "HCL": {},
     "MGCEHCL": {},
 }
-# Of methods that need more of their labels than the usual labeler gives.
+# Labelers of the methods that need more outputs than the default labeler has.
 LABELERS: dict[str, Labeler] = {"MGCEHCL": EnsembleLabeler(eps="auto", k1=15, k2=4)}
 
 
@@ -135,7 +135,7 @@ class Head(nn.Module):
 
 
 def mean_average_precision(features: Tensor, people: People) -> float:
-    """Of every image against those of other cameras, by the definition."""
+    """Compute mAP by its definition: every image queries those of other cameras."""
     similarity = features @ features.T
     precisions = []
     for i, row in enumerate(similarity):
@@ -150,7 +150,7 @@ def mean_average_precision(features: Tensor, people: People) -> float:
 
 @torch.no_grad()
 def calibrate(head: Head, people: People) -> None:
-    """Give fresh normalization the statistics of the images, as the engine does."""
+    """Set the normalization's statistics to those of the images, as the engine does."""
     norms = [layer for layer in head.modules() if isinstance(layer, nn.BatchNorm1d)]
     for norm in norms:
         norm.momentum = None
@@ -207,7 +207,7 @@ def test_every_method_is_listed() -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_thirty_steps_bring_people_together(name: str, people: People) -> None:
+def test_thirty_steps_improve_retrieval(name: str, people: People) -> None:
     method = build_method(name.partition(",")[0], len(people.pids), DIM, **METHODS[name])
     before, after = run(method, people)
     assert after > before + 0.03

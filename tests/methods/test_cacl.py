@@ -51,8 +51,8 @@ def test_gray_images_are_their_luma(device: str) -> None:
         images[channel, channel] = 200.0
     gray = gray_images(images)
     assert gray.shape == images.shape
-    for image, share in zip(gray, (0.299, 0.587, 0.114), strict=True):
-        assert torch.allclose(image, torch.full_like(image, 200.0 * share))
+    for image, weight in zip(gray, (0.299, 0.587, 0.114), strict=True):
+        assert torch.allclose(image, torch.full_like(image, 200.0 * weight))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
@@ -62,7 +62,7 @@ def test_gray_images_stay_as_they_are(dtype: torch.dtype) -> None:
     assert torch.equal(view, shades.float())
 
 
-def test_loss_is_the_definition() -> None:
+def test_loss_equals_its_definition() -> None:
     method = make_method(gray_feature_weight=0.5, gray_cluster_weight=2.0)
     color, gray = units(len(BATCH), seed=3), units(len(BATCH), seed=4)
     losses = method.loss(Embeddings(color), BATCH, CAMIDS[BATCH], Embeddings(gray))
@@ -83,7 +83,7 @@ def test_loss_is_the_definition() -> None:
     )
 
 
-def test_without_focal_factor_each_view_learns_as_in_spcl() -> None:
+def test_without_focal_factor_each_view_has_the_loss_of_spcl() -> None:
     """Contrast with the mean over the members in an instance memory."""
     method = make_method(focal_gamma=0.0)
     color, gray = units(len(BATCH), seed=3), units(len(BATCH), seed=4)
@@ -99,7 +99,7 @@ def test_without_focal_factor_each_view_learns_as_in_spcl() -> None:
         assert losses[name].item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
-def test_the_color_view_follows_and_the_gray_view_does_not() -> None:
+def test_only_the_color_view_gets_the_consistency_gradient() -> None:
     method = make_method()
     color = units(len(BATCH), seed=3).requires_grad_()
     gray = units(len(BATCH), seed=4).requires_grad_()
@@ -114,7 +114,7 @@ def test_the_color_view_follows_and_the_gray_view_does_not() -> None:
     assert gray.grad is not None
 
 
-def test_a_view_like_the_gray_one_is_pulled_no_further() -> None:
+def test_feature_loss_of_equal_views_is_minus_1() -> None:
     method = make_method()
     gray = units(len(BATCH), seed=4)
     losses = method.loss(Embeddings(gray), BATCH, CAMIDS[BATCH], Embeddings(gray))
@@ -131,7 +131,7 @@ def test_each_view_writes_its_own_memory(parts: list[int]) -> None:
         memory.fill(units(M, seed=bank))
         memory.update(BATCH, features)
         wanted.append(memory.bank)
-    stale = Embeddings(units(3, seed=9))  # of a step that was not taken
+    stale = Embeddings(units(3, seed=9))  # from a skipped step
     method.loss(stale, BATCH[:3], CAMIDS[:3], stale)
     assert [size for size, _ in method.take_memos()] == [3]
     pieces = zip(*(t.split(parts) for t in (color, gray, BATCH)), strict=True)
@@ -144,7 +144,7 @@ def test_each_view_writes_its_own_memory(parts: list[int]) -> None:
         method.update(BATCH, Embeddings(color))
 
 
-def test_memories_start_from_the_first_features_and_are_kept() -> None:
+def test_memories_start_from_the_first_features_and_persist() -> None:
     method = build_method("CACL", M, C)
     assert method.clustering_features() is None
     first = units(M, seed=0)

@@ -37,7 +37,7 @@ def losses_of(method: Method, index: Tensor = BATCH, *, seed: int = 3) -> dict[s
 
 
 def losses_in_loops(num_negatives: int) -> dict[str, float]:
-    """Both losses by the definition, from images, clusters and cameras alone."""
+    """Compute both losses by definition, from images, clusters and cameras only."""
     features = units(M, seed=0)
     proxies: dict[tuple[int, int], Tensor] = {}
     for pair in set(zip(LABELS.tolist(), CAMIDS.tolist(), strict=True)):
@@ -67,21 +67,21 @@ def losses_in_loops(num_negatives: int) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("num_negatives", [2, 50])
-def test_losses_are_the_definition(num_negatives: int) -> None:
+def test_losses_equal_their_definition(num_negatives: int) -> None:
     method = make_method(
         epoch=5, temperature=TAU, num_negatives=num_negatives, inter_weight=0.5
     )
     assert losses_of(method) == pytest.approx(losses_in_loops(num_negatives), rel=1e-5)
 
 
-def test_inter_camera_loss_joins_in_at_its_epoch() -> None:
+def test_inter_camera_loss_starts_at_its_epoch() -> None:
     assert set(losses_of(make_method(epoch=4))) == {"loss_intra"}
     assert set(losses_of(make_method(epoch=5))) == {"loss_intra", "loss_inter"}
     assert set(losses_of(make_method(inter_epoch=0))) == {"loss_intra", "loss_inter"}
 
 
-def test_one_camera_is_cluster_contrast() -> None:
-    """Loss and memory over several steps; later the same loss 1.5 times."""
+def test_one_camera_equals_cluster_contrast() -> None:
+    """Compare loss and memory over several steps; after ``inter_epoch`` it is 1.5 times."""
     camids = torch.full((M,), 3)
     options: dict[str, Any] = {"temperature": 0.1, "bank_momentum": 0.2}
     cap = make_method(camids=camids, **options)
@@ -99,8 +99,8 @@ def test_one_camera_is_cluster_contrast() -> None:
     assert total == pytest.approx(1.5 * losses_of(plain)["loss_cluster"], rel=1e-6)
 
 
-def test_a_camera_for_each_image_is_the_selective_loss_on_images() -> None:
-    """Nothing to learn within a camera; positives are the images of the cluster."""
+def test_one_camera_per_image_equals_the_selective_loss_on_images() -> None:
+    """The intra-camera loss is zero, and the positives are the images of the cluster."""
     method = make_method(camids=torch.arange(M), inter_epoch=0, inter_weight=1.0)
     clustered = torch.tensor([0, 7, 12])
     found = losses_of(method, clustered)
@@ -117,8 +117,8 @@ def test_a_camera_for_each_image_is_the_selective_loss_on_images() -> None:
     assert found["loss_inter"] == pytest.approx(3 * loss.item(), rel=1e-5)  # 3 cameras
 
 
-def test_a_camera_counts_the_same_however_many_images_it_has() -> None:
-    """The first image is in the batch once or three times."""
+def test_cameras_have_equal_weight_regardless_of_their_images() -> None:
+    """Compare batches with the first image once and three times."""
     once, thrice = torch.tensor([0, 1]), torch.tensor([0, 0, 0, 1])
     method = make_method(inter_epoch=0)
     features = units(2, seed=3)
@@ -129,7 +129,7 @@ def test_a_camera_counts_the_same_however_many_images_it_has() -> None:
         assert torch.allclose(loss, many[name]), name
 
 
-def test_unknown_camera_learns_across_cameras_alone() -> None:
+def test_unknown_camera_has_only_the_inter_camera_loss() -> None:
     method = make_method(inter_epoch=0)
     unknown = torch.nonzero((CAMIDS < 0) & (LABELS >= 0)).flatten()[:2]
     found = losses_of(method, unknown)
@@ -139,14 +139,16 @@ def test_unknown_camera_learns_across_cameras_alone() -> None:
 
 @pytest.mark.parametrize("name", ["CAP", "O2CAP", "ViTC"])
 @pytest.mark.parametrize("camids", [None, torch.full((M,), -1)])
-def test_without_cameras_says_what_to_do(name: str, camids: Tensor | None) -> None:
+def test_missing_cameras_give_an_error_with_a_remedy(
+    name: str, camids: Tensor | None
+) -> None:
     method = build_method(name, M, C)
     with pytest.raises(ValueError, match=rf"^{name} learns from the camera.*--camera-pat"):
         method.prepare(Embeddings(units(M, seed=0)), camids, PseudoLabels(LABELS))
 
 
 @pytest.mark.parametrize("name", ["CAP", "O2CAP", "ViTC"])
-def test_fresh_method_takes_a_checkpoint_and_goes_on(name: str) -> None:
+def test_fresh_method_resumes_from_a_checkpoint(name: str) -> None:
     method, fresh = make_method(name, epoch=7), build_method(name, M, C)
     fresh.load_state_dict(method.state_dict())
     assert fresh.prepared

@@ -44,14 +44,14 @@ def loss_in_loops(bank: Tensor, features: Tensor, targets: list[int], tau: float
     return total / len(targets)
 
 
-def test_memory_holds_the_clusters_means() -> None:
+def test_memory_contains_the_cluster_means() -> None:
     method = make_method()
     features = units(M, seed=0)
     wanted = [features[5 * c : 5 * c + 5].mean(dim=0) for c in range(4)]
     assert torch.allclose(method.memory.bank, F.normalize(torch.stack(wanted), dim=1))
 
 
-def test_loss_is_the_definition() -> None:
+def test_loss_equals_its_definition() -> None:
     method = make_method(temperature=0.1)
     features = units(len(BATCH), seed=3)
     losses = method.loss(Embeddings(features), BATCH, CAMIDS[BATCH])
@@ -85,7 +85,7 @@ def test_loss_reads_and_update_writes() -> None:
 
 
 @pytest.mark.parametrize("mode", ["batch", "cluster", "multi_camera"])
-def test_camera_weights_weigh_the_samples(mode: str) -> None:
+def test_camera_weights_apply_to_the_samples(mode: str) -> None:
     labels = PseudoLabels.numbered([0] * 12 + [1] * 12)
     camids = torch.tensor([0] * 12 + [0, 1] * 6)  # one camera, then two
     index = torch.tensor([0, 1, 12, 13])
@@ -109,7 +109,7 @@ def test_camera_weights_weigh_the_samples(mode: str) -> None:
     assert losses(mode, torch.arange(4)) == pytest.approx(wanted, rel=1e-5)
 
 
-def test_focal_factor_lowers_the_share_of_easy_samples() -> None:
+def test_focal_factor_reduces_the_weight_of_easy_samples() -> None:
     plain = make_method(temperature=0.5)
     focal = make_method(temperature=0.5, focal_gamma=2.0)
     easy = Embeddings(plain.memory.bank[:1].clone())
@@ -133,7 +133,9 @@ def test_new_clusters_replace_the_old(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("name", ["ClusterContrast", "SelConCluster"])
 @pytest.mark.parametrize("mode", ["none", "batch", "cluster"])
-def test_four_steps_equal_two_saved_loaded_and_two(name: str, mode: str) -> None:
+def test_four_steps_equal_two_steps_a_checkpoint_and_two_steps(
+    name: str, mode: str
+) -> None:
     unbroken = make_method(name, camera_weight=mode)
     broken = make_method(name, camera_weight=mode)
     for i in range(2):
@@ -159,8 +161,8 @@ def test_labels_of_other_images_are_refused() -> None:
         method.prepare(Embeddings(units(M, seed=0)), None, PseudoLabels.numbered([0, 1]))
 
 
-def test_singletons_alone_are_the_same_before_and_after_a_checkpoint() -> None:
-    """As OutlierPolicy("singleton") leaves them where nothing else was found."""
+def test_singletons_only_are_restored_from_a_checkpoint() -> None:
+    """Use the labels of OutlierPolicy("singleton") if no clusters were found."""
     method = build_method("ClusterContrast", M, C)
     singletons = PseudoLabels(torch.arange(M))
     method.prepare(Embeddings(units(M, seed=0)), None, singletons)
@@ -170,7 +172,7 @@ def test_singletons_alone_are_the_same_before_and_after_a_checkpoint() -> None:
     assert fresh.instance_level
 
 
-def test_every_image_its_own_class_survives_a_checkpoint() -> None:
+def test_instance_level_labels_are_restored_from_a_checkpoint() -> None:
     method = build_method("ClusterContrast", M, C)
     method.prepare(Embeddings(units(M, seed=0)), None, PseudoLabels.each_its_own(M))
     assert method.instance_level

@@ -41,7 +41,7 @@ def rows_of(vectors: Tensor, rows: Tensor) -> list[int]:
 
 
 def in_loops(bank: Tensor, features: Tensor) -> float:
-    """InfoNCE over slots ``(clusters, S, C)``: own the least similar, others the most."""
+    """Compute InfoNCE over slots ``(clusters, S, C)``, the hardest slot of each cluster."""
     losses = []
     for feature, i in zip(features, BATCH.tolist(), strict=True):
         if LABELS[i] < 0:
@@ -55,7 +55,7 @@ def in_loops(bank: Tensor, features: Tensor) -> float:
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.2, 100.0])
-def test_loss_is_the_definition(margin: float, device: str) -> None:
+def test_loss_equals_its_definition(margin: float, device: str) -> None:
     method = prepared(device, margin=margin, instance_slots=3, instance_weight=0.7)
     index, features = BATCH.to(device), units(len(BATCH), seed=3)
     method.update(index, Embeddings(units(len(BATCH), seed=5).to(device)))
@@ -71,7 +71,7 @@ def test_loss_is_the_definition(margin: float, device: str) -> None:
     assert found == pytest.approx(wanted, rel=1e-5)
 
 
-def test_within_the_margin_the_hard_proxies_alone_pull() -> None:
+def test_within_the_margin_only_hard_proxies_have_a_gradient() -> None:
     method = prepared(margin=100.0, instance_epoch=1)
     method.update(BATCH, Embeddings(units(len(BATCH), seed=5)))
     features = units(len(BATCH), seed=3).requires_grad_()
@@ -84,12 +84,12 @@ def test_within_the_margin_the_hard_proxies_alone_pull() -> None:
 
 
 @pytest.mark.parametrize("other_mean", [0.0, 100.0])
-def test_margin_is_that_of_the_batch_of_all_ranks(
+def test_margin_uses_the_batch_of_all_ranks(
     other_mean: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embeddings = Embeddings(units(len(BATCH), seed=3))
     proxies = prepared(margin=0.0).mean_memory.bank[:, None]
-    mean = in_loops(proxies, embeddings.global_features)  # the hard proxies are the same
+    mean = in_loops(proxies, embeddings.global_features)  # the hard proxies are equal
     method = prepared(margin=0.9 * mean)
     monkeypatch.setattr(
         "selcon_plugin.methods.dcmip.gather_batch",
@@ -100,7 +100,7 @@ def test_margin_is_that_of_the_batch_of_all_ranks(
     assert loss == pytest.approx(0.5 * mean + (0.0 if within else 0.05 * mean), rel=1e-5)
 
 
-def test_instance_proxies_join_at_their_epoch() -> None:
+def test_instance_proxies_start_at_their_epoch() -> None:
     method = prepared(instance_epoch=2)
     embeddings = Embeddings(units(len(BATCH), seed=3))
     names = []
@@ -111,7 +111,7 @@ def test_instance_proxies_join_at_their_epoch() -> None:
     assert names == [{"loss_cluster"}, {"loss_cluster"}, both, both]
 
 
-def test_cluster_proxies_are_the_released_hybrid_memory() -> None:
+def test_cluster_proxies_equal_the_released_hybrid_memory() -> None:
     with np.load(GOLDEN) as arrays:
         golden = {name: torch.from_numpy(arrays[name]) for name in arrays}
     targets, clusters = golden["targets"], len(golden["centroids"])
@@ -128,7 +128,7 @@ def test_cluster_proxies_are_the_released_hybrid_memory() -> None:
         instance_slots=1,
     )
     assert isinstance(method, DCMIP)
-    # One image per cluster, which is its mean, then the batch.
+    # One image per cluster, which equals its mean, is followed by the batch.
     labels = torch.cat([torch.arange(clusters), targets])
     features = torch.cat([start[0], F.normalize(golden["inputs"], dim=1)])
     method.prepare(Embeddings(features), None, PseudoLabels(labels))
@@ -139,7 +139,7 @@ def test_cluster_proxies_are_the_released_hybrid_memory() -> None:
     loss = method.loss(batch, index, None)["loss_cluster"]
     settings = {"temperature": golden["temp"].item()}
     mean = cluster_contrastive_loss(batch.global_features, start[1], targets, **settings)
-    # The release's bracket halves the mean's share once more.
+    # A bracket in the released code halves the weight of the mean once more.
     released = golden["hhcl_CMhybrid_loss"].item() + 0.25 * mean.item()
     assert loss.item() == pytest.approx(released, rel=0, abs=1e-5)
     method.update(index, batch)
@@ -154,7 +154,9 @@ def test_instance_proxies_are_random_images(slots: int, device: str) -> None:
     for cluster in range(4):
         chosen = set(rows_of(begun[cluster], units(M, seed=0)))
         assert {LABELS[i] for i in chosen} == {cluster}
-        assert len(chosen) == min(slots, 5)  # of five images, none twice without need
+        assert len(chosen) == min(
+            slots, 5
+        )  # five images suffice for sampling without replacement
     drawn = set()
     for step in range(20):
         before = method.slots.bank.cpu().clone().view(4, slots, C)
@@ -170,7 +172,7 @@ def test_instance_proxies_are_random_images(slots: int, device: str) -> None:
     assert drawn == {0, 1, 2, 3, 5, 6, 7}
 
 
-def test_draws_follow_from_seed_and_step() -> None:
+def test_sampling_depends_on_seed_and_step_only() -> None:
     features = Embeddings(units(len(BATCH), seed=3))
 
     def banks(seed: int) -> list[Tensor]:
@@ -186,7 +188,7 @@ def test_draws_follow_from_seed_and_step() -> None:
     assert not all(map(torch.equal, first, other))
 
 
-def test_one_image_per_cluster_is_cluster_contrast() -> None:
+def test_one_image_per_cluster_equals_cluster_contrast() -> None:
     method = build_method("DCMIP", M, C, margin=0.0, instance_epoch=0)
     plain = build_method("ClusterContrast", M, C)
     for each in (method, plain):
@@ -204,7 +206,7 @@ def test_one_image_per_cluster_is_cluster_contrast() -> None:
     assert len(method.slots.bank) == M  # and not 16 copies of the images
 
 
-def test_camera_weights_weigh_all_losses() -> None:
+def test_camera_weights_apply_to_all_losses() -> None:
     labels = PseudoLabels.numbered([0] * 12 + [1] * 12)
     camids = torch.tensor([0] * 12 + [0, 1] * 6)  # one camera, then two
     index = torch.tensor([0, 12])

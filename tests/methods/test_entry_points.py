@@ -62,7 +62,7 @@ def test_an_installed_package_adds_its_method(installed: Path) -> None:
     assert done.stdout.strip() == "reid_elsewhere"
 
 
-def test_a_package_that_fails_is_named(installed: Path) -> None:
+def test_a_package_that_fails_to_load_is_reported(installed: Path) -> None:
     (installed / "reid_elsewhere.py").write_text("import no_such_module")
     done = run(installed)
     assert done.returncode != 0

@@ -25,7 +25,7 @@ def make_method(labels: list[int] | None = None, **options: Any) -> Method:
     return prepared_method("HCL", C, found, CAMIDS, **options)
 
 
-def test_losses_are_their_definitions() -> None:
+def test_losses_equal_their_definitions() -> None:
     method = make_method(temperature=0.1, instance_weight=0.5)
     features = units(len(BATCH), seed=3)
     found = method.loss(Embeddings(features), BATCH, CAMIDS[BATCH])
@@ -47,14 +47,14 @@ def test_losses_are_their_definitions() -> None:
     assert found["loss_instance"].item() == pytest.approx(wanted, rel=1e-5)
 
 
-def test_one_image_per_cluster_makes_both_losses_the_same() -> None:
+def test_one_image_per_cluster_makes_both_losses_equal() -> None:
     method = make_method(list(range(M)), instance_weight=1.0)
     losses = method.loss(Embeddings(units(len(BATCH), seed=3)), BATCH, None)
     wanted = losses["loss_cluster"].item()
     assert losses["loss_instance"].item() == pytest.approx(wanted, rel=1e-5)
 
 
-def test_cluster_loss_is_cluster_contrasts() -> None:
+def test_cluster_loss_equals_that_of_cluster_contrast() -> None:
     options: dict[str, Any] = {"camera_weight": "batch", "focal_gamma": 2.0}
     method = make_method(**options)
     other = build_method("ClusterContrast", M, C, **options)
@@ -78,8 +78,8 @@ def test_outliers_have_no_loss() -> None:
     assert features.grad.any(dim=1).tolist() == [LABELS[i] >= 0 for i in BATCH.tolist()]
 
 
-def test_camera_weights_weigh_both_losses() -> None:
-    """Where one camera sees a cluster, its samples have weight 0 in this mode."""
+def test_camera_weights_apply_to_both_losses() -> None:
+    """Samples of a cluster in one camera only have weight 0 in this mode."""
     method = make_method(camera_weight="multi_camera")
     camids = torch.tensor([0] * 12 + [0, 1] * 6)
     labels = PseudoLabels.numbered([0] * 12 + [1] * 12)
@@ -89,7 +89,7 @@ def test_camera_weights_weigh_both_losses() -> None:
     assert [loss.item() for loss in losses.values()] == [0.0, 0.0]
 
 
-def test_update_is_the_loop() -> None:
+def test_update_equals_the_loop() -> None:
     method = make_method(bank_momentum=0.3)
     rows, images = method.centroids.bank.clone(), method.instances.bank.clone()
     index = torch.tensor([0, 1, 0, 22, 7])

@@ -45,7 +45,7 @@ def in_loops(method: HCM, features: Tensor, gamma: float) -> tuple[float, float]
 
 
 @pytest.mark.parametrize("gamma", [0.0, 1.0, 4.0])
-def test_loss_is_the_definition(gamma: float, device: str) -> None:
+def test_loss_equals_its_definition(gamma: float, device: str) -> None:
     method = prepared(device=device, focal_gamma=gamma, constraint_weight=0.7)
     features = units(len(BATCH), seed=3)
     losses = method.loss(Embeddings(features.to(device)), BATCH.to(device), None)
@@ -70,7 +70,9 @@ def test_update_writes_both_memories(device: str) -> None:
 
 
 @pytest.mark.parametrize("cluster_update", ["mean", "hard"])
-def test_without_factor_and_constraint_it_is_cluster_contrast(cluster_update: str) -> None:
+def test_without_factor_and_constraint_it_equals_cluster_contrast(
+    cluster_update: str,
+) -> None:
     options = {"cluster_update": cluster_update, "camera_weight": "batch"}
     hybrid = prepared(focal_gamma=0.0, constraint_weight=0.0, **options)
     plain: ClusterContrast = prepared("ClusterContrast", **options)
@@ -84,7 +86,7 @@ def test_without_factor_and_constraint_it_is_cluster_contrast(cluster_update: st
         assert torch.equal(hybrid.memory.bank, plain.memory.bank)
 
 
-def test_dynamic_factor_is_a_weight_without_gradient() -> None:
+def test_dynamic_factor_is_a_detached_weight() -> None:
     features = units(1, seed=3).requires_grad_()
     index = torch.tensor([0])
 
@@ -97,7 +99,7 @@ def test_dynamic_factor_is_a_weight_without_gradient() -> None:
     torch.testing.assert_close(gradient(3.0), factor * gradient(0.0))
 
 
-def test_camera_weights_weigh_both_levels() -> None:
+def test_camera_weights_apply_to_both_levels() -> None:
     labels = PseudoLabels.numbered([0] * 12 + [1] * 12)
     camids = torch.tensor([0] * 12 + [0, 1] * 6)  # one camera, then two
     index = torch.tensor([0, 12])

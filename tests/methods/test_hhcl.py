@@ -50,7 +50,7 @@ def mean_loss_in_loops(bank: Tensor, features: Tensor, temperature: float) -> fl
 
 
 def slot_loss_in_loops(slots: Tensor, features: Tensor, temperature: float) -> float:
-    """Of slots ``(clusters, S, C)``."""
+    """Compute the loss by loops for slots ``(clusters, S, C)``."""
     losses = []
     for feature, i in zip(features, BATCH.tolist(), strict=True):
         if LABELS[i] >= 0:
@@ -63,7 +63,7 @@ def slot_loss_in_loops(slots: Tensor, features: Tensor, temperature: float) -> f
     return sum(losses) / len(losses)
 
 
-def test_prototypes_are_the_definition(device: str) -> None:
+def test_prototype_loss_equals_its_definition(device: str) -> None:
     method = make_hhcl(device, temperature=0.1, bank_momentum=0.3)
     all_features = units(M, seed=0)
     means = torch.stack([all_features[5 * k : 5 * k + 5].mean(dim=0) for k in range(4)])
@@ -88,10 +88,10 @@ def test_prototypes_are_the_definition(device: str) -> None:
         torch.testing.assert_close(method.mean_memory.bank.cpu(), mean_rows, **close)
 
 
-def test_instances_are_the_definition(device: str) -> None:
+def test_instance_loss_equals_its_definition(device: str) -> None:
     method = make_hhcl(device, form="instances", instance_slots=3, temperature=0.1)
     all_features = units(M, seed=0)
-    # Of five images three: numbers 0, 5 / 3 and 10 / 3, rounded down.
+    # Three of five images are used: numbers 0, 5 / 3 and 10 / 3, rounded down.
     slots = torch.stack([all_features[[5 * k, 5 * k + 1, 5 * k + 3]] for k in range(4)])
     for seed in (1, 2):
         torch.testing.assert_close(method.slots.bank.cpu().reshape(4, 3, C), slots)
@@ -125,11 +125,11 @@ def test_slots_are_filled_evenly(num_slots: int, device: str) -> None:
     ("options", "momentum"),
     [
         ({}, 0.1),
-        # A slot is overwritten: one that follows its only image without delay.
+        # A slot is overwritten, which corresponds to momentum 0 for its only image.
         ({"form": "instances", "instance_slots": 1, "bank_momentum": 0.0}, 0.0),
     ],
 )
-def test_one_instance_of_each_cluster_is_cluster_contrast(
+def test_one_instance_per_cluster_equals_cluster_contrast(
     options: dict[str, Any], momentum: float
 ) -> None:
     labels = PseudoLabels.numbered([0, 1, 2, 3] + [-1] * (M - 4))
@@ -148,7 +148,7 @@ def test_one_instance_of_each_cluster_is_cluster_contrast(
     torch.testing.assert_close(found.mean_memory.bank, wanted.memory.bank)
 
 
-def test_images_that_are_their_own_classes_have_one_slot() -> None:
+def test_instance_level_labels_have_one_slot() -> None:
     method = make_hhcl(form="instances", instance_slots=4)
     method.prepare(Embeddings(units(M, seed=0)), None, PseudoLabels.each_its_own(M))
     assert method.slots.bank.shape == (M, C)
@@ -159,7 +159,7 @@ def test_images_that_are_their_own_classes_have_one_slot() -> None:
     torch.testing.assert_close(method.slots.bank[BATCH], features.global_features)
 
 
-def test_camera_weights_weigh_both_losses() -> None:
+def test_camera_weights_apply_to_both_losses() -> None:
     for form in ("prototypes", "instances"):
         method = build_method("HHCL", M, C, form=form, camera_weight="multi_camera")
         camids = torch.tensor([0] * 5 + [0, 1, 0, 1, 0] + [2] * 14)
@@ -171,7 +171,7 @@ def test_camera_weights_weigh_both_losses() -> None:
             assert all((loss > 0) == positive for loss in losses.values()), form
 
 
-def test_weights_of_the_release_have_no_place_with_slots() -> None:
+def test_weights_of_the_release_are_refused_with_slots() -> None:
     with pytest.raises(ValueError, match="released_weights are those of form 'prototypes'"):
         make_method(form="instances", released_weights=True)
 
@@ -208,7 +208,7 @@ def test_released_code(form: str) -> None:
     loss = torch.stack(list(method.loss(Embeddings(unit), index, None).values())).sum()
     recorded = golden[f"{name}_loss"].item()
     assert loss.item() == pytest.approx(recorded, rel=0, abs=1e-5)
-    # The recorded gradient is that of unit vectors.
+    # The recorded gradient is with respect to unit vectors.
     found, wanted = (
         torch.autograd.grad(out, features, grad, retain_graph=True)[0]
         for out, grad in ((loss, None), (unit, golden[f"{name}_grad"]))

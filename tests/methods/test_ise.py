@@ -57,14 +57,14 @@ def preserving_in_loops(features: Tensor, supports: Tensor, temperature: float) 
     return sum(losses) / len(losses)
 
 
-def test_degree_rises_from_nothing_to_a_half() -> None:
+def test_degree_increases_from_zero_to_one_half() -> None:
     assert interpolation_degree(0.0) == 0.0
     assert interpolation_degree(0.5) == pytest.approx(0.5 * math.log((math.e + 1) / 2))
     assert interpolation_degree(1.0) == pytest.approx(0.5)
     assert interpolation_degree(3.0) == interpolation_degree(1.0)
 
 
-def test_support_samples_are_the_definition(device: str) -> None:
+def test_support_samples_equal_their_definition(device: str) -> None:
     features, bank = units(len(BATCH), seed=3), units(4, seed=4)
     targets = torch.tensor(TARGETS)
     supports = support_samples(
@@ -75,17 +75,17 @@ def test_support_samples_are_the_definition(device: str) -> None:
     assert torch.allclose(supports[inside], wanted[inside], atol=1e-6)
 
 
-def test_support_samples_of_degree_0_or_of_one_cluster_are_the_images() -> None:
+def test_support_samples_of_degree_0_or_of_one_cluster_equal_the_images() -> None:
     features = units(5, seed=3)
     zeros = torch.zeros(5, dtype=torch.int64)
     still = support_samples(features, units(4, seed=4), zeros, degree=0.0)
-    alone = support_samples(features, units(1, seed=4), zeros, degree=0.5)
+    single = support_samples(features, units(1, seed=4), zeros, degree=0.5)
     assert torch.allclose(still, features)
-    assert torch.allclose(alone, features)
+    assert torch.allclose(single, features)
 
 
 @pytest.mark.parametrize("temperature", [0.6, 0.05])
-def test_preserving_loss_is_the_definition(temperature: float, device: str) -> None:
+def test_preserving_loss_equals_its_definition(temperature: float, device: str) -> None:
     features, supports = units(len(BATCH), seed=3), units(len(BATCH), seed=5)
     loss = label_preserving_loss(
         2.0 * features.to(device),
@@ -97,7 +97,7 @@ def test_preserving_loss_is_the_definition(temperature: float, device: str) -> N
     assert loss.item() == pytest.approx(wanted, rel=1e-5)
 
 
-def test_preserving_loss_teaches_images_and_support_samples() -> None:
+def test_preserving_loss_has_gradients_for_images_and_support_samples() -> None:
     features = units(len(BATCH), seed=3).requires_grad_()
     supports = units(len(BATCH), seed=5).requires_grad_()
     label_preserving_loss(features, supports, torch.tensor(TARGETS)).backward()
@@ -109,7 +109,7 @@ def test_preserving_loss_teaches_images_and_support_samples() -> None:
     assert not features.grad[2].any()  # the outlier
 
 
-def test_preserving_loss_of_outliers_alone_is_zero() -> None:
+def test_preserving_loss_of_outliers_only_is_zero() -> None:
     features = units(3, seed=3).requires_grad_()
     outliers = torch.full((3,), -1)
     loss = label_preserving_loss(features, features, outliers)
@@ -119,7 +119,7 @@ def test_preserving_loss_of_outliers_alone_is_zero() -> None:
     assert not features.grad.any()
 
 
-def test_illegal_temperature_is_named() -> None:
+def test_illegal_temperature_is_reported() -> None:
     with pytest.raises(ValueError, match=r"temperature .*got -1"):
         label_preserving_loss(
             units(2, seed=0), units(2, seed=0), torch.tensor([0, 1]), temperature=-1.0
@@ -127,7 +127,7 @@ def test_illegal_temperature_is_named() -> None:
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.5])
-def test_loss_is_the_definition(weight: float) -> None:
+def test_loss_equals_its_definition(weight: float) -> None:
     method = make_method(epoch=3, support_epochs=10, support_weight=weight)
     features, bank = units(len(BATCH), seed=3), method.memory.bank
     supports = supports_in_loops(features, bank, interpolation_degree(0.3))
@@ -143,7 +143,7 @@ def test_loss_is_the_definition(weight: float) -> None:
 
 
 def test_images_and_support_samples_together_are_one_batch() -> None:
-    """With weight 1 both make up one batch of Cluster Contrast, as in the release."""
+    """With weight 1 both form one batch of Cluster Contrast, as in the released code."""
     method = make_method(epoch=5, support_epochs=10)
     features, targets = units(len(BATCH), seed=3), torch.tensor(TARGETS)
     supports = method._supports(features, targets)
@@ -165,7 +165,7 @@ def test_memory_is_written_with_images_and_support_samples() -> None:
     assert torch.allclose(method.memory.bank, memory.bank, atol=1e-6)
 
 
-def test_without_support_samples_it_is_cluster_contrast() -> None:
+def test_without_support_samples_it_equals_cluster_contrast() -> None:
     ise = make_method(epoch=5, support_weight=0.0, preserving_weight=0.0)
     plain = make_method("ClusterContrast", bank_momentum=0.2, cluster_update="hard")
     for seed in range(3):
@@ -177,8 +177,8 @@ def test_without_support_samples_it_is_cluster_contrast() -> None:
         assert torch.equal(ise.memory.bank, plain.memory.bank)
 
 
-def test_the_first_epoch_contrasts_images_alone() -> None:
-    """Of degree 0, support samples are the images: the contrast is Cluster Contrast's."""
+def test_the_first_epoch_contrasts_images_only() -> None:
+    """With degree 0 the support samples equal the images, as in Cluster Contrast."""
     embeddings = Embeddings(units(len(BATCH), seed=1))
     ise, plain = make_method(), make_method("ClusterContrast")
     first, second = (

@@ -29,7 +29,7 @@ def info_nce(logits: list[float], target: int) -> float:
     return math.log(sum(math.exp(logit) for logit in logits)) - logits[target]
 
 
-def test_banks_hold_means_and_features() -> None:
+def test_banks_contain_means_and_features() -> None:
     method = make_method()
     features = units(M, seed=0)
     means = torch.stack([features[5 * c : 5 * c + 5].mean(dim=0) for c in range(4)])
@@ -37,7 +37,7 @@ def test_banks_hold_means_and_features() -> None:
     assert torch.allclose(method.instances.bank, features)
 
 
-def test_losses_are_their_definitions() -> None:
+def test_losses_equal_their_definitions() -> None:
     method = make_method(temperature=0.1, instance_weight=0.5)
     features = units(len(BATCH), seed=3)
     found = method.loss(Embeddings(features), BATCH, CAMIDS[BATCH])
@@ -62,7 +62,7 @@ def test_losses_are_their_definitions() -> None:
     assert found["loss_instance"].item() == pytest.approx(wanted, rel=1e-5)
 
 
-def test_one_image_per_cluster_makes_both_losses_the_same() -> None:
+def test_one_image_per_cluster_makes_both_losses_equal() -> None:
     method = make_method(list(range(M)), instance_weight=1.0)
     losses = method.loss(Embeddings(units(len(BATCH), seed=3)), BATCH, None)
     wanted = losses["loss_cluster"].item()
@@ -70,7 +70,7 @@ def test_one_image_per_cluster_makes_both_losses_the_same() -> None:
 
 
 @pytest.mark.parametrize("mode", ["batch", "cluster", "multi_camera"])
-def test_without_instances_it_is_cluster_contrast(mode: str) -> None:
+def test_without_instances_it_equals_cluster_contrast(mode: str) -> None:
     options: dict[str, Any] = {"camera_weight": mode, "focal_gamma": 2.0}
     method = make_method(instance_weight=0.0, **options)
     other = build_method("ClusterContrast", M, C, **options)
@@ -86,8 +86,8 @@ def test_without_instances_it_is_cluster_contrast(mode: str) -> None:
     assert torch.equal(method.centroids.bank, other.memory.bank)
 
 
-def test_camera_weights_weigh_both_losses() -> None:
-    """Where one camera sees a cluster, its samples have weight 0 in this mode."""
+def test_camera_weights_apply_to_both_losses() -> None:
+    """Samples of a cluster in one camera only have weight 0 in this mode."""
     method = make_method([0] * 12 + [1] * 12, camera_weight="multi_camera")
     camids = torch.tensor([0] * 12 + [0, 1] * 6)
     labels = PseudoLabels.numbered([0] * 12 + [1] * 12)
@@ -97,7 +97,7 @@ def test_camera_weights_weigh_both_losses() -> None:
     assert [loss.item() for loss in losses.values()] == [0.0, 0.0]
 
 
-def test_update_is_the_loop() -> None:
+def test_update_equals_the_loop() -> None:
     method = make_method(bank_momentum=0.3)
     rows, images = method.centroids.bank.clone(), method.instances.bank.clone()
     index = torch.tensor([0, 1, 0, 22, 7])

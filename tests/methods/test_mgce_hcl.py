@@ -42,22 +42,22 @@ def priority(i: int, j: int) -> float:
     return sum(row[i] == row[j] != -1 for row in LABELINGS) / 3
 
 
-def test_priorities_by_hand() -> None:
-    """0 and 1 always agree; with 2 and 3 in two of three; with 4 in one."""
+def test_priorities_computed_by_hand() -> None:
+    """Image 0 always agrees with 1, with 2 and 3 in two of three cases, with 4 in one."""
     assert [priority(0, j) for j in range(6)] == [1, 1, 2 / 3, 2 / 3, 1 / 3, 0]
     method = make_method()
     shared = method._pair_priority(BATCH, torch.tensor(LABELS)[BATCH])
     for row, i in zip(shared, BATCH.tolist(), strict=True):
         assert row.tolist() == pytest.approx([priority(i, j) for j in range(M)])
     assert method.cluster_priority[0].item() == pytest.approx((1 + 1 + 2 / 3 + 2 / 3) / 4)
-    assert method.cluster_priority[11] == 1.0  # alone in its cluster
+    assert method.cluster_priority[11] == 1.0  # the only image of its cluster
     for i, label in enumerate(LABELS[:9]):
-        shares = [priority(i, j) for j in range(M) if LABELS[j] == label]
-        wanted = sum(shares) / len(shares)
+        priorities = [priority(i, j) for j in range(M) if LABELS[j] == label]
+        wanted = sum(priorities) / len(priorities)
         assert method.cluster_priority[i].item() == pytest.approx(wanted)
 
 
-def test_losses_are_their_definitions() -> None:
+def test_losses_equal_their_definitions() -> None:
     method = make_method(temperature=0.1, instance_weight=0.5)
     features = units(len(BATCH), seed=3)
     found = method.loss(Embeddings(features), BATCH, None)
@@ -65,15 +65,15 @@ def test_losses_are_their_definitions() -> None:
     for feature, i in zip(features.double(), BATCH.tolist(), strict=True):
         if LABELS[i] < 0:
             continue
-        shares = [priority(i, j) for j in range(M)]
-        inside = [shares[j] for j in range(M) if LABELS[j] == LABELS[i]]
+        priorities = [priority(i, j) for j in range(M)]
+        inside = [priorities[j] for j in range(M) if LABELS[j] == LABELS[i]]
         logits = [float(feature @ row) / 0.1 for row in method.centroids.bank.double()]
         total = math.log(sum(math.exp(logit) for logit in logits))
         clusters.append(sum(inside) / len(inside) * (total - logits[LABELS[i]]))
         logits = [float(feature @ row) / 0.1 for row in method.instances.bank.double()]
         total = math.log(sum(math.exp(logit) for logit in logits))
-        pulled = sum(a * (total - x) for a, x in zip(shares, logits, strict=True))
-        instances.append(pulled / sum(shares))
+        pulled = sum(a * (total - x) for a, x in zip(priorities, logits, strict=True))
+        instances.append(pulled / sum(priorities))
     wanted = sum(clusters) / len(clusters)
     assert found["loss_cluster"].item() == pytest.approx(wanted, rel=1e-5)
     wanted = 0.5 * sum(instances) / len(instances)
@@ -81,8 +81,8 @@ def test_losses_are_their_definitions() -> None:
 
 
 @pytest.mark.parametrize("camera_weight", ["none", "cluster"])
-def test_one_granularity_is_hcl(camera_weight: str) -> None:
-    """The ensemble without a step between its eps: all priorities are 0 or 1."""
+def test_one_granularity_equals_hcl(camera_weight: str) -> None:
+    """All eps of the ensemble are equal, so all priorities are 0 or 1."""
     generator = torch.Generator().manual_seed(0)
     pids = torch.arange(10).repeat_interleave(8)
     centers = torch.randn(10, C, generator=generator)
@@ -111,11 +111,11 @@ def test_disagreement_lowers_the_weight() -> None:
     assert less < agreed.loss(embeddings, BATCH, None)["loss_cluster"]
 
 
-def test_every_image_its_own_class_needs_no_ensemble() -> None:
-    alone = PseudoLabels.each_its_own(M)
-    method = make_method(alone)
+def test_instance_level_labels_need_no_ensemble() -> None:
+    singletons = PseudoLabels.each_its_own(M)
+    method = make_method(singletons)
     other = build_method("HCL", M, C)
-    other.prepare(Embeddings(units(M, seed=0)), None, alone)
+    other.prepare(Embeddings(units(M, seed=0)), None, singletons)
     embeddings = Embeddings(units(len(BATCH), seed=3))
     losses = method.loss(embeddings, BATCH, None)
     for name, loss in other.loss(embeddings, BATCH, None).items():
@@ -123,7 +123,7 @@ def test_every_image_its_own_class_needs_no_ensemble() -> None:
 
 
 @pytest.mark.parametrize("found", [make_labels(), PseudoLabels.each_its_own(M)])
-def test_priorities_survive_a_checkpoint(found: PseudoLabels) -> None:
+def test_priorities_are_restored_from_a_checkpoint(found: PseudoLabels) -> None:
     method = make_method(found)
     fresh = build_method("MGCEHCL", M, C)
     fresh.load_state_dict(method.state_dict())

@@ -46,7 +46,7 @@ def in_loops(
     return mean(losses)
 
 
-def test_loss_is_the_definition(device: str) -> None:
+def test_loss_equals_its_definition(device: str) -> None:
     weights = {"intra_weight": 0.3, "inter_weight": 0.5, "centroid_weight": 0.7}
     method = prepared(device=device, **weights)
     features = units(len(BATCH), seed=3)
@@ -76,7 +76,7 @@ def test_update_writes_both_memories(device: str) -> None:
     torch.testing.assert_close(method.instances.bank.cpu(), instances)
 
 
-def test_centroids_alone_are_cluster_contrast() -> None:
+def test_centroid_loss_only_equals_cluster_contrast() -> None:
     options = {"cluster_update": "hard", "camera_weight": "batch", "focal_gamma": 1.0}
     levels = prepared(intra_weight=0.0, inter_weight=0.0, **options)
     plain = prepared("ClusterContrast", **options)
@@ -90,7 +90,7 @@ def test_centroids_alone_are_cluster_contrast() -> None:
         assert torch.equal(levels.memory.bank, plain.memory.bank)
 
 
-def test_with_one_image_per_cluster_all_three_are_one() -> None:
+def test_with_one_image_per_cluster_all_three_losses_are_equal() -> None:
     method = build_method("MultiLevel", M, C, intra_weight=1.0, inter_weight=1.0)
     method.prepare(Embeddings(units(M, seed=0)), None, PseudoLabels.each_its_own(M))
     losses = method.loss(Embeddings(units(len(BATCH), seed=3)), BATCH, None)
@@ -98,7 +98,7 @@ def test_with_one_image_per_cluster_all_three_are_one() -> None:
     torch.testing.assert_close(losses["loss_inter"], losses["loss_cluster"])
 
 
-def test_camera_weights_weigh_all_three() -> None:
+def test_camera_weights_apply_to_all_three_losses() -> None:
     labels = PseudoLabels.numbered([0] * 12 + [1] * 12)
     camids = torch.tensor([0] * 12 + [0, 1] * 6)  # one camera, then two
     index = torch.tensor([0, 12])

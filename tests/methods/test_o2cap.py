@@ -33,7 +33,7 @@ def losses_of(method: O2CAP | CAP) -> dict[str, float]:
     return {name: value.item() for name, value in found.items()}
 
 
-def test_offline_and_intra_camera_losses_are_those_of_cap() -> None:
+def test_offline_and_intra_camera_losses_equal_those_of_cap() -> None:
     cap = build_method("CAP", M, C, inter_epoch=0, inter_weight=1.0)
     assert isinstance(cap, CAP)
     cap.prepare(Embeddings(units(M, seed=0)), CAMIDS, PseudoLabels(LABELS))
@@ -71,8 +71,8 @@ def test_online_loss_sums_over_cameras(image_weight: float, num_positives: int) 
     assert losses_of(method)["loss_online"] == pytest.approx(wanted, rel=1e-5)
 
 
-def test_own_proxy_chooses_itself_where_images_have_no_say() -> None:
-    """One positive chosen by the proxy alone, under one camera: the cluster's own row."""
+def test_with_image_weight_0_the_own_proxy_is_its_positive() -> None:
+    """With one camera, the only positive of the proxy is the cluster's own row."""
     camids = torch.zeros(M, dtype=torch.int64)
     found = losses_of(make_method(camids, image_weight=0.0, num_positives=1))
     assert found["loss_online"] == pytest.approx(found["loss_offline"], rel=1e-6)

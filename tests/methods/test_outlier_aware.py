@@ -37,7 +37,7 @@ def step(method: ClusterContrast, *, seed: int) -> Tensor:
 
 
 def dictionary() -> Tensor:
-    """Means of the clusters, then the outliers' own features."""
+    """Return the means of the clusters, followed by the features of the outliers."""
     features = units(M, seed=0)
     rows = [
         torch.stack([features[j] for j in range(M) if CLASSES[j] == k]).mean(dim=0)
@@ -74,7 +74,7 @@ def test_an_outlier_writes_its_own_slot() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"cluster_update": "hard", "focal_gamma": 2.0}])
-def test_without_outliers_it_is_cluster_contrast(options: dict[str, object]) -> None:
+def test_without_outliers_it_equals_cluster_contrast(options: dict[str, object]) -> None:
     labels = PseudoLabels.numbered([i % 3 for i in range(M)])
     found = make_method("OutlierAware", labels, camera_weight="batch", **options)
     wanted = make_method("ClusterContrast", labels, camera_weight="batch", **options)
@@ -83,7 +83,7 @@ def test_without_outliers_it_is_cluster_contrast(options: dict[str, object]) -> 
     assert torch.equal(found.memory.bank, wanted.memory.bank)
 
 
-def test_same_as_cluster_contrast_on_outliers_made_clusters() -> None:
+def test_equals_cluster_contrast_with_singleton_clusters() -> None:
     labels = PseudoLabels.numbered(LABELS)
     singletons = OutlierPolicy("singleton")(
         labels,
@@ -96,10 +96,10 @@ def test_same_as_cluster_contrast_on_outliers_made_clusters() -> None:
     for seed in range(2):
         assert torch.equal(step(found, seed=seed), step(wanted, seed=seed))
     assert torch.equal(found.memory.bank, wanted.memory.bank)
-    assert (found.labels < 0).sum() == 3  # what the sampler's quota is drawn from
+    assert (found.labels < 0).sum() == 3  # the sampler's quota uses them
 
 
-def test_camera_weights_leave_outliers_alone() -> None:
+def test_camera_weights_do_not_apply_to_outliers() -> None:
     labels = PseudoLabels.numbered(LABELS)
     plain = make_method("OutlierAware", labels)
     weighted = make_method("OutlierAware", labels, camera_weight="cluster")

@@ -54,31 +54,31 @@ def agreement_in_loops(whole: Tensor, parts: Tensor, k: int) -> Tensor:
 
 
 @pytest.mark.parametrize("k", [1, 5, 20])
-def test_cross_agreement_is_the_definition(
+def test_cross_agreement_equals_its_definition(
     k: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pplr, "_ROWS", 7)  # pieces of unequal size
+    monkeypatch.setattr(pplr, "_ROWS", 7)  # chunks of unequal size
     whole, parts = embeddings_of(M, seed=1)
     assert parts is not None
     found = cross_agreement(whole.to(device), parts.to(device), num_neighbors=k).cpu()
     assert torch.allclose(found, agreement_in_loops(whole, parts, k))
 
 
-def test_a_part_like_the_whole_agrees_entirely() -> None:
+def test_equal_part_and_global_features_agree_fully() -> None:
     whole = units(M, C, seed=1)
     parts = torch.stack([whole, -whole], dim=1)
-    # The opposite vectors have the same inner products, and so the same neighbors.
+    # The opposite vectors have the same inner products and hence the same neighbors.
     assert torch.equal(cross_agreement(whole, parts), torch.ones(M, 2))
 
 
 def test_few_images_are_neighbors_of_each_other() -> None:
     features = units(3, C, seed=1)
     assert torch.equal(cross_agreement(features, features[:, None]), torch.ones(3, 1))
-    alone = cross_agreement(features[:1], features[:1, None])
-    assert torch.equal(alone, torch.zeros(1, 1))
+    single = cross_agreement(features[:1], features[:1, None])
+    assert torch.equal(single, torch.zeros(1, 1))
 
 
-def test_refined_targets_are_the_definition() -> None:
+def test_refined_targets_equal_their_definition() -> None:
     logits = 3.0 * torch.randn(6, S, K, generator=torch.Generator().manual_seed(0))
     agreement = torch.rand(6, S, generator=torch.Generator().manual_seed(1))
     targets = torch.tensor([0, 3, 1, 1, 2, 0])
@@ -109,7 +109,7 @@ def test_agreement_smooths_as_defined() -> None:
             assert found[i, s].item() == pytest.approx(wanted, rel=1e-4)
 
 
-def test_full_agreement_is_cross_entropy_and_none_is_divergence_from_uniform() -> None:
+def test_agreement_1_is_cross_entropy_and_0_is_divergence_from_uniform() -> None:
     logits = torch.randn(6, 1, K, generator=torch.Generator().manual_seed(0))
     targets = torch.tensor([0, 3, 1, 1, 2, 0])
     full = agreement_smoothed_loss(logits, targets, torch.ones(6, 1))
@@ -129,7 +129,7 @@ def logits_in_loops(bank: Tensor, features: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("epoch", [4, 5])
-def test_loss_is_the_definition(epoch: int) -> None:
+def test_loss_equals_its_definition(epoch: int) -> None:
     method = make_method(epoch=epoch)
     whole, parts = embeddings_of(len(BATCH), seed=3)
     assert parts is not None
@@ -164,7 +164,7 @@ def test_loss_is_the_definition(epoch: int) -> None:
     assert losses["loss_triplet"].item() == pytest.approx(triplet.item(), rel=1e-5)
 
 
-def test_parts_teach_the_whole_but_not_the_other_way_round() -> None:
+def test_parts_refine_global_labels_but_not_vice_versa() -> None:
     method = make_method()
     whole, parts = embeddings_of(len(BATCH), seed=3)
     assert parts is not None
@@ -183,7 +183,7 @@ def test_parts_teach_the_whole_but_not_the_other_way_round() -> None:
     assert not whole.grad[2].any()
 
 
-def test_without_parts_in_its_labels_the_whole_learns_cluster_contrast() -> None:
+def test_global_loss_without_part_refinement_equals_cluster_contrast() -> None:
     method = make_method(part_weight=0.0, triplet_weight=0.0)
     plain = build_method("ClusterContrast", M, C)
     plain.prepare(embeddings_of(M, seed=0), CAMIDS, PseudoLabels.numbered(LABELS))
@@ -214,7 +214,7 @@ def test_each_part_has_a_memory_of_its_own(update: str) -> None:
         assert torch.allclose(found, memory.bank, atol=1e-6)
 
 
-def test_agreement_is_measured_anew_with_the_clusters_and_saved() -> None:
+def test_agreement_is_recomputed_with_the_clusters_and_saved() -> None:
     method = make_method()
     before = method.agreement.clone()
     embeddings = embeddings_of(M, seed=9)
@@ -227,7 +227,7 @@ def test_agreement_is_measured_anew_with_the_clusters_and_saved() -> None:
     assert torch.equal(fresh.agreement, method.agreement)
 
 
-def test_missing_parts_are_named() -> None:
+def test_missing_parts_are_reported() -> None:
     with pytest.raises(ValueError, match=r"num_parts=0: set MODEL.SELCON.NUM_PARTS to 1"):
         build_method("PPLR", M, C)
     method = build_method("PPLR", M, C, S, D)
@@ -235,6 +235,6 @@ def test_missing_parts_are_named() -> None:
         method.prepare(Embeddings(units(M, C, seed=0)), None, PseudoLabels.numbered(LABELS))
 
 
-def test_a_method_is_tested_with_the_global_feature_alone() -> None:
-    """The adapter reads the option of this name for its test feature."""
+def test_only_the_global_feature_is_used_at_test_time() -> None:
+    """The host adapter selects its test feature by the option of this name."""
     assert method_options("PPLR")["global_distance_weight"].default == 1.0

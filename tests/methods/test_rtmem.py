@@ -29,13 +29,13 @@ def prepared(device: str = "cpu", **options: Any) -> RTMem:
 
 
 def row_of(vector: Tensor, rows: Tensor) -> int:
-    """Return which of the rows the vector is."""
+    """Return the index of the row that equals the vector."""
     found = (rows - vector).abs().amax(dim=1) < 1e-6
     assert found.sum() == 1
     return int(found.int().argmax())
 
 
-def test_a_clusters_row_begins_as_one_of_its_images() -> None:
+def test_a_cluster_row_is_initialized_with_one_of_its_images() -> None:
     begun = set()
     for seed in range(20):
         bank = prepared(seed=seed).memory.bank
@@ -45,7 +45,7 @@ def test_a_clusters_row_begins_as_one_of_its_images() -> None:
     assert begun == {0, 1, 2, 3, 4}
 
 
-def test_loss_is_the_definition(device: str) -> None:
+def test_loss_equals_its_definition(device: str) -> None:
     method = prepared(device, instance_weight=0.7)
     features = units(len(BATCH), seed=3)
     losses = method.loss(Embeddings(features.to(device)), BATCH.to(device), None)
@@ -85,7 +85,7 @@ def test_a_random_image_of_the_batch_overwrites_its_clusters_row(device: str) ->
     assert kept == {0, 1, 2, 3, 5, 6, 7}
 
 
-def test_draws_follow_from_seed_and_step() -> None:
+def test_sampling_depends_on_seed_and_step_only() -> None:
     features = Embeddings(units(len(BATCH), seed=3))
 
     def banks(seed: int) -> list[Tensor]:
@@ -101,7 +101,7 @@ def test_draws_follow_from_seed_and_step() -> None:
     assert not all(map(torch.equal, first, other))
 
 
-def test_new_clusters_keep_the_images_memory() -> None:
+def test_new_clusters_keep_the_instance_memory() -> None:
     method = prepared()
     method.update(BATCH, Embeddings(units(len(BATCH), seed=3)))
     before = method.instances.bank.clone()
@@ -113,7 +113,7 @@ def test_new_clusters_keep_the_images_memory() -> None:
         assert row_of(row, units(M, seed=9)) // 4 == cluster
 
 
-def test_one_image_per_cluster_is_cluster_contrast_without_momentum() -> None:
+def test_one_image_per_cluster_equals_cluster_contrast_without_momentum() -> None:
     method = build_method("RTMem", M, C, instance_weight=0.5)
     plain = build_method("ClusterContrast", M, C, bank_momentum=0.0)
     for each in (method, plain):
@@ -129,7 +129,7 @@ def test_one_image_per_cluster_is_cluster_contrast_without_momentum() -> None:
         torch.testing.assert_close(method.memory.bank, plain.memory.bank)
 
 
-def test_camera_weights_weigh_both_losses() -> None:
+def test_camera_weights_apply_to_both_losses() -> None:
     labels = PseudoLabels.numbered([0] * 12 + [1] * 12)
     camids = torch.tensor([0] * 12 + [0, 1] * 6)  # one camera, then two
     index = torch.tensor([0, 12])

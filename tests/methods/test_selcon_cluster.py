@@ -40,14 +40,14 @@ def make_method(
     return method
 
 
-def test_is_selective_contrast_with_other_defaults() -> None:
+def test_equals_selective_contrast_with_other_defaults() -> None:
     assert issubclass(SelConCluster, SelectiveContrastive)
     method = build_method("SelConCluster", M, C)
     assert method.needs_clusters
     assert method.default_sampler == "pk_camera"
 
 
-def test_mixture_begins_between_own_feature_and_cluster_mean() -> None:
+def test_mixture_starts_between_own_feature_and_cluster_mean() -> None:
     features = units(M, C, seed=0)
     for weight in (0.0, 0.3, 1.0):
         bank = make_method(center_weight=weight).memory.mixture_bank
@@ -57,7 +57,7 @@ def test_mixture_begins_between_own_feature_and_cluster_mean() -> None:
         assert torch.allclose(bank[27], features[27], atol=1e-6)  # an outlier
 
 
-def test_mixture_begins_anew_with_every_clustering() -> None:
+def test_mixture_is_reinitialized_by_every_clustering() -> None:
     method = make_method()
     index = torch.tensor([0, 6])
     embeddings = embeddings_of(2, seed=5)
@@ -70,7 +70,7 @@ def test_mixture_begins_anew_with_every_clustering() -> None:
     assert torch.equal(method.memory.mixture_bank, fresh.memory.mixture_bank)
 
 
-def test_plain_selcon_keeps_its_mixture_when_it_clusters_again() -> None:
+def test_plain_selcon_keeps_its_mixture_at_the_next_clustering() -> None:
     method = make_method("SelectiveContrastive", selection="cluster")
     index = torch.tensor([0, 6])
     embeddings = embeddings_of(2, seed=5)
@@ -100,11 +100,11 @@ def test_positives_stay_inside_the_cluster_and_negatives_outside(parts: bool) ->
             assert (labels[chosen.negative_index[row]] != LABELS[own]).all()
 
 
-def test_absent_positives_are_not_written() -> None:
+def test_masked_positives_are_not_written() -> None:
     labels = PseudoLabels.numbered([0, 0] + [1] * 10 + [-1] * 18)
     method = make_method(labels=labels)
     before = method.memory.mixture_bank.clone()
-    index = torch.tensor([0, 20])  # one companion; none
+    index = torch.tensor([0, 20])  # one other image in the cluster; none
     embeddings = embeddings_of(2, seed=3)
     losses = method.loss(embeddings, index, None)
     assert losses["loss_global"].isfinite()
@@ -113,7 +113,7 @@ def test_absent_positives_are_not_written() -> None:
     assert written.tolist() == [0, 1, 20]
 
 
-def test_neighbors_shown_are_those_there_are() -> None:
+def test_diagnostics_use_only_existing_neighbors() -> None:
     labels = PseudoLabels.numbered([0, 0] + [1] * 10 + [-1] * 18)
     method = make_method(labels=labels)
     index = torch.tensor([0, 2, 20])
@@ -160,7 +160,7 @@ def test_jaccard_selection_ranks_by_the_graph_and_the_camera() -> None:
 
 
 @pytest.mark.parametrize("cameras", ["own", "unbiased"])
-def test_without_clusters_the_nearest_images_stand_in(cameras: str) -> None:
+def test_without_clusters_the_nearest_images_are_positives(cameras: str) -> None:
     labels = PseudoLabels.each_its_own(M)
     method = make_method(labels=labels, negative_cameras=cameras)
     plain = build_method(
@@ -183,7 +183,7 @@ def test_without_clusters_the_nearest_images_stand_in(cameras: str) -> None:
 
 
 @pytest.mark.parametrize("selection", ["cluster", "distance"])
-def test_negatives_of_the_own_camera_alone(selection: str) -> None:
+def test_negatives_of_the_own_camera_only(selection: str) -> None:
     camids = CAMIDS.clone()
     camids[13] = -1
     whole, own = (
@@ -220,7 +220,7 @@ def test_negatives_of_the_own_camera_alone(selection: str) -> None:
 
 
 @pytest.mark.parametrize("cameras", ["all", "unbiased"])
-def test_unbiased_negatives_leave_out_what_the_camera_tells(cameras: str) -> None:
+def test_unbiased_negatives_mask_camera_confounded_pairs(cameras: str) -> None:
     camids = CAMIDS.clone()
     camids[13] = -1
     method = make_method(negative_cameras=cameras, num_neighbors=5, num_negatives=M)
@@ -246,7 +246,7 @@ def test_unbiased_negatives_leave_out_what_the_camera_tells(cameras: str) -> Non
     assert (left_out > 0) == (cameras == "unbiased")
 
 
-def test_warm_up_exempts_nothing() -> None:
+def test_warm_up_masks_no_pairs() -> None:
     index = torch.tensor([0, 7])
     batch = embeddings_of(2, seed=3)
     found = [

@@ -90,17 +90,17 @@ def test_update_without_loss_is_an_error() -> None:
     method.loss(embeddings_of(3, seed=1), torch.tensor([1, 2, 3]), None)
     with pytest.raises(RuntimeError, match=r"update\(\) must follow loss\(\)"):
         method.update(torch.tensor([1, 2]), embeddings_of(2, seed=1))
-    step(method, torch.tensor([1, 2]))  # nothing is left of the step that failed
+    step(method, torch.tensor([1, 2]))  # the failed step left no state
 
 
-def test_memos_go_through_the_engines_hands_unchanged() -> None:
+def test_memos_are_passed_to_update_unchanged() -> None:
     direct, handed = make_method(), make_method()
     index, batch = torch.tensor([4, 9, 4]), embeddings_of(3, seed=1)
     direct.loss(batch, index, None)
     direct.update(index, batch)
     handed.loss(batch, index, None)
     memos = handed.take_memos()
-    handed.loss(embeddings_of(2, seed=2), index[:2], None)  # a step that is not taken
+    handed.loss(embeddings_of(2, seed=2), index[:2], None)  # a skipped step
     handed.take_memos()
     handed.return_memos(memos)
     handed.update(index, batch)
@@ -108,7 +108,7 @@ def test_memos_go_through_the_engines_hands_unchanged() -> None:
         assert torch.equal(tensor, handed.state_dict()[name]), name
 
 
-def test_losses_weigh_global_and_parts() -> None:
+def test_losses_are_weighted_for_global_and_parts() -> None:
     index = torch.tensor([4, 9, 0])
     both = {}
     for weight in (0.0, 0.3, 1.0):
@@ -137,21 +137,21 @@ def test_warm_up_contrasts_the_own_row_with_random_rows() -> None:
         method.update(index, embeddings_of(3, seed=1))
     for positives, negatives, *_ in chosen[:2]:
         assert positives.tolist() == [[4], [9], [4]]
-        assert negatives.shape == (3, 8 + 3)  # N + K, so that the softmax keeps its size
+        assert negatives.shape == (3, 8 + 3)  # N + K, so that the softmax has the same size
         assert not (negatives == index[:, None]).any()
-    assert not torch.equal(chosen[0][1], chosen[1][1])  # another draw each step
+    assert not torch.equal(chosen[0][1], chosen[1][1])  # sampled again in each step
     assert chosen[2][0].shape == (3, 1 + 3)
     assert chosen[2][1].shape == (3, 8)
 
 
-def test_warm_up_draws_follow_the_seed() -> None:
-    def draw(seed: int) -> Tensor:
+def test_warm_up_sampling_depends_on_the_seed() -> None:
+    def sample(seed: int) -> Tensor:
         method = make_method(seed=seed)
         method.start_epoch(0)
         return method.select(embeddings_of(1, seed=1), torch.tensor([3]), None)[1]
 
-    assert torch.equal(draw(1), draw(1))
-    assert not torch.equal(draw(1), draw(2))
+    assert torch.equal(sample(1), sample(1))
+    assert not torch.equal(sample(1), sample(2))
 
 
 def test_warm_up_loss_keeps_the_weight_of_the_own_row() -> None:
@@ -192,10 +192,10 @@ def test_one_camera_or_none_selects_as_without_the_term() -> None:
         assert torch.equal(found[0], expected[0])
         assert torch.equal(found[1], expected[1])
     moved = selected(some, some[index], same_camera_penalty=4.0)[0][:, 1:]
-    assert not (some[moved] == some[index][:, None]).any()  # the term does act
+    assert not (some[moved] == some[index][:, None]).any()  # the term has an effect
 
 
-def test_preparing_again_without_cameras_forgets_them() -> None:
+def test_preparing_again_without_cameras_clears_them() -> None:
     method = make_method(camids=torch.arange(M) % 3)
     assert (
         "same_camera_neighbors"
@@ -245,14 +245,14 @@ def test_every_variant_trains_and_keeps_unit_rows(options: dict[str, Any]) -> No
     tolerance = 1e-6 if "bank_dtype" not in options else 1e-2
     for seed, rows in enumerate(
         [[1, 2, 3, 4], [5, 5, 6, 1], [7]]
-    ):  # a row twice; a last one
+    ):  # one row twice, and the last one
         assert step(method, torch.tensor(rows), seed=seed).isfinite()
     for name, bank in method.memory.named_buffers():
         lengths = bank.float().norm(dim=-1)
         assert ((lengths - 1).abs() < tolerance).all(), name
 
 
-def test_no_neighbors_is_instance_discrimination_against_the_hardest() -> None:
+def test_no_neighbors_equals_instance_discrimination_with_hard_negatives() -> None:
     method = make_method(num_neighbors=0, self_weight=1.0, parts=False)
     features, index = embeddings_of(2, seed=1, parts=False), torch.tensor([3, 8])
     positives, negatives = method.select(features, index, None)[:2]
@@ -306,7 +306,7 @@ def test_duplicate_images_are_each_others_neighbors() -> None:
     assert not (negatives < 2).any()
 
 
-def test_autocast_takes_the_same_step() -> None:
+def test_autocast_gives_the_same_step() -> None:
     index = torch.tensor([4, 9, 0])
     plain, cast = make_method(), make_method()
     expected = step(plain, index)
@@ -320,17 +320,17 @@ def test_autocast_takes_the_same_step() -> None:
 # --- state ---
 
 
-def test_all_buffers_are_persistent_but_the_weights_that_settings_imply() -> None:
+def test_all_buffers_except_derived_weights_are_persistent() -> None:
     method = make_method()
     missing = {name for name, _ in method.named_buffers()} - set(method.state_dict())
     assert missing == {"criterion.weights"}
-    # Nothing else of the method is a tensor that changes.
+    # No other attribute of the method is a tensor that changes.
     loose = [name for name, value in vars(method).items() if isinstance(value, Tensor)]
     assert loose == []
 
 
 class ToyTrainer:
-    """A linear embedding, its method and plain SGD with momentum on fixed inputs."""
+    """A linear embedding trained by a method and SGD with momentum on fixed inputs."""
 
     steps_per_epoch = 2
 
@@ -379,7 +379,7 @@ class ToyTrainer:
 
 
 @pytest.mark.parametrize("saved_after", [1, 2, 3, 5])  # warm-up ends after step 2
-def test_resumed_run_equals_the_unbroken_one_bit_for_bit(saved_after: int) -> None:
+def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(saved_after: int) -> None:
     unbroken = ToyTrainer(seed=0)
     unbroken.prepare()
     unbroken.run(0, 6)
@@ -387,7 +387,9 @@ def test_resumed_run_equals_the_unbroken_one_bit_for_bit(saved_after: int) -> No
     first = ToyTrainer(seed=0)
     first.prepare()
     first.run(0, saved_after)
-    resumed = ToyTrainer(seed=1)  # other weights, empty banks: all must come from the state
+    resumed = ToyTrainer(
+        seed=1
+    )  # its weights differ and its banks are empty, so everything must come from the state
     resumed.load(first.state())
     assert (resumed.method.step, resumed.method.prepared) == (saved_after, True)
     assert resumed.method.epoch == (saved_after - 1) // 2
@@ -404,7 +406,7 @@ def test_resumed_run_equals_the_unbroken_one_bit_for_bit(saved_after: int) -> No
 
 
 class ToyPersons:
-    """Three identities as blobs, hidden behind noise directions and a camera offset."""
+    """Three identities as Gaussian clusters with noise dimensions and a camera offset."""
 
     num_identities, per_identity, dim = 3, 20, 24
 
@@ -419,7 +421,7 @@ class ToyPersons:
         self.images = centers[self.identities] + cameras[self.camids] + noise
 
 
-def test_twenty_steps_lower_the_loss_and_find_true_neighbors() -> None:
+def test_twenty_steps_decrease_the_loss_and_find_true_neighbors() -> None:
     data = ToyPersons()
     count = len(data.images)
     torch.manual_seed(0)

@@ -39,7 +39,7 @@ def test_outliers_are_classes_after_the_clusters() -> None:
     assert fresh.num_classes == 6
 
 
-def test_loss_is_the_definition(device: str) -> None:
+def test_loss_equals_its_definition(device: str) -> None:
     method = make_method(device=device, temperature=0.1)
     features = units(len(BATCH), seed=1)
     index = BATCH.to(device)
@@ -57,7 +57,7 @@ def test_loss_is_the_definition(device: str) -> None:
     assert found.item() == pytest.approx(wanted, rel=1e-5)
 
 
-def test_loss_is_the_instance_loss_with_means() -> None:
+def test_loss_equals_the_instance_loss_with_means() -> None:
     method = make_method()
     features = units(len(BATCH), seed=1)
     found = method.loss(Embeddings(features), BATCH, None)["loss_class"]
@@ -101,10 +101,10 @@ def test_released_code() -> None:
     with np.load(GOLDEN) as arrays:
         golden = {name: torch.from_numpy(np.asarray(arrays[name])) for name in arrays}
     method = SpCL(200, 48, bank_momentum=0.2, temperature=0.05)
-    labels = golden["spcl_labels"]  # an outlier has a number of its own
-    alone = labels.bincount()[labels] == 1
-    assert alone.any()
-    clusters = PseudoLabels.numbered(torch.where(alone, -1, labels))
+    labels = golden["spcl_labels"]  # each outlier has its own number
+    singletons = labels.bincount()[labels] == 1
+    assert singletons.any()
+    clusters = PseudoLabels.numbered(torch.where(singletons, -1, labels))
     method.prepare(Embeddings(golden["features"]), None, clusters)
     features = golden["spcl_inputs"].requires_grad_()
     unit = F.normalize(features, dim=1)
@@ -113,12 +113,12 @@ def test_released_code() -> None:
         method.loss(Embeddings(unit[i : i + 1]), index[i : i + 1], None)["loss_class"]
         for i in range(len(index))
     ]
-    # The release takes the logarithm of p + 1e-6, which makes 1.3e-5 here.
+    # The released code takes the logarithm of p + 1e-6, a difference of 1.3e-5 here.
     loss = -((-torch.stack(losses)).exp() + 1e-6).log().mean()
     assert loss.item() == pytest.approx(golden["spcl_loss"].item(), rel=0, abs=1e-6)
     whole = method.loss(Embeddings(unit), index, None)["loss_class"]
     assert whole.item() == pytest.approx(golden["spcl_loss"].item(), rel=0, abs=2e-5)
-    # The recorded gradient is that of unit vectors.
+    # The recorded gradient is with respect to unit vectors.
     found, wanted = (
         torch.autograd.grad(out, features, grad, retain_graph=True)[0]
         for out, grad in ((loss, None), (unit, golden["spcl_grad"]))

@@ -32,7 +32,7 @@ def losses_of(method: Any) -> dict[str, float]:
     return {name: value.item() for name, value in found.items()}
 
 
-def test_identity_loss_is_cluster_contrast() -> None:
+def test_identity_loss_equals_cluster_contrast() -> None:
     vitc: ViTC = make("ViTC")
     plain: ClusterContrast = make("ClusterContrast", temperature=0.07, bank_momentum=0.2)
     for seed in range(2):
@@ -43,7 +43,7 @@ def test_identity_loss_is_cluster_contrast() -> None:
         assert losses_of(vitc)["loss_identity"] == pytest.approx(wanted)
 
 
-def test_proxy_memory_is_that_of_cap() -> None:
+def test_proxy_memory_equals_that_of_cap() -> None:
     vitc: ViTC = make("ViTC")
     cap: CAP = make("CAP")
     for method in (vitc, cap):
@@ -51,7 +51,7 @@ def test_proxy_memory_is_that_of_cap() -> None:
     assert torch.equal(vitc.proxies.bank, cap.proxies.bank)
 
 
-def test_one_camera_makes_both_losses_one() -> None:
+def test_one_camera_makes_both_losses_equal() -> None:
     method = build_method("ViTC", M, C, proxy_weight=0.5)
     method.prepare(Embeddings(units(M, seed=0)), CAMIDS, LABELS)
     found = losses_of(method)

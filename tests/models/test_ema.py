@@ -78,7 +78,7 @@ def test_buffers_are_copied() -> None:
     assert int(teacher.module[1].num_batches_tracked) == 3
 
 
-def test_student_is_left_alone() -> None:
+def test_student_is_unchanged() -> None:
     student = make_student().train()
     before = copy.deepcopy(student)
     teacher = EMATeacher(student)
@@ -145,13 +145,13 @@ def test_shared_weights_stay_shared() -> None:
     assert torch.equal(teacher.module[0].weight, torch.full((2, 2), 1.5))  # moved once
 
 
-def test_resumed_run_goes_on_bit_by_bit() -> None:
+def test_resumed_run_is_bit_identical() -> None:
     student = make_student().train()
     teacher = EMATeacher(student, 0.9)
     resumed_student = make_student(seed=1).train()
     resumed = EMATeacher(resumed_student, 0.9)
     for step in range(8):
-        if step == 4:  # while the teacher is still a plain mean: the counter matters
+        if step == 4:  # while the teacher is a plain mean, so that the counter matters
             resumed_student.load_state_dict(student.state_dict())
             resumed.load_state_dict(teacher.state_dict())
         for network, follower in ((student, teacher), (resumed_student, resumed)):
@@ -171,7 +171,7 @@ def test_step_is_restored_inside_a_larger_module() -> None:
     assert fresh["teacher"].step == 3
 
 
-def test_reset_takes_the_student_over_and_forgets() -> None:
+def test_reset_copies_the_student_and_clears_the_step() -> None:
     student = make_student().train()
     teacher = EMATeacher(student, 0.9)
     for step in range(3):
@@ -192,7 +192,7 @@ def test_decay_outside_its_range_is_refused(decay: float) -> None:
 @pytest.mark.parametrize(
     ("other", "name"),
     [
-        (nn.Linear(2, 3), "weight"),  # another shape: would broadcast
+        (nn.Linear(2, 3), "weight"),  # a shape that would broadcast
         (nn.Linear(2, 1, bias=False), "bias"),
         (nn.Sequential(nn.Linear(2, 1)), r"0\.bias"),
     ],
@@ -209,5 +209,5 @@ def test_another_student_is_refused_and_changes_nothing(
     assert teacher.step == 0
 
 
-def test_settings_show_in_print() -> None:
+def test_repr_includes_the_settings() -> None:
     assert "decay=0.99" in repr(EMATeacher(nn.Linear(1, 1), 0.99))

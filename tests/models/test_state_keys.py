@@ -1,4 +1,4 @@
-"""Names in the state dict of a network in training."""
+"""Tests of the names in the state dict of a network in training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STATE = {
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_teachers_weights_take_the_students_place(prefix):
+def test_weights_of_the_teacher_replace_those_of_the_student(prefix):
     found = network_weights({prefix + name: tensor for name, tensor in STATE.items()})
     assert {name: float(tensor) for name, tensor in found.items()} == {
         "backbone.w": 3.0,
@@ -36,7 +36,7 @@ def test_state_of_another_network_is_unchanged():
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_only_the_method_is_left_out(prefix):
+def test_only_the_state_of_the_method_is_left_out(prefix):
     state = {prefix + name: tensor for name, tensor in STATE.items()}
     kept = without_method(state)
     assert [unwrapped_name(name) for name in kept] == [*STATE][:-1]

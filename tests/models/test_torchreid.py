@@ -46,7 +46,7 @@ def models() -> ModuleType:
 
 @pytest.fixture
 def factory(models: ModuleType) -> Iterator[dict[str, Callable[..., nn.Module]]]:
-    """torchreid's dictionary of models, put back as it was."""
+    """Yield torchreid's dictionary of models, and restore it afterwards."""
     names = vars(models)["__model_factory"]
     before = dict(names)
     yield names
@@ -59,7 +59,7 @@ def random_images(batch: int, size: tuple[int, int] = SIZE) -> Tensor:
 
 
 def build(models: ModuleType, name: str, num_classes: int = 5) -> nn.Module:
-    """Build torchreid's model itself, its batch-norm statistics unlike the initial ones."""
+    """Build the original torchreid model with changed batch-norm statistics."""
     torch.manual_seed(0)
     model = models.build_model(name, num_classes, pretrained=False, use_gpu=False)
     for module in model.modules():
@@ -90,10 +90,10 @@ def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "channels", "grid"), MODELS)
-def test_map_gives_what_the_model_itself_computes(
+def test_map_reproduces_the_output_of_the_original_model(
     name: str, channels: int, grid: tuple[int, int], models: ModuleType, tmp_path: Path
 ) -> None:
-    """Also: a checkpoint in torchreid's own names fills every kept layer."""
+    """A checkpoint with torchreid's own names also sets every kept layer."""
     model = build(models, name)
     backbone = create_torchreid_backbone(
         name,
@@ -119,7 +119,7 @@ def test_map_gives_what_the_model_itself_computes(
 
 
 @pytest.mark.parametrize(("name", "channels", "grid"), MODELS)
-def test_model_gives_a_map_and_learns_whole(
+def test_model_returns_a_map_and_all_its_weights_get_gradients(
     name: str, channels: int, grid: tuple[int, int]
 ) -> None:
     torch.manual_seed(0)
@@ -133,7 +133,7 @@ def test_model_gives_a_map_and_learns_whole(
     feature_map = backbone(random_images(4))
     assert feature_map.shape == (4, channels, *grid)
     (feature_map * torch.randn_like(feature_map)).sum().backward()
-    # distributed training waits for every gradient (zero is one: OSNet's gates may be shut)
+    # Distributed training needs every gradient; it may be zero, as OSNet's gates can close.
     assert [n for n, p in backbone.named_parameters() if p.grad is None] == []
     assert next(backbone.parameters()).grad.any()
 
@@ -156,8 +156,8 @@ def global_half(model: Any, vector: Tensor, feature_map: Tensor) -> tuple[Tensor
     return F.normalize(embedded, dim=1), vector[:, :512]
 
 
-# Those for which torchreid has no `featuremaps`, or one that gives several maps: image
-# size, and how map and the model's own vector are made comparable.
+# Models without `featuremaps` in torchreid, or with several maps: image size, and how to
+# compare the map with the model's own vector.
 UNLIKE_THE_OTHERS = [
     ("densenet121", SIZE, pooled),
     ("squeezenet1_1", SIZE, pooled),
@@ -171,7 +171,7 @@ UNLIKE_THE_OTHERS = [
 @ignore_upsample
 @ignore_grid
 @pytest.mark.parametrize(("name", "size", "comparable"), UNLIKE_THE_OTHERS)
-def test_map_of_a_model_unlike_the_others(
+def test_map_of_other_models(
     name: str, size: tuple[int, int], comparable: Callable[..., Any], models: ModuleType
 ) -> None:
     model = build(models, name)
@@ -186,7 +186,7 @@ def test_map_of_a_model_unlike_the_others(
 
 
 def test_map_of_mlfn(models: ModuleType) -> None:
-    """Its vector mixes in the factors of all blocks: compare what goes into the pool."""
+    """Compare the input of the pooling, since the vector also has factors of all blocks."""
     model = build(models, "mlfn")
     seen = []
     hook = model.global_avgpool.register_forward_pre_hook(
@@ -205,7 +205,7 @@ def test_every_model_of_torchreid_has_a_map(models: ModuleType) -> None:
     names = torchreid_model_names()
     assert len(names) >= 49
     for name in names:
-        with torch.device("meta"):  # shapes and graph, no arithmetic
+        with torch.device("meta"):  # shapes and graph without arithmetic
             model = models.build_model(name, 1, pretrained=False, use_gpu=False)
         backbone = TorchreidBackbone(model, Preprocessing())
         assert backbone.has_feature_map, name
@@ -217,7 +217,7 @@ def test_every_model_of_torchreid_has_a_map(models: ModuleType) -> None:
 
 
 class WithoutMap(nn.Module):
-    """A model in torchreid's manner whose map nobody can reach."""
+    """A model with torchreid's interface whose feature map is not accessible."""
 
     def __init__(
         self, num_classes: int, loss: str, pretrained: bool, use_gpu: bool
@@ -237,7 +237,7 @@ class WithoutMap(nn.Module):
         return (logits, vector) if self.loss == "triplet" else logits
 
 
-def test_model_whose_map_cannot_be_reached(
+def test_model_without_an_accessible_map_is_refused(
     factory: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     factory["my_model"] = WithoutMap
@@ -277,7 +277,7 @@ SE_RESNET = {
         ("se_resnet50", "SEResNetBottleneck", [3, 4, 6, 3], SE_RESNET),
     ],
 )
-def test_last_stride_is_that_of_the_constructor(
+def test_last_stride_equals_that_of_the_constructor(
     name: str, block: str, layers: list[int], options: dict[str, Any]
 ) -> None:
     backbone = create_torchreid_backbone(name, input_size=SIZE).eval()
@@ -304,10 +304,10 @@ def test_last_stride_is_that_of_the_constructor(
     [
         ("mobilenetv2_x1_0", 1, True),
         ("mobilenetv2_x1_0", 2, False),
-        ("squeezenet1_1", 1, False),  # stride 16, less a row at the edge
+        ("squeezenet1_1", 1, False),  # stride 16, one row less at the edge
     ],
 )
-def test_last_stride_that_has_no_effect_is_said_once(
+def test_last_stride_without_effect_is_logged_once(
     name: str, last_stride: int, warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     create_torchreid_backbone(name, input_size=SIZE, last_stride=last_stride)
@@ -315,7 +315,7 @@ def test_last_stride_that_has_no_effect_is_said_once(
     assert (f"torchreid's {name} has no option for its stride" in caplog.text) == warned
 
 
-def test_host_normalization_is_exchanged_for_torchreids(models: ModuleType) -> None:
+def test_host_normalization_is_replaced_by_that_of_torchreid(models: ModuleType) -> None:
     model = build(models, "squeezenet1_1")
     mean, std = (120.0, 110.0, 100.0), (60.0, 50.0, 40.0)
     backbone = TorchreidBackbone(model, Preprocessing(SIZE, pixel_mean=mean, pixel_std=std))
@@ -371,7 +371,7 @@ def test_torchreid_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- weights -----------------------------------------------------------------------------
 
 
-def test_what_a_file_holds_besides_is_reported(
+def test_unused_tensors_of_a_file_are_reported(
     models: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = save_as_in_zoo(build(models, "osnet_x0_25"), tmp_path / "zoo.pth")
@@ -401,7 +401,7 @@ def test_file_of_another_model(models: ModuleType, tmp_path: Path) -> None:
         )
 
 
-def test_download_is_torchreids_own(
+def test_download_uses_torchreid(
     models: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = build(models, "squeezenet1_1")
@@ -413,7 +413,7 @@ def test_download_is_torchreids_own(
         assert torch.equal(tensor, states[name])
 
 
-def test_failed_download_names_the_remedies(
+def test_error_of_a_failed_download_includes_remedies(
     models: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail(*args: object, **kwargs: object) -> None:
@@ -426,6 +426,6 @@ def test_failed_download_names_the_remedies(
 
 
 def test_model_without_weights_to_download() -> None:
-    """torchreid would go on with random weights in silence."""
+    """Without the error, torchreid would silently continue with random weights."""
     with pytest.raises(RuntimeError, match=r"no pre-trained weights of hacnn to download"):
         create_torchreid_backbone("hacnn", input_size=SIZE, pretrained=True)

@@ -64,7 +64,7 @@ def fastreid_backbone(name: str, **options: Any) -> nn.Module:
     return model
 
 
-# Backbone, what runs right behind the second and third stage, and the maps' heights.
+# Backbone, the module that follows the second and third stage, and the maps' heights.
 FAMILIES: dict[str, tuple[Any, tuple[int, int]]] = {
     "timm resnet18": (lambda: timm_backbone("resnet18"), (8, 4)),
     "timm efficientnet": (lambda: timm_backbone("tf_efficientnet_lite0"), (8, 4)),
@@ -110,7 +110,7 @@ def waves_of(backbone: nn.Module) -> list[WaveBlock]:
 
 
 def watch(backbone: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Record what goes into and comes out of each WaveBlock, in the order of the run."""
+    """Record the inputs and outputs of each WaveBlock in execution order."""
     seen: list[tuple[Tensor, Tensor]] = []
     for wave in waves_of(backbone):
         wave.register_forward_hook(
@@ -119,8 +119,8 @@ def watch(backbone: nn.Module) -> list[tuple[Tensor, Tensor]]:
     return seen
 
 
-def test_band_stays_and_the_rest_is_scaled(device: str) -> None:
-    """By hand: of 16 rows five stay, those from the drawn one on."""
+def test_band_is_unchanged_and_other_rows_are_scaled(device: str) -> None:
+    """Compute by hand: of 16 rows, five from the sampled position are unchanged."""
     wave = WaveBlock()
     maps = torch.rand(3, 4, 16, 2, device=device) + 1.0
     torch.manual_seed(3)
@@ -134,9 +134,9 @@ def test_band_stays_and_the_rest_is_scaled(device: str) -> None:
     assert torch.equal(waved, wanted)
 
 
-def test_every_place_is_drawn_equally_often() -> None:
+def test_every_position_is_sampled_equally_often() -> None:
     torch.manual_seed(0)
-    wave, ones = WaveBlock(), torch.ones(1, 1, 8, 1)  # a band of 2 rows, 7 places
+    wave, ones = WaveBlock(), torch.ones(1, 1, 8, 1)  # a band of 2 rows at 7 positions
     starts = [int((wave(ones).flatten() == 1.0).int().argmax()) for _ in range(1400)]
     counts = torch.bincount(torch.tensor(starts), minlength=8)
     assert counts[7] == 0
@@ -144,7 +144,7 @@ def test_every_place_is_drawn_equally_often() -> None:
     assert counts[:7].max() < 250
 
 
-def test_wave_leaves_type_and_memory_format(device: str) -> None:
+def test_wave_keeps_dtype_and_memory_format(device: str) -> None:
     maps = torch.rand(2, 4, 8, 4, device=device).to(memory_format=torch.channels_last)
     assert WaveBlock()(maps).is_contiguous(memory_format=torch.channels_last)
     assert WaveBlock()(maps.bfloat16()).dtype == torch.bfloat16
@@ -156,7 +156,7 @@ def test_impossible_band_is_refused(band_ratio: float) -> None:
         WaveBlock(band_ratio)
 
 
-def test_cbam_is_its_definition(device: str) -> None:
+def test_cbam_equals_its_definition(device: str) -> None:
     torch.manual_seed(0)
     cbam = CBAM(8, reduction=4, kernel_size=3).to(device)
     maps = torch.rand(2, 8, 5, 4, device=device)
@@ -183,7 +183,7 @@ def test_cbam_is_its_definition(device: str) -> None:
 
 
 @family
-def test_plain_blocks_wave_in_training_and_do_nothing_in_evaluation(name: str) -> None:
+def test_plain_blocks_are_active_in_training_only(name: str) -> None:
     make, heights = FAMILIES[name]
     backbone = make()
     keys = list(backbone.state_dict())
@@ -209,7 +209,7 @@ def test_plain_blocks_wave_in_training_and_do_nothing_in_evaluation(name: str) -
 
 
 @family
-def test_attentive_blocks_learn_and_leave_the_keys(name: str) -> None:
+def test_attentive_blocks_get_gradients_and_keep_the_keys(name: str) -> None:
     backbone = FAMILIES[name][0]()
     keys = set(backbone.state_dict())
     insert_wave_blocks(backbone, "attentive", input_size=SIZE)
@@ -227,12 +227,12 @@ def test_attentive_blocks_learn_and_leave_the_keys(name: str) -> None:
         backbone.eval()
         waved = backbone(images())
         for parameter in backbone.wave_blocks.parameters():
-            parameter.zero_()  # every attention is a half: x becomes 1.25 x
+            parameter.zero_()  # every attention is 1/2, so x becomes 1.25 x
         assert not torch.allclose(backbone(images()), waved)
 
 
-def test_blocks_stand_at_the_ends_of_the_stages() -> None:
-    """Waving by hand between the stages of a ResNet gives the same maps."""
+def test_blocks_follow_the_stages() -> None:
+    """Calling the blocks by hand between the stages of a ResNet gives the same maps."""
     backbone = torchvision_model("resnet18").train()
     plain = copy.deepcopy(backbone)
     insert_wave_blocks(backbone, "plain", input_size=SIZE)
@@ -254,7 +254,7 @@ def pickled(backbone: nn.Module) -> Any:
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
-def test_a_copy_has_blocks_of_its_own(duplicate: Any) -> None:
+def test_a_copy_has_its_own_blocks(duplicate: Any) -> None:
     backbone = timm_backbone("resnet18")
     insert_wave_blocks(backbone, "attentive", input_size=SIZE)
     other = duplicate(backbone).eval()
@@ -300,7 +300,7 @@ def test_a_seed_fixes_the_waves() -> None:
     assert not torch.equal(outputs(1), outputs(2))
 
 
-def test_trial_leaves_the_backbone_as_it_was() -> None:
+def test_trial_does_not_change_the_backbone() -> None:
     backbone = timm_backbone("resnet18").train()
     before = copy.deepcopy(backbone.state_dict())
     insert_wave_blocks(backbone, "attentive", input_size=SIZE)
@@ -331,7 +331,7 @@ def test_backbones_without_convolutional_stages_are_refused(model: str) -> None:
     assert not waves_of(backbone)
 
 
-def test_wrong_calls_are_refused() -> None:
+def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="no stages in the backbone Flatten"):
         insert_wave_blocks(nn.Flatten(), "plain")
     backbone = timm_backbone("resnet18")
