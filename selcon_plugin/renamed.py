@@ -55,7 +55,7 @@ def accept_renamed(
     values: Mapping[str, Any],
     *,
     names: Mapping[str, str] = OPTIONS,
-    spell: Callable[[str], str] = str,
+    format_key: Callable[[str], str] = str,
     label: Callable[[str], str] = str,
 ) -> dict[str, Any]:
     """Put options that were given by an earlier name, or value, under the present one.
@@ -63,7 +63,7 @@ def accept_renamed(
     Args:
         values: Options by name, or by key.
         names: Present names by former ones.
-        spell: Writes an option's name as a key of ``values``.
+        format_key: Writes an option's name as a key of ``values``.
         label: Writes a key for a message, for instance as a full config key.
 
     Returns:
@@ -76,8 +76,8 @@ def accept_renamed(
         >>> accept_renamed({"outlier_share": 0.25, "seed": 1})
         {'outlier_ratio': 0.25, 'seed': 1}
     """
-    names = {spell(old): spell(new) for old, new in names.items()}
-    present = {spell(name): by_old for name, by_old in VALUES.items()}
+    names = {format_key(old): format_key(new) for old, new in names.items()}
+    present = {format_key(name): by_old for name, by_old in VALUES.items()}
     result: dict[str, Any] = {}
     for key, value in values.items():
         name = names.get(key, key)

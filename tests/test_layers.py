@@ -140,10 +140,10 @@ def test_no_file_is_too_long() -> None:
     assert long == set(LONG_FILES), {place: sizes[place] for place in long}
 
 
-def test_every_folder_says_what_belongs_there() -> None:
+def test_every_folder_has_a_docstring() -> None:
     for folder in {path.parent for path in modules()}:
         docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
-        assert docstring, f"{folder.name}/__init__.py says nothing"
+        assert docstring, f"{folder.name}/__init__.py has no docstring"
 
 
 def test_an_arrow_up_is_noticed(tmp_path: Path) -> None:

@@ -3,11 +3,8 @@
     python tools/check_language.py              # every file that git tracks
     python tools/check_language.py docs README.md
     python tools/check_language.py --count      # how often each phrase occurs
-    python tools/check_language.py --update     # lower the counts of the baseline
 
-While older files are still being rewritten, ``tools/retired_baseline.yml`` holds the number
-of phrases that each of them may have; it can go when it is empty. The phrases are in
-``tools/retired_phrases.yml``; ``docs/glossary.md`` explains the terms.
+The phrases are in ``tools/retired_phrases.yml``; ``docs/glossary.md`` explains the terms.
 """
 
 from __future__ import annotations
@@ -26,7 +23,6 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 PHRASES = Path(__file__).with_name("retired_phrases.yml")
-BASELINE = Path(__file__).with_name("retired_baseline.yml")
 _TEXT = (".md", ".py", ".yml", ".yaml", ".toml", ".txt", ".svg")
 SUFFIXES = (*_TEXT, ".css", ".js", ".j2", ".html")
 NAMES = ("Makefile", "run")
@@ -40,11 +36,12 @@ EXEMPT = (
     "selcon_plugin/_moved.py",  # former names, which still load
     "selcon_plugin/renamed.py",
     "tests/config/test_renamed.py",
+    "tests/fastreid_ext/test_config.py",
     "tests/test_moved.py",
     "tests/test_old_runs.py",
     "tests/tools/test_check_language.py",
+    "tests/torchreid_ext/test_config.py",
     "tools/check_language.py",
-    "tools/retired_baseline.yml",
     "tools/retired_phrases.yml",
 )
 
@@ -184,44 +181,21 @@ def check_files(root: Path, files: Iterable[Path], phrases: list[Phrase]) -> lis
     return sorted(findings, key=lambda found: (found.file, found.line))
 
 
-def load_baseline() -> dict[str, int]:
-    """Return how many phrases each file may have; none for a file that is not listed."""
-    if not BASELINE.exists():
-        return {}
-    return yaml.safe_load(BASELINE.read_text(encoding="utf-8")) or {}
-
-
-def update_baseline(found: Counter[str]) -> None:
-    """Lower the counts of the baseline to those of ``found``, and drop clean files."""
-    old = load_baseline()
-    new = {name: min(count, found[name]) for name, count in old.items() if found[name]}
-    BASELINE.write_text(yaml.safe_dump(new), encoding="utf-8")
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Print the findings; the status is 1 if a file has more than the baseline allows."""
+    """Print the findings; the status is 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("paths", nargs="*", help="files and folders below the root")
     parser.add_argument("--count", action="store_true", help="print counts, not lines")
-    parser.add_argument(
-        "--all", action="store_true", help="print what the baseline allows too"
-    )
-    parser.add_argument("--update", action="store_true", help="lower the baseline's counts")
     args = parser.parse_args(argv)
     findings = check_files(ROOT, tracked_files(ROOT, args.paths), load_phrases())
-    by_file = Counter(found.file for found in findings)
-    if args.update:
-        update_baseline(by_file)
-    allowed = {} if args.all or args.count else load_baseline()
-    new = [found for found in findings if by_file[found.file] > allowed.get(found.file, 0)]
     if args.count:
-        by_term = Counter((found.found.lower(), found.term) for found in new)
+        by_term = Counter((found.found.lower(), found.term) for found in findings)
         for (text, term), count in by_term.most_common():
             print(f"{count:5d}  {text}  ->  {term}")
     else:
-        for found in new:
+        for found in findings:
             print(found)
-    return 1 if new else 0
+    return 1 if findings else 0
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ def _explained(found: KeyHelp) -> list[str]:
 def _grouped(
     title: str, options: Mapping[str, Option], describe: Callable[[Option], str]
 ) -> list[str]:
-    """Return one line per distinct description, with the names that share it."""
+    """Return one line per distinct description, with the names it belongs to."""
     groups: dict[str, list[str]] = {}
     for owner, option in options.items():
         groups.setdefault(describe(option), []).append(owner)

@@ -209,14 +209,16 @@ class ConfigKeys:
             owner = owner[name]
         if isinstance(owner.get(nodes[-1]), dict):
             owner[nodes[-1]] = accept_renamed(
-                owner[nodes[-1]], spell=self.case, label=lambda key: f"{self.path}.{key}"
+                owner[nodes[-1]],
+                format_key=self.case,
+                label=lambda key: f"{self.path}.{key}",
             )
 
-    def rename_in_words(self, words: Sequence[Any]) -> list[Any]:
+    def rename_pairs(self, pairs: Sequence[Any]) -> list[Any]:
         """Replace former names of keys on a command line by the present ones.
 
         Args:
-            words: ``KEY VALUE`` pairs.
+            pairs: ``KEY VALUE`` pairs.
 
         Returns:
             Pairs; if a key occurs several times, only the last one.
@@ -224,8 +226,10 @@ class ConfigKeys:
         Raises:
             ValueError: If it sets a key by both names.
         """  # noqa: DOC502  (raised by the functions called here)
-        given = dict(zip(words[::2], words[1::2], strict=True))
-        renamed = accept_renamed(given, spell=lambda name: f"{self.path}.{self.case(name)}")
+        given = dict(zip(pairs[::2], pairs[1::2], strict=True))
+        renamed = accept_renamed(
+            given, format_key=lambda name: f"{self.path}.{self.case(name)}"
+        )
         return [word for pair in renamed.items() for word in pair]
 
     def _rename_in_node(self, node: Node) -> None:
@@ -240,7 +244,7 @@ class ConfigKeys:
             if key in node and (not defaults or node[key] != defaults[key])
         }
         label = f"{self.path}.{{}}".format
-        for key, value in accept_renamed(given, spell=self.case, label=label).items():
+        for key, value in accept_renamed(given, format_key=self.case, label=label).items():
             node[key] = value
 
     # --- the check ------------------------------------------------------------------------

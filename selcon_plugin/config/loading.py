@@ -124,7 +124,7 @@ def merge_overrides(cfg: Any, keys: ConfigKeys, overrides: Mapping[str, Any]) ->
 
 
 def _merge_pairs(cfg: Any, keys: ConfigKeys, pairs: Sequence[Any], source: str) -> None:
-    pairs = keys.rename_in_words(pairs)
+    pairs = keys.rename_pairs(pairs)
     for key in pairs[::2]:
         _check_key(cfg, key, source)
     with _explained(cfg, keys, source):

@@ -228,8 +228,8 @@ def selective_contrastive_loss(
     all_log_prob = F.log_softmax(logits, dim=2)[:, :, :num_positives]  # (B, V, P)
     log_prob = all_log_prob
     if ignored_positive is not None and ignored_negative is not None:
-        exempt = F.pad(ignored_negative, (num_positives, 0))[:, None]  # (B, 1, A)
-        fewer = logits.masked_fill(exempt, torch.finfo(logits.dtype).min)
+        ignored = F.pad(ignored_negative, (num_positives, 0))[:, None]  # (B, 1, A)
+        fewer = logits.masked_fill(ignored, torch.finfo(logits.dtype).min)
         log_prob = torch.where(
             ignored_positive[:, None],
             F.log_softmax(fewer, dim=2)[:, :, :num_positives],

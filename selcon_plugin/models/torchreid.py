@@ -206,7 +206,7 @@ def build_plain_model(name: str, *, pretrained: bool = False) -> nn.Module:
     Returns:
         The model, with a classifier of one class.
     """
-    # With "triplet" the model returns its feature vector besides the logits in training.
+    # With "triplet" the model in training returns its feature vector and the logits.
     model: nn.Module = import_torchreid().models.build_model(
         name, num_classes=1, loss="triplet", pretrained=pretrained, use_gpu=False
     )

@@ -25,7 +25,7 @@ class SheetRow:
 
     Attributes:
         title: Text above the images.
-        paths: Image files, in the order in which they are drawn.
+        paths: Image files, in their order on the sheet.
     """
 
     title: str
@@ -37,13 +37,13 @@ def draw_sheet(
 ) -> Image.Image:
     """Draw groups of images, one row for each.
 
-    Of a group with more images than columns, evenly spaced ones are drawn, the first and
+    Of a group with more images than columns, evenly spaced ones are shown, the first and
     the last among them. An image that cannot be read is gray.
 
     Args:
         rows: The groups.
         columns: Maximum number of images in a row, at least 2.
-        image_size: Width and height in pixels at which images are drawn.
+        image_size: Width and height of each image on the sheet, in pixels.
 
     Returns:
         The sheet.

@@ -178,7 +178,7 @@ def test_tree_of_a_file():
 
 def test_words_of_a_command_line():
     words = ["here.selcon.OUTLIER_SHARE", "0.5", "other.OUTLIER_SHARE", "1"]
-    found = KEYS.rename_in_words(words)
+    found = KEYS.rename_pairs(words)
     assert found == ["here.selcon.OUTLIER_RATIO", "0.5", "other.OUTLIER_SHARE", "1"]
 
 

@@ -141,7 +141,6 @@ def test_rule_without_reason_or_with_an_unknown_key_is_refused(entry):
 def test_command_prints_and_counts(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.md").write_text("goes on\nGoes on\n")
     monkeypatch.setattr(check_language, "ROOT", tmp_path)
-    monkeypatch.setattr(check_language, "BASELINE", tmp_path / "baseline.yml")
     monkeypatch.setattr(
         check_language, "tracked_files", lambda root, below: [tmp_path / "a.md"]
     )
@@ -151,33 +150,6 @@ def test_command_prints_and_counts(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.split()[0] == "2"
     (tmp_path / "a.md").write_text("resumes\n")
     assert check_language.main([]) == 0
-
-
-def test_baseline_allows_no_more_phrases_and_only_falls(tmp_path, monkeypatch, capsys):
-    baseline = tmp_path / "baseline.yml"
-    baseline.write_text("a.md: 2\n")
-    files = [tmp_path / "a.md", tmp_path / "b.md"]
-    monkeypatch.setattr(check_language, "ROOT", tmp_path)
-    monkeypatch.setattr(check_language, "BASELINE", baseline)
-    monkeypatch.setattr(check_language, "tracked_files", lambda root, below: files)
-    files[0].write_text("goes on\ngoes on\n")
-    files[1].write_text("resumes\n")
-    assert check_language.main([]) == 0
-    assert check_language.main(["--all"]) == 1
-    files[0].write_text("goes on\n" * 3)
-    assert check_language.main([]) == 1
-    assert len(capsys.readouterr().out.splitlines()) == 2 + 3
-    assert check_language.main(["--update"]) == 1
-    assert baseline.read_text() == "a.md: 2\n"
-    files[0].write_text("goes on\n")
-    assert check_language.main(["--update"]) == 0
-    assert baseline.read_text() == "a.md: 1\n"
-    files[1].write_text("goes on\n")
-    assert check_language.main([]) == 1
-    files[0].write_text("")
-    files[1].write_text("")
-    assert check_language.main(["--update"]) == 0
-    assert check_language.load_baseline() == {}
 
 
 def test_tracked_files_are_those_of_the_checkout():

@@ -185,7 +185,7 @@ def _time_phases(trainer: Any, run: Any, method: Any, phases: Phases) -> None:
     for owner, name, phase in (
         (trainer._trainer, "_forward", "forward"),
         (step, "_backward", "backward"),
-        (run.guard, "judge", "check"),
+        (run.guard, "check", "check"),
         (step, "_update_weights", "optimizer"),
         (method, "loss", "loss"),
         (run, "after_step", "banks"),
