@@ -108,7 +108,7 @@ def test_mistakes_are_said(embedder, tmp_path):
     torch.save({}, weights)
     with pytest.raises(ValueError, match="--config-file"):
         Embedder.from_checkpoint(weights)
-    with pytest.raises(ValueError, match="leave out one"):
+    with pytest.raises(ValueError, match="give only one"):
         Embedder.from_checkpoint(weights, backbone="osnet_x0_25", config_file="c.yml")
     with pytest.raises(ValueError, match="device"):
         Embedder.from_checkpoint(weights, backbone="osnet_x0_25", device="abacus")

@@ -161,7 +161,7 @@ def test_micro_batches_equal_the_ghost_batches_of_a_whole_one(make_engine, tmp_p
 def test_loss_of_a_step_is_the_mean_over_micro_batches(make_engine):
     engine = make_engine(method="ClusterContrast", micro_batches=2, scheduler="cosine")
     engine.max_epoch = 1
-    engine._get_ready()
+    engine._prepare_network()
     engine._training.refresh_pseudo_labels(0, 0)
     batch = next(iter(engine.train_loader))
     network = network_of(engine).train()

@@ -127,7 +127,7 @@ def test_without_a_schedule(adopt, tmp_path):
 def test_two_stepped_learning_moves_only_the_head(adopt, tmp_path, parallel):
     engine = adopt(parallel=parallel)
     network = network_of(engine)
-    engine._get_ready()  # calibrates the head
+    engine._prepare_network()  # calibrates the head
     before = {name: value.clone() for name, value in network.state_dict().items()}
     run(engine, tmp_path, 1, fixbase_epoch=1, open_layers="heads")
     for name, value in network.state_dict().items():

@@ -150,7 +150,7 @@ def train_in_torchreid(
         checkpoint_period=0,
         **CASES[name],
     )
-    engine._get_ready()
+    engine._prepare_network()
     steps = Steps(model.method)
     engine.run(save_dir=str(root / f"log_{name}"), max_epoch=2)
     return steps, (model.method, engine.results["parity"])
