@@ -154,9 +154,7 @@ def test_instance_proxies_are_random_images(slots: int, device: str) -> None:
     for cluster in range(4):
         chosen = set(rows_of(begun[cluster], units(M, seed=0)))
         assert {LABELS[i] for i in chosen} == {cluster}
-        assert len(chosen) == min(
-            slots, 5
-        )  # five images suffice for sampling without replacement
+        assert len(chosen) == min(slots, 5)  # distinct, as a cluster has five images
     drawn = set()
     for step in range(20):
         before = method.slots.bank.cpu().clone().view(4, slots, C)
