@@ -32,7 +32,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of plain text, whose first column holds the headings of the rows.
+    """A table of plain text with the headings of the rows in its first column.
 
     Attributes:
         head: Headings of the columns.

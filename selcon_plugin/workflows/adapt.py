@@ -310,9 +310,8 @@ class _Measure:
         except FloatingPointError:  # the weights are not finite
             finite = False
         quality = label_free_quality(features.features) if finite else None
-        place = str(
-            Path(file).expanduser().absolute()
-        )  # a later call may have another working directory
+        # The path is absolute, as a later call may have another working directory.
+        place = str(Path(file).expanduser().absolute())
         self._record.add(Candidate(epochs, place, quality))
         name = f"after {epochs} epochs" if epochs else "given network"
         self._echo(f"{name}: {_summary(quality)}")

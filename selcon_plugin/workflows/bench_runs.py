@@ -23,7 +23,7 @@ from selcon_plugin.runs.results import RESULTS_FILE
 from selcon_plugin.workflows.bench_table import METRICS, Outcome, Run
 from selcon_plugin.workflows.terminal import echo, show_status
 
-__all__ = ["SETTINGS_FILE", "failure", "finish", "progress"]
+__all__ = ["SETTINGS_FILE", "failure", "finish", "progress", "read_results"]
 
 SETTINGS_FILE = "bench.yaml"  # the effective config that a run was started with
 _CONSOLE = "console.txt"  # output of a run
@@ -65,16 +65,16 @@ def finish(run: Run, title: str) -> Outcome:
 
 
 def read_results(file: Path) -> dict[str, Any]:
-    """Read and check ``results.json`` of a run.
+    """Read the results of a finished run.
 
     Args:
-        file: Path of the file.
+        file: ``results.json`` of the run.
 
     Returns:
         Content of the file.
 
     Raises:
-        ValueError: If the file is damaged.
+        ValueError: If the file does not have the format of a run's results.
     """
     try:
         record: dict[str, Any] = json.loads(file.read_text())

@@ -150,14 +150,12 @@ def test_cluster_proxies_equal_the_released_hybrid_memory() -> None:
 @pytest.mark.parametrize("slots", [1, 3, 8])
 def test_instance_proxies_are_random_images(slots: int, device: str) -> None:
     method = prepared(device, instance_slots=slots)
-    begun = method.slots.bank.cpu().view(4, slots, C)
+    initial = method.slots.bank.cpu().view(4, slots, C)
     for cluster in range(4):
-        chosen = set(rows_of(begun[cluster], units(M, seed=0)))
+        chosen = set(rows_of(initial[cluster], units(M, seed=0)))
         assert {LABELS[i] for i in chosen} == {cluster}
-        assert len(chosen) == min(
-            slots, 5
-        )  # five images suffice for sampling without replacement
-    drawn = set()
+        assert len(chosen) == min(slots, 5)  # distinct, as a cluster has five images
+    sampled = set()
     for step in range(20):
         before = method.slots.bank.cpu().clone().view(4, slots, C)
         features = units(len(BATCH), seed=10 + step)
@@ -167,9 +165,9 @@ def test_instance_proxies_are_random_images(slots: int, device: str) -> None:
             chosen = set(rows_of(after[cluster], features))
             assert chosen <= set(places)
             assert len(chosen) == min(slots, len(places))
-            drawn |= chosen
+            sampled |= chosen
         assert torch.equal(after[2], before[2])  # not in the batch
-    assert drawn == {0, 1, 2, 3, 5, 6, 7}
+    assert sampled == {0, 1, 2, 3, 5, 6, 7}
 
 
 def test_sampling_depends_on_seed_and_step_only() -> None:

@@ -252,7 +252,7 @@ def test_every_variant_trains_and_keeps_unit_rows(options: dict[str, Any]) -> No
         assert ((lengths - 1).abs() < tolerance).all(), name
 
 
-def test_no_neighbors_equals_instance_discrimination_with_hard_negatives() -> None:
+def test_no_neighbors_equals_hard_instance_discrimination() -> None:
     method = make_method(num_neighbors=0, self_weight=1.0, parts=False)
     features, index = embeddings_of(2, seed=1, parts=False), torch.tensor([3, 8])
     positives, negatives = method.select(features, index, None)[:2]
@@ -387,9 +387,7 @@ def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(saved_after: int)
     first = ToyTrainer(seed=0)
     first.prepare()
     first.run(0, saved_after)
-    resumed = ToyTrainer(
-        seed=1
-    )  # its weights differ and its banks are empty, so everything must come from the state
+    resumed = ToyTrainer(seed=1)  # other weights and empty banks: the state restores all
     resumed.load(first.state())
     assert (resumed.method.step, resumed.method.prepared) == (saved_after, True)
     assert resumed.method.epoch == (saved_after - 1) // 2
