@@ -288,7 +288,7 @@ def test_own_checkpoint_gives_the_network_it_was_tested_with(tmp_path, prefix, t
     assert torch.equal(model(images()), trained(images()))
     assert model.method is None
     model.load_pending_state()
-    assert not model._left_for_run
+    assert not model._pending_state
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
@@ -351,7 +351,7 @@ def test_banks_loaded_before_there_is_a_method_wait_for_it(parallel):
     model.method = build_method("SelectiveContrastive", 6, 128, 2, 64)
     model.load_pending_state()
     assert_equal_states(model, trained)
-    assert not model._left_for_run
+    assert not model._pending_state
 
 
 def test_pending_state_is_loaded_once():
