@@ -164,6 +164,6 @@ def test_training_without_labels_improves_map_by_a_wide_margin(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         assert main(argv) == 0
-    results = json.loads((out / "results.json").read_text())
+    results = json.loads((out / "gain.json").read_text())
     assert 15 < results["before"]["mAP"] < 40
     assert results["after"]["mAP"] > results["before"]["mAP"] + 20
