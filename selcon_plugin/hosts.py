@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from selcon_plugin.config.checks import check_name, read_config_file
+from selcon_plugin.config.checks import check_name, read_config_tree
 from selcon_plugin.config.host import Host
 from selcon_plugin.config.host_data import keys_in
 
@@ -119,9 +119,13 @@ def host_of(config_file: str) -> str:
         Name of the host; the default host for an empty path.
 
     Raises:
-        ValueError: If the file is not YAML with keys and values.
+        FileNotFoundError: If the file, or a base, does not exist.
+        ValueError: If a file is not YAML with keys and values.
     """  # noqa: DOC502  (raised by the functions called here)
-    return host_of_keys(read_config_file(config_file)) if config_file else DEFAULT_HOST
+    if not config_file:
+        return DEFAULT_HOST
+    # With the keys of its bases: a file may add nothing but the name of a base.
+    return host_of_keys(read_config_tree(config_file, prepare=lambda _: None))
 
 
 def host_of_settings(settings: Mapping[str, Any]) -> Host | None:

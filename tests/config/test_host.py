@@ -206,6 +206,17 @@ def test_adaptation_is_a_legal_config(host, tmp_path):
     assert (flat[keys.epochs], flat[keys.learning_rate]) == (4, 1e-4)
 
 
+def test_a_config_with_a_base_belongs_to_the_host_of_its_keys(tmp_path):
+    (tmp_path / "lower.yml").write_text("train: {lr: 0.1}\n")
+    (tmp_path / "upper.yml").write_text("SOLVER: {BASE_LR: 0.1}\n")
+    for name, host in (("lower", "torchreid"), ("upper", "fastreid")):
+        own = "train" if name == "lower" else "SOLVER"
+        only_base, both = tmp_path / f"{name}_base.yml", tmp_path / f"{name}_both.yml"
+        only_base.write_text(f"_BASE_: {name}.yml\n")
+        both.write_text(f"_BASE_: {name}.yml\n{own}: {{}}\n")
+        assert host_of(str(only_base)) == host_of(str(both)) == host
+
+
 def test_several_processes_are_refused_where_there_is_one(toy):
     with pytest.raises(ValueError, match="Toy trains in one process: remove --num-gpus"):
         launch(toy, toy.load_config(), Processes(per_machine=2))
