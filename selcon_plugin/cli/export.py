@@ -13,7 +13,7 @@ from selcon_plugin.cli.arguments import (
 from selcon_plugin.config.loading import import_files
 from selcon_plugin.inference.embedder import Embedder
 from selcon_plugin.inference.export import (
-    LICENCE_NOTE,
+    LICENSE_NOTE,
     ExportCheck,
     check_crops,
     export_onnx,
@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--license",
         "--licence",  # the name before 0.2
-        default=LICENCE_NOTE,
+        default=LICENSE_NOTE,
         metavar="TEXT",
         help="license note in the metadata of the file",
     )

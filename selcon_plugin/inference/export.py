@@ -51,7 +51,7 @@ from selcon_plugin.models.pillow_resize import PillowResize
 from selcon_plugin.renamed import accept_old_arguments
 
 __all__ = [
-    "LICENCE_NOTE",
+    "LICENSE_NOTE",
     "ExportCheck",
     "ExportMismatchError",
     "check_crops",
@@ -60,7 +60,7 @@ __all__ = [
     "export_torchscript",
 ]
 
-LICENCE_NOTE = (
+LICENSE_NOTE = (
     "The weights are subject to the terms of the images and of the pretrained weights from "
     "which they were trained. The program that wrote this file, selcon_plugin, is "
     "Apache-2.0."
@@ -195,7 +195,7 @@ def export_onnx(
     preprocess: bool = False,
     fp16: bool = False,
     max_difference: float | None = None,
-    license: str = LICENCE_NOTE,
+    license: str = LICENSE_NOTE,
 ) -> ExportCheck:
     """Export a network to ONNX, after a comparison of onnxruntime with PyTorch.
 
@@ -246,7 +246,7 @@ def export_torchscript(
     crops: Sequence[Image.Image],
     preprocess: bool = False,
     max_difference: float | None = None,
-    license: str = LICENCE_NOTE,
+    license: str = LICENSE_NOTE,
 ) -> ExportCheck:
     """Export a network to TorchScript, after a comparison of the export with PyTorch.
 

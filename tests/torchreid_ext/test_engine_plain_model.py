@@ -146,7 +146,7 @@ def test_head_of_a_model_that_has_one_is_refused(make_engine):
         make_engine(head={"num_parts": 4})
 
 
-def test_images_that_are_not_normalised_are_known_as_such(manager, adopt):
+def test_images_that_are_not_normalized_are_known_as_such(manager, adopt):
     engine = adopt(
         datamanager=manager(norm_mean=[0.5, 0.4, 0.3], norm_std=[0.2, 0.1, 0.25])
     )

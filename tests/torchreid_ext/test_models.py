@@ -186,7 +186,7 @@ def test_ghost_batches_reach_backbone_and_head():
     assert model.heads.global_norm.bias is None
 
 
-def test_other_normalisation_of_the_loader_is_undone():
+def test_other_normalization_of_the_loader_is_undone():
     """A model built for another loader sees the same pixels."""
     torch.manual_seed(0)
     usual = build().eval()

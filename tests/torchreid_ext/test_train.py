@@ -268,7 +268,7 @@ def test_several_test_sets_keep_their_names(selcon, data_root, tmp_path):
         ({"train.staged_lr": True, "train.base_lr_mult": 0.5}, {"lr": 0.01}),
     ],
 )
-def test_optimiser_is_that_of_the_config(config, options, expected):
+def test_optimizer_is_that_of_the_config(config, options, expected):
     pairs = [word for key, value in options.items() for word in (key, str(value))]
     engine = build_engine(load_config(config, pairs))
     group = engine.optimizer.param_groups[0]
