@@ -125,7 +125,7 @@ def host_of(config_file: str) -> str:
     if not config_file:
         return DEFAULT_HOST
     # With the keys of its bases: a file may add nothing but the name of a base.
-    return host_of_keys(read_config_tree(config_file, prepare=lambda _: None))
+    return host_of_keys(read_config_tree(config_file))
 
 
 def host_of_settings(settings: Mapping[str, Any]) -> Host | None:

@@ -159,13 +159,14 @@ def read_config_file(file: str, source: str = "--config-file") -> dict[str, Any]
 
 
 def read_config_tree(
-    file: str, prepare: Callable[[dict[str, Any]], None]
+    file: str, prepare: Callable[[dict[str, Any]], None] | None = None
 ) -> dict[str, Any]:
     """Read a config file together with the files that it is based on.
 
     Args:
         file: Path of the file.
-        prepare: Called with the content of each file before they are merged.
+        prepare: Called with the content of each file before they are merged, to change it
+            in place; None for no change.
 
     Returns:
         All keys; the values of a file replace those of its ``_BASE_``.
@@ -176,7 +177,8 @@ def read_config_tree(
     """  # noqa: DOC502  (raised by the functions called here)
     merged: dict[str, Any] = {}
     for content in reversed(_read_chain(file, "--config-file")):
-        prepare(content)
+        if prepare is not None:
+            prepare(content)
         _merge_into(merged, {k: v for k, v in content.items() if k != _BASE_KEY})
     return merged
 
