@@ -146,6 +146,8 @@ def run_check(name: str, check: Callable[[], str], needed: bool) -> Check:
         return Check(name, False, needed, gap.detail, gap.remedy)
     except compat.HostMissingError as error:
         return Check(name, False, needed, "not installed", _this_pip(error.install_command))
+    except compat.MismatchError as error:
+        return Check(name, False, needed, error.detail, _this_pip(error.install_command))
     except ModuleNotFoundError as error:
         return Check(name, False, needed, str(error), _install_module(error.name))
     except (Exception, SystemExit) as error:  # a broken package can raise anything
@@ -166,6 +168,14 @@ def _install_module(module: str | None) -> str:
 
 
 # --- the checks --------------------------------------------------------------------------
+
+
+def check_torch_with_numpy() -> str:
+    """Exchange values between torch and NumPy."""
+    compat.check_numpy()
+    if torch.from_numpy(np.arange(3)).sum().item() != 3:
+        raise _Gap("torch reads wrong values from NumPy's arrays")
+    return "torch and NumPy exchange values"
 
 
 def check_torchvision() -> str:
@@ -307,6 +317,7 @@ def check_dataset_root() -> str:
 
 
 _CHECKS: tuple[tuple[str, Callable[[], str], bool], ...] = (
+    ("torch with NumPy", check_torch_with_numpy, True),
     ("torchvision", check_torchvision, True),
     ("FastReID", check_fastreid, True),
     ("faiss", check_faiss, True),

@@ -7,13 +7,15 @@ Both hosts predate current versions of their dependencies. Each patch fixes one 
 * is idempotent;
 * changes only objects in memory, never a file on disk.
 
-Only the adapters (``fastreid_ext``, ``torchreid_ext``), the command line and the tests
-import this module; the core is independent of the hosts.
+Only the adapters (``fastreid_ext``, ``torchreid_ext``), the command line, the tests, and
+what imports timm or a user's file need this module; the core is independent of the hosts.
 """
 
 from selcon_plugin.compat.fastreid import FASTREID_INSTALL, prepare_fastreid
 from selcon_plugin.compat.shared import (
     HostMissingError,
+    MismatchError,
+    check_numpy,
     prepare_torchvision,
     torchvision_is_patched,
 )
@@ -27,6 +29,8 @@ __all__ = [
     "FASTREID_INSTALL",
     "TORCHREID_INSTALL",
     "HostMissingError",
+    "MismatchError",
+    "check_numpy",
     "import_torchreid",
     "prepare_fastreid",
     "prepare_torchreid",

@@ -28,6 +28,7 @@ from selcon_plugin.compat.shared import (
     PATCHED,
     HostMissingError,
     allow_numpy_in_checkpoints,
+    check_numpy,
     prepare_torchvision,
     restore_numpy_bool,
 )
@@ -50,6 +51,7 @@ def prepare_fastreid() -> None:
     """
     if importlib.util.find_spec("fastreid") is None:
         raise HostMissingError("fastreid", FASTREID_INSTALL)
+    check_numpy()
     prepare_torchvision()
     _restore_torch_six()
     _restore_collections_mapping()

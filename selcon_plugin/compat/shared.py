@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import importlib.machinery
+import importlib.metadata
 import importlib.util
 import io
 import logging
+import re
 import sys
 import warnings
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 
 __all__ = [
     "HostMissingError",
+    "MismatchError",
+    "check_numpy",
     "prepare_torchvision",
     "torchvision_is_patched",
 ]
@@ -32,6 +35,8 @@ _TORCHVISION_SCHEMAS = (
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
 
+_MISSING_OPERATOR = re.compile(r"operator torchvision::\w+ does not exist")
+
 
 class HostMissingError(ImportError):
     """Error for a host that is not installed; the message holds the install command."""
@@ -43,6 +48,27 @@ class HostMissingError(ImportError):
         self.install_command = install_command
 
 
+class MismatchError(ImportError):
+    """Error for two installed packages that do not work together.
+
+    Attributes:
+        detail: What does not work, with the versions.
+        install_command: Command that installs two that do.
+    """
+
+    def __init__(self, detail: str, install_command: str) -> None:
+        super().__init__(f"{detail}. Install two that belong together: {install_command}")
+        self.detail = detail
+        self.install_command = install_command
+
+
+def _version_of(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"
+
+
 # --- before a host is imported -----------------------------------------------------------
 
 # Kept until the process ends: deleting it would unregister its operators.
@@ -50,17 +76,72 @@ _torchvision_library: Any = None
 
 
 def prepare_torchvision() -> None:
-    """Make torchvision importable if its compiled extension cannot be loaded.
+    """Import torchvision; declare its operators only if it cannot be imported without that.
 
     Without it: ``import torchvision`` raises ``operator torchvision::nms does not exist``
     (then ``qnms``) if the wheel's compiled extension was built for another torch, as with
     the PyPI wheel (CUDA) next to a CPU build of torch. The hosts use only torchvision's
     transforms and model definitions, so declaring the operators is enough.
+
+    The decision is torchvision's own failure, never the name of a file: an extension that
+    loads after the declaration would register the operators a second time, and torchvision
+    0.29 ends the process then.
     Can be removed when: torchvision imports without its compiled extension.
+
+    Raises:
+        MismatchError: If torchvision is installed, but cannot be imported at all.
     """
-    global _torchvision_library
-    if "torchvision" in sys.modules or _torchvision_operators_load():
+    if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
         return
+    try:
+        _import_torchvision()
+    except Exception as error:  # of torch, of torchvision, or of the dynamic loader
+        if not _MISSING_OPERATOR.search(str(error)):
+            raise MismatchError(*_torchvision_gap(error)) from error
+        _declare_torchvision_operators()
+        try:
+            _import_torchvision()
+        except Exception as second:
+            raise MismatchError(*_torchvision_gap(second)) from second
+
+
+def _torchvision_gap(cause: Exception) -> tuple[str, str]:
+    reason = " ".join(str(cause).split())
+    return (
+        f"torchvision {_version_of('torchvision')} cannot be imported next to torch "
+        f"{torch.__version__} ({type(cause).__name__}: {reason})",
+        "pip install --upgrade torch torchvision",
+    )
+
+
+def check_numpy() -> None:
+    """Refuse a NumPy that torch was not built for.
+
+    torch 2.2 and earlier were built for NumPy 1. Next to NumPy 2 they can be imported, and
+    fail on the first batch.
+
+    Raises:
+        MismatchError: If torch cannot read NumPy's arrays.
+    """
+    try:
+        torch.from_numpy(np.zeros(1))
+    except RuntimeError as error:
+        raise MismatchError(
+            f"torch {torch.__version__} cannot read the arrays of NumPy {np.__version__} "
+            f"({error})",
+            'pip install "numpy<2"',
+        ) from error
+
+
+def _import_torchvision() -> None:
+    # A failed import leaves the submodules behind that were complete, and their state.
+    for name in [name for name in sys.modules if name.startswith("torchvision.")]:
+        del sys.modules[name]
+    importlib.import_module("torchvision")
+
+
+def _declare_torchvision_operators() -> None:
+    global _torchvision_library
     for schema in _TORCHVISION_SCHEMAS:
         if hasattr(torch.ops.torchvision, schema.partition("(")[0]):
             continue  # another library has already declared it
@@ -73,23 +154,6 @@ def prepare_torchvision() -> None:
 def torchvision_is_patched() -> bool:
     """Return whether torchvision runs without its compiled extension in this process."""
     return _torchvision_library is not None
-
-
-def _torchvision_operators_load() -> bool:
-    """Return whether torchvision's compiled extension loads, if torchvision has one."""
-    package = importlib.util.find_spec("torchvision")
-    if package is None or package.submodule_search_locations is None:
-        return True  # nothing to patch
-    locations = list(package.submodule_search_locations)
-    extension = importlib.machinery.PathFinder.find_spec("_C", locations)
-    if extension is None or extension.origin is None:
-        return False
-    operators: Any = torch.ops
-    try:
-        operators.load_library(extension.origin)
-    except (OSError, RuntimeError):
-        return False
-    return True
 
 
 def restore_numpy_bool() -> None:

@@ -18,6 +18,7 @@ from selcon_plugin.compat.shared import (
     PATCHED,
     HostMissingError,
     allow_numpy_in_checkpoints,
+    check_numpy,
     prepare_torchvision,
     restore_numpy_bool,
 )
@@ -35,6 +36,7 @@ def prepare_torchreid() -> None:
     """
     if importlib.util.find_spec("torchreid") is None:
         raise HostMissingError("torchreid", TORCHREID_INSTALL)
+    check_numpy()
     prepare_torchvision()
     restore_numpy_bool()
     allow_numpy_in_checkpoints()

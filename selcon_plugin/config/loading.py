@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from selcon_plugin.compat.shared import prepare_torchvision
 from selcon_plugin.config.checks import flatten_config, read_config_tree
 from selcon_plugin.options import KINDS
 
@@ -66,6 +67,7 @@ def import_files(files: Sequence[str]) -> None:
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[path.stem] = module
+        prepare_torchvision()  # the file may import timm before any host is prepared
         spec.loader.exec_module(module)
 
 

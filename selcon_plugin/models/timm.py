@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from selcon_plugin.compat.shared import prepare_torchvision
 from selcon_plugin.models.backbone import (
     REID_STRIDE,
     ModelBackbone,
@@ -168,6 +169,7 @@ def _import_timm() -> Any:
         raise ImportError(
             "timm is not installed. Install it with: pip install timm", name="timm"
         )
+    prepare_torchvision()  # timm imports it
     return importlib.import_module("timm")
 
 

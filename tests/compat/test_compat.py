@@ -170,14 +170,6 @@ def test_compiler_is_tried_once_with_the_running_python_first_on_the_path(faults
     assert faults["compiler calls"] == [2, "", True, True]
 
 
-def test_healthy_torchvision_is_untouched(monkeypatch):
-    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
-    monkeypatch.setattr(compat.shared, "_torchvision_operators_load", lambda: True)
-    monkeypatch.setattr(compat.shared, "_torchvision_library", None)
-    compat.prepare_torchvision()
-    assert not compat.torchvision_is_patched()
-
-
 def test_existing_torch_six_is_untouched(monkeypatch):
     existing = types.ModuleType("torch._six")
     existing.__spec__ = importlib.util.spec_from_loader("torch._six", loader=None)
