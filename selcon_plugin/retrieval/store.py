@@ -319,7 +319,10 @@ class Store:
         for kind in ("features", "images", "approximate"):
             for file in self.folder.glob(f"{kind}-*"):
                 if file.name not in named:
-                    file.unlink(missing_ok=True)
+                    # Windows keeps a file that a reader has mapped: the next writer
+                    # removes it.
+                    with contextlib.suppress(PermissionError):
+                        file.unlink(missing_ok=True)
 
     def _append_bytes(self, name: str, position: int, content: bytes) -> None:
         """Write after the valid part, over bytes that a killed process left there."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import json
 import platform
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -111,8 +111,13 @@ def peak_memory_mib() -> float:
         for line in _PROCESS_STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 1024  # from KiB
+    try:
+        resource: Any = importlib.import_module("resource")
+    except ImportError:  # Windows
+        peak_bytes = importlib.import_module("psutil").Process().memory_info().peak_wset
+        return float(peak_bytes / 2**20)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 1024)  # bytes there, else KiB
+    return float(peak / (2**20 if sys.platform == "darwin" else 1024))  # bytes, else KiB
 
 
 def peak_gpu_memory_mib() -> float:

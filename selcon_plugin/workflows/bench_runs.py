@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -113,8 +114,9 @@ def _train(run: Run, title: str, lock: int | None) -> str:
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
-            # The run holds the lock until it ends, even if the bench is killed.
-            pass_fds=() if lock is None else (lock,),
+            # The run holds the lock until it ends, even if the bench is killed. Windows
+            # passes no descriptors, and its processes share no locks.
+            pass_fds=() if lock is None or os.name != "posix" else (lock,),
         )
     try:
         while process.poll() is None:

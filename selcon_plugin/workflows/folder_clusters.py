@@ -262,7 +262,7 @@ def link_clusters(clusters: FolderClusters, folder: str | Path) -> None:
             link = place / f"{number:04d}_{source.name}"
             try:
                 link.symlink_to(os.path.relpath(source, place.absolute()))
-            except OSError:
+            except (OSError, ValueError):  # ValueError: another drive of Windows
                 os.link(source, link)
 
 
