@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from selcon_plugin.compat.fastreid_freezing import count_frozen_steps_in_optimizer
 from selcon_plugin.compat.shared import (
     PATCHED,
     HostMissingError,
@@ -61,6 +62,7 @@ def prepare_fastreid() -> None:
     _let_data_loader_run_without_cuda()
     _let_background_reader_fail()
     _let_optimizers_keep_their_gradients()
+    count_frozen_steps_in_optimizer()
     _keep_running_without_compiler()
     _let_reranking_run_without_gpu_faiss()
     _load_fastreid_checkpoints_as_data()

@@ -25,6 +25,10 @@ from selcon_plugin.runs.checkpoints import first_readable, newest_first, read_ch
 _TAG = "last_checkpoint"
 # Checkpoint inside an epoch, written when a signal stops the run.
 STOPPED = "model_stopped"
+# Checkpoint of the last epoch.
+FINAL = "model_final"
+# Entry of a checkpoint that was saved before the evaluation of its epoch.
+UNEVALUATED = "unevaluated"
 _REQUIRED = ("model", "optimizer", "run", "epoch")
 
 

@@ -13,6 +13,7 @@ from fastreid.evaluation import ReidEvaluator, rank
 from fastreid.utils import comm
 from torch import Tensor
 
+from selcon_plugin.engine.progress import ProgressLoader
 from selcon_plugin.runs.ranked import rank_queries, write_ranked
 
 logger = logging.getLogger(__name__)
@@ -150,3 +151,28 @@ class CameraTermEvaluator(RecordingEvaluator):
             num_cameras=self._num_cameras,
         )
         super().process(inputs, extended)
+
+
+def evaluator_of(
+    cfg: CfgNode, name: str, loader: Any, num_query: int, output_dir: str | None
+) -> tuple[Any, ReidEvaluator]:
+    """Build FastReID's evaluator, with the camera term if the config enables it.
+
+    Args:
+        cfg: Complete config.
+        name: Name of the test set.
+        loader: Its loader, over queries and then the gallery.
+        num_query: Number of queries.
+        output_dir: Output folder, as in FastReID.
+
+    Returns:
+        The loader with its progress, and the evaluator.
+    """
+    record = {"items": loader.dataset.img_items, "name": name}
+    num_cameras = max(loader.dataset.cams) + 1
+    loader = ProgressLoader(loader, f"Evaluation on {name}")
+    if not cfg.MODEL.SELCON.TEST_CAMERA_TERM:
+        return loader, RecordingEvaluator(cfg, num_query, output_dir, **record)
+    return loader, CameraTermEvaluator(
+        cfg, num_query, output_dir, num_cameras=num_cameras, **record
+    )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastreid.engine.hooks import EvalHook, PeriodicCheckpointer
+from fastreid.engine.hooks import EvalHook, LRScheduler, PeriodicCheckpointer
 from fastreid.engine.train_loop import HookBase
 
 from selcon_plugin.engine.progress import TrainingProgress
@@ -112,15 +114,44 @@ class ProgressHook(HookBase):
         self._progress.close()
 
 
+class ScheduleHook(LRScheduler):
+    """FastReID's hook of the learning rate, without PyTorch's warning in a resumed run."""
+
+    def after_epoch(self) -> None:
+        """Advance the schedule by an epoch."""
+        with warnings.catch_warnings():
+            # An earlier part of the run may have taken all steps of the epoch.
+            warnings.filterwarnings("ignore", "Detected call of .lr_scheduler")
+            super().after_epoch()
+
+
 class EvaluationHook(EvalHook):
-    """FastReID's evaluation hook, only for runs that finish.
+    """FastReID's evaluation hook, with weights that are saved before each evaluation.
 
     FastReID's own hook evaluates at the end even if an error or a signal ended the last
     epoch.
+
+    Args:
+        period: Number of epochs between evaluations.
+        evaluate: Evaluates the network and returns its metrics.
+        save: Saves the run, because an evaluation may fail or run out of memory.
     """
+
+    def __init__(
+        self, period: int, evaluate: Callable[[], Any], save: Callable[[], None]
+    ) -> None:
+        super().__init__(period, evaluate)
+        self._save = save
+
+    def after_epoch(self) -> None:
+        """Save and evaluate the epochs whose turn it is."""
+        if (self.trainer.epoch + 1) % self._period == 0:
+            self._save()
+        super().after_epoch()
 
     def after_train(self) -> None:
         """Evaluate at the end, unless the last epoch was evaluated already."""
+        # The hook for checkpoints has saved the last epoch.
         if self.trainer.iter == self.trainer.max_epoch * self.trainer.iters_per_epoch:
             super().after_train()
 

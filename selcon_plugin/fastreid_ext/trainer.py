@@ -26,12 +26,16 @@ from selcon_plugin.engine.best_weights import NEVER, BestWeights
 from selcon_plugin.engine.extraction import calibrate_normalization
 from selcon_plugin.engine.guard import StepGuard
 from selcon_plugin.engine.image_list import images_to_resume_with, write_image_list
-from selcon_plugin.engine.progress import ProgressLoader, protect_bars_from
+from selcon_plugin.engine.progress import protect_bars_from
 from selcon_plugin.engine.run import TrainingRun, seed_all
 from selcon_plugin.engine.stopping import StopSignals
 from selcon_plugin.fastreid_ext import data as selcon_data
-from selcon_plugin.fastreid_ext.checkpoint import STOPPED, SelConCheckpointer
-from selcon_plugin.fastreid_ext.clustering_hook import ClusteringHook
+from selcon_plugin.fastreid_ext.checkpoint import (
+    FINAL,
+    STOPPED,
+    UNEVALUATED,
+    SelConCheckpointer,
+)
 from selcon_plugin.fastreid_ext.config import (
     FLOAT16,
     KEYS,
@@ -39,18 +43,9 @@ from selcon_plugin.fastreid_ext.config import (
     sampler_name,
 )
 from selcon_plugin.fastreid_ext.embedding import extract_training_set, unwrap
-from selcon_plugin.fastreid_ext.evaluation import (
-    CameraTermEvaluator,
-    RecordingEvaluator,
-)
-from selcon_plugin.fastreid_ext.hooks import (
-    CheckpointHook,
-    DiagnosticsHook,
-    EvaluationHook,
-    MethodHook,
-    PicturesHook,
-    ProgressHook,
-)
+from selcon_plugin.fastreid_ext.evaluation import evaluator_of
+from selcon_plugin.fastreid_ext.hook_order import arrange_hooks
+from selcon_plugin.fastreid_ext.hooks import CheckpointHook, EvaluationHook
 from selcon_plugin.fastreid_ext.meta_arch import SelCon
 from selcon_plugin.fastreid_ext.optimizer import build_optimizer
 from selcon_plugin.fastreid_ext.train_step import (
@@ -155,12 +150,13 @@ class SelConTrainer(DefaultTrainer):
         if criterion != NEVER:
             self.best = BestWeights(criterion, lambda n: self.checkpointer.save_best(n))
         self.cfg = cfg
-        self._run = self._build_run(unwrap(model), loader)
-        self._trainer = self._build_steps(cfg, model, loader, self._run.guard)
+        self.training_run = self._build_run(unwrap(model), loader)
+        self._trainer = self._build_steps(cfg, model, loader, self.training_run.guard)
         optimizer = self._trainer.optimizer
         self.scheduler = self.build_lr_scheduler(cfg, optimizer, self.iters_per_epoch)
         self.checkpointer = self._build_checkpointer(cfg, model, optimizer, loader)
         self.start_epoch, self._steps_done = 0, 0  # steps of the epoch to start with
+        self._resumed: dict[str, Any] = {}
         self.max_epoch = cfg.SOLVER.MAX_EPOCH
         self.max_iter = self.max_epoch * self.iters_per_epoch
         self.warmup_iters = cfg.SOLVER.WARMUP_ITERS
@@ -271,12 +267,18 @@ class SelConTrainer(DefaultTrainer):
         if resuming:
             self.start_epoch = loaded["epoch"] + 1
             self._steps_done = loaded.get("steps_done", 0)
-            rest = ("epoch", "metric")
+            rest = ("epoch", "metric", UNEVALUATED)
             self._resumed = {key: loaded[key] for key in rest if key in loaded}
+            self._restore_frozen_steps()
         network, images = unwrap(self.model), self.data_loader.dataset
         check_state(network, images.paths, when="after loading")
         # The batches after the checkpoint come next; the loader has not started yet.
         self.data_loader.sampler.start = self._first_step
+
+    def _restore_frozen_steps(self) -> None:
+        """Restore the number of frozen steps where a checkpoint does not contain it."""
+        if getattr(self.optimizer, "frozen_steps", 0) is None:
+            self.optimizer.frozen_steps = self._first_step
 
     def _rebuild(self, images: selcon_data.IndexedDataset) -> None:
         """Rebuild the trainer with the images that the run started with.
@@ -336,37 +338,9 @@ class SelConTrainer(DefaultTrainer):
         """Add the method's hooks to FastReID's.
 
         Returns:
-            Hooks in the order in which they run. Those of the method come first, so that a
-            step's banks are written before anything is evaluated or saved.
+            Hooks in the order in which they run.
         """
-        run = self._run
-        result: list[HookBase] = [MethodHook(run)]
-        if self.labeler is not None:
-            result.append(ClusteringHook(run))
-        if self.cfg.MODEL.SELCON.TENSORBOARD_PICTURES:
-            result.append(PicturesHook(run, self.cfg.OUTPUT_DIR))
-        if self._show_progress:
-            # It follows the clustering, which is a stage of its own, and precedes the
-            # evaluation.
-            result.append(ProgressHook())
-        result.append(DiagnosticsHook(run, self.cfg.MODEL.SELCON.DIAGNOSTICS_PERIOD))
-        for hook in super().build_hooks():
-            if isinstance(hook, host_hooks.IterationTimer):
-                # FastReID ignores the first three steps and then fails to print the time of
-                # an epoch without further steps.
-                result.append(host_hooks.IterationTimer(warmup_iter=1))
-            elif isinstance(hook, host_hooks.PeriodicCheckpointer):
-                period = self.cfg.SOLVER.CHECKPOINT_PERIOD
-                keep = self.cfg.MODEL.SELCON.KEEP_CHECKPOINTS
-                result.append(CheckpointHook(self.checkpointer, period, keep))
-            elif not isinstance(hook, host_hooks.EvalHook):
-                result.append(hook)
-            elif self.cfg.DATASETS.TESTS:
-                # Period 0 means only at the end; FastReID's hook would divide by it.
-                period = self.cfg.TEST.EVAL_PERIOD or self.cfg.SOLVER.MAX_EPOCH
-                evaluate = self.meter.excluding(hook._func)
-                result.append(EvaluationHook(period, evaluate))
-        return result
+        return arrange_hooks(self, super().build_hooks(), show_progress=self._show_progress)
 
     def train(self) -> Any:
         """Train from the current epoch to ``MAX_EPOCH``.
@@ -380,19 +354,17 @@ class SelConTrainer(DefaultTrainer):
         Raises:
             RunStopped: If a signal stopped the training; it is a ``SystemExit``.
         """  # noqa: DOC502  (raised by the functions called here)
-        if self.start_epoch >= self.max_epoch:
-            logger.info("The run in %s is complete: nothing to resume", self.cfg.OUTPUT_DIR)
-            if not (Path(self.cfg.OUTPUT_DIR) / "model_final.pth").exists():
-                # The run was killed between the last epoch's best and final checkpoints.
-                self.checkpointer.save("model_final", **self._resumed)
-            return self.test(self.cfg, self.model)
         self._last_eval_results: dict[str, Any] = {}
+        if self.start_epoch >= self.max_epoch:
+            return self._finish_complete_run()
         write_image_list(self.cfg.OUTPUT_DIR, self.data_loader.dataset)
         logger.info("Starting training from epoch %d", self.start_epoch)
         self.iter = self.start_iter = self._first_step
         with StopSignals() as self._signals, EventStorage(self.iter) as self.storage:
             try:
                 self.before_train()
+                if self._resumed.get(UNEVALUATED):
+                    self._evaluate_resumed_epoch()
                 self._train_epochs()
             except Exception:
                 logger.exception("Exception during training:")
@@ -402,6 +374,29 @@ class SelConTrainer(DefaultTrainer):
                 self._trainer._data_loader_iter.close()
                 self.after_train()
         return self._last_eval_results if comm.is_main_process() else None
+
+    def _finish_complete_run(self) -> Any:
+        """Evaluate a run that has done all of its epochs; write the files it lacks."""
+        logger.info("The run in %s is complete: nothing to resume", self.cfg.OUTPUT_DIR)
+        if self._resumed.get(UNEVALUATED):
+            with EventStorage(self._first_step) as self.storage:
+                self._evaluate_resumed_epoch()
+            return self._last_eval_results if comm.is_main_process() else None
+        if not (Path(self.cfg.OUTPUT_DIR) / f"{FINAL}.pth").exists():
+            # The run was killed between the last epoch's best and final checkpoints.
+            self.checkpointer.save(FINAL, **self._resumed)
+        return self.test(self.cfg, self.model)
+
+    def _evaluate_resumed_epoch(self) -> None:
+        """Evaluate the epoch whose evaluation failed, or was killed, after it was saved."""
+        self.epoch = self.start_epoch - 1
+        self.iter = self.storage.iter = self._first_step - 1
+        for hook in self._hooks:
+            if isinstance(hook, CheckpointHook):
+                hook.before_train()
+            if isinstance(hook, EvaluationHook | CheckpointHook):
+                hook.after_epoch()
+        self.iter = self.storage.iter = self._first_step
 
     def _train_epochs(self) -> None:
         """Run FastReID's loop; it starts inside an epoch if the run was stopped there."""
@@ -425,6 +420,16 @@ class SelConTrainer(DefaultTrainer):
             steps_per_epoch=self.iters_per_epoch,
             resume_by="resume_or_load(resume=True)",
         )
+
+    def save_before_evaluation(self) -> None:
+        """Save the epoch that an evaluation follows, which may fail or be killed.
+
+        An epoch before the last one is saved as a stopped run: a run that resumes from it
+        evaluates it. The last one gets its final name.
+        """
+        last = self.epoch + 1 == self.max_epoch
+        name = FINAL if last else STOPPED
+        self.checkpointer.save(name, epoch=self.epoch, **{UNEVALUATED: True})
 
     def _save_stopped(self, steps_done: int) -> None:
         self.checkpointer.save(STOPPED, epoch=self.epoch - 1, steps_done=steps_done)
@@ -476,14 +481,7 @@ class SelConTrainer(DefaultTrainer):
     ) -> tuple[Any, ReidEvaluator]:
         """Build FastReID's evaluator, with the camera term if the config enables it."""
         loader, num_query = cls.build_test_loader(cfg, dataset_name)
-        record = {"items": loader.dataset.img_items, "name": dataset_name}
-        loader = ProgressLoader(loader, f"Evaluation on {dataset_name}")
-        if not cfg.MODEL.SELCON.TEST_CAMERA_TERM:
-            return loader, RecordingEvaluator(cfg, num_query, output_dir, **record)
-        num_cameras = max(loader.dataset.cams) + 1
-        return loader, CameraTermEvaluator(
-            cfg, num_query, output_dir, num_cameras=num_cameras, **record
-        )
+        return evaluator_of(cfg, dataset_name, loader, num_query, output_dir)
 
     @staticmethod
     def auto_scale_hyperparams(cfg: CfgNode, num_classes: int) -> CfgNode:
