@@ -124,6 +124,9 @@ def _refuse_zip_bomb(file: Any) -> None:
 
     PyTorch stores tensors without compression, one after another. A file that expands was
     written by another program, possibly to fill the memory of the reader.
+
+    Raises:
+        ValueError: If it expands.
     """
     expanded, size = _zip_sizes(file)
     if expanded > size:

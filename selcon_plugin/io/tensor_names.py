@@ -57,8 +57,8 @@ def unwrapped_state(state: Mapping[str, Any]) -> dict[str, Any]:
         (double, _), *_ = Counter(map(unwrapped_name, state)).most_common(1)
         names = [name for name in state if unwrapped_name(name) == double]
         raise ValueError(
-            f"the weights contain {' and '.join(names)}, which name the same tensor: remove "
-            "all but one of them"
+            f"the weights contain {' and '.join(names)}, which name the same tensor: "
+            "remove all but one of them"
         )
     metadata = getattr(state, "_metadata", None)
     if metadata is not None:
