@@ -60,7 +60,7 @@ def model(
 def endless_loop() -> Any:
     body = helper.make_graph(
         [
-            helper.make_node("Identity", ["go"], ["go_on"]),
+            helper.make_node("Identity", ["go"], ["still"]),
             helper.make_node("Identity", ["x"], ["y"]),
         ],
         "body",
@@ -69,7 +69,7 @@ def endless_loop() -> Any:
             helper.make_tensor_value_info("go", onnx.TensorProto.BOOL, []),
             tensor("x"),
         ],
-        [helper.make_tensor_value_info("go_on", onnx.TensorProto.BOOL, []), tensor("y")],
+        [helper.make_tensor_value_info("still", onnx.TensorProto.BOOL, []), tensor("y")],
     )
     true = numpy_helper.from_array(np.array(True), "true")
     one = numpy_helper.from_array(np.array(1.0, np.float32), "one")
