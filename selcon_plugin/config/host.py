@@ -36,7 +36,7 @@ from selcon_plugin.config.loading import (
 from selcon_plugin.io.atomic import save_atomically
 from selcon_plugin.models.inference import InferenceNetwork
 from selcon_plugin.models.pretrained import read_state_dict
-from selcon_plugin.models.state_keys import unwrapped_name, without_method
+from selcon_plugin.models.state_keys import without_method
 
 
 class Host(ABC):
@@ -333,8 +333,7 @@ class Host(ABC):
             checkpoint: Path of the checkpoint.
             target: File to write or replace.
         """
-        state = without_method(read_state_dict(Path(checkpoint)))
-        network = {unwrapped_name(name): tensor for name, tensor in state.items()}
+        network = without_method(read_state_dict(Path(checkpoint)))
         save_atomically({self.checkpoint_key: network}, target)
 
     def extract(self, cfg: Any, output: str | Path) -> tuple[int, int]:

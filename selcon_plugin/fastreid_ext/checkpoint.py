@@ -12,12 +12,12 @@ from selcon_plugin.engine.best_weights import BEST_FILE
 from selcon_plugin.fastreid_ext.meta_arch import SelCon
 from selcon_plugin.io.atomic import remove_partial_files, save_atomically, write_atomically
 from selcon_plugin.io.safe_loading import MIN_LOADED_RATIO
+from selcon_plugin.io.tensor_names import unwrapped_name
 from selcon_plugin.models.state_keys import (
     METHOD_PREFIX,
     RUN_PREFIXES,
     TEACHER_PREFIX,
     is_method_state,
-    unwrapped_name,
     without_method,
 )
 from selcon_plugin.runs.checkpoints import first_readable, newest_first, read_checkpoint

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from selcon_plugin.inference.onnx_safety import check_onnx
+from selcon_plugin.models.pillow_resize import PILLOW_FILTERS
 from selcon_plugin.models.preprocessing import Preprocessing
 
 # Metadata entries that a reader needs; each value is JSON.
@@ -24,6 +26,7 @@ SIZE, MEAN, STD, FILTER, DIM = (
 )
 INSIDE = "preprocessing_inside"
 INPUT, OUTPUT = "images", "features"
+_MAX_SIDE = 4096
 
 
 def import_extra(module: str) -> Any:
@@ -54,8 +57,9 @@ class OnnxNetwork:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ImportError: If onnxruntime is not installed.
-        ValueError: If it is another kind of file, or was not written by the plugin.
+        ImportError: If onnx or onnxruntime is not installed.
+        ValueError: If it is another kind of file, was not written by the plugin, or could
+            run without bound; see :func:`selcon_plugin.inference.onnx_safety.check_onnx`.
 
     Attributes:
         preprocessing: Resizing and normalization of the images.
@@ -69,13 +73,15 @@ class OnnxNetwork:
         if not isinstance(file, bytes) and not Path(file).is_file():
             raise FileNotFoundError(f"there is no file {name}")
         runtime = import_extra("onnxruntime")
+        content = file if isinstance(file, bytes) else Path(file).read_bytes()
+        check_onnx(import_extra("onnx"), content, name)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         usable = runtime.get_available_providers()
         wanted = ["CUDAExecutionProvider", "CPUExecutionProvider"]
         try:
             self._session = runtime.InferenceSession(
-                file if isinstance(file, bytes) else name,
+                content,  # what was checked; by its path it could read other files
                 options,
                 providers=[name for name in wanted if name in usable],
             )
@@ -85,17 +91,12 @@ class OnnxNetwork:
             raise ValueError(f"{name} cannot be run as ONNX: {reason}") from error
         self.metadata = _decoded(self._session.get_modelmeta().custom_metadata_map)
         try:
-            self.preprocessing = Preprocessing(
-                size=tuple(self.metadata[SIZE]),
-                interpolation=self.metadata[FILTER],
-                pixel_mean=tuple(self.metadata[MEAN]),
-                pixel_std=tuple(self.metadata[STD]),
-            )
+            self.preprocessing = _preprocessing(self.metadata)
             self.dim, self.inside = int(self.metadata[DIM]), bool(self.metadata[INSIDE])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{name} has no metadata about the preprocessing of images: write it with "
-                "selcon export"
+                f"{name} has no valid metadata about the preprocessing of images "
+                f"({type(error).__name__}: {error}): write it with selcon export"
             ) from error
 
     def embed_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -112,6 +113,18 @@ class OnnxNetwork:
             images = self.preprocessing.normalize(torch.from_numpy(pixels)).numpy()
         features: NDArray[np.float32] = self._session.run([OUTPUT], {INPUT: images})[0]
         return features
+
+
+def _preprocessing(metadata: Mapping[str, Any]) -> Preprocessing:
+    height, width = (int(side) for side in metadata[SIZE])
+    mean, std = (tuple(float(x) for x in metadata[key]) for key in (MEAN, STD))
+    if not (0 < height <= _MAX_SIDE and 0 < width <= _MAX_SIDE):
+        raise ValueError(f"{SIZE} is {metadata[SIZE]}")
+    if len(mean) != 3 or len(std) != 3 or not np.isfinite([*mean, *std]).all() or 0 in std:
+        raise ValueError(f"{MEAN} is {mean}, {STD} is {std}")
+    if metadata[FILTER] not in PILLOW_FILTERS:
+        raise ValueError(f"{FILTER} is {metadata[FILTER]!r}")
+    return Preprocessing((height, width), metadata[FILTER], mean, std)
 
 
 def _decoded(metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import re
 import tarfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -39,10 +41,11 @@ def load_data(file: Any, map_location: Any = "cpu") -> Any:
         Tensors, numbers, text and containers of them.
 
     Raises:
-        ValueError: If the file contains anything else, or is damaged; the message names
-            the file.
+        ValueError: If the file contains anything else, is damaged, or expands to more than
+            its size; the message names the file.
         OSError: If the file cannot be opened.
     """
+    _refuse_zip_bomb(file)
     try:
         with _allow_command_lines():
             return _torch_load(file, map_location=map_location, weights_only=True)
@@ -114,6 +117,40 @@ def safe_extraction() -> Iterator[None]:
         yield
     finally:
         tarfile.TarFile.extraction_filter = before
+
+
+def _refuse_zip_bomb(file: Any) -> None:
+    """Refuse an archive whose directory states more bytes than the file has.
+
+    PyTorch stores tensors without compression, one after another. A file that expands was
+    written by another program, possibly to fill the memory of the reader.
+
+    Raises:
+        ValueError: If it expands.
+    """
+    expanded, size = _zip_sizes(file)
+    if expanded > size:
+        raise ValueError(
+            f"{_name(file)} expands from {size:,} to {expanded:,} bytes, which no file of "
+            "torch.save does: it is not read. If you trust it, unpack it and save its "
+            "tensors with torch.save"
+        )
+
+
+def _zip_sizes(file: Any) -> tuple[int, int]:
+    """Return the stated size of an archive's content and the file's; 0 for other files."""
+    if isinstance(file, (str, Path)):
+        with open(file, "rb") as stream:
+            return _zip_sizes(stream)
+    start = file.tell()
+    try:
+        with zipfile.ZipFile(file) as archive:
+            expanded = sum(entry.file_size for entry in archive.infolist())
+        return expanded, file.seek(0, io.SEEK_END)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+        return 0, 0  # PyTorch's former formats, or damaged: it has the reason
+    finally:
+        file.seek(start)
 
 
 def _allow_command_lines() -> AbstractContextManager[Any]:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from selcon_plugin.models.state_keys import is_method_state, unwrapped_name
+from selcon_plugin.io.tensor_names import unwrapped_name
+from selcon_plugin.models.state_keys import is_method_state
 
 # A message lists so many names; the others are counted.
 _SHOWN = 5

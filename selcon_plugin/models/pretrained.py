@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from selcon_plugin.io.safe_loading import MIN_LOADED_RATIO, load_data
+from selcon_plugin.io.tensor_names import unwrapped_state
 
 __all__ = ["efficientnet_lite_state_dict", "load_weights", "read_state_dict"]
 
@@ -59,9 +60,9 @@ _LITE_OTHER_STAGES = {
     "_bn2": "bn3",
 }
 
-# Prefixes that training frameworks add to a backbone's own parameter names: DataParallel,
-# FastReID, and timm models wrapped as `TimmBackbone`.
-_WRAPPER_PREFIXES = ("module.", "backbone.", "model.")
+# Prefixes that training frameworks add to a backbone's own parameter names: FastReID, and
+# timm models wrapped as `TimmBackbone`.
+_WRAPPER_PREFIXES = ("backbone.", "model.")
 _NAMES_IN_LOG = 6
 
 
@@ -112,11 +113,12 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             a checkpoint that has one under ``"state_dict"`` or ``"model"``.
 
     Returns:
-        Tensors by their names in the file.
+        Tensors by their names in the file, without those of wrappers such as data
+        parallelism.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file cannot be read, or holds no tensors.
+        ValueError: If the file cannot be read, holds no tensors, or holds one twice.
     """
     path = Path(path)
     if not path.is_file():
@@ -128,19 +130,23 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             content = inner
             break
     entries = content.items() if isinstance(content, Mapping) else ()
-    tensors = {name: value for name, value in entries if isinstance(value, Tensor)}
+    tensors = {
+        name: value
+        for name, value in entries
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
     if not tensors:
         raise ValueError(
             f"{path} holds no weights: expected tensors by name, at the top level or under "
             '"state_dict" or "model"'
         )
-    return tensors
+    return unwrapped_state(tensors)
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
     """Copy the tensors of ``state_dict`` into ``model`` where name and shape agree.
 
-    The prefixes ``module.``, ``backbone.`` and ``model.`` are removed first. If names or
+    The prefixes ``backbone.`` and ``model.`` are removed first. If names or
     shapes still differ and the model is from timm, timm's own conversion is tried, which
     for example resizes position embeddings. The log reports which tensors were loaded and
     which were not. ``model`` is changed in place.

@@ -10,18 +10,14 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from selcon_plugin.io.tensor_names import unwrapped_name, unwrapped_state
+
 METHOD_PREFIX = "method."
 TEACHER_PREFIX = "teacher."
 # Prefixes of the modules that a run adds to the network.
 RUN_PREFIXES = (METHOD_PREFIX, TEACHER_PREFIX)
 # The teacher's copies of backbone and head.
 _TEACHER_WEIGHTS = f"{TEACHER_PREFIX}module."
-_PARALLEL_PREFIX = "module."
-
-
-def unwrapped_name(name: str) -> str:
-    """Return a tensor's name without the prefix of PyTorch's data parallelism."""
-    return name.removeprefix(_PARALLEL_PREFIX)
 
 
 def is_method_state(name: str) -> bool:
@@ -56,7 +52,7 @@ def network_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         >>> network_weights(state)
         {'heads.w': 2}
     """
-    plain = {unwrapped_name(name): tensor for name, tensor in state.items()}
+    plain = unwrapped_state(state)
     student = {k: v for k, v in plain.items() if not k.startswith(RUN_PREFIXES)}
     teacher = {
         name.removeprefix(_TEACHER_WEIGHTS): tensor

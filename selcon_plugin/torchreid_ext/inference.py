@@ -13,7 +13,6 @@ from selcon_plugin.config.checks import check_name
 from selcon_plugin.models.inference import InferenceNetwork, load_all_tensors
 from selcon_plugin.models.preprocessing import Preprocessing
 from selcon_plugin.models.pretrained import read_state_dict
-from selcon_plugin.models.state_keys import unwrapped_name
 from selcon_plugin.models.timm import TIMM_PREFIX, create_timm_backbone
 from selcon_plugin.models.torchreid import build_plain_model, torchreid_model_names
 from selcon_plugin.torchreid_ext.train import build_model
@@ -59,7 +58,7 @@ def load_network(
         pixel_std=_pixels(cfg.data.norm_std),
     )
     file = Path(weights).expanduser()
-    state = {unwrapped_name(name): t for name, t in read_state_dict(file).items()}
+    state = read_state_dict(file)
     method = ""
     model: nn.Module
     if any(key.startswith("backbone.") for key in state):

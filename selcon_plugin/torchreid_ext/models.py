@@ -35,7 +35,7 @@ from selcon_plugin.models.preprocessing import (
     Preprocessing,
 )
 from selcon_plugin.models.pretrained import load_weights, read_state_dict
-from selcon_plugin.models.state_keys import RUN_PREFIXES, network_weights, unwrapped_name
+from selcon_plugin.models.state_keys import RUN_PREFIXES, network_weights
 from selcon_plugin.models.timm import TIMM_PREFIX, create_timm_backbone
 from selcon_plugin.models.torchreid import (
     MODEL_PREFIX,
@@ -250,8 +250,7 @@ def load_network(model: SelConModel, file: str) -> None:
         ValueError: If the file belongs to another model. ``FileNotFoundError`` if it does
             not exist.
     """  # noqa: DOC502  (raised by the functions called here)
-    read = read_state_dict(Path(file).expanduser())
-    state = {unwrapped_name(name): tensor for name, tensor in read.items()}
+    state = read_state_dict(Path(file).expanduser())
     if not any(key.startswith("backbone.") for key in state):
         rest = _initialize_head(model.heads, state)
         load_weights(cast(nn.Module, model.backbone.model), rest, file)

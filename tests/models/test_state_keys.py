@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from selcon_plugin.io.tensor_names import unwrapped_name
 from selcon_plugin.models.state_keys import (
     is_method_state,
     network_weights,
-    unwrapped_name,
     without_method,
 )
 
@@ -21,7 +21,7 @@ STATE = {
 }
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "module.module.", "_orig_mod.module."])
 def test_weights_of_the_teacher_replace_those_of_the_student(prefix):
     found = network_weights({prefix + name: tensor for name, tensor in STATE.items()})
     assert {name: float(tensor) for name, tensor in found.items()} == {
@@ -35,9 +35,27 @@ def test_state_of_another_network_is_unchanged():
     assert network_weights(state) == state
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "module.module.", "_orig_mod.module."])
 def test_only_the_state_of_the_method_is_left_out(prefix):
     state = {prefix + name: tensor for name, tensor in STATE.items()}
     kept = without_method(state)
     assert [unwrapped_name(name) for name in kept] == [*STATE][:-1]
     assert not any(is_method_state(name) for name in kept)
+
+
+def test_only_wrappers_are_removed_from_a_name():
+    names = {
+        "module.module.conv.weight": "conv.weight",
+        "_orig_mod.module.conv.weight": "conv.weight",
+        "module.backbone._orig_mod.conv.weight": "backbone.conv.weight",
+        "backbone.module.weight": "backbone.module.weight",
+        "teacher.module.heads.w": "teacher.module.heads.w",
+        "modules.0.weight": "modules.0.weight",
+    }
+    assert {name: unwrapped_name(name) for name in names} == names
+
+
+def test_one_tensor_under_two_names_is_refused():
+    state = {"module.w": torch.tensor(1.0), "module.module.w": torch.tensor(2.0)}
+    with pytest.raises(ValueError, match=r"module\.w and module\.module\.w"):
+        network_weights(state)
