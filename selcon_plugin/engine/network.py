@@ -167,20 +167,8 @@ class EmbeddingNetwork(nn.Module):
         Raises:
             TypeError: If the head does not return embeddings.
         """
-        if images.device != self.device:  # tracing a copy would fix the device for good
-            images = images.to(self.device)
-        if not self.images_normalized:
-            images = self._normalize(images)
-        size = (images.shape[2], images.shape[3])
-        backbone, heads = self.backbone, self.heads
-        if self.teacher is not None and not self.training and not student:
-            network = self.teacher.module
-            assert isinstance(network, nn.ModuleDict)
-            backbone, heads = network["backbone"], network["heads"]
-        feature_map = backbone(images)
-        if not isinstance(backbone, ModelBackbone):  # these already return a feature map
-            feature_map = as_feature_map(feature_map, size)
-        embeddings = heads(feature_map)
+        _, heads = self._parts(student)
+        embeddings = heads(self.feature_map(images, student=student))
         if not isinstance(embeddings, Embeddings):
             raise TypeError(
                 "the head must return selcon_plugin.Embeddings, as GlobalPartEmbedding "
@@ -188,6 +176,35 @@ class EmbeddingNetwork(nn.Module):
                 f"{type(self.heads).__name__} returned {type(embeddings).__name__}"
             )
         return embeddings
+
+    def feature_map(self, images: Tensor, *, student: bool = False) -> Tensor:
+        """Compute the map of which the head computes the embeddings.
+
+        Args:
+            images: Images, as for :meth:`embed`.
+            student: As for :meth:`embed`.
+
+        Returns:
+            The feature map, shape ``(B, F, h, w)``.
+        """
+        if images.device != self.device:  # tracing a copy would fix the device for good
+            images = images.to(self.device)
+        if not self.images_normalized:
+            images = self._normalize(images)
+        size = (images.shape[2], images.shape[3])
+        backbone, _ = self._parts(student)
+        feature_map: Tensor = backbone(images)
+        if not isinstance(backbone, ModelBackbone):  # these already return a feature map
+            feature_map = as_feature_map(feature_map, size)
+        return feature_map
+
+    def _parts(self, student: bool) -> tuple[nn.Module, nn.Module]:
+        """Return backbone and head in use, which may be those of the teacher."""
+        if self.teacher is None or self.training or student:
+            return self.backbone, self.heads
+        network = self.teacher.module
+        assert isinstance(network, nn.ModuleDict)
+        return network["backbone"], network["heads"]
 
     def _normalize(self, pixels: Tensor) -> Tensor:
         return (pixels - self.pixel_mean) / self.pixel_std

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from selcon_plugin.distributed import rank
+from selcon_plugin.io.streams import is_terminal
 from selcon_plugin.runs.results import peak_gpu_memory_mib, peak_memory_mib
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ _LOGGERS = ["", "selcon_plugin"]
 
 def on_terminal() -> bool:
     """Return whether bars are shown: on the main process, if all output is a terminal."""
-    return rank() == 0 and sys.stdout.isatty() and sys.stderr.isatty()
+    return rank() == 0 and is_terminal(sys.stdout) and is_terminal(sys.stderr)
 
 
 def protect_bars_from(logger_name: str) -> None:

@@ -7,6 +7,7 @@ training (``loss``) and for videos (``video``) have no effect here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, get_args
@@ -21,13 +22,20 @@ from selcon_plugin.config.checks import (
     flatten_config,
     is_checked,
     mark_checked,
+    value_of,
 )
 from selcon_plugin.config.keys import CAMERA_PATTERN, EMBEDDING_DIM, ConfigKeys
 from selcon_plugin.datasets import SyntheticPersonsSpec
 from selcon_plugin.options import Choice, Interval, option_table, options_of
 from selcon_plugin.torchreid_ext.models import Pool
+from selcon_plugin.torchreid_ext.run_arguments import (
+    CONFIG_KEYS,
+    DISTANCES,
+    check_run_values,
+)
 
 _FROM_0, _FROM_1 = Interval(0), Interval(1)
+_BELOW_1 = Interval(0, 1, below=True)
 # The plugin's keys in the format of torchreid's config.
 KEYS = ConfigKeys(
     "selcon",
@@ -155,7 +163,6 @@ _HOST_KEYS: dict[str, dict[str, Any]] = {
 _OPTIMIZERS = ("adam", "amsgrad", "sgd", "rmsprop", "radam")
 _SCHEDULES = ("single_step", "multi_step", "cosine")
 _TRANSFORMS = ("random_flip", "random_crop", "random_patch", "color_jitter", "random_erase")
-_DISTANCES = ("euclidean", "cosine")
 # torchreid's keys whose invalid values it detects late, or without naming the key.
 HOST_OPTIONS = option_table(
     {
@@ -174,12 +181,21 @@ HOST_OPTIONS = option_table(
             _FROM_1,
             "batches between printed lines, if no progress bar is shown",
         ),
+        "train.gamma": (0.1, _FROM_0, "factor of each step of the schedule"),
+        "train.base_lr_mult": (0.1, _FROM_0, "factor of the rate of pretrained layers"),
+        "sgd.momentum": (0.9, _BELOW_1, "momentum of SGD and RMSprop"),
+        "sgd.dampening": (0.0, _FROM_0, "dampening of SGD's momentum"),
+        "rmsprop.alpha": (0.99, _BELOW_1, "smoothing of RMSprop"),
+        "adam.beta1": (0.9, _BELOW_1, "decay of Adam's first moment"),
+        "adam.beta2": (0.999, _BELOW_1, "decay of Adam's second moment"),
+        "data.k_tfm": (1, _FROM_1, "augmented copies of an image; one is used here"),
+        "data.split_id": (0, _FROM_0, "split of a data set that has several"),
         "data.height": (256, _FROM_1, "height of the network's input"),
         "data.width": (128, _FROM_1, "width of the network's input"),
         "data.workers": (4, _FROM_0, "processes that read images"),
         "sampler.num_instances": (4, _FROM_1, "images K of each cluster in a batch"),
         "test.batch_size": (100, _FROM_1, "images in a batch of extraction and evaluation"),
-        "test.dist_metric": ("euclidean", Choice(_DISTANCES), "distance of the evaluation"),
+        "test.dist_metric": ("euclidean", Choice(DISTANCES), "distance of the evaluation"),
     }
 )
 _DEFAULT_SEED = _HOST_KEYS["train"]["seed"]
@@ -245,6 +261,10 @@ def complete_config(cfg: CfgNode) -> CfgNode:
 def _check_host_keys(cfg: CfgNode) -> None:
     """Refuse values on which torchreid would fail late, or without naming the key."""
     check_values(cfg, HOST_OPTIONS)
+    check_run_values(run_arguments(cfg), keys=CONFIG_KEYS)
+    _check_stepsize(cfg.train)
+    for key in ("norm_mean", "norm_std"):
+        _check_channels(f"data.{key}", cfg.data[key], positive=key == "norm_std")
     transforms = cfg.data.transforms
     for name in [transforms] if isinstance(transforms, str) else transforms:
         check_name("data.transforms", name, _TRANSFORMS)
@@ -254,6 +274,38 @@ def _check_host_keys(cfg: CfgNode) -> None:
         raise ValueError(
             "selcon.ghost_batch_size must be 0 (off) or at least 2, got 1: one image has "
             "no batch statistics"
+        )
+
+
+def run_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """Return the arguments of torchreid's ``run`` in a config, by name."""
+    return {name: value_of(cfg, key) for name, key in CONFIG_KEYS.items()}
+
+
+def _check_stepsize(train: CfgNode) -> None:
+    if train.lr_scheduler == "cosine":
+        return  # it has no steps
+    steps, several = train.stepsize, train.lr_scheduler == "multi_step"
+    listed = list(steps) if isinstance(steps, (list, tuple)) else [steps]
+    whole = [isinstance(s, int) and not isinstance(s, bool) and s >= 1 for s in listed]
+    rising = listed == sorted(set(listed)) if all(whole) else False
+    if not listed or not rising or (several and listed is not steps and listed != steps):
+        raise ValueError(
+            f"train.stepsize must be {'increasing epochs' if several else 'an epoch'} >= 1 "
+            f"for train.lr_scheduler {train.lr_scheduler!r}, such as "
+            f"{[20, 40] if several else [20]}, got {steps!r}"
+        )
+
+
+def _check_channels(key: str, values: Any, *, positive: bool) -> None:
+    numbers = isinstance(values, (list, tuple)) and [
+        isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+        for v in values
+    ]
+    if numbers != [True] * 3 or (positive and min(values) <= 0):
+        raise ValueError(
+            f"{key} must be three{' positive' if positive else ''} numbers, one for each "
+            f"channel, got {values!r}"
         )
 
 

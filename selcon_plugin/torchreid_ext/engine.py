@@ -7,8 +7,7 @@ import inspect
 import logging
 import os
 import sys
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +44,16 @@ from selcon_plugin.torchreid_ext.data import (
     IndexedReIDImages,
     training_images,
 )
-from selcon_plugin.torchreid_ext.evaluation import EvaluationEngine
+from selcon_plugin.torchreid_ext.layers import stage_rates
 from selcon_plugin.torchreid_ext.messages import messages_shown
 from selcon_plugin.torchreid_ext.models import fit_to_method, load_whole, with_head
 from selcon_plugin.torchreid_ext.options import EngineOptions
+from selcon_plugin.torchreid_ext.script_engine import ScriptEngine
 
 logger = logging.getLogger(__name__)
 
 
-class ImageSelConEngine(EvaluationEngine):
+class ImageSelConEngine(ScriptEngine):
     """Engine for label-free training with torchreid's data manager, model and optimizer.
 
     Constructor and :meth:`run` are used like those of ``ImageSoftmaxEngine``; evaluation,
@@ -83,6 +83,8 @@ class ImageSelConEngine(EvaluationEngine):
         use_gpu: Whether to use a GPU, as in torchreid.
         num_instances: Images of each cluster in a batch.
         head: Arguments of :class:`SelConModel` for a model without our head.
+        new_layers: Layers with the rate of new layers, if the optimizer has staged rates
+            and torchreid found none of them; the classifier is the head.
         checkpoint_period: Epochs between checkpoints; 0 for only the last epoch.
         checked: Options that were checked with a config, in place of ``method``,
             ``clustering`` and ``options``.
@@ -114,6 +116,7 @@ class ImageSelConEngine(EvaluationEngine):
         *,
         num_instances: int = 4,
         head: Mapping[str, Any] | None = None,
+        new_layers: str | Sequence[str] = "classifier",
         checkpoint_period: int = 1,
         checked: EngineOptions | None = None,
         **options: Any,
@@ -127,6 +130,7 @@ class ImageSelConEngine(EvaluationEngine):
             model, optimizer, scheduler, datamanager, dict(head or {})
         )
         fit_to_method(self._network, self._method_name)
+        stage_rates(optimizer, self._network, new_layers)
         # An evaluation without training uses this weight as well.
         self._network.global_distance_weight = self._method_options.get(
             "global_distance_weight", self._network.global_distance_weight
@@ -148,7 +152,6 @@ class ImageSelConEngine(EvaluationEngine):
         self._training = self._build_run(images)
         self.meter = RunMeter()
         self.num_clusters: int | None = None
-        self.start_epoch = 0
         self._losses_seen = LossAverage()
         self._steps_done = 0  # steps done of the epoch to start with
         self._signals = StopSignals()
@@ -257,9 +260,13 @@ class ImageSelConEngine(EvaluationEngine):
             *args: As in torchreid.
             **kwargs: As in torchreid; ``start_epoch`` defaults to the result of
                 :meth:`resume`.
-        """
+
+        Raises:
+            ValueError: If an argument is invalid; nothing was trained or written then.
+        """  # noqa: DOC502  (raised by the functions called here)
         call = inspect.signature(super().run).bind(save_dir, max_epoch, *args, **kwargs)
         call.arguments.setdefault("start_epoch", self.start_epoch)
+        self.check_run(call.arguments)
         self._save_dir = self._training.folder = save_dir
         if call.arguments["start_epoch"] != self.start_epoch:
             self._steps_done = 0  # they belong to another epoch
@@ -269,8 +276,10 @@ class ImageSelConEngine(EvaluationEngine):
                 # torchreid would save the end of the run as its first epoch.
                 logger.info("The run is complete: nothing to train")
                 call.arguments |= {"test_only": True, "rerank": False}
-            tests_only = call.arguments.get("test_only")
-            if tests_only:
+                self._step = max_epoch * len(
+                    self.train_loader
+                )  # its evaluation is recorded
+            if call.arguments.get("test_only"):
                 super().run(*call.args, **call.kwargs)
                 return
             for folder in (Path(save_dir), Path(save_dir) / "model"):
@@ -288,7 +297,7 @@ class ImageSelConEngine(EvaluationEngine):
         Args:
             print_freq: Batches between printed lines.
             fixbase_epoch: Epochs in which only ``open_layers`` are trained.
-            open_layers: Names of parts of the model: ``"heads"``, ``"backbone"``.
+            open_layers: Names of layers: ``"heads"``, ``"backbone"``, or torchreid's.
         """
         with self.meter.running():
             if not self._ready:
@@ -315,6 +324,7 @@ class ImageSelConEngine(EvaluationEngine):
             if self.epoch + 1 == self.max_epoch:
                 self._end_of_training()
         done, period = self.epoch + 1, self._checkpoint_period
+        self._epochs_trained, self._unsaved = done, True
         if period and done % period == 0 and done < self.max_epoch:
             self.save_model(self.epoch, 0.0, self._save_dir)
 
@@ -322,17 +332,6 @@ class ImageSelConEngine(EvaluationEngine):
         self._training.score_final_epoch(self.max_epoch)
         if self._options.tensorboard_pictures:
             self._training.write_pictures(self._save_dir, self._step)
-
-    def update_lr(self, names: Any = None) -> None:
-        """Advance the schedule by an epoch, as torchreid's ``update_lr``.
-
-        Args:
-            names: As in torchreid.
-        """
-        with warnings.catch_warnings():
-            # An earlier part of the run may have taken all steps of the epoch.
-            warnings.filterwarnings("ignore", "Detected call of .lr_scheduler")
-            super().update_lr(names)
 
     def forward_backward(self, data: dict[str, Any]) -> dict[str, float]:
         """Train on one batch.
@@ -407,6 +406,8 @@ class ImageSelConEngine(EvaluationEngine):
         append_metrics(self._save_dir, self._step, measured)
 
     def _before_evaluation(self) -> None:
+        if self._unsaved:  # an evaluation may fail
+            self.save_model(self.epoch, 0.0, self._save_dir)
         self._add_teacher()
 
     # --- checkpoints ----------------------------------------------------------------------
@@ -425,6 +426,7 @@ class ImageSelConEngine(EvaluationEngine):
             is_best: Whether to save it as ``model-best.pth.tar`` too.
         """
         keep = self._options.keep_checkpoints
+        self._unsaved = False
         checkpoint = self._checkpoint(epoch + 1, rank1)
         write_checkpoint(checkpoint, save_dir, epoch + 1, is_best=is_best, keep=keep)
 
@@ -488,7 +490,7 @@ class ImageSelConEngine(EvaluationEngine):
             if part is not None and entry.get(name):
                 part.load_state_dict(entry[name])
         self.num_clusters = entry["num_clusters"]
-        self.start_epoch = int(checkpoint["epoch"])
+        self.start_epoch = self._epochs_trained = int(checkpoint["epoch"])
         self._steps_done = entry.get("steps_done", 0)
         logger.info("Resumed from %s, at epoch %d", file, self.start_epoch + 1)
         return self.start_epoch

@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from selcon_plugin.compat.torchreid import import_torchreid
@@ -17,6 +18,8 @@ from selcon_plugin.torchreid_ext.data import check_test_sets
 
 logger = logging.getLogger(__name__)
 
+_RANKS = (1, 5, 10, 20)  # torchreid's default
+_RECORDED_RANKS = (1, 5, 10)
 _Engine: Any = import_torchreid().engine.Engine
 
 
@@ -43,6 +46,10 @@ class EvaluationEngine(_Engine):
             if len(loaders["query"].dataset)
         }
         check_test_sets(self.test_loader)
+        self._scopes = {
+            name: EvaluationScope.of(name, datamanager.test_dataset[name])
+            for name in self.test_loader
+        }
         for loaders in self.test_loader.values():
             for loader in loaders.values():
                 loader.worker_init_fn = ignore_stop_signals
@@ -52,6 +59,27 @@ class EvaluationEngine(_Engine):
 
     def _before_evaluation(self) -> None:
         """Prepare the network for evaluation; the base class does nothing."""
+
+    def check_test_arguments(self, arguments: Mapping[str, Any]) -> None:
+        """Report ranks that a small gallery does not have, before the evaluation.
+
+        Args:
+            arguments: Arguments of torchreid's ``test``.
+        """
+        ranks = arguments.get("ranks", _RANKS)
+        level = logging.INFO if tuple(ranks) == _RANKS else logging.WARNING
+        for scope in self._scopes.values():
+            last = scope.last_rank(arguments.get("use_metric_cuhk03", False))
+            beyond = [rank for rank in ranks if rank > last]
+            if beyond:
+                logger.log(
+                    level,
+                    "Rank %s of %s is not reported: a query is compared with %d gallery "
+                    "images or persons only",
+                    ", ".join(map(str, beyond)),
+                    scope.name,
+                    last,
+                )
 
     def test(self, *args: Any, **kwargs: Any) -> float:
         """Evaluate on the test sets, as torchreid's ``test``.
@@ -74,9 +102,13 @@ class EvaluationEngine(_Engine):
         self, dataset_name: str = "", ranks: Sequence[int] = (1,), **kwargs: Any
     ) -> tuple[float, float]:
         # torchreid fails on ranks beyond the remaining images of a small gallery.
-        test_set = self.datamanager.test_dataset[dataset_name]
-        smallest = _smallest_gallery(test_set)
-        ranks = [rank for rank in ranks if rank <= smallest]
+        test_set, scope = (
+            self.datamanager.test_dataset[dataset_name],
+            self._scopes[dataset_name],
+        )
+        last = scope.last_rank(kwargs.get("use_metric_cuhk03", False))
+        ranks = [rank for rank in ranks if rank <= last]
+        scope.report()
         for side in ("query", "gallery"):
             name = f"Evaluation on {dataset_name}, {side}"
             kwargs[f"{side}_loader"] = ProgressLoader(kwargs[f"{side}_loader"], name)
@@ -86,11 +118,16 @@ class EvaluationEngine(_Engine):
                 queries = rank_queries(distance, test_set["query"], test_set["gallery"])
                 write_ranked(self._save_dir, dataset_name, queries)
 
-        with _ranks_up_to(smallest, record):
+        with _ranks_up_to(last, record) as curve:
             rank1, mean_ap = super()._evaluate(
                 dataset_name=dataset_name, ranks=ranks, **kwargs
             )
-        found = {"mAP": 100.0 * float(mean_ap), "Rank-1": 100.0 * float(rank1)}
+        found = {"mAP": 100.0 * float(mean_ap)}
+        found |= {
+            f"Rank-{rank}": 100.0 * float(curve[rank - 1])
+            for rank in _RECORDED_RANKS
+            if rank <= len(curve)
+        }
         self.results[dataset_name] = found
         if self._step:
             prefix = f"{dataset_name}/" if len(self.test_loader) > 1 else ""
@@ -99,36 +136,102 @@ class EvaluationEngine(_Engine):
         return rank1, mean_ap
 
 
-def _smallest_gallery(test_set: Mapping[str, Any]) -> int:
-    """Return the smallest number of gallery images per query.
+@dataclass(frozen=True)
+class EvaluationScope:
+    """Scope of the metrics of a test set by Market-1501's protocol.
 
-    A query is not compared with the images of its own identity and camera.
+    A query is not compared with the images of its own identity and camera, and a query
+    without another image of its identity is left out.
+
+    Attributes:
+        name: Name of the test set.
+        num_queries: Number of queries.
+        num_matched: Queries with a match in the gallery.
+        num_images: Smallest number of gallery images that such a query is compared with.
+        num_persons: Number of persons in the gallery.
     """
-    seen = Counter((pid, camid) for _, pid, camid, *_ in test_set["gallery"])
-    own = max(seen[pid, camid] for _, pid, camid, *_ in test_set["query"])
-    return len(test_set["gallery"]) - own
+
+    name: str
+    num_queries: int
+    num_matched: int
+    num_images: int
+    num_persons: int
+
+    @classmethod
+    def of(cls, name: str, test_set: Mapping[str, Any]) -> EvaluationScope:
+        """Measure a test set.
+
+        Args:
+            name: Name of the test set.
+            test_set: Entries ``query`` and ``gallery`` with path, identity and camera of
+                each image.
+
+        Returns:
+            The scope.
+
+        Raises:
+            ValueError: If no query has a match.
+        """
+        gallery = [(pid, camid) for _, pid, camid, *_ in test_set["gallery"]]
+        same, persons = Counter(gallery), Counter(pid for pid, _ in gallery)
+        queries = [(pid, camid) for _, pid, camid, *_ in test_set["query"]]
+        own = [same[query] for query in queries if persons[query[0]] > same[query]]
+        if not own:
+            raise ValueError(
+                f"the test set {name} measures nothing: none of its {len(queries)} queries "
+                f"has an image of the same person from another camera among the "
+                f"{len(gallery)} gallery images. Name another one in data.targets, or set "
+                "data.targets to [] (in a script targets=[]) to train without a test set"
+            )
+        return cls(name, len(queries), len(own), len(gallery) - max(own), len(persons))
+
+    def last_rank(self, by_person: bool) -> int:
+        """Return the last rank that every query has.
+
+        Args:
+            by_person: Whether one image of each person is ranked (CUHK03's metric).
+        """
+        return self.num_persons if by_person else self.num_images
+
+    def report(self) -> None:
+        """Log how many queries are left out, if there are any."""
+        if self.num_matched < self.num_queries:
+            logger.warning(
+                "%d of the %d queries of %s have no match from another camera in the "
+                "gallery: the metrics are those of the other %d",
+                self.num_queries - self.num_matched,
+                self.num_queries,
+                self.name,
+                self.num_matched,
+            )
 
 
 @contextlib.contextmanager
-def _ranks_up_to(last: int, record: Callable[[Any], None]) -> Iterator[None]:
+def _ranks_up_to(last: int, record: Callable[[Any], None]) -> Iterator[list[float]]:
     """Restrict torchreid's metrics to the ranks that every query has.
 
     Args:
         last: The last such rank.
         record: Called with the distances; the evaluation continues if it fails.
+
+    Yields:
+        List that the evaluation fills with the accuracy of each rank, 0 to 1.
     """
     metrics = import_torchreid().metrics
     evaluate = metrics.evaluate_rank
+    curve: list[float] = []
 
     def bounded(*args: Any, max_rank: int = 50, **kwargs: Any) -> Any:
         try:
             record(args[0])
         except Exception as error:
             logger.warning("The ranked results could not be written: %s", error)
-        return evaluate(*args, max_rank=max(1, min(max_rank, last)), **kwargs)
+        found = evaluate(*args, max_rank=max(1, min(max_rank, last)), **kwargs)
+        curve[:] = found[0].tolist()
+        return found
 
     metrics.evaluate_rank = bounded
     try:
-        yield
+        yield curve
     finally:
         metrics.evaluate_rank = evaluate

@@ -128,15 +128,26 @@ class SelConModel(EmbeddingNetwork):
         )
         self._pending_state: dict[str, Tensor] = {}
 
-    def forward(self, images: Tensor) -> Embeddings | Tensor:
+    @property
+    def holds_run(self) -> bool:
+        """Return whether it contains banks and labels, or keeps them for the method."""
+        return self.method is not None or bool(self._pending_state)
+
+    def forward(
+        self, images: Tensor, return_featuremaps: bool = False
+    ) -> Embeddings | Tensor:
         """Compute embeddings (training) or test features (evaluation).
 
         Args:
             images: Images, normalized by torchreid's loaders, shape ``(B, 3, h, w)``.
+            return_featuremaps: Whether to return the feature map instead, as torchreid's
+                models do for its tool ``visualize_actmap.py``.
 
         Returns:
-            Embeddings, or unit vectors ``(B, C + S*D)``.
+            Embeddings, or unit vectors ``(B, C + S*D)``, or the map ``(B, F, h, w)``.
         """
+        if return_featuremaps:
+            return self.feature_map(images)
         embeddings = self.embed(images)
         return embeddings if self.training else self.test_feature(embeddings)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,12 @@ from selcon_plugin.torchreid_ext.config import KEYS
 
 # Options of a run that belong to the model, which is a separate object in torchreid.
 MODEL_OPTIONS = ("num_parts", "project_global", "ghost_batch_size", "wave_block")
+# Arguments of the engines that are named, in addition to options.
+_ARGUMENTS = ("method", "clustering", "num_instances", "head", "checkpoint_period")
+# Arguments of torchreid's ImageSoftmaxEngine and ImageTripletEngine.
+_SUPERVISED = ("label_smooth", "margin", "weight_t", "weight_x")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,13 +89,15 @@ class EngineOptions:
         own, run = method_options(method), run_options()
         for name in ("method", *MODEL_OPTIONS):
             del run[name]
-        given = accept_renamed(options)
+        given = _without_supervised(accept_renamed(options), own)
         of_method = {name: value for name, value in given.items() if name not in run}
         unknown = [name for name in of_method if name not in own]
         if unknown:
+            close = difflib.get_close_matches(unknown[0], [*own, *run, *_ARGUMENTS], n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
             raise ValueError(
-                f"ImageSelConEngine has no option {unknown[0]} with the method {method}. "
-                f"Its options are {', '.join(run)}; those of the method are "
+                f"ImageSelConEngine has no option {unknown[0]} with the method {method}: "
+                f"{hint}Its options are {', '.join(run)}; those of the method are "
                 f"{', '.join(own)}"
             )
         of_run = {name: value for name, value in given.items() if name in run}
@@ -98,6 +108,27 @@ class EngineOptions:
         if "seed" in own:
             arguments["seed"] = checked.seed
         return cls(checked, arguments, *_read_clustering(clustering))
+
+
+def _without_supervised(options: dict[str, Any], own: Iterable[str]) -> dict[str, Any]:
+    """Leave out arguments of torchreid's supervised engines, and name them in a warning.
+
+    Args:
+        options: Arguments of a script.
+        own: Options of the method.
+
+    Returns:
+        The other arguments.
+    """
+    unused = [name for name in options if name in _SUPERVISED and name not in own]
+    if unused:
+        logger.warning(
+            "%s of torchreid's supervised engines %s no effect: the loss is that of the "
+            "method",
+            ", ".join(unused),
+            "has" if len(unused) == 1 else "have",
+        )
+    return {name: value for name, value in options.items() if name not in unused}
 
 
 def _read_clustering(

@@ -19,7 +19,7 @@ from selcon_plugin.io.atomic import write_atomically
 from selcon_plugin.io.safe_loading import safe_extraction
 from selcon_plugin.methods import method_class
 from selcon_plugin.runs.results import delete_results, write_results
-from selcon_plugin.torchreid_ext.config import complete_config
+from selcon_plugin.torchreid_ext.config import complete_config, run_arguments
 from selcon_plugin.torchreid_ext.datasets import (
     image_dataset_names,
     register_image_folder,
@@ -32,6 +32,7 @@ from selcon_plugin.torchreid_ext.models import (
     load_network,
 )
 from selcon_plugin.torchreid_ext.options import EngineOptions
+from selcon_plugin.torchreid_ext.run_arguments import CONFIG_KEYS
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +170,8 @@ def build_engine(cfg: CfgNode) -> ImageSelConEngine:
     model: nn.Module = build_model(cfg)
     if torch.cuda.device_count() > 1 and cfg.use_gpu:
         model = nn.DataParallel(model)
+    # torchreid finds only direct parts of a model; the engine finds other names.
+    direct = train.new_layers in ("heads", ["heads"])
     optimizer = torchreid.optim.build_optimizer(
         model,
         optim=train.optim,
@@ -181,7 +184,7 @@ def build_engine(cfg: CfgNode) -> ImageSelConEngine:
         adam_beta1=cfg.adam.beta1,
         adam_beta2=cfg.adam.beta2,
         staged_lr=train.staged_lr,
-        new_layers=train.new_layers,
+        new_layers=train.new_layers if direct else [],
         base_lr_mult=train.base_lr_mult,
     )
     scheduler = torchreid.optim.build_lr_scheduler(
@@ -198,6 +201,7 @@ def build_engine(cfg: CfgNode) -> ImageSelConEngine:
         scheduler,
         use_gpu=cfg.use_gpu,
         num_instances=cfg.sampler.num_instances,
+        new_layers=train.new_layers,
         checkpoint_period=node.checkpoint_period,
         checked=EngineOptions.of_config(cfg),
     )
@@ -231,36 +235,20 @@ def run_config(cfg: CfgNode, *, resume: bool = False) -> ImageSelConEngine:
     engine = build_engine(cfg)
     if test.evaluate and not engine.test_loader:
         raise ValueError("data.targets has no test images: there is nothing to evaluate on")
-    engine.start_epoch = train.start_epoch
+    arguments = run_arguments(cfg)
     if cfg.model.resume:
-        engine.resume(cfg.model.resume)
+        arguments["start_epoch"] = engine.resume(cfg.model.resume)
     elif resume and not test.evaluate:
         try:
-            engine.resume(folder)
+            arguments["start_epoch"] = engine.resume(folder)
         except FileNotFoundError:
             logger.info("There is no checkpoint in %s: the training starts over", folder)
+    engine.check_run(arguments, keys=CONFIG_KEYS)
     if not test.evaluate:
         delete_results(folder)
         # FastReID's runs write it under the same name.
         write_atomically(cfg.dump(), Path(folder, "config.yaml"))
-    engine.run(
-        folder,
-        train.max_epoch,
-        start_epoch=engine.start_epoch,
-        print_freq=train.print_freq,
-        fixbase_epoch=train.fixbase_epoch,
-        open_layers=train.open_layers,
-        start_eval=test.start_eval,
-        eval_freq=test.eval_freq,
-        test_only=test.evaluate,
-        dist_metric=test.dist_metric,
-        normalize_feature=test.normalize_feature,
-        visrank=test.visrank,
-        visrank_topk=test.visrank_topk,
-        use_metric_cuhk03=cfg.cuhk03.use_metric_cuhk03,
-        ranks=test.ranks,
-        rerank=test.rerank,
-    )
+    engine.run(folder, **arguments)
     if not test.evaluate:
         write_results(
             folder,

@@ -30,6 +30,7 @@ from selcon_plugin.hosts import TrainedNetwork, find_network
 from selcon_plugin.inference.embedder import Embedder, choose_device
 from selcon_plugin.inference.folder_features import FolderFeatures
 from selcon_plugin.io.atomic import write_atomically
+from selcon_plugin.io.streams import is_terminal
 from selcon_plugin.methods import method_names
 from selcon_plugin.metrics.label_free import LabelFreeQuality, label_free_quality
 from selcon_plugin.workflows.cluster_folder import fingerprint
@@ -322,7 +323,7 @@ class _Measure:
             self._items,
             batch_size=self._settings.batch_size,
             num_workers=self._settings.num_workers,
-            show_progress=sys.stderr.isatty(),
+            show_progress=is_terminal(sys.stderr),
         )
         if self._paths not in (None, found.paths):
             raise ValueError(

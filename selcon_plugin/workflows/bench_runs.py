@@ -20,6 +20,7 @@ from selcon_plugin.config.host_data import RunFiles
 from selcon_plugin.engine.progress import duration
 from selcon_plugin.hosts import get_host
 from selcon_plugin.io.locks import exclusive
+from selcon_plugin.io.streams import is_terminal
 from selcon_plugin.runs.results import RESULTS_FILE
 from selcon_plugin.workflows.bench_table import METRICS, Outcome, Run
 from selcon_plugin.workflows.terminal import echo, show_status
@@ -105,7 +106,7 @@ def _train(run: Run, title: str, lock: int | None) -> str:
     log = run.folder / (host.run_files.log or _CONSOLE)
     log_start, console_start = _size(log), _size(console)
     epochs = run.settings[host.run_keys.epochs]
-    if not sys.stdout.isatty():
+    if not is_terminal(sys.stdout):
         echo(f"{title}: started, output in {console}")
     started = time.monotonic()
     with console.open("ab") as stream:

@@ -32,6 +32,7 @@ from selcon_plugin.engine.estimates import (
 from selcon_plugin.inference.embedder import Embedder, choose_device
 from selcon_plugin.inference.folder_features import FolderFeatures
 from selcon_plugin.io.atomic import write_atomically
+from selcon_plugin.io.streams import is_terminal
 from selcon_plugin.report.sheets import SheetRow, contact_sheet
 from selcon_plugin.workflows.folder_clusters import (
     FolderClusters,
@@ -204,7 +205,7 @@ def _compute_features(
         items,
         batch_size=batch_size,
         num_workers=num_workers,
-        show_progress=sys.stderr.isatty(),
+        show_progress=is_terminal(sys.stderr),
     )
 
 

@@ -29,6 +29,7 @@ from selcon_plugin.engine.progress import duration
 from selcon_plugin.engine.threads import reserve_cpu_core
 from selcon_plugin.hosts import DEFAULT_HOST, get_host, quiet_import
 from selcon_plugin.io.atomic import write_atomically
+from selcon_plugin.io.streams import is_terminal
 from selcon_plugin.report import finish_run
 from selcon_plugin.report.sheets import loss_curve, ranked_sheet
 from selcon_plugin.workflows.logs import quiet_logging
@@ -139,7 +140,7 @@ def _render_data(demo: Demo) -> None:
         echo(f"      rendering {count} images ...")
     processes = min(os.cpu_count() or 1, _MAX_RENDERING_PROCESSES)
     generate_synthetic_persons(
-        root, spec, num_workers=processes, progress=sys.stderr.isatty()
+        root, spec, num_workers=processes, progress=is_terminal(sys.stderr)
     )
     echo(
         f"      {spec.num_train_images} training images, {spec.num_test_images} test "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import sys
 
+from selcon_plugin.io.streams import is_terminal
+
 __all__ = ["echo", "show_status"]
 
 
@@ -17,7 +19,7 @@ def echo(text: str) -> None:
 
 def show_status(text: str) -> None:
     """Show a status line on the terminal until the next text replaces it."""
-    if sys.stdout.isatty():
+    if is_terminal(sys.stdout):
         width = shutil.get_terminal_size().columns - 1
         sys.stdout.write(f"\r\x1b[K{text[:width]}")
         sys.stdout.flush()

@@ -45,9 +45,12 @@ def results_by_hand(engine, *, rerank=False):
         of_gallery[0],
         of_query[1],
         of_gallery[1],
+        max_rank=10,
         use_cython=False,
     )
-    return {"mAP": 100 * mean_ap, "Rank-1": 100 * cmc[0]}
+    return {"mAP": 100 * mean_ap} | {
+        f"Rank-{rank}": 100 * cmc[rank - 1] for rank in (1, 5, 10)
+    }
 
 
 def test_results_are_torchreids_metrics_of_the_models_features(make_engine, tmp_path):
@@ -77,7 +80,7 @@ def test_gallery_that_leaves_queries_different_numbers_of_images(make_engine, tm
     (query, q_pids, q_cams), (gallery, g_pids, g_cams) = (
         features_by_hand(engine, split, "uneven") for split in ("query", "gallery")
     )
-    precisions, first, lengths = [], [], set()
+    precisions, ranks, lengths = [], [], set()
     for feature, pid, camid in zip(query, q_pids, q_cams, strict=True):
         distance = (gallery - feature).square().sum(dim=1)
         others = [
@@ -88,9 +91,12 @@ def test_gallery_that_leaves_queries_different_numbers_of_images(make_engine, tm
         lengths.add(len(others))
         places = [place for place, match in enumerate(others) if match]
         precisions.append(np.mean([(n + 1) / (p + 1) for n, p in enumerate(places)]))
-        first.append(others[0])
+        ranks.append([any(others[:rank]) for rank in (1, 5, 10)])
     assert len(lengths) > 1
-    expected = {"mAP": 100 * np.mean(precisions), "Rank-1": 100 * np.mean(first)}
+    accuracies = 100 * np.mean(ranks, axis=0)
+    expected = {"mAP": 100 * np.mean(precisions)} | {
+        f"Rank-{rank}": found for rank, found in zip((1, 5, 10), accuracies, strict=True)
+    }
     assert engine.results["uneven"] == pytest.approx(expected)
 
 

@@ -1,0 +1,95 @@
+"""torchreid's arguments of a run: checked early, and read as its scripts mean them."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from selcon_plugin.torchreid_ext.evaluation import EvaluationEngine
+from selcon_plugin.torchreid_ext.layers import find_layers, open_only
+from selcon_plugin.torchreid_ext.models import SelConModel
+from selcon_plugin.torchreid_ext.run_arguments import check_run_arguments, check_start
+
+logger = logging.getLogger(__name__)
+
+
+class ScriptEngine(EvaluationEngine):
+    """Engine that torchreid's scripts can run with the arguments of their configs.
+
+    Args:
+        datamanager: Data manager of torchreid.
+        use_gpu: Whether to use a GPU, as in torchreid.
+    """
+
+    _network: SelConModel
+
+    def __init__(self, datamanager: Any, use_gpu: bool) -> None:
+        super().__init__(datamanager, use_gpu)
+        self.start_epoch = 0
+        self._epochs_trained = 0
+        self._checked: dict[str, Any] = {}  # arguments of the last check
+        self._unsaved = False  # whether the weights changed since the last checkpoint
+
+    def check_run(
+        self, arguments: Mapping[str, Any], *, keys: Mapping[str, str] | None = None
+    ) -> None:
+        """Refuse arguments of a run before it changes anything.
+
+        Args:
+            arguments: Arguments of :meth:`run` by name.
+            keys: Names to use in error messages, such as config keys.
+
+        Raises:
+            ValueError: If an argument is invalid; the message names it.
+        """  # noqa: DOC502  (raised by the functions called here)
+        given = {name: value for name, value in arguments.items() if name != "save_dir"}
+        if given == self._checked:
+            return  # the caller of run() has checked them
+        self._checked = given
+        check_run_arguments(arguments, keys=keys)
+        self.check_test_arguments(arguments)
+        if arguments.get("test_only"):
+            return
+        start_epoch = arguments.get("start_epoch", self.start_epoch)
+        trained: int | None = self._epochs_trained
+        if not trained and self._network.holds_run:
+            trained = None  # torchreid's resume_from_checkpoint does not tell the engine
+        check_start(start_epoch, arguments["max_epoch"], trained)
+        layers = arguments.get("open_layers")
+        if arguments.get("fixbase_epoch") and layers is not None:
+            find_layers(
+                self._network, layers, key=(keys or {}).get("open_layers", "open_layers")
+            )
+
+    def two_stepped_transfer_learning(
+        self, epoch: int, fixbase_epoch: int, open_layers: Any, model: Any = None
+    ) -> None:
+        """Freeze all but the open layers in the first epochs, as torchreid does.
+
+        Args:
+            epoch: Index of the epoch, from 0.
+            fixbase_epoch: Epochs with frozen layers.
+            open_layers: Names of the layers to train, as for :func:`find_layers`; None
+                freezes nothing.
+            model: As in torchreid.
+        """
+        if epoch >= fixbase_epoch or open_layers is None:
+            super().two_stepped_transfer_learning(epoch, 0, None, model)
+            return
+        logger.info(
+            "Only %s is trained (epoch %d of %d)", open_layers, epoch + 1, fixbase_epoch
+        )
+        open_only(self._network, find_layers(self._network, open_layers))
+
+    def update_lr(self, names: Any = None) -> None:
+        """Advance the schedule by an epoch, as torchreid's ``update_lr``.
+
+        Args:
+            names: As in torchreid.
+        """
+        with warnings.catch_warnings():
+            # An earlier part of the run may have taken all steps of the epoch.
+            warnings.filterwarnings("ignore", "Detected call of .lr_scheduler")
+            super().update_lr(names)
