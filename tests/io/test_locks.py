@@ -3,14 +3,25 @@
 import errno
 import logging
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import filelock
+import pytest
 
-from selcon_plugin.io.locks import exclusive
+from selcon_plugin.io import locks
+from selcon_plugin.io.locks import (
+    LOCK_NAMES,
+    InUseError,
+    exclusive,
+    owned_file,
+    owned_folder,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,7 +78,7 @@ def test_second_process_waits_and_names_the_file(tmp_path, caplog):
         # The first process removed its file: this lock is of the next one.
         assert os.path.samestat(os.fstat(descriptor), path.stat())
         assert process.wait() == 0
-    assert f"Another process holds {path}" in caplog.text
+    assert f"Process {process.pid} on {socket.gethostname()} holds {path}" in caplog.text
     process.stdout.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -122,3 +133,159 @@ def test_file_system_without_locks(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", fail)
     with exclusive(tmp_path / ".lock") as descriptor:
         assert descriptor is None
+
+
+OWN = """
+import sys
+from selcon_plugin.io.locks import owned_file, owned_folder
+with (owned_file if sys.argv[2] == "file" else owned_folder)(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def own(path, kind="folder"):
+    process = subprocess.Popen(
+        [sys.executable, "-c", OWN, str(path), kind],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_second_owner_is_refused_at_once_with_the_first_one_and_a_remedy(tmp_path, kind):
+    owned = owned_folder if kind == "folder" else owned_file
+    process = own(tmp_path / "out", kind)
+    began = time.monotonic()
+    with pytest.raises(InUseError) as refused, owned(tmp_path / "out"):
+        pytest.fail("two owners")
+    assert time.monotonic() - began < 1
+    for part in (
+        str(tmp_path / "out"),
+        f"process {process.pid} on {socket.gethostname()}, since 20",
+        "stop it",
+        "another output",
+    ):
+        assert part in str(refused.value)
+    # A refusal leaves the owner's record and lock.
+    with (
+        pytest.raises(InUseError, match=f"process {process.pid} "),
+        owned(tmp_path / "out"),
+    ):
+        pass
+    process.communicate()
+    with owned(tmp_path / "out"):
+        pass
+    assert [file.name for file in tmp_path.rglob("*")] == ["out"] * (kind == "folder")
+
+
+def test_output_of_a_killed_owner_is_taken_over(tmp_path):
+    process = own(tmp_path)
+    process.kill()
+    process.communicate()
+    assert {file.name for file in tmp_path.iterdir()} == set(LOCK_NAMES[:2])
+    with owned_folder(tmp_path):
+        assert str(os.getpid()) in (tmp_path / LOCK_NAMES[1]).read_text()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_owner_is_one_process(tmp_path):
+    with (
+        owned_folder(tmp_path),
+        pytest.raises(InUseError, match=str(os.getpid())),
+        owned_folder(tmp_path),
+    ):
+        pass
+    child = os.fork()
+    if not child:
+        time.sleep(30)
+        os._exit(0)
+    try:  # a worker process of an owner that was killed does not hold its output
+        with owned_folder(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_owner_without_flock(tmp_path, monkeypatch, number):
+    import fcntl
+
+    def fail(*_):
+        raise OSError(number, "no flock")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with (
+        owned_folder(tmp_path),
+        pytest.raises(InUseError, match=f"process {os.getpid()} "),
+        owned_folder(tmp_path),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    # Left by a process of this host that is dead.
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / LOCK_NAMES[2]).write_text(f"{dead.pid}\n{socket.gethostname()}\n")
+    with owned_folder(tmp_path):
+        pass
+    # On another host nobody can see whether it lives.
+    (tmp_path / LOCK_NAMES[2]).write_text(f"{dead.pid}\nelsewhere\n")
+    with pytest.raises(InUseError, match=r"in use.*delete .*soft"), owned_folder(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_owner_on_another_host_of_a_file_system_whose_locks_are_local(
+    tmp_path, monkeypatch, alive
+):
+    record = tmp_path / LOCK_NAMES[1]
+    record.write_text(
+        '{"pid": 7, "host": "elsewhere", "started": "2026-01-02 03:04:05", "command": "x"}'
+    )
+    monkeypatch.setattr(locks, "_SILENT_SECONDS", 0.2)
+    if alive:
+        times = iter(range(100))
+        monkeypatch.setattr(locks, "_modified", lambda _: next(times))
+        with pytest.raises(InUseError) as refused, owned_folder(tmp_path):
+            pass
+        assert "process 7 on elsewhere, since 2026-01-02 03:04:05" in str(refused.value)
+        assert f"delete {record}" in str(refused.value)
+        assert record.exists()
+    else:
+        with owned_folder(tmp_path):
+            assert "elsewhere" not in record.read_text()
+
+
+def test_owner_refreshes_its_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "_BEAT_SECONDS", 0.01)
+    with owned_folder(tmp_path):
+        record = tmp_path / LOCK_NAMES[1]
+        os.utime(record, (0, 0))
+        for _ in range(200):
+            if record.stat().st_mtime > 0:
+                break
+            time.sleep(0.01)
+        assert record.stat().st_mtime > 0
+
+
+def test_command_of_an_owner_is_safe_to_print(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/a/selcon", "train", "a\x1b[31m\udcff\n", "b"])
+    assert locks.Owner().command == "selcon train a?[31m?? b"
+
+
+def test_wait_ends_after_its_time_with_the_owner(tmp_path):
+    path = tmp_path / ".lock"
+    process = hold(path)
+    with pytest.raises(InUseError) as refused, exclusive(path, timeout=0.2):
+        pytest.fail("two owners")
+    assert f"Process {process.pid} on " in str(refused.value)
+    assert str(path) in str(refused.value)
+    process.communicate()
+    with exclusive(path, timeout=0.2):
+        pass
+    assert list(tmp_path.iterdir()) == []
