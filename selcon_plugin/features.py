@@ -12,11 +12,100 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
+
+# Half precision changes the length of a unit vector by some 1e-3.
+_LENGTH_TOLERANCE = 1e-2
+# Squared distances between longer vectors may be infinite in single precision.
+_MAX_LENGTH = 1e18
+
+
+class BadFeaturesError(ValueError):
+    """Error for features that cannot be compared; the message names the first bad row."""
+
+
+def check_features(
+    features: Any,
+    *,
+    source: str,
+    rows: int | None = None,
+    dim: int | None = None,
+    unit: bool = True,
+) -> NDArray[np.float32]:
+    """Refuse features that would give wrong similarities.
+
+    Every place that takes features from outside calls this function: networks, files,
+    callers and evaluators.
+
+    Args:
+        features: Array, tensor or nested list of floating-point numbers ``(N, D)``.
+        source: Start of the message, such as the file that contains the features.
+        rows: Required number N; None for any.
+        dim: Required dimension D; None for any above 0.
+        unit: Whether every row must have length 1, up to the rounding of half precision.
+
+    Returns:
+        The features in float32, shape ``(N, D)``.
+
+    Raises:
+        BadFeaturesError: If the type, the shape or a value is wrong.
+    """
+    array = _as_array(features, source)
+    wanted = f"({'N' if rows is None else rows}, {'D' if dim is None else dim})"
+    fits = array.ndim == 2 and array.shape[1] > 0
+    fits = fits and rows in (None, len(array)) and dim in (None, array.shape[1])
+    if not fits:
+        raise BadFeaturesError(
+            f"{source}: features must have shape {wanted}, got {array.shape}. Compute them "
+            "again with the network that belongs to them"
+        )
+    if array.dtype.kind != "f":
+        raise BadFeaturesError(
+            f"{source}: features must be floating-point numbers, got {array.dtype}"
+        )
+    with np.errstate(over="ignore"):
+        array = np.ascontiguousarray(array, dtype=np.float32)
+    # One pass over the values: a sum of squares is finite only if all values are.
+    lengths = np.sqrt(np.einsum("nd,nd->n", array, array, dtype=np.float64))
+    _check_lengths(lengths, source, unit=unit)
+    return array
+
+
+def _as_array(features: Any, source: str) -> NDArray[Any]:
+    if isinstance(features, Tensor):
+        features = features.detach().cpu()
+        if features.dtype == torch.bfloat16:  # unknown to NumPy
+            features = features.float()
+    try:
+        return np.asarray(features)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BadFeaturesError(
+            f"{source}: features must be an array of shape (N, D): {error}"
+        ) from error
+
+
+def _check_lengths(lengths: NDArray[np.float64], source: str, *, unit: bool) -> None:
+    bad = np.flatnonzero(~(lengths < _MAX_LENGTH))
+    if len(bad):
+        raise BadFeaturesError(
+            f"{source}: {len(bad)} of {len(lengths)} features are not finite, the first in "
+            f"row {bad[0]}. Check the weights and the precision of the network"
+        )
+    if not unit:
+        return
+    bad = np.flatnonzero(np.abs(lengths - 1.0) > _LENGTH_TOLERANCE)
+    if len(bad):
+        raise BadFeaturesError(
+            f"{source}: {len(bad)} of {len(lengths)} features are not unit vectors, the "
+            f"first in row {bad[0]} with length {lengths[bad[0]]:.4g}. Divide each row by "
+            "its length; a row of zeros cannot be compared"
+        )
 
 
 class Embeddings(NamedTuple):

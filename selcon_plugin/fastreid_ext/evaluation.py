@@ -14,6 +14,7 @@ from fastreid.utils import comm
 from torch import Tensor
 
 from selcon_plugin.engine.progress import ProgressLoader
+from selcon_plugin.features import BadFeaturesError, check_features
 from selcon_plugin.runs.ranked import rank_queries, write_ranked
 
 logger = logging.getLogger(__name__)
@@ -68,16 +69,43 @@ class RecordingEvaluator(ReidEvaluator):
         self._items = items
         self._name = name
 
+    def process(self, inputs: dict[str, Any], outputs: Tensor) -> None:
+        """Check and keep a batch of features.
+
+        Args:
+            inputs: Batch of the loader.
+            outputs: Features, one row per image.
+
+        Raises:
+            BadFeaturesError: If they are not finite, or not one row per image.
+        """  # noqa: DOC502  (raised by the functions called here)
+        check_features(
+            outputs,
+            source=f"evaluation on {self._name}",
+            rows=len(inputs["targets"]),
+            unit=False,
+        )
+        super().process(inputs, outputs)
+
     def evaluate(self) -> Any:
         """Evaluate as FastReID does, and record ranked results.
 
         Returns:
             FastReID's results.
+
+        Raises:
+            BadFeaturesError: If there is not one feature per image of the test set.
         """
         # The distances, re-ranked or not, are passed to this function and stored nowhere.
         evaluate_rank = rank.evaluate_rank
 
         def recorded(distance: Any, *args: Any, **kwargs: Any) -> Any:
+            expected = (self._num_query, len(self._items) - self._num_query)
+            if tuple(distance.shape) != expected:
+                raise BadFeaturesError(
+                    f"{self._name}: features of {tuple(distance.shape)} queries and gallery "
+                    f"images were computed, but the test set has {expected}"
+                )
             self._record(distance)
             return evaluate_rank(distance, *args, **kwargs)
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 from fastreid.config import CfgNode
 
 from selcon_plugin.engine.image_check import readable_items, report_unreadable
 from selcon_plugin.fastreid_ext.data import IndexedDataset, training_items
 from selcon_plugin.fastreid_ext.embedding import extract_training_set
 from selcon_plugin.fastreid_ext.trainer import load_trained_model
+from selcon_plugin.features import check_features
+from selcon_plugin.io.atomic import replacing
 
 
 def extract_folder(cfg: CfgNode, output: str | Path) -> tuple[int, int]:
@@ -37,11 +40,14 @@ def extract_folder(cfg: CfgNode, output: str | Path) -> tuple[int, int]:
         what_happened="they are left out",
     )
     Path(output).parent.mkdir(parents=True, exist_ok=True)
-    with open(output, "wb") as stream:  # savez appends .npz to names with another suffix
+    usable = check_features(
+        features[torch.from_numpy(readable)], source=cfg.MODEL.WEIGHTS
+    )
+    with replacing(output) as stream:
         np.savez_compressed(
             stream,
             paths=np.array(dataset.paths)[readable],
             camids=np.array(dataset.camids)[readable],
-            features=features.numpy()[readable],
+            features=usable,
         )
     return int(readable.sum()), features.shape[1]

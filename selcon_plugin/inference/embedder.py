@@ -26,6 +26,7 @@ from selcon_plugin.datasets import ImageItem, read_image_folder
 from selcon_plugin.datasets.numbering import number_names
 from selcon_plugin.datasets.reading import ImageReadError, describe_faults, read_rgb
 from selcon_plugin.engine.image_check import check_unreadable_ratio
+from selcon_plugin.features import check_features
 from selcon_plugin.inference.folder_features import FolderFeatures
 from selcon_plugin.models.preprocessing import Preprocessing
 from selcon_plugin.renamed import accept_old_arguments
@@ -146,6 +147,7 @@ class Embedder:
 
         Raises:
             ImageReadError: If a file cannot be read.
+            BadFeaturesError: If the network does not return a unit vector per image.
             ValueError: If an array has another shape or type.
         """  # noqa: DOC502  (raised by the functions called here)
         _check_batch_size(batch_size)
@@ -187,6 +189,7 @@ class Embedder:
 
         Raises:
             BadImagesError: If more images are unreadable, or none is readable.
+            BadFeaturesError: If the network does not return a unit vector per image.
             FileNotFoundError: If there is no such folder.
             ValueError: If the folder contains no images.
         """  # noqa: DOC502  (raised by the functions called here)
@@ -221,6 +224,7 @@ class Embedder:
 
         Raises:
             BadImagesError: If more images are unreadable, or none is readable.
+            BadFeaturesError: If the network does not return a unit vector per image.
         """  # noqa: DOC502  (raised by the functions called here)
         _check_batch_size(batch_size)
         reader = _FolderReader([item.path for item in items], self.backend.preprocessing)
@@ -258,7 +262,15 @@ class Embedder:
         )
 
     def _embed(self, batches: Iterable[NDArray[np.uint8]]) -> NDArray[np.float32]:
-        features = [self.backend.embed_pixels(batch) for batch in batches]
+        features = [
+            check_features(
+                self.backend.embed_pixels(batch),
+                source=f"batch {number} of the network's output",
+                rows=len(batch),
+                dim=self.dim,
+            )
+            for number, batch in enumerate(batches, start=1)
+        ]
         if not features:
             return np.zeros((0, self.dim), dtype=np.float32)
         return np.concatenate(features)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from selcon_plugin.features import check_features
 from selcon_plugin.io.atomic import replacing
+
+# What NumPy raises for other files and for damaged ones.
+_DAMAGED = (
+    *(KeyError, ValueError, OSError, TypeError, EOFError, AttributeError),
+    *(NotImplementedError, MemoryError, zipfile.BadZipFile, zlib.error),
+)
 
 
 @dataclass(frozen=True)
@@ -20,11 +28,24 @@ class FolderFeatures:
         paths: Path of each image.
         camids: Camera of each image as 0, 1, ..., int64 ``(N,)``; -1 where unknown.
         features: Unit vectors, float32 ``(N, D)``.
+
+    Raises:
+        BadFeaturesError: If the features are not unit vectors, one per path.
+        ValueError: If there is not one camera per path.
     """
 
     paths: tuple[str, ...]
     camids: NDArray[np.int64]
     features: NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        """Check that the arrays belong together."""
+        check_features(self.features, source="the features", rows=len(self.paths))
+        if self.camids.shape != (len(self.paths),) or self.camids.dtype.kind not in "iu":
+            raise ValueError(
+                f"camids must be {len(self.paths)} whole numbers, one per path, got "
+                f"{self.camids.dtype} of shape {self.camids.shape}"
+            )
 
     def save(self, file: str | Path) -> None:
         """Write a NumPy file with the arrays ``paths``, ``camids`` and ``features``.
@@ -53,7 +74,8 @@ class FolderFeatures:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is not a file of features.
+            ValueError: If it is not a file of features, is damaged, or holds features that
+                are not unit vectors.
         """
         if not Path(file).is_file():
             raise FileNotFoundError(f"there is no feature file {file}")
@@ -61,12 +83,14 @@ class FolderFeatures:
             with np.load(file, allow_pickle=False) as arrays:
                 paths, camids = arrays["paths"], arrays["camids"]
                 features = arrays["features"]
-        except (KeyError, ValueError, OSError, TypeError, zipfile.BadZipFile) as error:
+        except _DAMAGED as error:
             raise ValueError(
-                f"{file} is not a feature file: create one with selcon extract"
+                f"{file} is not a feature file, or is damaged: create one with selcon extract"
             ) from error
-        if features.ndim != 2 or not len(paths) == len(camids) == len(features):
-            raise ValueError(f"{file} does not contain one feature and camera per path")
-        return cls(
-            tuple(paths.tolist()), camids.astype(np.int64), features.astype(np.float32)
-        )
+        if paths.ndim != 1 or paths.dtype.kind != "U" or not len(paths):
+            raise ValueError(f"{file} does not list the paths of images")
+        checked = check_features(features, source=str(file), rows=len(paths))
+        try:
+            return cls(tuple(paths.tolist()), camids, checked)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error

@@ -17,6 +17,8 @@ _PARTIAL = ".partial"
 def replacing(file: str | Path) -> Iterator[IO[bytes]]:
     """Write a file such that a kill or a crash leaves the previous file intact.
 
+    A symbolic or hard link of the name is replaced; its target is not written to.
+
     The content is on disk before the file gets its name, and the name is on disk before
     this returns, so a power failure loses neither.
 
@@ -28,7 +30,10 @@ def replacing(file: str | Path) -> Iterator[IO[bytes]]:
     """
     partial = f"{file}{_PARTIAL}"
     try:
-        with open(partial, "wb") as stream:
+        # A link of this name would let its target be overwritten.
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
+        with open(partial, "xb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -72,7 +77,7 @@ def remove_partial_files(folder: str | Path) -> None:
         folder: Folder of a run; may be missing.
     """
     for file in Path(folder).glob(f"*{_PARTIAL}"):
-        if file.is_file():
+        if file.is_file() or file.is_symlink():
             file.unlink(missing_ok=True)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
 
+from selcon_plugin.io.atomic import replacing
 from selcon_plugin.runs.metrics import read_metrics
 from selcon_plugin.runs.ranked import LabeledImages, rank_gallery
 from selcon_plugin.runs.sheets import (
@@ -179,7 +180,11 @@ def contact_sheet(
 def _save(sheet: Image.Image, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    sheet_format = Image.registered_extensions().get(path.suffix.lower())
+    if sheet_format is None:
+        raise ValueError(f"{path} must end with .png, .jpg or another suffix of images")
+    with replacing(path) as stream:
+        sheet.save(stream, sheet_format)
     return path
 
 

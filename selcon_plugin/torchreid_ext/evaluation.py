@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from selcon_plugin.compat.torchreid import import_torchreid
 from selcon_plugin.engine.progress import ProgressLoader
 from selcon_plugin.engine.stopping import ignore_stop_signals
+from selcon_plugin.features import check_features
 from selcon_plugin.runs.metrics import append_metrics
 from selcon_plugin.runs.ranked import rank_queries, write_ranked
 from selcon_plugin.torchreid_ext.data import check_test_sets
@@ -97,6 +100,22 @@ class EvaluationEngine(_Engine):
         self._before_evaluation()
         rank1: float = super().test(*args, **kwargs)
         return rank1
+
+    def extract_features(self, input: Tensor) -> Tensor:
+        """Compute and check the features of a batch of the test set.
+
+        Args:
+            input: Images, shape ``(B, 3, h, w)``.
+
+        Returns:
+            Features, shape ``(B, D)``.
+
+        Raises:
+            BadFeaturesError: If they are not finite, or not one row per image.
+        """  # noqa: DOC502  (raised by the functions called here)
+        features: Tensor = super().extract_features(input)
+        check_features(features, source="evaluation", rows=len(input), unit=False)
+        return features
 
     def _evaluate(
         self, dataset_name: str = "", ranks: Sequence[int] = (1,), **kwargs: Any

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from selcon_plugin.config.checks import make_output_folder, read_config_file
@@ -26,6 +25,7 @@ from selcon_plugin.config.host import Host
 from selcon_plugin.config.host_data import Adaptation
 from selcon_plugin.config.keys import own_method_options
 from selcon_plugin.datasets import ImageItem, read_image_folder
+from selcon_plugin.features import BadFeaturesError
 from selcon_plugin.hosts import TrainedNetwork, find_network
 from selcon_plugin.inference.embedder import Embedder, choose_device
 from selcon_plugin.inference.folder_features import FolderFeatures
@@ -306,11 +306,9 @@ class _Measure:
         if epochs in known:
             return
         try:
-            features = self._features(file, cfg)
-            finite = bool(np.isfinite(features.features).all())
-        except FloatingPointError:  # the weights are not finite
-            finite = False
-        quality = label_free_quality(features.features) if finite else None
+            quality = label_free_quality(self._features(file, cfg).features)
+        except (FloatingPointError, BadFeaturesError):  # e.g. weights that are not finite
+            quality = None
         # The path is absolute, as a later call may have another working directory.
         place = str(Path(file).expanduser().absolute())
         self._record.add(Candidate(epochs, place, quality))
@@ -336,7 +334,7 @@ class _Measure:
 
 def _summary(quality: LabelFreeQuality | None) -> str:
     if quality is None:
-        return "non-finite values, left out"
+        return "unusable features, left out"
     if quality.collapse:
         return f"quality 0: the features are collapsed, {quality.collapse}"
     return (

@@ -31,6 +31,7 @@ from selcon_plugin.clustering import (
 )
 from selcon_plugin.clustering.neighborhood import NeighborhoodSizes
 from selcon_plugin.config.checks import check_name
+from selcon_plugin.features import check_features
 from selcon_plugin.io.atomic import write_atomically
 
 __all__ = [
@@ -132,8 +133,10 @@ def cluster_features(
         The clusters, the largest numbered 0, with the measurements of the labeler.
 
     Raises:
+        BadFeaturesError: If the features are not unit vectors.
         ValueError: If the labeler or an option is unknown, or a value is illegal.
     """  # noqa: DOC502  (raised by the functions called here)
+    features = check_features(features, source="the features to cluster")
     values = {**default_options(labeler, len(features)), **(options or {})}
     clusterer = build_labeler(labeler, center_cameras=True, **values)
     found = clusterer(
