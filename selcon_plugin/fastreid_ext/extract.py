@@ -13,7 +13,7 @@ from selcon_plugin.fastreid_ext.data import IndexedDataset, training_items
 from selcon_plugin.fastreid_ext.embedding import extract_training_set
 from selcon_plugin.fastreid_ext.trainer import load_trained_model
 from selcon_plugin.features import check_features
-from selcon_plugin.io.atomic import replacing
+from selcon_plugin.io.atomic import make_folder, replacing
 
 
 def extract_folder(cfg: CfgNode, output: str | Path) -> tuple[int, int]:
@@ -39,7 +39,7 @@ def extract_folder(cfg: CfgNode, output: str | Path) -> tuple[int, int]:
         max_unreadable_ratio=cfg.MODEL.SELCON.MAX_UNREADABLE_RATIO,
         what_happened="they are left out",
     )
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(output).parent)
     usable = check_features(
         features[torch.from_numpy(readable)], source=cfg.MODEL.WEIGHTS
     )

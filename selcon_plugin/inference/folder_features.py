@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selcon_plugin.features import check_features
-from selcon_plugin.io.atomic import replacing
+from selcon_plugin.io.atomic import make_folder, replacing
+from selcon_plugin.io.integrity import verify_zip
 
 # What NumPy raises for other files and for damaged ones.
 _DAMAGED = (
@@ -53,7 +54,7 @@ class FolderFeatures:
         Args:
             file: File to write or replace; its folder is created.
         """
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(Path(file).parent)
         with replacing(file) as stream:
             np.savez_compressed(
                 stream,
@@ -79,6 +80,7 @@ class FolderFeatures:
         """
         if not Path(file).is_file():
             raise FileNotFoundError(f"there is no feature file {file}")
+        verify_zip(file, remedy="Create it again with selcon extract")
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 paths, camids = arrays["paths"], arrays["camids"]

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from selcon_plugin.io.integrity import DamagedFileError, verify_zip
+
 __all__ = ["data_only", "load_data", "loading_noted", "safe_extraction"]
 
 # A file with less than this fraction of the model's tensors belongs to another model.
@@ -33,6 +35,8 @@ _torch_load = torch.load
 def load_data(file: Any, map_location: Any = "cpu") -> Any:
     """Read a file written by ``torch.save`` without running code from it.
 
+    The checksums in the file, which ``torch.load`` ignores, are verified.
+
     Args:
         file: Path, or an open binary file.
         map_location: Argument of ``torch.load``.
@@ -41,15 +45,17 @@ def load_data(file: Any, map_location: Any = "cpu") -> Any:
         Tensors, numbers, text and containers of them.
 
     Raises:
-        ValueError: If the file contains anything else, is damaged, or expands to more than
-            its size; the message names the file.
+        ValueError: If the file contains anything else, or expands to more than its size;
+            the message names the file.
+        DamagedFileError: If it does not match its checksums; it is a ``ValueError``.
         OSError: If the file cannot be opened.
     """
     _refuse_zip_bomb(file)
     try:
+        verify_zip(file)
         with _allow_command_lines():
             return _torch_load(file, map_location=map_location, weights_only=True)
-    except OSError:
+    except (OSError, DamagedFileError):
         raise
     except Exception as error:
         # A damaged stream may raise any kind of error.

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
 
-from selcon_plugin.io.atomic import replacing
+from selcon_plugin.io.atomic import make_folder, replacing
 from selcon_plugin.runs.metrics import read_metrics
 from selcon_plugin.runs.ranked import LabeledImages, rank_gallery
 from selcon_plugin.runs.sheets import (
@@ -179,7 +179,7 @@ def contact_sheet(
 
 def _save(sheet: Image.Image, path: str | Path) -> Path:
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     sheet_format = Image.registered_extensions().get(path.suffix.lower())
     if sheet_format is None:
         raise ValueError(f"{path} must end with .png, .jpg or another suffix of images")
@@ -249,8 +249,9 @@ def loss_curve(
         right.set_ylabel("neighbor precision, %", color="tab:green")
         right.set_ylim(0.0, 100.0)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plot.savefig(path, dpi=120)
+    make_folder(path.parent)
+    with replacing(path) as stream:
+        plot.savefig(stream, dpi=120, format=path.suffix.lstrip(".") or "png")
     return path
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from selcon_plugin.clustering import PseudoLabels
 from selcon_plugin.clustering.quality import silhouette_samples
 from selcon_plugin.io.atomic import replacing
+from selcon_plugin.io.integrity import verify_zip
 
 EMBEDDING_RECORD = "embedding.npz"
 # Rows of ``EmbeddingRecord.counts``.
@@ -129,6 +130,7 @@ class EmbeddingRecord:
         if not file.is_file():
             raise FileNotFoundError(f"there is no {file}")
         try:
+            verify_zip(file, remedy="The next clustering of the run writes it again")
             # NumPy does not close a file that it opened if the archive is broken.
             with (
                 file.open("rb") as stream,
