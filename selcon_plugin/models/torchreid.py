@@ -9,7 +9,7 @@ name; the map is accessible in every model of torchreid 0.2.5.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,6 +38,7 @@ __all__ = [
     "add_to_model_factory",
     "build_plain_model",
     "create_torchreid_backbone",
+    "factory_name",
     "torchreid_model_names",
 ]
 
@@ -186,6 +187,37 @@ def _model_factory() -> dict[str, Callable[..., nn.Module]]:
         dict[str, Callable[..., nn.Module]],
         vars(import_torchreid().models)["__model_factory"],
     )
+
+
+def factory_name(model: nn.Module) -> str:
+    """Find the name in torchreid's factory that builds a model.
+
+    Args:
+        model: A model with any number of classes, before its layers are changed.
+
+    Returns:
+        The name; empty if the factory builds no model with the same layers.
+    """
+    factory, own = _model_factory(), list(_layers(model))
+    for name in torchreid_model_names():
+        # Models of another file need not be built.
+        if getattr(factory[name], "__module__", "") != type(model).__module__:
+            continue
+        for loss in ("softmax", "triplet"):
+            with torch.random.fork_rng(devices=[]), torch.device("meta"):
+                other = factory[name](
+                    num_classes=1, loss=loss, pretrained=False, use_gpu=False
+                )
+            if list(_layers(other)) == own:
+                return name
+    return ""
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield name and description of each layer except for the classifier."""
+    for name, layer in model.named_modules():
+        if "classifier" not in name and not any(layer.children()):
+            yield name, repr(layer)
 
 
 def _check_name(name: str) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from selcon_plugin.engine.best_weights import BEST_FILE
 from selcon_plugin.io.atomic import save_atomically
 from selcon_plugin.models.state_keys import without_method
@@ -123,4 +125,27 @@ def read_run(path: Path) -> tuple[Path, dict[str, Any]]:
         raise BadCheckpointError(
             f"{error}. To start from its weights, load them with torchreid's "
             "load_pretrained_weights"
+        ) from error
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Any], file: Path
+) -> None:
+    """Load the state of an optimizer.
+
+    Args:
+        optimizer: Optimizer to load into.
+        state: State of the checkpoint.
+        file: Checkpoint, for the error message.
+
+    Raises:
+        ValueError: If it is the state of an optimizer with other groups of weights.
+    """
+    try:
+        optimizer.load_state_dict(dict(state))
+    except ValueError as error:
+        raise ValueError(
+            f"{file} was trained with an optimizer of other weights or groups of weights "
+            f"({error}): resume it as it was trained, by the same script, or with the same "
+            "train.staged_lr and train.new_layers"
         ) from error

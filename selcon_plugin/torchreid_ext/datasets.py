@@ -28,6 +28,8 @@ from selcon_plugin.datasets.numbering import UNKNOWN, number_names
 
 logger = logging.getLogger(__name__)
 
+IMAGE_FOLDER, SYNTHETIC_PERSONS = OWN_DATASETS = ("imagefolderreid", "syntheticpersons")
+
 _torchreid: Any = import_torchreid()
 _ImageDataset: Any = _torchreid.data.ImageDataset
 
@@ -141,8 +143,8 @@ def register_datasets() -> None:
     ``imagefolderreid`` reads the folder given as ``root``; ``syntheticpersons`` has the
     default size and seed of :class:`selcon_plugin.datasets.SyntheticPersonsSpec`.
     """
-    register_image_folder("imagefolderreid")
-    register_synthetic_persons("syntheticpersons")
+    register_image_folder(IMAGE_FOLDER)
+    register_synthetic_persons(SYNTHETIC_PERSONS)
 
 
 def register_image_folder(
@@ -173,6 +175,16 @@ def register_synthetic_persons(name: str, spec: SyntheticPersonsSpec | None = No
 def image_dataset_names() -> list[str]:
     """Return the names of all image data sets registered with torchreid."""
     return list(vars(_torchreid.data.datasets)["__image_datasets"])
+
+
+def plain_name(name: str) -> str:
+    """Return the name in a config of a data set that is bound to its options.
+
+    Args:
+        name: Name that :mod:`selcon_plugin.torchreid_ext.train` has registered, or another.
+    """
+    plain = name.rpartition("-")[0]
+    return plain if plain in OWN_DATASETS else name
 
 
 def _register(name: str, dataset: type, **options: Any) -> None:

@@ -25,14 +25,14 @@ from selcon_plugin.engine.run import TrainingRun, seed_all
 from selcon_plugin.engine.step import take_step
 from selcon_plugin.engine.stopping import StopSignals
 from selcon_plugin.features import Embeddings
-from selcon_plugin.io.atomic import remove_partial_files
 from selcon_plugin.methods import Method, method_class
-from selcon_plugin.runs.metrics import LossAverage, append_metrics, delete_metrics
+from selcon_plugin.runs.metrics import LossAverage, append_metrics
 from selcon_plugin.runs.results import RunMeter
 from selcon_plugin.runs.state import RunState
 from selcon_plugin.samplers.cluster import clusters_per_batch
 from selcon_plugin.torchreid_ext.checkpoints import (
     RUN_ENTRY,
+    load_optimizer,
     read_run,
     write_best_weights,
     write_checkpoint,
@@ -122,6 +122,7 @@ class ImageSelConEngine(ScriptEngine):
         **options: Any,
     ) -> None:
         super().__init__(datamanager, use_gpu)
+        self._of_script = checked is None
         found = checked or EngineOptions.of_arguments(method, clustering, options)
         self._engine_options, self._options = found, found.run
         self._method_name, self._method_options = found.run.method, found.method
@@ -153,7 +154,6 @@ class ImageSelConEngine(ScriptEngine):
         self.meter = RunMeter()
         self.num_clusters: int | None = None
         self._losses_seen = LossAverage()
-        self._steps_done = 0  # steps done of the epoch to start with
         self._signals = StopSignals()
         self._progress: TrainingProgress | None = None
         self._ready = False
@@ -271,23 +271,22 @@ class ImageSelConEngine(ScriptEngine):
         if call.arguments["start_epoch"] != self.start_epoch:
             self._steps_done = 0  # they belong to another epoch
         with messages_shown():
-            complete = 0 < max_epoch <= call.arguments["start_epoch"]
-            if complete and not call.arguments.get("test_only"):
-                # torchreid would save the end of the run as its first epoch.
-                logger.info("The run is complete: nothing to train")
-                call.arguments |= {"test_only": True, "rerank": False}
-                self._step = max_epoch * len(
-                    self.train_loader
-                )  # its evaluation is recorded
             if call.arguments.get("test_only"):
                 super().run(*call.args, **call.kwargs)
                 return
-            for folder in (Path(save_dir), Path(save_dir) / "model"):
-                remove_partial_files(folder)
-            if not call.arguments["start_epoch"] and not self._steps_done:
-                delete_metrics(save_dir)
-            with self._signals:
+            if self._of_script:
+                self.begin_records(call.arguments)
+            if max_epoch <= call.arguments["start_epoch"]:
+                # torchreid would save the end of the run as its first epoch.
+                logger.info("The run is complete: nothing to train")
+                call.arguments |= {"test_only": True, "rerank": False}
+                self._step = max_epoch * len(self.train_loader)
                 super().run(*call.args, **call.kwargs)
+            else:
+                self.clean(call.arguments["start_epoch"])
+                with self._signals:
+                    super().run(*call.args, **call.kwargs)
+            self.write_results(save_dir, max_epoch)
 
     def train(
         self, print_freq: int = 10, fixbase_epoch: int = 0, open_layers: Any = None
@@ -483,7 +482,7 @@ class ImageSelConEngine(ScriptEngine):
         self._metadata.load_state_dict(entry["run"])
         load_whole(self.model, checkpoint["state_dict"], file)
         self._add_teacher()
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        load_optimizer(self.optimizer, checkpoint["optimizer"], file)
         if self.scheduler is not None and "scheduler" in checkpoint:
             self.scheduler.load_state_dict(checkpoint["scheduler"])
         for name, part in self._stateful().items():

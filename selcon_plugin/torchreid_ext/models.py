@@ -42,6 +42,7 @@ from selcon_plugin.models.torchreid import (
     TorchreidBackbone,
     add_to_model_factory,
     create_torchreid_backbone,
+    factory_name,
     torchreid_model_names,
 )
 
@@ -81,6 +82,10 @@ class SelConModel(EmbeddingNetwork):
             :mod:`selcon_plugin.models.wave_block`.
         pixel_mean: The loader's mean per channel, on the scale 0..255.
         pixel_std: The loader's standard deviation per channel, on that scale.
+
+    Attributes:
+        architecture: Options of the plugin that describe the network, and the ``name`` of
+            its model if it is known.
 
     Raises:
         ValueError: If ``pool`` is unknown or the sizes do not match.
@@ -127,6 +132,13 @@ class SelConModel(EmbeddingNetwork):
             wave_block=wave_block,
         )
         self._pending_state: dict[str, Tensor] = {}
+        self.architecture: dict[str, Any] = {
+            "project_global": project_global,
+            "pool": pool,
+            "bn_neck": bn_neck,
+            "ghost_batch_size": ghost_batch_size,
+            "wave_block": wave_block,
+        }
 
     @property
     def holds_run(self) -> bool:
@@ -242,9 +254,14 @@ def build_selcon_model(
         pixel_mean=pixel_mean,
         pixel_std=pixel_std,
     )
-    return SelConModel(
+    model = SelConModel(
         backbone, input_size=input_size, pixel_mean=pixel_mean, pixel_std=pixel_std, **head
     )
+    model.architecture |= {
+        "name": name.removeprefix(MODEL_PREFIX),
+        "last_stride": last_stride,
+    }
+    return model
 
 
 def load_network(model: SelConModel, file: str) -> None:
@@ -388,8 +405,11 @@ def adopt_model(
             "build the model with build_selcon_model, then its optimizer and schedule"
         )
     device = next(model.parameters()).device
+    name = factory_name(model)
     backbone = TorchreidBackbone(model, Preprocessing(tuple(options["input_size"])))
     adopted = SelConModel(backbone, **options).to(device)
+    # A model that torchreid has built has its own stride.
+    adopted.architecture |= {"name": name, "last_stride": 2}
     last = optimizer.param_groups[-1]
     group = {key: value for key, value in last.items() if key != "params"}
     optimizer.add_param_group({**group, "params": list(adopted.heads.parameters())})

@@ -5,12 +5,17 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from yacs.config import CfgNode
 
-from selcon_plugin.clustering import Labeler, labeler_options
+from selcon_plugin.clustering import (
+    Labeler,
+    labeler_class,
+    labeler_names,
+    labeler_options,
+)
 from selcon_plugin.config.keys import (
     clustering_options,
     configured_labeler,
@@ -41,12 +46,14 @@ class EngineOptions:
         method: Constructor arguments of the method.
         clustering: Options of the clustering.
         labeler: Labeler, which clusters the images.
+        labeler_options: Its options by name, as far as they are known.
     """
 
     run: RunOptions
     method: Mapping[str, Any]
     clustering: ClusteringOptions
     labeler: Labeler
+    labeler_options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of_config(cls, cfg: CfgNode) -> EngineOptions:
@@ -64,6 +71,7 @@ class EngineOptions:
             KEYS.selected(node, "method"),
             KEYS.clustering(node),
             KEYS.labeler(node),
+            KEYS.selected(node, "labeler"),
         )
 
     @classmethod
@@ -133,10 +141,14 @@ def _without_supervised(options: dict[str, Any], own: Iterable[str]) -> dict[str
 
 def _read_clustering(
     given: Labeler | Mapping[str, Any] | None,
-) -> tuple[ClusteringOptions, Labeler]:
+) -> tuple[ClusteringOptions, Labeler, Mapping[str, Any]]:
     """Read the engine's argument ``clustering``."""
     if isinstance(given, Labeler):
-        return ClusteringOptions(), given
+        name = next((n for n in labeler_names() if type(given) is labeler_class(n)), "")
+        if not name:
+            return ClusteringOptions(), given, {}
+        own = {key: vars(given)[key] for key in labeler_options(name) if key in vars(given)}
+        return ClusteringOptions(labeler=name), given, own
     values, known = dict(given or {}), clustering_options()
     own = {name: values.pop(name) for name in list(values) if name in known}
     clustering = ClusteringOptions(**check_options(known, own, owner="clustering"))
@@ -149,4 +161,4 @@ def _read_clustering(
                 f"{', '.join(options)}"
             )
     checked = check_options(options, values, owner=clustering.labeler)
-    return clustering, configured_labeler(clustering, checked)
+    return clustering, configured_labeler(clustering, checked), checked

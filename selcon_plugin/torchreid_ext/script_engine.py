@@ -5,12 +5,19 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from selcon_plugin.io.atomic import remove_partial_files, write_atomically
+from selcon_plugin.runs.metrics import delete_metrics
+from selcon_plugin.runs.results import RunMeter, delete_results, write_results
+from selcon_plugin.torchreid_ext.datasets import plain_name
 from selcon_plugin.torchreid_ext.evaluation import EvaluationEngine
 from selcon_plugin.torchreid_ext.layers import find_layers, open_only
 from selcon_plugin.torchreid_ext.models import SelConModel
+from selcon_plugin.torchreid_ext.options import EngineOptions
 from selcon_plugin.torchreid_ext.run_arguments import check_run_arguments, check_start
+from selcon_plugin.torchreid_ext.script_config import NOTICE, config_of_script
 
 logger = logging.getLogger(__name__)
 
@@ -24,12 +31,17 @@ class ScriptEngine(EvaluationEngine):
     """
 
     _network: SelConModel
+    _engine_options: EngineOptions
+    _num_instances: int
+    meter: RunMeter
+    num_clusters: int | None
 
     def __init__(self, datamanager: Any, use_gpu: bool) -> None:
         super().__init__(datamanager, use_gpu)
         self.start_epoch = 0
         self._epochs_trained = 0
         self._checked: dict[str, Any] = {}  # arguments of the last check
+        self._steps_done = 0  # steps done of the epoch to start with
         self._unsaved = False  # whether the weights changed since the last checkpoint
 
     def check_run(
@@ -82,6 +94,64 @@ class ScriptEngine(EvaluationEngine):
             "Only %s is trained (epoch %d of %d)", open_layers, epoch + 1, fixbase_epoch
         )
         open_only(self._network, find_layers(self._network, open_layers))
+
+    def begin_records(self, arguments: Mapping[str, Any]) -> None:
+        """Write the config of a script's run, and remove the results of an earlier one.
+
+        Args:
+            arguments: Arguments of :meth:`run` by name.
+        """
+        folder = arguments["save_dir"]
+        delete_results(folder)
+        cfg = config_of_script(
+            self._network,
+            self.datamanager,
+            self._engine_options,
+            arguments,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            num_instances=self._num_instances,
+        )
+        if cfg is None:
+            logger.warning(
+                "No config.yaml is written, because torchreid's factory has no name for "
+                "the model: selcon extract, export and search need --config-file"
+            )
+            return
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_atomically(NOTICE + cfg.dump(), Path(folder, "config.yaml"))
+
+    def clean(self, start_epoch: int) -> None:
+        """Remove partial files, and before a new run the metrics of an earlier one.
+
+        Args:
+            start_epoch: Epochs done before.
+        """
+        for folder in (Path(self._save_dir), Path(self._save_dir) / "model"):
+            remove_partial_files(folder)
+        if not start_epoch and not self._steps_done:
+            delete_metrics(self._save_dir)
+
+    def write_results(self, folder: str, epochs: int) -> None:
+        """Write ``results.json`` of a finished run.
+
+        Args:
+            folder: Folder of the run.
+            epochs: Total number of epochs.
+        """
+        write_results(
+            folder,
+            method=self._engine_options.run.method,
+            seed=self._engine_options.run.seed,
+            num_images=len(self.train_loader.dataset),
+            epochs=epochs,
+            steps=epochs * len(self.train_loader),
+            metrics={plain_name(name): found for name, found in self.results.items()},
+            meter=self.meter,
+            num_clusters=self.num_clusters,
+            device=self._network.device,
+            host="torchreid",
+        )
 
     def update_lr(self, names: Any = None) -> None:
         """Advance the schedule by an epoch, as torchreid's ``update_lr``.

@@ -18,9 +18,11 @@ from selcon_plugin.engine.run import seed_all
 from selcon_plugin.io.atomic import write_atomically
 from selcon_plugin.io.safe_loading import safe_extraction
 from selcon_plugin.methods import method_class
-from selcon_plugin.runs.results import delete_results, write_results
+from selcon_plugin.runs.results import delete_results
 from selcon_plugin.torchreid_ext.config import complete_config, run_arguments
 from selcon_plugin.torchreid_ext.datasets import (
+    IMAGE_FOLDER,
+    SYNTHETIC_PERSONS,
     image_dataset_names,
     register_image_folder,
     register_synthetic_persons,
@@ -35,8 +37,6 @@ from selcon_plugin.torchreid_ext.options import EngineOptions
 from selcon_plugin.torchreid_ext.run_arguments import CONFIG_KEYS
 
 logger = logging.getLogger(__name__)
-
-_IMAGE_FOLDER, _SYNTHETIC_PERSONS = "imagefolderreid", "syntheticpersons"
 
 
 def build_datamanager(cfg: CfgNode) -> Any:
@@ -97,11 +97,11 @@ def _bound_names(cfg: CfgNode, names: list[str]) -> list[str]:
     """Replace our data sets by names that are bound to their options in the config."""
     bound = []
     for name in names:
-        if name == _IMAGE_FOLDER and cfg.image_folder.root:
+        if name == IMAGE_FOLDER and cfg.image_folder.root:
             folder, pattern = cfg.image_folder.root, cfg.image_folder.camera_pattern
             bound.append(_name_with(name, (folder, pattern)))
             register_image_folder(bound[-1], folder, pattern)
-        elif name == _SYNTHETIC_PERSONS:
+        elif name == SYNTHETIC_PERSONS:
             spec = SyntheticPersonsSpec(**cfg.synthetic_persons)
             same = spec == SyntheticPersonsSpec()
             bound.append(name if same else _name_with(name, spec))
@@ -114,12 +114,6 @@ def _bound_names(cfg: CfgNode, names: list[str]) -> list[str]:
 def _name_with(name: str, options: Any) -> str:
     """Return a name that depends on the options, because torchreid knows only names."""
     return f"{name}-{zlib.crc32(repr(options).encode()):08x}"
-
-
-def _plain_name(name: str) -> str:
-    """Return the name in a config for a result of :func:`_name_with`."""
-    plain = name.rpartition("-")[0]
-    return plain if plain in (_IMAGE_FOLDER, _SYNTHETIC_PERSONS) else name
 
 
 def build_model(cfg: CfgNode) -> SelConModel:
@@ -224,7 +218,7 @@ def run_config(cfg: CfgNode, *, resume: bool = False) -> ImageSelConEngine:
         FileNotFoundError: If a file that the config names does not exist.
     """
     cfg = complete_config(cfg)
-    test, train, folder = cfg.test, cfg.train, cfg.data.save_dir
+    test, folder = cfg.test, cfg.data.save_dir
     if test.evaluate and not (cfg.model.load_weights or cfg.model.resume):
         raise ValueError("model.load_weights must name a checkpoint to evaluate")
     make_output_folder("data.save_dir", folder)
@@ -249,18 +243,4 @@ def run_config(cfg: CfgNode, *, resume: bool = False) -> ImageSelConEngine:
         # FastReID's runs write it under the same name.
         write_atomically(cfg.dump(), Path(folder, "config.yaml"))
     engine.run(folder, **arguments)
-    if not test.evaluate:
-        write_results(
-            folder,
-            method=cfg.selcon.method,
-            seed=cfg.selcon.seed,
-            num_images=len(engine.train_loader.dataset),
-            epochs=train.max_epoch,
-            steps=train.max_epoch * len(engine.train_loader),
-            metrics={_plain_name(name): found for name, found in engine.results.items()},
-            meter=engine.meter,
-            num_clusters=engine.num_clusters,
-            device=next(engine.model.parameters()).device,
-            host="torchreid",
-        )
     return engine
