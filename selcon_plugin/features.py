@@ -72,7 +72,7 @@ def check_features(
     with np.errstate(over="ignore"):
         array = np.ascontiguousarray(array, dtype=np.float32)
     # One pass over the values: a sum of squares is finite only if all values are.
-    lengths = np.sqrt(np.einsum("nd,nd->n", array, array, dtype=np.float64))
+    lengths = np.sqrt(np.square(array, dtype=np.float64).sum(axis=1))
     _check_lengths(lengths, source, unit=unit)
     return array
 
@@ -102,9 +102,9 @@ def _check_lengths(lengths: NDArray[np.float64], source: str, *, unit: bool) -> 
     bad = np.flatnonzero(np.abs(lengths - 1.0) > _LENGTH_TOLERANCE)
     if len(bad):
         raise BadFeaturesError(
-            f"{source}: {len(bad)} of {len(lengths)} features are not unit vectors, the "
-            f"first in row {bad[0]} with length {lengths[bad[0]]:.4g}. Divide each row by "
-            "its length; a row of zeros cannot be compared"
+            f"{source}: {len(bad)} of {len(lengths)} features are not vectors of unit "
+            f"length, the first in row {bad[0]} with length {lengths[bad[0]]:.4g}. Divide "
+            "each row by its length; a row of zeros cannot be compared"
         )
 
 

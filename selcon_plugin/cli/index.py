@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
         Exit status: 0.
     """
     args = _parser().parse_args(argv)
-    if args.remove:
+    if args.remove is not None:
         index = Index.open(args.index)
         removed = index.remove(args.remove)
         sys.stdout.write(f"{removed} images removed\n")
@@ -46,9 +46,7 @@ def main(argv: list[str]) -> int:
                 f"{len(added.unreadable)} images could not be read and are left out:\n"
                 f"{describe_faults(added.unreadable)}\n"
             )
-        sys.stdout.write(
-            f"{added.new} images added, {added.changed} replaced, {added.known} unchanged\n"
-        )
+        sys.stdout.write(f"{added}\n")
     sys.stdout.write(f"{args.index}: {index}\n")
     return 0
 
@@ -79,9 +77,9 @@ def _source_of(index: Index, given: NetworkSource | None) -> NetworkSource:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="selcon index",
-        description="Store the features of many images on disk for selcon search. Images "
-        "that are already in the index are not read again. Repeat the command to resume "
-        "after an interruption.",
+        description="Store the features of many images on disk for selcon search. Repeat "
+        "the command to update the index, or to resume after an interruption: new and "
+        "changed images are added, files that are gone are removed.",
     )
     parser.add_argument(
         "--output", "--index", dest="index", required=True, metavar="FOLDER",
@@ -89,16 +87,23 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument(
-        "--images", metavar="FOLDER", default="", help="create the index of these images"
+        "--images",
+        metavar="FOLDER",
+        default="",
+        help="create the index of these images, or update it",
     )
     action.add_argument(
-        "--add", metavar="FOLDER", default="", help="add these images to the index"
+        "--add",
+        metavar="FOLDER",
+        default="",
+        help="add these images to the index, or update them",
     )
     action.add_argument(
         "--remove",
         metavar="PATTERN",
-        default="",
-        help="remove the images whose path ends with this pattern, for example 'cam3/*'",
+        default=None,
+        help="remove the images whose path ends with this pattern, for example 'cam3/*', "
+        "or which lie below this absolute path",
     )
     add_network_arguments(parser)
     add_device_argument(parser)

@@ -95,7 +95,7 @@ class RecordingEvaluator(ReidEvaluator):
 
         Raises:
             BadFeaturesError: If there is not one feature per image of the test set.
-        """
+        """  # noqa: DOC502  (raised by the function inside)
         # The distances, re-ranked or not, are passed to this function and stored nowhere.
         evaluate_rank = rank.evaluate_rank
 
@@ -103,8 +103,8 @@ class RecordingEvaluator(ReidEvaluator):
             expected = (self._num_query, len(self._items) - self._num_query)
             if tuple(distance.shape) != expected:
                 raise BadFeaturesError(
-                    f"{self._name}: features of {tuple(distance.shape)} queries and gallery "
-                    f"images were computed, but the test set has {expected}"
+                    f"{self._name}: there are features of {tuple(distance.shape)} queries "
+                    f"and gallery images, but the test set has {expected}"
                 )
             self._record(distance)
             return evaluate_rank(distance, *args, **kwargs)

@@ -40,9 +40,7 @@ def extract_folder(cfg: CfgNode, output: str | Path) -> tuple[int, int]:
         what_happened="they are left out",
     )
     make_folder(Path(output).parent)
-    usable = check_features(
-        features[torch.from_numpy(readable)], source=cfg.MODEL.WEIGHTS
-    )
+    usable = check_features(features[torch.from_numpy(readable)], source=cfg.MODEL.WEIGHTS)
     with replacing(output) as stream:
         np.savez_compressed(
             stream,

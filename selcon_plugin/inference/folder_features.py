@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from selcon_plugin.features import check_features
+from selcon_plugin.features import BadFeaturesError, check_features
 from selcon_plugin.io.atomic import make_folder, replacing
-from selcon_plugin.io.integrity import verify_zip
+from selcon_plugin.io.integrity import DamagedFileError, verify_zip
 
+_REMEDY = "Create one with selcon extract"
 # What NumPy raises for other files and for damaged ones.
 _DAMAGED = (
     *(KeyError, ValueError, OSError, TypeError, EOFError, AttributeError),
@@ -75,22 +76,30 @@ class FolderFeatures:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is not a file of features, is damaged, or holds features that
-                are not unit vectors.
+            DamagedFileError: If it differs from what was written.
+            BadFeaturesError: If there is not one unit vector per path.
+            ValueError: If it is not a file of features.
         """
         if not Path(file).is_file():
             raise FileNotFoundError(f"there is no feature file {file}")
-        verify_zip(file, remedy="Create it again with selcon extract")
         try:
-            with np.load(file, allow_pickle=False) as arrays:
-                paths, camids = arrays["paths"], arrays["camids"]
-                features = arrays["features"]
+            # NumPy does not close a file that it opened if the archive is broken.
+            with open(file, "rb") as stream:
+                verify_zip(stream, remedy=_REMEDY)
+                with np.load(stream, allow_pickle=False) as arrays:
+                    paths, camids = arrays["paths"], arrays["camids"]
+                    features = arrays["features"]
+        except DamagedFileError:
+            raise
         except _DAMAGED as error:
-            raise ValueError(
-                f"{file} is not a feature file, or is damaged: create one with selcon extract"
-            ) from error
+            raise ValueError(f"{file} is not a feature file. {_REMEDY}") from error
         if paths.ndim != 1 or paths.dtype.kind != "U" or not len(paths):
             raise ValueError(f"{file} does not list the paths of images")
+        if camids.shape != paths.shape or features.shape[:1] != paths.shape:
+            raise BadFeaturesError(
+                f"{file} does not contain one feature and camera per path, but features of "
+                f"shape {features.shape} and {camids.shape} cameras for {len(paths)} paths"
+            )
         checked = check_features(features, source=str(file), rows=len(paths))
         try:
             return cls(tuple(paths.tolist()), camids, checked)

@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from selcon_plugin.retrieval.exact import Rows
+
 SearchKind = Literal["auto", "flat", "hnsw", "ivf"]
 
 # Up to this number of rows the exact search takes some hundredths of a second on one core.
@@ -20,13 +22,18 @@ MAX_HNSW = 1_000_000
 
 _LINKS = 32  # edges of the graph per row
 _BUILD_BREADTH = 120
-_MIN_BREADTH = 256
 _TRAINED_PER_LIST = 64
 _MIN_TRAINED_PER_LIST = 39  # below this number faiss warns
-# Minimum number of inverted lists that a search probes, and fraction of all lists. If a
-# part of the rows is excluded, more lists are probed, so that as many rows are compared.
-_MIN_PROBES, _PROBED_RATIO = 64, 0.125
 _ROWS_AT_ONCE = 65_536
+
+# What a search does at each effort: nodes of the graph that it keeps in view, and fraction
+# of the allowed rows that it compares in the nearest lists.
+_BREADTHS = (256, 512, 1024)
+_RATIOS = (0.125, 0.25, 0.5)
+NUM_EFFORTS = len(_BREADTHS)
+_MIN_PROBES = 64
+# A row in view costs the graph about as much time as so many rows an exact search.
+_ROWS_PER_VIEW = 32
 
 logger = logging.getLogger(__name__)
 
@@ -74,14 +81,19 @@ class Approximate:
     Args:
         index: Index of faiss.
         kind: ``"hnsw"`` or ``"ivf"``.
+
+    Attributes:
+        effort: 0 for the fastest search, up to ``NUM_EFFORTS - 1``.
     """
 
     def __init__(self, index: Any, kind: str) -> None:
         self._index = index
         self.kind = kind
+        self.effort = 0
+        self._list_of_row = np.zeros(0, dtype=np.int64)
 
     @classmethod
-    def build(cls, kind: str, features: NDArray[Any]) -> Approximate:
+    def build(cls, kind: str, features: Rows) -> Approximate:
         """Build a search over all rows.
 
         Args:
@@ -131,7 +143,7 @@ class Approximate:
         """Number of rows added so far."""
         return int(self._index.ntotal)
 
-    def extend(self, features: NDArray[Any]) -> None:
+    def extend(self, features: Rows) -> None:
         """Add the rows that the search does not contain yet.
 
         Args:
@@ -153,8 +165,11 @@ class Approximate:
 
     def candidates(
         self, queries: NDArray[np.float32], count: int, allowed: NDArray[np.bool_]
-    ) -> NDArray[np.int64]:
-        """Find rows that are probably the nearest.
+    ) -> list[NDArray[np.int64] | None]:
+        """Find rows that are probably the nearest of the allowed ones.
+
+        The breadth of the search follows from the allowed rows: a row that is not allowed
+        takes no place in the result.
 
         Args:
             queries: Unit vectors ``(Q, D)``.
@@ -162,21 +177,72 @@ class Approximate:
             allowed: Mask of the rows that may be found, shape ``(N,)``.
 
         Returns:
-            Rows ``(Q, count)``, filled with -1 where fewer were found.
+            For each query ``count`` rows, or all allowed ones if there are fewer; None
+            where an exact search is needed.
         """
-        faiss = _faiss()
+        if not allowed.any():
+            return [np.zeros(0, dtype=np.int64) for _ in queries]
+        count = min(count, int(allowed.sum()))
+        find = self._find_in_graph if self.kind == "hnsw" else self._find_in_lists
+        return find(queries, count, allowed)
 
+    def _find_in_graph(
+        self, queries: NDArray[np.float32], count: int, allowed: NDArray[np.bool_]
+    ) -> list[NDArray[np.int64] | None]:
+        # The nearest rows are found whether they are allowed or not, until enough of them
+        # are: a graph that is searched for allowed rows only ends among forbidden ones.
+        faiss, num_allowed = _faiss(), int(allowed.sum())
+        breadth = _BREADTHS[self.effort]
+        depth = max(breadth, math.ceil(1.5 * count * len(allowed) / num_allowed))
+        most = max(breadth, num_allowed // _ROWS_PER_VIEW)
+        found: list[NDArray[np.int64] | None] = [None] * len(queries)
+        pending = np.arange(len(queries))
+        while len(pending) and depth <= most:
+            options = faiss.SearchParametersHNSW(efSearch=depth)
+            nearest = self._index.search(queries[pending], depth, params=options)[1]
+            for query, rows in zip(pending, nearest, strict=True):
+                rows = rows[rows >= 0]
+                usable = rows[allowed[rows]]
+                if len(usable) >= count:
+                    found[query] = usable[:count]
+            pending = np.array([query for query in pending if found[query] is None], int)
+            depth *= 2
+        return found
+
+    def _find_in_lists(
+        self, queries: NDArray[np.float32], count: int, allowed: NDArray[np.bool_]
+    ) -> list[NDArray[np.int64] | None]:
+        # The nearest lists are probed until they hold enough allowed rows.
+        faiss, num_lists = _faiss(), self._index.nlist
+        sizes = np.bincount(self._lists()[np.flatnonzero(allowed)], minlength=num_lists)
+        order = faiss.downcast_index(self._index.quantizer).search(queries, num_lists)[1]
+        reached = np.cumsum(sizes[order], axis=1)
+        wanted = max(count, math.ceil(_RATIOS[self.effort] * allowed.sum()))
+        probes = np.maximum(1 + (reached < wanted).sum(axis=1), _MIN_PROBES)
+        # Queries that probe similarly many lists are searched together.
+        probes = np.minimum(2 ** np.ceil(np.log2(probes)).astype(int), num_lists)
         selector = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
-        if self.kind == "hnsw":
-            breadth = max(_MIN_BREADTH, 2 * count)
-            options = faiss.SearchParametersHNSW(efSearch=breadth, sel=selector)
-        else:
-            lists = self._index.nlist
-            wanted = max(_MIN_PROBES, _PROBED_RATIO * lists) / max(allowed.mean(), 1e-6)
-            probes = min(lists, math.ceil(wanted))
-            options = faiss.SearchParametersIVF(nprobe=probes, sel=selector)
-        rows: NDArray[np.int64] = self._index.search(queries, count, params=options)[1]
-        return rows
+        found: list[NDArray[np.int64] | None] = [None] * len(queries)
+        for number in np.unique(probes):
+            together = np.flatnonzero(probes == number)
+            options = faiss.SearchParametersIVF(nprobe=int(number), sel=selector)
+            nearest = self._index.search(queries[together], count, params=options)[1]
+            for query, rows in zip(together, nearest, strict=True):
+                if (rows >= 0).all():
+                    found[query] = rows
+        return found
+
+    def _lists(self) -> NDArray[np.int64]:
+        """Return the inverted list of each row."""
+        if len(self._list_of_row) != self.num_rows:
+            faiss, lists = _faiss(), self._index.invlists
+            self._list_of_row = np.zeros(self.num_rows, dtype=np.int64)
+            for number in range(self._index.nlist):
+                size = lists.list_size(number)
+                if size:
+                    rows = faiss.rev_swig_ptr(lists.get_ids(number), size)
+                    self._list_of_row[rows] = number
+        return self._list_of_row
 
 
 def _faiss() -> Any:

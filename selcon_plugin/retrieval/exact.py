@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import numpy as np
 from numpy.typing import NDArray
 
 _ROWS_AT_ONCE = 16_384
 
 
+class Rows(Protocol):
+    """Features ``(N, D)`` in memory or on disk."""
+
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int:
+        """Return N."""
+        ...
+
+    def __getitem__(self, rows: Any, /) -> NDArray[Any]:
+        """Return rows by slice or by numbers."""
+        ...
+
+
 def search_exactly(
     queries: NDArray[np.float32],
-    features: NDArray[np.generic],
+    features: Rows,
     rows: NDArray[np.int64],
     count: int,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import os
+import weakref
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from selcon_plugin.io.integrity import DamagedFileError
+
 # Bytes per checksum: large enough for fast checks, and small enough that the few scattered
 # rows that an approximate search reads do not need much more to be read.
 _BLOCK_BYTES = 2**18
-_ROWS_AT_ONCE = 65_536
-
-
-class DamagedIndexError(ValueError):
-    """Error for features that differ from what was written; the message has the remedy."""
 
 
 class Blocks:
@@ -73,7 +71,7 @@ class FeatureFile:
         before: Array of the same file with fewer rows; what was checked remains so.
 
     Raises:
-        ValueError: If the file is too short.
+        DamagedFileError: If the file is too short.
     """
 
     def __init__(
@@ -87,13 +85,14 @@ class FeatureFile:
         self.file = file
         self.shape = shape
         self.dtype = np.dtype(dtype)
-        self._stream = open(file, "rb") if shape[0] else None  # noqa: SIM115
-        self._check_length()
-        self._rows = (
-            np.memmap(self._stream, dtype=self.dtype, mode="r", shape=shape)
-            if self._stream is not None
-            else np.zeros(shape, dtype=self.dtype)
-        )
+        self._descriptor = -1
+        self._rows: NDArray[Any] = np.zeros(shape if not shape[0] else 0, dtype=self.dtype)
+        if shape[0]:
+            with open(file, "rb") as stream:
+                self._descriptor = os.dup(stream.fileno())
+                weakref.finalize(self, os.close, self._descriptor)
+                self._check_length()
+                self._rows = np.memmap(stream, dtype=self.dtype, mode="r", shape=shape)
         self._starts = np.array([] if blocks is None else blocks.starts, dtype=np.int64)
         self._ends = np.append(self._starts[1:], shape[0])
         self._crcs = [] if blocks is None else list(blocks.crcs)
@@ -111,8 +110,8 @@ class FeatureFile:
             rows: Slice, or numbers of rows in ascending order.
 
         Raises:
-            DamagedIndexError: If rows differ from what was written.
-        """
+            DamagedFileError: If rows differ from what was written.
+        """  # noqa: DOC502  (raised by the functions called here)
         self._check_length()
         if not self._checked.all():
             numbers = np.arange(self.shape[0])[rows] if isinstance(rows, slice) else rows
@@ -122,11 +121,6 @@ class FeatureFile:
                 raise self._damage(int(self._starts[damaged[0]]))
         found: NDArray[Any] = self._rows[rows]
         return found
-
-    def batches(self) -> Iterator[NDArray[Any]]:
-        """Iterate over all rows in order, some 65,536 at a time."""
-        for start in range(0, len(self), _ROWS_AT_ONCE):
-            yield self[start : start + _ROWS_AT_ONCE]
 
     def damaged_rows(self) -> set[int]:
         """Read all rows that have not been checked yet, and return the damaged ones."""
@@ -144,17 +138,14 @@ class FeatureFile:
 
     def _check_length(self) -> None:
         """Refuse a file that was cut off, whose mapped rows would end the process."""
-        if self._stream is None:
+        if self._descriptor < 0:
             return
         needed = self.shape[0] * self.shape[1] * self.dtype.itemsize
-        if os.fstat(self._stream.fileno()).st_size < needed:
-            raise DamagedIndexError(
-                f"{self.file.name} is too short: {self.file.parent} is damaged. Remove the "
-                "folder, and create the index again with selcon index"
-            )
+        if os.fstat(self._descriptor).st_size < needed:
+            raise DamagedFileError(f"{self.file.name} is too short")
 
-    def _damage(self, row: int) -> DamagedIndexError:
-        return DamagedIndexError(
+    def _damage(self, row: int) -> DamagedFileError:
+        return DamagedFileError(
             f"{self.file} is damaged: the features from row {row} on differ from what was "
             "written. Run selcon index again on the folders of the index, which computes "
             "damaged features again"

@@ -6,54 +6,101 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
+from selcon_plugin.datasets.content import content_hashes
 from selcon_plugin.datasets.image_folder import (
     NO_CAMERAS,
     camera_finder,
     read_image_folder,
 )
 from selcon_plugin.datasets.reading import ImageReadError, read_rgb
-from selcon_plugin.retrieval.store import IndexedImage
+from selcon_plugin.retrieval.rows import IndexedImage
 
 _READERS = 8
 
 
-def images_below(folder: str | Path, camera_pattern: str) -> list[IndexedImage]:
-    """List the images below a folder with camera, size and modification time.
+@dataclass(frozen=True)
+class FoundImages:
+    """Images below a folder, each file once.
+
+    Attributes:
+        root: The folder, without symbolic links.
+        images: The images, sorted by path.
+    """
+
+    root: Path
+    images: Sequence[IndexedImage]
+
+    def covers(self, image: IndexedImage) -> bool:
+        """Return whether an image of the index lies below the folder."""
+        return _is_below(image.path, self.root) or _is_below(image.key, self.root)
+
+
+def images_below(
+    folder: str | os.PathLike[str], camera_pattern: str, *, progress: bool = False
+) -> FoundImages:
+    """List the images below a folder with camera, size, time and content.
+
+    A folder or file that is reached by several names, such as symbolic links, is listed
+    once, so that the same file never becomes two images.
 
     Args:
         folder: Folder, which is searched recursively.
         camera_pattern: Pattern that finds the camera in a path below the folder.
+        progress: Whether to show the progress on a terminal.
 
     Returns:
-        The images, sorted by path.
+        The images.
 
     Raises:
-        ValueError: If the pattern matches no path.
-    """
-    root = Path(folder).expanduser().absolute()
+        FileNotFoundError: If the folder does not exist.
+        ValueError: If it contains no image, or the pattern matches no path.
+    """  # noqa: DOC502  (raised by the functions called here)
+    root = Path(os.path.realpath(Path(folder).expanduser()))
     find_camera = camera_finder(camera_pattern)
-    images = []
-    for item in read_image_folder(root, camera_pattern=NO_CAMERAS):
-        camera = find_camera(Path(item.path).relative_to(root))
+    listed = [item.path for item in read_image_folder(root, camera_pattern=NO_CAMERAS)]
+    contents = content_hashes(listed, progress=progress)
+    real_folders: dict[str, str] = {}
+    images: dict[str, IndexedImage] = {}
+    for path, content in zip(listed, contents, strict=True):
+        camera = find_camera(Path(path).relative_to(root))
         try:
-            status = os.stat(item.path)
+            status = os.stat(path)
+            size, changed = status.st_size, status.st_mtime_ns
         except OSError:  # a broken link, which the reader reports later
-            images.append(IndexedImage(item.path, camera, 0, 0))
-        else:
-            images.append(
-                IndexedImage(item.path, camera, status.st_size, status.st_mtime_ns)
-            )
-    named = [image.camera for image in images if image.camera is not None]
+            size = changed = 0
+        real = _real_path(path, real_folders)
+        image = IndexedImage(
+            path, camera, size, changed, content, "" if real == path else real
+        )
+        images.setdefault(real, image)
+    found = list(images.values())
+    named = [image.camera for image in found if image.camera is not None]
     if camera_pattern not in ("", NO_CAMERAS) and not named:
         raise ValueError(
-            f"the camera pattern {camera_pattern!r} matches none of the {len(images)} "
-            f"files, for instance not {images[0].path!r}; use none to ignore cameras"
+            f"the camera pattern {camera_pattern!r} matches none of the {len(found)} "
+            f"files, for instance not {found[0].path!r}; use none to ignore cameras"
         )
-    return images
+    return FoundImages(root, found)
+
+
+def _real_path(path: str, known: dict[str, str]) -> str:
+    """Resolve symbolic links; folders are resolved once."""
+    if os.path.islink(path):
+        return os.path.realpath(path)
+    folder, name = os.path.split(path)
+    if folder not in known:
+        known[folder] = os.path.realpath(folder)
+    return os.path.join(known[folder], name)
+
+
+def _is_below(path: str, folder: Path) -> bool:
+    root = os.path.join(folder, "")
+    return path.startswith(root)
 
 
 _Read = tuple[IndexedImage, Image.Image | str]

@@ -18,48 +18,53 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path, PurePosixPath
+from functools import partial
+from pathlib import Path, PurePath
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from selcon_plugin.engine.image_check import check_unreadable_ratio
+from selcon_plugin.features import check_features
 from selcon_plugin.renamed import accept_old_arguments
-from selcon_plugin.retrieval.approximate import Approximate, SearchKind, choose_kind
+from selcon_plugin.retrieval.approximate import SearchKind, choose_kind
+from selcon_plugin.retrieval.arguments import (
+    check_cosine,
+    check_count,
+    check_folder,
+    check_texts,
+)
 from selcon_plugin.retrieval.exact import search_exactly
-from selcon_plugin.retrieval.images import images_below, read_ahead
+from selcon_plugin.retrieval.images import images_below
+from selcon_plugin.retrieval.nearest import Recall, find_nearest
 from selcon_plugin.retrieval.results import Added, Match
+from selcon_plugin.retrieval.rows import Snapshot
 from selcon_plugin.retrieval.source import (
     ImageEmbedder,
     NetworkSource,
     probe_answers,
     same_network,
 )
-from selcon_plugin.retrieval.store import IndexedImage, Manifest, Store
+from selcon_plugin.retrieval.store import Manifest, Store
+from selcon_plugin.retrieval.stored_search import StoredSearch, recall_of
 from selcon_plugin.retrieval.threshold import (
     LONGEST_LIST,
     ThresholdSuggestion,
     suggest_threshold,
 )
+from selcon_plugin.retrieval.update import plan_update, read_images
 
 logger = logging.getLogger(__name__)
 
-_IMAGES_PER_COMMIT = 4096
-# Maximum number of new rows that are searched exactly before the approximate search is
-# extended by them.
-_MAX_TAIL = 10_000
-# Candidates of the approximate search that are ranked exactly, per result.
-_CANDIDATES_PER_RESULT = 4
-_MIN_CANDIDATES = 64
 _SAMPLED_QUERIES = 256  # images from which a threshold is suggested
 
 
 class Index:
     """Index of the features of many images, stored in a folder.
 
-    Open one with :meth:`create` or :meth:`open`. The cost of adding and removing depends on
-    the number of added or removed images only, and a killed process loses no stored image.
+    Open one with :meth:`create` or :meth:`open`. An open index follows the changes of other
+    processes, and a killed process loses no stored image. All files are checked against
+    their checksums before their content is used.
 
     Args:
         store: Files of the index.
@@ -67,7 +72,7 @@ class Index:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._loaded: tuple[str, Approximate] | None = None
+        self._search = StoredSearch(store)
 
     @classmethod
     def create(
@@ -100,18 +105,19 @@ class Index:
             ImportError: If the kind needs faiss, which is not installed.
         """  # noqa: DOC502  (raised by the functions called here)
         choose_kind(kind, 0)
+        dim = check_count("the embedder's dim", embedder.dim)
         network = {}
         if source is not None:
             source = source.absolute()
             network = {**asdict(source), "sha256": source.sha256()}
         manifest = Manifest(
-            dim=embedder.dim,
+            dim=dim,
             dtype="float16" if fp16 else "float32",
             search=kind,
             network=network,
             probe=probe_answers(embedder).tolist(),
         )
-        return cls(Store.create(folder, manifest))
+        return cls(Store.create(check_folder("folder", folder), manifest))
 
     @classmethod
     def open(cls, folder: str | Path) -> Index:
@@ -127,7 +133,7 @@ class Index:
             FileNotFoundError: If there is no index.
             ValueError: If the index is damaged.
         """  # noqa: DOC502  (raised by the functions called here)
-        return cls(Store.open(folder))
+        return cls(Store.open(check_folder("folder", folder)))
 
     def __len__(self) -> int:
         return self._store.num_live
@@ -140,19 +146,23 @@ class Index:
     @property
     def paths(self) -> list[str]:
         """Paths of all images, in the order in which they were added."""
-        return [self._store.images[row].path for row in np.flatnonzero(self._store.live)]
+        state = self._store.state
+        return [state.images[row].path for row in np.flatnonzero(state.live)]
 
     @property
     def cameras(self) -> list[str]:
         """Sorted names of the cameras."""
-        rows = np.flatnonzero(self._store.live)
-        found = {self._store.images[row].camera for row in rows}
-        return sorted(camera for camera in found if camera is not None)
+        return list(self._store.state.camera_names)
 
     @property
     def kind(self) -> str:
         """Kind of search: ``"flat"``, ``"hnsw"`` or ``"ivf"``."""
         return str(self._store.manifest.approximate.get("kind", "flat"))
+
+    @property
+    def recall(self) -> Recall | None:
+        """Measured recall of the approximate search; None for an exact search."""
+        return recall_of(self._store.state)
 
     @property
     def source(self) -> NetworkSource | None:
@@ -164,10 +174,16 @@ class Index:
         return NetworkSource(**{**known, "options": tuple(known["options"])})
 
     def __str__(self) -> str:
-        exact = "exact" if self.kind == "flat" else "approximate, ranked exactly"
+        recall = self.recall
+        if recall is None:
+            how = "flat (exact)"
+        elif recall.is_enough:
+            how = f"{self.kind} (approximate, ranked exactly; {recall})"
+        else:
+            how = f"flat (exact, because {self.kind} would find too little: {recall})"
         return (
             f"{len(self)} images, {self.dim} values in {self._store.manifest.dtype}, "
-            f"search {self.kind} ({exact})"
+            f"search {how}"
         )
 
     def check_network(self, embedder: ImageEmbedder) -> None:
@@ -204,87 +220,94 @@ class Index:
         max_unreadable_ratio: float = 0.05,
         show_progress: bool = False,
     ) -> Added:
-        """Add the images below a folder.
+        """Add the images below a folder, and update those that the index knows of it.
 
-        Images that are in the index already, and whose file has not changed since, are
-        skipped. To resume a call that was killed, repeat it.
+        Afterwards the index contains each image below the folder once and as it is now:
+        only new images and those whose content has changed are read by the network, moved
+        files and other cameras are recorded, and files that are gone are removed. A file
+        is identified by its path without symbolic links. To resume a call that was killed,
+        repeat it. Features that are damaged on disk are computed again.
 
         Args:
             folder: Folder, which is searched recursively.
             embedder: Network of the index.
             camera_pattern: Pattern that finds the camera in a path below the folder, as for
                 ``selcon_plugin.datasets.read_image_folder``. Unlike in training, a single
-                camera is recorded as well.
+                camera is recorded as well. Another pattern than before changes the cameras
+                of known images.
             batch_size: Images computed together.
             max_unreadable_ratio: Fraction of the images that may be unreadable; they are
                 left out.
             show_progress: Whether to show a progress bar.
 
         Returns:
-            Numbers of added, changed, known and unreadable images.
+            Numbers of images by what happened to them.
 
         Raises:
             FileNotFoundError: If the folder does not exist.
             ValueError: If it contains no images, or the network is another one.
+            BadFeaturesError: If the network does not return a unit vector per image.
             BadImagesError: If too many images are unreadable; those added before stay.
+            InUseError: If another process changes the index for more than 30 s.
         """  # noqa: DOC502  (raised by the functions called here)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size}")
+        batch_size = check_count("batch_size", batch_size)
         self.check_network(embedder)
-        found = images_below(folder, camera_pattern)
+        found = images_below(
+            check_folder("folder", folder), camera_pattern, progress=show_progress
+        )
         with self._store.writing():
-            live = self._store.live
-            known = {
-                image.path: row for row, image in enumerate(self._store.images) if live[row]
-            }
-            todo = [i for i in found if not self._has(known, i)]
-            replaced = {i.path: known[i.path] for i in todo if i.path in known}
-            faults: list[str] = []
-            bar = tqdm(
-                total=len(todo), desc="images", unit="img", disable=not show_progress
+            damaged = self._drop_damaged()
+            update = plan_update(
+                self._store.state, found, default_cameras=not camera_pattern
             )
-            images: list[IndexedImage] = []
-            features: list[NDArray[np.float32]] = []
-            with bar:
-                for batch in read_ahead(todo, batch_size):
-                    good = [pair for pair in batch if not isinstance(pair[1], str)]
-                    faults += [fault for _, fault in batch if isinstance(fault, str)]
-                    if good:
-                        pixels = [pixel for _, pixel in good]
-                        features.append(embedder(pixels, batch_size=batch_size))
-                        images += [image for image, _ in good]
-                    if len(images) >= _IMAGES_PER_COMMIT:
-                        self._commit(images, features, replaced)
-                    bar.update(len(batch))
-                    check_unreadable_ratio(
-                        faults, len(found), max_unreadable_ratio, all_read=False
-                    )
-            self._commit(images, features, replaced)
-            self._maintain()
-        unreadable = {fault.partition(": ")[0] for fault in faults}
-        changed = sum(path not in unreadable for path in replaced)
-        new = len(todo) - len(faults) - changed
-        return Added(new, changed, len(found) - len(todo), tuple(faults))
+            faults = read_images(
+                self._store,
+                update,
+                embedder,
+                batch_size=batch_size,
+                check=partial(
+                    check_unreadable_ratio,
+                    num_images=len(found.images),
+                    max_unreadable_ratio=max_unreadable_ratio,
+                    all_read=False,
+                ),
+                show_progress=show_progress,
+            )
+            lost = [update.instead_of[key] for key in faults if key in update.instead_of]
+            self._store.append(
+                np.zeros((0, self.dim), dtype=np.float32),
+                [],
+                instead_of=[*update.vanished, *lost],
+                replaced=update.replaced,
+            )
+            self._maintain(repair=True)
+        changed = len(update.instead_of) - len(lost)
+        return Added(
+            new=len(update.to_read) - len(faults) - changed,
+            changed=changed,
+            known=update.num_known,
+            unreadable=tuple(faults.values()),
+            removed=len(update.vanished) + len(lost),
+            moved=update.num_moved,
+            relabeled=update.num_relabeled,
+            repaired=damaged,
+        )
 
-    def _has(self, known: dict[str, int], image: IndexedImage) -> bool:
-        row = known.get(image.path)
-        if row is None:
-            return False
-        before = self._store.images[row]
-        return (before.size, before.changed) == (image.size, image.changed)
-
-    def _commit(
-        self,
-        images: list[IndexedImage],
-        features: list[NDArray[np.float32]],
-        replaced: dict[str, int],
-    ) -> None:
-        if not images:
-            return
-        rows = [replaced[image.path] for image in images if image.path in replaced]
-        self._store.append(np.concatenate(features), images, instead_of=rows)
-        images.clear()
-        features.clear()
+    def _drop_damaged(self) -> int:
+        """Drop rows whose features differ from what was written; return their number."""
+        state = self._store.state
+        damaged = [row for row in state.features.damaged_rows() if state.live[row]]
+        if not damaged:
+            return 0
+        logger.warning(
+            "The features of %d images are damaged on disk and are computed again, if "
+            "their files lie in this folder, for instance of %s",
+            len(damaged),
+            state.images[damaged[0]].path,
+        )
+        self._store.remove(damaged)
+        self._store.rewrite()
+        return len(damaged)
 
     def remove(self, pattern: str) -> int:
         """Remove the images whose path matches a pattern; their files are not touched.
@@ -299,13 +322,15 @@ class Index:
         Raises:
             ValueError: If the pattern matches no image.
         """
-        if not pattern:
-            raise ValueError("the pattern of images to remove is empty")
+        pattern = check_folder("the pattern of images to remove", pattern)
+        below = os.path.join(os.path.realpath(pattern), "") if pattern else ""
         with self._store.writing():
+            state = self._store.state
             rows = [
                 int(row)
-                for row in np.flatnonzero(self._store.live)
-                if PurePosixPath(self._store.images[row].path).match(pattern)
+                for row in np.flatnonzero(state.live)
+                if PurePath(state.images[row].path).match(pattern)
+                or (os.path.isabs(pattern) and state.images[row].key.startswith(below))
             ]
             if not rows:
                 example = next(iter(self.paths), None)
@@ -318,29 +343,9 @@ class Index:
             self._maintain()
         return len(rows)
 
-    def _maintain(self) -> None:
-        """Rewrite the files if most rows are removed; build or extend the search."""
-        store = self._store
-        if 2 * store.num_live < store.manifest.num_rows:
-            store.rewrite()
-        kind = choose_kind(store.manifest.search, store.num_live)
-        made = store.manifest.approximate
-        if kind == "flat" or not store.num_live:
-            if made:
-                store.set_approximate({})
-            return
-        features = store.features()
-        if made and made["kind"] == kind:
-            if len(features) - made["num_rows"] <= _MAX_TAIL:
-                return
-            search = Approximate.load(store.folder / made["file"], kind)
-            search.extend(features)
-        else:
-            logger.info("Building the search %s of %d images", kind, len(features))
-            search = Approximate.build(kind, features)
-        name = f"approximate-{kind}-{store.manifest.generation}-{len(features)}.faiss"
-        search.save(store.folder / name)
-        store.set_approximate({"kind": kind, "file": name, "num_rows": len(features)})
+    def _maintain(self, *, repair: bool = False) -> None:
+        """Keep files and approximate search up to date with the rows."""
+        self._search.maintain(repair=repair)
 
     def search(
         self,
@@ -370,28 +375,34 @@ class Index:
             ValueError: If the features have another dimension or are not finite, ``top`` is
                 below 1, or no image has one of the cameras.
         """
-        queries = np.asarray(features, dtype=np.float32)
-        if queries.ndim != 2 or queries.shape[1] != self.dim:
+        top = check_count("top", top)
+        threshold = check_cosine("threshold", threshold)
+        queries = check_features(features, source="the features of queries", dim=self.dim)
+        if isinstance(leave_out, (str, os.PathLike)) or len(leave_out) not in (
+            0,
+            len(queries),
+        ):
             raise ValueError(
-                f"the features of queries must have shape (Q, {self.dim}), got "
-                f"{queries.shape}"
+                f"leave_out must be a list of {len(queries)} paths, one per query, got "
+                f"{leave_out!r}"
             )
-        if not np.isfinite(queries).all():
-            raise ValueError("the features of queries are not finite")
-        if top < 1:
-            raise ValueError(f"top must be 1 or more, got {top}")
-        images = self._store.images
-        # One more result, because one may be left out.
-        similarity, rows = self._nearest(
-            queries, self._allowed(camera, not_camera), top + bool(leave_out)
+        state = self._store.state
+        allowed = _allowed(
+            state, check_texts("camera", camera), check_texts("not_camera", not_camera)
         )
+        search = self._search.get(state)
+        # One more result, because one may be left out.
+        count = top + bool(leave_out)
+        similarity, rows = find_nearest(state, search, queries, allowed, count)
         results = []
         for number in range(len(queries)):
-            own = os.path.abspath(leave_out[number]) if leave_out else None
+            own = (
+                os.path.realpath(path) if leave_out and (path := leave_out[number]) else ""
+            )
             matches = [
-                Match(images[row].path, float(value), images[row].camera)
+                Match(state.images[row].path, float(value), state.images[row].camera)
                 for value, row in zip(similarity[number], rows[number], strict=True)
-                if row >= 0 and value >= threshold and images[row].path != own
+                if row >= 0 and value >= threshold and state.images[row].key != own
             ]
             results.append(tuple(matches[:top]))
         return results
@@ -406,8 +417,8 @@ class Index:
         Raises:
             ValueError: If the index has fewer than 3 images.
         """
-        live = self._store.live
-        rows = np.flatnonzero(live)
+        state = self._store.state
+        rows = np.flatnonzero(state.live)
         if len(rows) < 3:
             raise ValueError(
                 f"a suggested threshold needs an index of at least 3 images, not "
@@ -415,66 +426,32 @@ class Index:
             )
         count = min(_SAMPLED_QUERIES, len(rows))
         sample = rows[np.arange(count) * len(rows) // count]
-        queries = self._store.features()[sample].astype(np.float32)
+        queries = state.features[sample].astype(np.float32)
         similarity, found = search_exactly(
-            queries, self._store.features(), rows, min(LONGEST_LIST + 1, len(rows))
+            queries, state.features, rows, min(LONGEST_LIST + 1, len(rows))
         )
         itself = found == sample[:, None]
         itself[~itself.any(axis=1), -1] = True  # the image has too many duplicates
         return suggest_threshold(similarity[~itself].reshape(count, -1))
 
-    def _allowed(
-        self, camera: Sequence[str], not_camera: Sequence[str]
-    ) -> NDArray[np.bool_]:
-        allowed = self._store.live
-        if not camera and not not_camera:
-            return allowed
-        known = self.cameras
-        for name in (*camera, *not_camera):
-            if name not in known:
-                raise ValueError(
-                    f"no image of the index is from camera {name!r}; its cameras are "
-                    f"{', '.join(known) or 'none'}"
-                )
-        names = [image.camera for image in self._store.images]
-        if camera:
-            allowed &= np.array([name in camera for name in names], dtype=bool)
-        allowed &= np.array([name not in not_camera for name in names], dtype=bool)
+
+def _allowed(
+    state: Snapshot, camera: Sequence[str], not_camera: Sequence[str]
+) -> NDArray[np.bool_]:
+    """Return the mask of the rows that a search may find, shape ``(N,)``."""
+    allowed = state.live
+    if not camera and not not_camera:
         return allowed
-
-    def _nearest(
-        self, queries: NDArray[np.float32], allowed: NDArray[np.bool_], count: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Find the nearest rows, with similarity -inf and row -1 where there are fewer."""
-        features, made = self._store.features(), self._store.manifest.approximate
-        rows = np.flatnonzero(allowed)
-        # A small subset of the rows is searched exactly: a graph would hardly reach it.
-        few = 10 * len(rows) <= self._store.num_live
-        search = self._approximate() if made and not few else None
-        if search is None:
-            return search_exactly(queries, features, rows, count)
-        tail = rows[rows >= search.num_rows]
-        similarity, found = search_exactly(queries, features, tail, count)
-        wanted = max(_MIN_CANDIDATES, _CANDIDATES_PER_RESULT * count)
-        candidates = search.candidates(queries, wanted, allowed[: search.num_rows])
-        for number, query in enumerate(queries):
-            near = np.sort(candidates[number][candidates[number] >= 0])
-            best = search_exactly(query[None], features, near, count)
-            both = np.concatenate([similarity[number], best[0][0]])
-            both_rows = np.concatenate([found[number], best[1][0]])
-            order = np.lexsort((both_rows, -both))[:count]
-            similarity[number], found[number] = both[order], both_rows[order]
-        return similarity, found
-
-    def _approximate(self) -> Approximate | None:
-        made = self._store.manifest.approximate
-        if self._loaded is not None and self._loaded[0] == made["file"]:
-            return self._loaded[1]
-        try:
-            search = Approximate.load(self._store.folder / made["file"], made["kind"])
-        except (ImportError, RuntimeError) as error:
-            # faiss is not installed here, or another process has just replaced the file.
-            logger.warning("The search is exact, which takes longer: %s", error)
-            return None
-        self._loaded = (made["file"], search)
-        return search
+    known = state.camera_names
+    for name in (*camera, *not_camera):
+        if name not in known:
+            raise ValueError(
+                f"no image of the index is from camera {name!r}; its cameras are "
+                f"{', '.join(known) or 'none'}"
+            )
+    cameras = state.cameras
+    if camera:
+        allowed = allowed & np.isin(cameras.astype(str), camera) & (cameras != None)  # noqa: E711
+    for name in not_camera:
+        allowed = allowed & (cameras != name)
+    return allowed

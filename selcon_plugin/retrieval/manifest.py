@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
-import zlib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from selcon_plugin.io.atomic import write_atomically
+from selcon_plugin.io.integrity import DamagedFileError, sealed_json, unsealed_json
 
 MANIFEST = "index.json"
 FORMAT = 2
 _FIRST_FORMAT = 1  # without checksums
 _DTYPES = ("float16", "float32")
+_REMEDY = "Remove the folder of the index, and create it again with selcon index"
 _COUNTS = ("dim", "num_rows", "log_bytes", "log_crc", "generation")
 _APPROXIMATE_FILE = re.compile(r"approximate-(hnsw|ivf)-\d+-\d+\.faiss")
-_OWN_FILE = re.compile(
-    rf"features-\d+\.bin|images-\d+\.jsonl|{_APPROXIMATE_FILE.pattern}"
-)
+_OWN_FILE = re.compile(rf"features-\d+\.bin|images-\d+\.jsonl|{_APPROXIMATE_FILE.pattern}")
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Manifest:
 
     @property
     def has_checksums(self) -> bool:
-        """Whether the files can be checked; indexes before version 0.3 cannot."""
+        """True if the files can be checked; those of earlier versions cannot."""
         return self.format != _FIRST_FORMAT
 
     def write(self, folder: Path) -> None:
@@ -80,10 +78,7 @@ class Manifest:
         Args:
             folder: Folder of the index.
         """
-        content = asdict(self)
-        write_atomically(
-            json.dumps({**content, "crc": _checksum(content)}), folder / MANIFEST
-        )
+        write_atomically(sealed_json(asdict(self)), folder / MANIFEST)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -97,26 +92,24 @@ class Manifest:
 
         Raises:
             FileNotFoundError: If there is no index.
-            ValueError: If the manifest is damaged, or of a later version.
-        """
+            DamagedFileError: If the manifest is damaged.
+            ValueError: If it is of a later version.
+        """  # noqa: DOC501, DOC502  (raised by the functions called here)
         file = folder / MANIFEST
         if not file.is_file():
             raise FileNotFoundError(
                 f"there is no index in {str(folder)!r}: create one with selcon index"
             )
         try:
-            content = json.loads(file.read_bytes())
-            version = content.get("format")
-        except (ValueError, RecursionError, AttributeError) as error:
+            content = unsealed_json(file.read_bytes(), file, remedy=_REMEDY)
+        except RecursionError as error:
             raise _damaged(file, str(error)) from error
+        version = content.get("format", _FIRST_FORMAT)
         if version not in (_FIRST_FORMAT, FORMAT):
             raise ValueError(
                 f"{file} was written by another version of selcon_plugin (format "
                 f"{version!r}): use that version, or create a new index"
             )
-        crc = content.pop("crc", None)
-        if version == FORMAT and crc != _checksum(content):
-            raise _damaged(file, "its content differs from what was written")
         try:
             manifest = cls(**content)
             manifest._check()
@@ -133,9 +126,9 @@ class Manifest:
         if self.dtype not in _DTYPES or not self.dim:
             raise ValueError(f"features of {self.dim} values in {self.dtype!r}")
         for item in fields(self):
-            if item.name in ("network", "approximate"):
-                if not isinstance(getattr(self, item.name), dict):
-                    raise ValueError(f"{item.name} is no mapping")
+            value = getattr(self, item.name)
+            if item.name in ("network", "approximate") and not isinstance(value, dict):
+                raise ValueError(f"{item.name} is no mapping")
         if self.approximate:
             name = self.approximate["file"]
             if not _APPROXIMATE_FILE.fullmatch(name):
@@ -147,12 +140,5 @@ def is_own_file(name: str) -> bool:
     return bool(_OWN_FILE.fullmatch(name))
 
 
-def _checksum(content: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def _damaged(file: Path, reason: str) -> ValueError:
-    return ValueError(
-        f"{file} is damaged: {reason}. Remove the folder of the index, and create it again "
-        "with selcon index"
-    )
+def _damaged(file: Path, reason: str) -> DamagedFileError:
+    return DamagedFileError(f"{file} is damaged: {reason}. {_REMEDY}")

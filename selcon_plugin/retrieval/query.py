@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
-from selcon_plugin.datasets.reading import read_rgb
+from selcon_plugin.datasets.reading import describe_faults, read_rgb
+from selcon_plugin.features import check_features
+from selcon_plugin.retrieval.arguments import check_list
 from selcon_plugin.retrieval.index import Index
 from selcon_plugin.retrieval.results import QueryResult
 from selcon_plugin.retrieval.source import ImageEmbedder
 
+logger = logging.getLogger(__name__)
+
+_Query = str | Path | Image.Image | NDArray[np.uint8]
+
 
 def search(
     index: Index | str | Path,
-    queries: Sequence[str | Path],
+    queries: Iterable[_Query],
     *,
     embedder: ImageEmbedder | None = None,
     top: int = 10,
@@ -28,7 +38,8 @@ def search(
 
     Args:
         index: Index, or its folder.
-        queries: Image files. A query that is in the index is not one of its own results.
+        queries: List of image files, Pillow images or RGB arrays ``(h, w, 3)``. A file
+            that is in the index is not one of its own results.
         embedder: Network of the index; None to load it from the source that the index
             names.
         top: Maximum number of results per query.
@@ -37,28 +48,58 @@ def search(
         threshold: Smallest cosine of a result.
 
     Returns:
-        The results of each query, most similar first.
+        The results of each query, most similar first. A warning lists the results whose
+        files are gone since they were added.
 
     Raises:
+        BadFeaturesError: If the network does not return a unit vector per query.
         ValueError: If the network is not that of the index, or an argument is invalid.
         FileNotFoundError: If there is no index, or its network is missing.
         ImageReadError: If a query is unreadable.
     """  # noqa: DOC502  (raised by the functions called here)
     if not isinstance(index, Index):
         index = Index.open(index)
-    files = [os.fspath(query) for query in queries]
-    images = [read_rgb(file) for file in files]
+    asked = check_list("queries", queries)
+    files = [os.fsdecode(q) if isinstance(q, (str, os.PathLike)) else "" for q in asked]
+    images = [
+        read_rgb(file) if file else query for file, query in zip(files, asked, strict=True)
+    ]
     if embedder is None:
         if index.source is None:
             raise ValueError("the index does not name its network: pass embedder")
         embedder = index.source.load()
     index.check_network(embedder)
+    features: Any = np.zeros((0, index.dim), dtype=np.float32)
+    if images:
+        features = check_features(
+            embedder(images),
+            source="the network's output for the queries",
+            rows=len(images),
+            dim=index.dim,
+        )
     found = index.search(
-        np.asarray(embedder(images), dtype=np.float32).reshape(len(files), index.dim),
+        features,
         top=top,
         camera=camera,
         not_camera=not_camera,
         threshold=threshold,
         leave_out=files,
     )
-    return [QueryResult(file, matches) for file, matches in zip(files, found, strict=True)]
+    results = [
+        QueryResult(file or f"query {number}", matches)
+        for number, (file, matches) in enumerate(zip(files, found, strict=True), start=1)
+    ]
+    _warn_of_missing_files(results)
+    return results
+
+
+def _warn_of_missing_files(results: Sequence[QueryResult]) -> None:
+    paths = dict.fromkeys(match.path for result in results for match in result.matches)
+    missing = [path for path in paths if not os.path.exists(path)]
+    if missing:
+        logger.warning(
+            "The files of %d results are gone since they were added to the index; run "
+            "selcon index on their folders again:\n%s",
+            len(missing),
+            describe_faults(missing),
+        )

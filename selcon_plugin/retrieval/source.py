@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from selcon_plugin.features import check_features
+
 if TYPE_CHECKING:
     from selcon_plugin.inference.embedder import Embedder
 
@@ -149,17 +151,14 @@ def probe_answers(embedder: ImageEmbedder) -> NDArray[np.float32]:
         Unit vectors, shape ``(4, D)``.
 
     Raises:
-        ValueError: If the features are not unit vectors of this shape.
-    """
-    answers = np.asarray(embedder(_probe_images()), dtype=np.float32)
-    if answers.shape != (_NUM_PROBES, embedder.dim):
-        raise ValueError(
-            f"the embedder must return shape ({_NUM_PROBES}, {embedder.dim}) for "
-            f"{_NUM_PROBES} images, got {answers.shape}"
-        )
-    if not np.allclose(np.linalg.norm(answers, axis=1), 1.0, atol=1e-3):
-        raise ValueError("the embedder must return vectors of unit length")
-    return answers
+        BadFeaturesError: If the features are not unit vectors of this shape.
+    """  # noqa: DOC502  (raised by the functions called here)
+    return check_features(
+        embedder(_probe_images()),
+        source="the embedder's output for test patterns",
+        rows=_NUM_PROBES,
+        dim=embedder.dim,
+    )
 
 
 def same_network(before: NDArray[np.float32], now: NDArray[np.float32]) -> bool:

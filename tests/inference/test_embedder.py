@@ -143,6 +143,7 @@ def test_unreadable_images_are_left_out_up_to_a_ratio(embedder, folder, caplog):
 
 def test_features_are_saved_and_loaded(tmp_path):
     features = np.random.default_rng(0).normal(size=(3, 2)).astype(np.float32)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
     saved = FolderFeatures(("a", "b", "ü"), np.array([0, -1, 1]), features)
     file = tmp_path / "new" / "features.of.mine"
     saved.save(file)

@@ -34,7 +34,7 @@ def made(tmp_path, draw_images, network, capsys):
     command = ["index", "--weights", network[0], "--images", images, "--output", index]
     assert main([*map(str, command), "data.height", "128"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("24 images added, 0 replaced, 0 unchanged\n")
+    assert said.startswith("24 images added, 0 updated, 0 removed, 0 unchanged\n")
     assert "24 images, 24 values in float32, search flat (exact)" in said
     return index, images
 
@@ -55,7 +55,7 @@ def test_index_is_added_to_and_taken_from(made, draw_images, network, capsys):
     assert network[1][-1].options == ("data.height", "128")
     assert network[1][-1].weights == str(network[0])
     again = run(capsys, "index", "--output", index, "--images", images)
-    assert "0 images added, 0 replaced, 24 unchanged" in again[1]
+    assert "0 images added, 0 updated, 0 removed, 24 unchanged" in again[1]
     status, said, _ = run(capsys, "index", "--index", index, "--remove", "cam0/*")
     assert (status, said.splitlines()[0]) == (0, "24 images removed")
     assert len(Index.open(index)) == 24

@@ -15,8 +15,7 @@ from PIL import Image
 
 from selcon_plugin.datasets import read_image_folder
 from selcon_plugin.engine.image_check import BadImagesError
-from selcon_plugin.retrieval import Index, exact, search
-from selcon_plugin.retrieval import index as index_module
+from selcon_plugin.retrieval import Index, exact, search, stored_search
 from selcon_plugin.retrieval.approximate import choose_kind
 from selcon_plugin.retrieval.store import IndexedImage
 
@@ -188,7 +187,7 @@ def test_approximate_search_misses_little_and_ranks_exactly(tmp_path, kind):
 
 def test_approximate_search_grows_with_the_index(tmp_path, monkeypatch):
     pytest.importorskip("faiss")
-    monkeypatch.setattr(index_module, "_MAX_TAIL", 10)
+    monkeypatch.setattr(stored_search, "_MAX_TAIL", 10)
     rng = np.random.default_rng(7)
     index = filled(tmp_path / "index", unit(rng, 200), kind="hnsw")
     rows = unit(rng, 11)
@@ -332,7 +331,7 @@ def test_a_killed_add_loses_nothing_and_resumes(tmp_path, embedder, draw_images)
         import sys, time
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from conftest import ColorGrid
-        from selcon_plugin.retrieval import Index, index as module
+        from selcon_plugin.retrieval import Index, update as module
         class Slow(ColorGrid):
             def __call__(self, images, *, batch_size=64):
                 time.sleep(0.05 * (len(images) > 4))
@@ -432,7 +431,7 @@ def test_refuses_wrong_arguments(tmp_path, embedder, draw_images):
         index.suggest_threshold()
     index.add(folder, embedder)
     for features, message in (
-        (np.zeros((1, 5)), r"shape \(Q, 24\), got \(1, 5\)"),
+        (np.zeros((1, 5)), r"features of queries.*24\), got \(1, 5\)"),
         (np.full((1, 24), np.nan), "not finite"),
     ):
         with pytest.raises(ValueError, match=message):
