@@ -33,6 +33,7 @@ from selcon_plugin.compat.shared import (
     prepare_torchvision,
     restore_numpy_bool,
 )
+from selcon_plugin.datasets.reading import read_rgb
 from selcon_plugin.io.safe_loading import load_data
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ def prepare_fastreid() -> None:
     _let_reranking_run_without_gpu_faiss()
     _load_fastreid_checkpoints_as_data()
     _exchange_data_without_code()
+    _read_images_as_the_plugin_does()
 
 
 def _restore_torch_six() -> None:
@@ -341,6 +343,33 @@ def _exchange_data_without_code() -> None:
     """
     comm: Any = importlib.import_module("fastreid.utils.comm")
     comm.pickle = _DataExchange
+
+
+def _read_images_as_the_plugin_does() -> None:
+    """Make FastReID's own data sets and predictor read images like the plugin.
+
+    Without it: transparent, palette and 16-bit images have other pixels in a loader of
+    FastReID than in one of the plugin, so the same picture has two features; and EPS files
+    start Ghostscript.
+    Can be removed when: FastReID's data sets accept a reader.
+    """
+    utils: Any = importlib.import_module("fastreid.data.data_utils")
+    if hasattr(utils.read_image, PATCHED):
+        return
+    original = utils.read_image
+
+    @functools.wraps(original)
+    def read_image(file_name: str, format: str | None = None) -> Any:
+        if format in (None, "RGB"):
+            return read_rgb(file_name)
+        return original(file_name, format)
+
+    setattr(read_image, PATCHED, True)
+    utils.read_image = read_image
+    for part in ("fastreid.data.common", "fastreid.data"):
+        module: Any = importlib.import_module(part)
+        if hasattr(module, "read_image"):
+            module.read_image = read_image
 
 
 def _faiss_searches_on_gpu(faiss: Any) -> bool:

@@ -1,36 +1,66 @@
-"""Image reader for both hosts, and a parallel check of many image files."""
+"""The reader of images for every command and host, and a parallel check of many files."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import logging
 import os
 import stat
+import threading
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from selcon_plugin.io.atomic import write_atomically
+from selcon_plugin.io.names import printable
 
 logger = logging.getLogger(__name__)
 
-# Pillow's default limit for a warning: 256 MiB in RGB. A larger image would exhaust the
-# memory of every process that reads it, and cannot be a person crop.
-MAX_PIXELS = 89_478_485
+# The formats that are read, by Pillow's names. Pillow knows some that run other programs
+# (EPS starts Ghostscript) or open other files: they are not tried, whatever a file holds.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+# Bounds on what one image may cost: a file of a few KB may hold gigabytes of one color. A
+# person crop is far below, a photo of 50 megapixels within.
+MAX_PIXELS = 2**26
+MAX_SIDE = 2**15
+MAX_BYTES = 2**29
+MAX_SECONDS = 60.0
+# Images with more pixels are decoded one at a time in each process.
+_LARGE = 2**22
 
 # Faults of the machine, not of the file: no other image could be read either.
 _RESOURCE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _READERS = 8
 # Checking fewer files takes less than a second and is not worth a cache file.
 _MIN_CACHED_FILES = 1000
+
+_ORIENTATION = 0x0112  # tag of the EXIF data, and how its values are turned upright
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+_MODULES = {"JPEG": "Jpeg", "WEBP": "WebP"}
+# Registered here, because Pillow would import all its formats to find one of them.
+for _name in FORMATS:
+    import_module(f"PIL.{_MODULES.get(_name, _name.title())}ImagePlugin")
 
 
 class ImageReadError(OSError):
@@ -42,9 +72,11 @@ def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
 
     The image is rotated according to its EXIF data. Gray, palette and CMYK images are
     converted, 16-bit gray values keep their upper 8 bits, transparency is composited onto
-    black, and only the first frame of an animation is read. Unusable files are refused:
-    truncated or empty files, files of another type whatever their name, folders and pipes,
-    floating-point images, and images of more than :data:`MAX_PIXELS`.
+    black, and only the first frame of an animation is read. :func:`as_rgb` gives the same
+    pixels for the same picture in memory. Unusable files are refused: truncated or empty
+    files, files of another type whatever their name, folders, pipes and devices (which are
+    never opened), floating-point images, and images beyond :data:`MAX_PIXELS`,
+    :data:`MAX_SIDE`, :data:`MAX_BYTES` or :data:`MAX_SECONDS`.
 
     Args:
         path: Path of the image file.
@@ -58,55 +90,182 @@ def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
         OSError: If the machine is out of memory or file handles.
     """
     try:
-        return _read(path)
+        with _open_file(path) as stream, _open_image(stream) as image:
+            return _convert(image)
     except MemoryError:
         raise
     except OSError as error:
         if error.errno in _RESOURCE_ERRORS:
             raise
-        raise ImageReadError(f"{os.fspath(path)}: {_reason(error)}") from error
+        raise ImageReadError(f"{printable(path)}: {_reason(error)}") from error
     except Exception as error:
         # Pillow's decoders raise almost anything on a damaged file: SyntaxError, EOFError,
         # struct.error, IndexError, DecompressionBombError, ...
-        raise ImageReadError(f"{os.fspath(path)}: {_reason(error)}") from error
+        raise ImageReadError(f"{printable(path)}: {_reason(error)}") from error
 
 
-def _read(path: str | os.PathLike[str]) -> Image.Image:
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
+def as_rgb(image: Any) -> Image.Image:
+    """Convert an image in memory to 8-bit RGB, with the pixels of its file's reading.
+
+    Args:
+        image: Pillow image of any mode, which is not changed; content of an image file as
+            ``bytes``; path of an image file; or uint8 RGB array ``(h, w, 3)``.
+
+    Returns:
+        The image.
+
+    Raises:
+        ImageReadError: If it is a path or the content of an unusable file.
+        ValueError: If it is of another type, or of a mode without a known white.
+        MemoryError: If the machine is out of memory.
+    """
+    if isinstance(image, (str, Path)):
+        return read_rgb(image)
+    if isinstance(image, Image.Image):
+        return _convert(image)
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        try:
+            with _open_image(io.BytesIO(image)) as opened:
+                return _convert(opened)
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise ImageReadError(
+                f"image of {len(image)} bytes: {_reason(error)}"
+            ) from error
+    array = np.asarray(image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
+        raise ValueError(
+            "an image must be a path, a Pillow image, the bytes of an image file, or a "
+            f"uint8 RGB array of shape (h, w, 3); got {array.dtype} of shape "
+            f"{array.shape}: PIL.Image.fromarray makes a Pillow image of other arrays"
+        )
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+class _TimedFile(io.BufferedReader):
+    """File whose reading ends after :data:`MAX_SECONDS`; decoders read it in pieces."""
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        super().__init__(raw)
+        self._deadline = time.monotonic() + MAX_SECONDS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read as usual, or raise an error after the deadline."""
+        if time.monotonic() > self._deadline:
+            raise ValueError(f"decoding takes more than {MAX_SECONDS:g} s")
+        return super().read(size)
+
+
+def _open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
+    """Open a regular file of a bounded size; anything else is not opened."""
+    _check_file(os.stat(path))
+    # Should a pipe take the file's place in between, opening it must not wait.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    stream = _TimedFile(io.FileIO(os.open(path, flags)))
+    try:
+        _check_file(os.fstat(stream.fileno()))
+    except ValueError:
+        stream.close()
+        raise
+    return stream
+
+
+def _check_file(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
         raise ValueError("not a file")
     if not status.st_size:
         raise ValueError("empty file")
-    with Image.open(path) as image:
-        return _as_rgb(image)
+    if status.st_size > MAX_BYTES:
+        raise ValueError(f"{status.st_size} bytes are more than {MAX_BYTES}")
+
+
+def _open_image(stream: Any) -> Image.Image:
+    return Image.open(stream, formats=FORMATS)
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror  # without the path, which is already in the message
     if type(error).__name__ == "UnidentifiedImageError":
-        return "not an image, or of an unknown format"
-    return str(error) or type(error).__name__
+        return f"not an image, or of an unknown format: {', '.join(FORMATS)} are read"
+    return printable(str(error)) or type(error).__name__
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.width * image.height > MAX_PIXELS:
+_decoding_large = threading.Lock()
+
+
+def _replace_lock() -> None:
+    global _decoding_large
+    _decoding_large = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # a thread of the parent may hold it, and is not here
+    os.register_at_fork(after_in_child=_replace_lock)
+
+
+@contextlib.contextmanager
+def _bounded(image: Image.Image) -> Iterator[None]:
+    """Refuse an image of too many pixels, and let large ones pass one after the other."""
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
         raise ValueError(
             f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}"
         )
-    image.load()
-    with contextlib.suppress(Exception):  # with damaged EXIF data the pixels are usable
-        ImageOps.exif_transpose(image, in_place=True)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known white")
-    if image.mode.startswith("I"):
-        # Pillow would clip the values at 255, which gives a white image.
-        pixels = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
-        image = Image.fromarray(pixels.astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        opaque = Image.new("RGBA", image.size, "black")
-        image = Image.alpha_composite(opaque, image.convert("RGBA"))
-    return image.convert("RGB")
+    if max(image.size) > MAX_SIDE:
+        raise ValueError(
+            f"{image.width} x {image.height} pixels: a side is longer than {MAX_SIDE}"
+        )
+    with _decoding_large if pixels > _LARGE else contextlib.nullcontext():
+        yield
+
+
+def _convert(image: Image.Image) -> Image.Image:
+    with _bounded(image):
+        _load(image)
+        transparent = "transparency" in image.info
+        orientation = None
+        with contextlib.suppress(Exception):  # with damaged EXIF data the pixels are usable
+            orientation = image.getexif().get(_ORIENTATION)
+        if image.mode == "F":
+            raise ValueError("floating-point pixels have no known white")
+        if image.mode.startswith("I"):
+            image, transparent = _upper_bits(image), False
+        if image.mode == "La":
+            image = image.convert("LA")
+        if image.mode in ("RGBA", "LA", "PA", "RGBa") or transparent:
+            opaque = Image.new("RGBA", image.size, "black")
+            image = Image.alpha_composite(opaque, image.convert("RGBA"))
+        turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+        rgb = image.convert("RGB") if turn is None else image.convert("RGB").transpose(turn)
+        rgb.info = {}  # read again, the result must not be turned a second time
+        return rgb
+
+
+def _load(image: Image.Image) -> None:
+    """Decode an image.
+
+    Pillow maps an uncompressed TIFF file into memory with height and width exchanged if its
+    EXIF data turn it by 90 degrees (seen up to Pillow 13.0), which scrambles the pixels.
+    Without its name the file is decoded instead, as for a file that :func:`read_rgb` opens.
+    """
+    name = getattr(image, "filename", "")
+    if not name or image.format != "TIFF":
+        image.load()
+        return
+    image.filename = ""  # type: ignore[attr-defined]
+    try:
+        image.load()
+    finally:
+        image.filename = name  # type: ignore[attr-defined]
+
+
+def _upper_bits(image: Image.Image) -> Image.Image:
+    """Return the upper 8 of 16 bits; Pillow clips at 255, which gives a white image."""
+    values = np.asarray(image)
+    if values.max(initial=0) > 0xFFFF:
+        raise ValueError("32-bit pixels have no known white")
+    return Image.fromarray((np.clip(values, 0, None) >> 8).astype(np.uint8))
 
 
 def fault_of(path: str | os.PathLike[str]) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,7 +24,12 @@ from tqdm import tqdm
 from selcon_plugin.config.checks import check_device
 from selcon_plugin.datasets import ImageItem, read_image_folder
 from selcon_plugin.datasets.numbering import number_names
-from selcon_plugin.datasets.reading import ImageReadError, describe_faults, read_rgb
+from selcon_plugin.datasets.reading import (
+    ImageReadError,
+    as_rgb,
+    describe_faults,
+    read_rgb,
+)
 from selcon_plugin.engine.image_check import check_unreadable_ratio
 from selcon_plugin.features import check_features
 from selcon_plugin.inference.folder_features import FolderFeatures
@@ -35,7 +40,7 @@ __all__ = ["Embedder", "FolderFeatures"]
 
 logger = logging.getLogger(__name__)
 
-_Image = str | Path | Image.Image | NDArray[np.uint8]
+_Image = str | Path | bytes | Image.Image | NDArray[np.uint8]
 
 
 class Backend(Protocol):
@@ -138,8 +143,11 @@ class Embedder:
         """Compute the features of images.
 
         Args:
-            images: Paths, Pillow images, or arrays ``(h, w, 3)`` of RGB values 0..255, of
-                any size. Arrays of OpenCV are BGR: pass ``array[..., ::-1]``.
+            images: Paths, Pillow images of any mode, contents of image files as ``bytes``,
+                or arrays ``(h, w, 3)`` of RGB values 0..255, of any size. The same picture
+                has the same feature in each form; see
+                ``selcon_plugin.datasets.reading.as_rgb``. Arrays of OpenCV are BGR: pass
+                ``array[..., ::-1]``.
             batch_size: Images computed together.
 
         Returns:
@@ -151,11 +159,11 @@ class Embedder:
             ValueError: If an array has another shape or type.
         """  # noqa: DOC502  (raised by the functions called here)
         _check_batch_size(batch_size)
-        if isinstance(images, (str, Path, Image.Image)):
+        if isinstance(images, (str, Path, bytes, Image.Image)):
             raise ValueError("images must be a list: pass [image] for a single image")
         resize = self.backend.preprocessing.resize
         batches = (
-            np.stack([resize(_as_rgb(image)) for image in images[start:][:batch_size]])
+            np.stack([resize(as_rgb(image)) for image in images[start:][:batch_size]])
             for start in range(0, len(images), batch_size)
         )
         return self._embed(batches)
@@ -316,17 +324,3 @@ def choose_device(name: str) -> torch.device:
 def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size}")
-
-
-def _as_rgb(image: Any) -> Image.Image:
-    if isinstance(image, (str, Path)):
-        return read_rgb(image)
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    array = np.asarray(image)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
-        raise ValueError(
-            "an image must be a path, a Pillow image, or a uint8 RGB array of shape "
-            f"(h, w, 3); got {array.dtype} of shape {array.shape}"
-        )
-    return Image.fromarray(np.ascontiguousarray(array))

@@ -1,5 +1,6 @@
 """The patched hosts at work: training, resuming, ranking and reading images."""
 
+import importlib
 import inspect
 import subprocess
 import sys
@@ -218,14 +219,27 @@ def test_patched_reader_equals_torchreids(torchreid_reader, tmp_path):
 
 
 @needs_torchreid
-def test_reader_that_raises_is_untouched(torchreid_reader, monkeypatch):
+def test_reader_that_raises_is_replaced_too(torchreid_reader, monkeypatch, tmp_path):
     torchreid, _ = torchreid_reader
-
-    def read_image(path): ...
-
-    monkeypatch.setattr(torchreid.utils, "read_image", read_image)
+    monkeypatch.setattr(torchreid.utils, "read_image", lambda path: None)
     compat.torchreid._let_unreadable_images_fail(torchreid)
-    assert torchreid.utils.read_image is read_image
+    path = tmp_path / "16bit.png"
+    Image.fromarray(np.full((2, 2), 0x1234, dtype=np.uint16)).save(path)
+    assert torchreid.utils.read_image(str(path)).getpixel((0, 0)) == (0x12,) * 3
+
+
+@needs_fastreid
+def test_fastreid_reads_images_as_the_plugin_does(tmp_path):
+    compat.prepare_fastreid()
+    common = importlib.import_module("fastreid.data.common")
+    utils = importlib.import_module("fastreid.data.data_utils")
+    path = tmp_path / "16bit.png"
+    Image.fromarray(np.full((2, 2), 0x1234, dtype=np.uint16)).save(path)
+    for read_image in (common.read_image, utils.read_image):
+        assert read_image(str(path)).getpixel((0, 0)) == (0x12,) * 3
+    Image.effect_noise((8, 4), 50).convert("P").save(tmp_path / "palette.png")
+    read = common.read_image(str(tmp_path / "palette.png"))
+    assert read.tobytes() == Image.open(tmp_path / "palette.png").convert("RGB").tobytes()
 
 
 PARTS = ("data", "engine", "losses", "metrics", "models", "optim", "utils")

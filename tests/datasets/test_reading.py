@@ -178,7 +178,7 @@ def test_no_permission(tmp_path, monkeypatch):
     (tmp_path / "a.png").chmod(0)
     if os.access(tmp_path / "a.png", os.R_OK):  # the superuser reads everything
 
-        def refuse(*_):
+        def refuse(*_, **__):
             raise PermissionError(errno.EACCES, "Permission denied")
 
         monkeypatch.setattr(reading.Image, "open", refuse)
@@ -203,7 +203,7 @@ def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
 def test_faults_of_the_machine_are_not_the_images(tmp_path, monkeypatch, code):
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError(code, os.strerror(code))
 
     plain().save(tmp_path / "a.png")

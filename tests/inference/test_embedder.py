@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from selcon_plugin.datasets.reading import ImageReadError
+from selcon_plugin.datasets.reading import ImageReadError, read_rgb
 from selcon_plugin.engine.image_check import BadImagesError
 from selcon_plugin.hosts import find_config
 from selcon_plugin.inference.embedder import Embedder
@@ -210,3 +210,25 @@ def test_resize_is_pillows_up_to_a_rounding(interpolation, height):
         difference = np.abs(got - np.asarray(expected).astype(np.float32))
         assert difference.max() <= 1
         assert (difference > 0).mean() < 0.02
+
+
+def test_a_picture_has_one_feature_by_every_door(embedder, tmp_path):
+    """16 bits, transparency and rotation: by path, in memory, as bytes, in a folder."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    values = np.random.default_rng(3).integers(0, 2**16, (20, 12), dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png", exif=exif)
+    rgba = np.random.default_rng(4).integers(0, 256, (20, 12, 4), dtype=np.uint8)
+    Image.fromarray(rgba).save(tmp_path / "clear.png", exif=exif)
+    Image.fromarray(rgba[..., :3]).convert("CMYK").save(tmp_path / "ink.jpg", exif=exif)
+    in_folder = embedder.embed_folder(tmp_path)
+    for file, feature in zip(in_folder.paths, in_folder.features, strict=True):
+        with Image.open(file) as opened, open(file, "rb") as stream:
+            content = stream.read()
+            doors = [file, opened, opened.copy(), content, np.asarray(read_rgb(file))]
+            assert (embedder(doors) == feature).all()
+
+
+def test_one_image_as_bytes_is_no_list(embedder):
+    with pytest.raises(ValueError, match=r"pass \[image\]"):
+        embedder(b"content")
