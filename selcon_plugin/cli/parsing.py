@@ -37,7 +37,9 @@ class CommandParser(argparse.ArgumentParser):
         Raises:
             ValueError: Always.
         """
-        text = self._with_hint(message)
+        text = re.sub(
+            r"^argument (.+?): it (is|must) ", r"\1 \2 ", self._with_hint(message)
+        )
         raise ValueError(
             f"{text}{'' if text.endswith('?') else ';'} see {self.prog} --help"
         )

@@ -18,7 +18,7 @@ from selcon_plugin.values import Raw, Written, read_value
 
 __all__ = ["Entry", "Group", "read_yaml", "read_yaml_values"]
 
-_MAX_VALUES = 100_000  # with all aliases resolved
+_MAX_VALUES = 20_000  # with all aliases resolved
 _MAX_BYTES = 20_000_000
 _MERGE = "<<"
 _TEXT_TAG = "tag:yaml.org,2002:str"
@@ -137,7 +137,7 @@ class _Reader:
             raise self._error(line, f"this is not YAML: {_reason(error)}") from error
         except yaml.reader.ReaderError as error:
             line = text.count("\n", 0, error.position) + 1
-            reason = f"the character {error.character!r} is not allowed"
+            reason = f"the character {chr(error.character)!r} is not allowed"
             raise self._error(line, f"this is not YAML: {reason}") from error
         except RecursionError as error:
             raise ValueError(f"{self._file} is not YAML: too deeply nested") from error
