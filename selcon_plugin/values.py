@@ -2,7 +2,7 @@
 
 All of them are read by :func:`read_value`. The type of the option decides what a text
 means: ``2024-01-31`` is the name of a folder but no number, ``5e-1`` is a number, and
-``yes`` is True only for a switch. Nothing is guessed from the text alone.
+``yes`` is True only for a switch. Nothing is guessed from the text itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a text means, by the type of the option: a value, or a refusal with a hint."""
+"""Meaning of a text by the type of the option: a value, or a refusal with a hint."""
 
 from pathlib import Path
 
@@ -119,7 +119,7 @@ def test_meaning_of_a_list(text, item, expected):
         assert found is expected or found == kind(expected)
 
 
-def test_hint_says_what_to_write():
+def test_hint_names_the_remedy():
     for text, kind, hint in [
         ("0,5", float, "decimal point"),
         ("inf", float, "finite"),

@@ -1,7 +1,7 @@
-"""What a command leaves on the terminal when it fails or is interrupted.
+"""Messages and exit statuses of a command that fails or is interrupted.
 
 A mistake of the user is one line with its remedy and the exit status 2. A fault of the
-program is a traceback, followed by a line that says how to report it.
+program is a traceback, followed by a line on how to report it.
 """
 
 from __future__ import annotations

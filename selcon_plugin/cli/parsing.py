@@ -47,8 +47,8 @@ class CommandParser(argparse.ArgumentParser):
     def _with_hint(self, message: str) -> str:
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
-            words = unknown.split()
-            option = next((word for word in words if word.startswith("-")), words[0])
+            unknown_ones = unknown.split()
+            option = next((o for o in unknown_ones if o[0] == "-"), unknown_ones[0])
             return f"there is no option {option}{self._closest(option)}"
         choice = _CHOICE.match(message)
         if choice:

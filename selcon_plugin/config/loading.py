@@ -251,7 +251,7 @@ def read_option(option: Option, raw: Raw, label: str) -> Any:
 
 
 def pairs_of(opts: Sequence[str]) -> list[tuple[str, str]]:
-    """Split the ``KEY VALUE`` words of a command line into pairs.
+    """Split the ``KEY VALUE`` arguments of a command line into pairs.
 
     Args:
         opts: Words.

@@ -9,7 +9,7 @@ BOMB = "a0: &a0 [1, 1]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)
 )
 
-# Content, then what the message names besides the file.
+# Content, then parts of the message, in addition to the file.
 REFUSED = [
     ("", "empty"),
     ("# nothing\n", "empty"),
@@ -48,7 +48,7 @@ REFUSED = [
     ("A: [{B: 1}]\n", "line 1; list"),
     ("<<: 3\nA: 1\n", "line 1; <<; group"),
     ("A: 1\nB: \0\n", "line 2; '\\x00'"),
-    (b"A: 1\nB: caf\xe9\n", "line 2; UTF-8"),
+    (b"A: 1\nB: na\xefve\n", "line 2; UTF-8"),
     (b"\xff\xfeA", "UTF-8"),
     (b"\x80\x02}q\x00.", "line 1; UTF-8"),
 ]
