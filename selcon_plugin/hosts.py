@@ -15,7 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from selcon_plugin.config.checks import check_name, read_config_tree
+from selcon_plugin.config.checks import check_name
+from selcon_plugin.config.files import read_top_keys
 from selcon_plugin.config.host import Host
 from selcon_plugin.config.host_data import keys_in
 
@@ -125,7 +126,7 @@ def host_of(config_file: str) -> str:
     if not config_file:
         return DEFAULT_HOST
     # With the keys of its bases: a file may add nothing but the name of a base.
-    return host_of_keys(read_config_tree(config_file))
+    return host_of_keys(read_top_keys(config_file))
 
 
 def host_of_settings(settings: Mapping[str, Any]) -> Host | None:

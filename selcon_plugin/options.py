@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -144,6 +145,8 @@ class Option:
         if self.legal is not None and not self.legal.contains(value):
             hint = self.legal.closest(value) if isinstance(self.legal, Choice) else ""
             raise ValueError(f"{label} must be {self.describe()}, got {value!r}{hint}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{label} must be {self.describe()}, finite, got {value!r}")
         return value
 
     def describe(self) -> str:

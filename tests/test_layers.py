@@ -34,7 +34,8 @@ LAYERS = (
     ("datasets", "samplers"),
     ("features", "distance", "selection", "memory"),
     ("registry",),
-    ("distributed", "options", "renamed", "io", "_version", "_moved", "renamed"),
+    ("distributed", "options", "renamed", "io", "_version", "_moved"),
+    ("values",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 # Only these import a host's package.

@@ -11,7 +11,9 @@ from selcon_plugin.cli.arguments import (
     add_reading_arguments,
     check_network_arguments,
 )
+from selcon_plugin.cli.parsing import CommandParser, number, whole_number
 from selcon_plugin.config.loading import import_files
+from selcon_plugin.options import Interval
 from selcon_plugin.workflows.adapt import AdaptSettings, adapt
 from selcon_plugin.workflows.terminal import echo
 
@@ -52,8 +54,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="selcon adapt",
         description="Fine-tune a trained network on your images without labels, and keep "
         "the best checkpoint, the given one included, by a label-free criterion. Repeat "
@@ -75,11 +77,14 @@ def _parser() -> argparse.ArgumentParser:
         help="training method; default: the one in the config, else SelConCluster",
     )
     parser.add_argument(
-        "--epochs", type=int, default=10, help="number of epochs to train; default: 10"
+        "--epochs",
+        type=whole_number(1),
+        default=10,
+        help="number of epochs to train; default: 10",
     )
     parser.add_argument(
         "--learning-rate",
-        type=float,
+        type=number(Interval(0, above=True)),
         default=3.5e-4,
         metavar="X",
         help="learning rate of Adam; default: 0.00035",

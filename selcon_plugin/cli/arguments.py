@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from selcon_plugin.cli.parsing import config_file, whole_number
 from selcon_plugin.hosts import find_config
 from selcon_plugin.retrieval import NetworkSource
 from selcon_plugin.retrieval.source import hash_files
@@ -60,6 +61,7 @@ def add_network_arguments(parser: argparse.ArgumentParser, *, onnx: bool = True)
     )
     parser.add_argument(
         "--config-file",
+        type=config_file,
         default="",
         metavar="FILE",
         help="config of the checkpoint; default: config.yaml in the same folder",
@@ -91,10 +93,16 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments for the device and for the reading of images."""
     add_device_argument(parser)
     parser.add_argument(
-        "--batch-size", type=int, default=64, help="images per batch; default: 64"
+        "--batch-size",
+        type=whole_number(1),
+        default=64,
+        help="images per batch; default: 64",
     )
     parser.add_argument(
-        "--num-workers", type=int, default=0, help="processes that read images; default: 0"
+        "--num-workers",
+        type=whole_number(0),
+        default=0,
+        help="processes that read images; default: 0",
     )
 
 

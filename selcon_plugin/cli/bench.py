@@ -7,6 +7,7 @@ import itertools
 import shlex
 
 from selcon_plugin.cli.arguments import add_import_argument
+from selcon_plugin.cli.parsing import CommandParser, whole_number
 from selcon_plugin.config.loading import import_files
 from selcon_plugin.workflows.bench import BenchTerminated, run_bench
 from selcon_plugin.workflows.terminal import echo
@@ -49,8 +50,8 @@ def main(argv: list[str]) -> int:
     return int(any(outcome.error for outcome in outcomes))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="selcon bench",
         description="Train and evaluate each config with each seed, and write a table "
         "(Markdown, CSV, JSON). Repeat the command to resume an interrupted bench.",
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--seeds",
-        type=int,
+        type=whole_number(1),
         default=3,
         metavar="N",
         help="use the seeds 0..N-1; default: 3",
@@ -77,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--epochs",
-        type=int,
+        type=whole_number(1),
         metavar="N",
         help="epochs to train in all configs; default: as configured",
     )

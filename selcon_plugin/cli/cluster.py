@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import yaml
-
 from selcon_plugin.cli.arguments import (
     add_folder_arguments,
     add_import_argument,
@@ -18,9 +16,11 @@ from selcon_plugin.cli.arguments import (
     load_embedder,
     network_key,
 )
+from selcon_plugin.cli.parsing import CommandParser, whole_number
 from selcon_plugin.clustering import labeler_names, labeler_options
 from selcon_plugin.config.checks import check_name
-from selcon_plugin.config.loading import import_files
+from selcon_plugin.config.loading import import_files, pairs_of, read_option
+from selcon_plugin.values import from_command_line
 from selcon_plugin.workflows.cluster_folder import cluster_folder
 from selcon_plugin.workflows.terminal import echo
 
@@ -63,8 +63,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="selcon cluster",
         description="Cluster a folder of images by pseudo identity, and write "
         "clusters.csv with the columns image, cluster, confidence, camera. The features "
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--contact-sheet",
-        type=int,
+        type=whole_number(),
         nargs="?",
         const=20,
         default=0,
@@ -121,13 +121,15 @@ def _labeler_options(labeler: str, eps: str, opts: Sequence[str]) -> dict[str, A
     """Parse the options of the labeler; others are chosen by the number of images."""
     check_name("--labeler", labeler, labeler_names())
     known = labeler_options(labeler)
-    if len(opts) % 2:
-        raise ValueError(f"the option {opts[-1]} has no value: NAME VALUE")
-    pairs = list(zip(opts[::2], opts[1::2], strict=True))
+    pairs = pairs_of(opts)
     if eps:
         pairs.append(("eps", eps))
-    options = {}
+    options: dict[str, Any] = {}
     for name, text in pairs:
         check_name(f"option of the labeler {labeler}", name, known)
-        options[name] = known[name].check(yaml.safe_load(text), label=name)
+        value = read_option(known[name], from_command_line(text), name)
+        if options.setdefault(name, value) != value:
+            raise ValueError(
+                f"{name} is given twice, {options[name]} and {value}: leave one of them"
+            )
     return options

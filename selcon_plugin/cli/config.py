@@ -1,4 +1,4 @@
-"""``selcon config``: explain and list the config keys."""
+"""``selcon config``: explain and list the config keys; list and copy configs."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import argparse
 import sys
 
 from selcon_plugin.cli.arguments import add_import_argument
+from selcon_plugin.cli.parsing import CommandParser
+from selcon_plugin.config.files import builtin_configs, copy_builtin_config
 from selcon_plugin.config.loading import import_files
 from selcon_plugin.hosts import DEFAULT_HOST, get_host, host_names, host_of_keys
 
 
 def main(argv: list[str]) -> int:
-    """List the plugin's config keys, or explain one.
+    """List the plugin's config keys or the package's configs, explain a key, copy a config.
 
     Args:
         argv: Arguments after ``selcon config``.
@@ -21,11 +23,35 @@ def main(argv: list[str]) -> int:
 
     Raises:
         ValueError: If the key does not exist; the message suggests the closest one.
+            ``FileNotFoundError`` if there is no such config, ``FileExistsError`` if a copy
+            would replace another file.
     """  # noqa: DOC502  (raised by the functions called here)
-    parser = argparse.ArgumentParser(
+    args = _parser().parse_args(argv)
+    import_files(args.imports)
+    if args.list_files:
+        sys.stdout.write("\n".join(builtin_configs()) + "\n")
+    elif args.copy:
+        written = copy_builtin_config(args.copy, args.output)
+        sys.stdout.write("".join(f"{file} written\n" for file in written))
+    else:
+        sys.stdout.write(f"{_about_keys(args)}\n")
+    return 0
+
+
+def _about_keys(args: argparse.Namespace) -> str:
+    key = args.explain or ""
+    named = host_of_keys([key]) if "." in key else DEFAULT_HOST
+    config_help = get_host(args.host or named).help()
+    return (
+        config_help.listing() if args.list else config_help.explain(config_help.find(key))
+    )
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="selcon config",
         description="Explain a config key, its default and legal values, and which host, "
-        "method or labeler has it.",
+        "method or labeler has it; or list and copy the configs of the package.",
     )
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument(
@@ -35,6 +61,22 @@ def main(argv: list[str]) -> int:
         "selcon.clustering.eps, or the end of a key, such as temperature",
     )
     action.add_argument("--list", action="store_true", help="list all keys of the plugin")
+    action.add_argument(
+        "--list-files",
+        action="store_true",
+        help="list the configs of the package; --config-file accepts their names",
+    )
+    action.add_argument(
+        "--copy",
+        metavar="NAME",
+        help="copy a config of the package with its bases; NAME as in --list-files",
+    )
+    parser.add_argument(
+        "--output",
+        default=".",
+        metavar="FOLDER",
+        help="folder for the copies; default: the current folder",
+    )
     parser.add_argument(
         "--host",
         choices=host_names(),
@@ -43,13 +85,4 @@ def main(argv: list[str]) -> int:
         f"{DEFAULT_HOST} for the end of a key",
     )
     add_import_argument(parser)
-    args = parser.parse_args(argv)
-    import_files(args.imports)
-    key = args.explain or ""
-    named = host_of_keys([key]) if "." in key else DEFAULT_HOST
-    config_help = get_host(args.host or named).help()
-    if args.list:
-        sys.stdout.write(f"{config_help.listing()}\n")
-        return 0
-    sys.stdout.write(f"{config_help.explain(config_help.find(key))}\n")
-    return 0
+    return parser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from selcon_plugin.cli.parsing import CommandParser, whole_number
 from selcon_plugin.engine.stopping import RunStopped
 from selcon_plugin.workflows.demo import run_demo
 from selcon_plugin.workflows.terminal import echo
@@ -33,8 +34,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="selcon demo",
         description="Render synthetic persons in several cameras, train on them without "
         "identity labels, and report the accuracy before and after. Repeat the command to "
@@ -46,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="folder of the run; default: logs/demo",
     )
-    parser.add_argument("--epochs", type=int, metavar="N", help="number of epochs to train")
+    parser.add_argument(
+        "--epochs", type=whole_number(1), metavar="N", help="number of epochs to train"
+    )
     parser.add_argument(
         "--fresh", action="store_true", help="delete the run in FOLDER and start over"
     )

@@ -6,7 +6,6 @@ instead of comparing version numbers, and a failing check does not stop the othe
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib
 import importlib.metadata
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 
 from selcon_plugin import compat
+from selcon_plugin.cli.parsing import CommandParser
 
 __all__ = ["Check", "Report", "examine", "main", "run_check"]
 
@@ -368,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 if training with FastReID can run here, else 1.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="selcon doctor",
         description="Report what is installed, what works, and how to fix the rest.",
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from selcon_plugin.cli.arguments import (
@@ -10,6 +9,7 @@ from selcon_plugin.cli.arguments import (
     add_network_arguments,
     add_options,
 )
+from selcon_plugin.cli.parsing import CommandParser, number
 from selcon_plugin.config.loading import import_files
 from selcon_plugin.inference.embedder import Embedder
 from selcon_plugin.inference.export import (
@@ -20,6 +20,7 @@ from selcon_plugin.inference.export import (
     export_torchscript,
 )
 from selcon_plugin.models.inference import InferenceNetwork
+from selcon_plugin.options import Interval
 
 
 def main(argv: list[str]) -> int:
@@ -66,8 +67,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="selcon export",
         description="Write a trained network as ONNX or TorchScript. Its features are "
         "first compared with those of PyTorch on crops.",
@@ -94,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max-difference",
-        type=float,
+        type=number(Interval(0, above=True)),
         default=None,
         metavar="X",
         help="largest accepted difference of a feature value; default: 1e-4, or 1e-2 with "

@@ -14,9 +14,11 @@ from selcon_plugin.cli.arguments import (
     add_reading_arguments,
     load_embedder,
 )
+from selcon_plugin.cli.parsing import CommandParser, number
 from selcon_plugin.config.checks import make_output_folder
 from selcon_plugin.config.loading import import_files
 from selcon_plugin.hosts import get_host, host_of
+from selcon_plugin.options import Interval
 
 
 def main(argv: list[str]) -> int:
@@ -45,8 +47,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="selcon extract",
         description="Write one L2-normalized feature per image to a NumPy file with the "
         "arrays paths, camids and features. Compare images by cosine similarity.",
@@ -57,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-unreadable-ratio",
         "--max-bad-share",  # the name before 0.2
-        type=float,
+        type=number(Interval(0, 1, below=True)),
         default=0.05,
         metavar="RATIO",
         help="largest accepted ratio of unreadable images; default: 0.05",

@@ -12,7 +12,9 @@ from selcon_plugin.cli.arguments import (
     add_options,
     network_source,
 )
+from selcon_plugin.cli.parsing import CommandParser, number, whole_number
 from selcon_plugin.datasets.reading import describe_faults
+from selcon_plugin.options import Interval
 from selcon_plugin.retrieval import ImageEmbedder, Index, NetworkSource
 from selcon_plugin.retrieval.store import MANIFEST
 
@@ -74,8 +76,8 @@ def _source_of(index: Index, given: NetworkSource | None) -> NetworkSource:
     return source
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="selcon index",
         description="Store the features of many images on disk for selcon search. Repeat "
         "the command to update the index, or to resume after an interruption: new and "
@@ -108,7 +110,10 @@ def _parser() -> argparse.ArgumentParser:
     add_network_arguments(parser)
     add_device_argument(parser)
     parser.add_argument(
-        "--batch-size", type=int, default=64, help="images per batch; default: 64"
+        "--batch-size",
+        type=whole_number(1),
+        default=64,
+        help="images per batch; default: 64",
     )
     parser.add_argument(
         "--camera-pattern",
@@ -130,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-unreadable-ratio",
         "--max-bad-share",  # the name before 0.2
-        type=float,
+        type=number(Interval(0, 1, below=True)),
         default=0.05,
         metavar="RATIO",
         help="largest accepted ratio of unreadable images; default: 0.05",

@@ -5,12 +5,13 @@ A command module is imported only when its command is called, so that the others
 
 from __future__ import annotations
 
-import importlib
-import os
+import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
-from selcon_plugin.engine.stopping import RunStopped
+from selcon_plugin.cli.failures import imported_command, run_command
+from selcon_plugin.cli.versions import versions
 
 _USAGE = """\
 usage: selcon COMMAND [ARGUMENTS]
@@ -26,12 +27,25 @@ usage: selcon COMMAND [ARGUMENTS]
   index     build a searchable index of the features of many images
   search    find the person of a query image in an index
   export    write a trained network as ONNX or TorchScript
-  config    explain a config key, or list all keys
+  config    explain a config key, list all keys, or copy a config of the package
   demo      render synthetic persons, train and evaluate in minutes on a CPU
   doctor    report what is installed, what works and how to fix the rest
 
-`selcon COMMAND --help` lists the arguments of a command.
+`selcon COMMAND --help` lists the arguments of a command, `selcon --version` the versions.
 """
+
+# Module and function of each command.
+_COMMANDS = {
+    "train": ("train", "main"),
+    "eval": ("train", "evaluate"),
+    **{
+        name: (name, "main")
+        for name in (
+            *("bench", "report", "cluster", "adapt", "extract", "index", "search"),
+            *("export", "config", "demo", "doctor"),
+        )
+    },
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,57 +57,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0; 2 for an error in arguments, config or data; 143 or 130 if SIGTERM
         or Ctrl-C ended the command; the commands document further ones.
-
-    Raises:
-        ValueError: If SELCON_TRACEBACK is set, errors are raised instead of printed; the
-            same holds for the three below.
-        FileNotFoundError: See above.
-        ImportError: See above.
-        FloatingPointError: See above.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[list[str]], int]] = {
-        "train": _command("selcon_plugin.cli.train"),
-        "eval": _command("selcon_plugin.cli.train", "evaluate"),
-        "bench": _command("selcon_plugin.cli.bench"),
-        "report": _command("selcon_plugin.cli.report"),
-        "cluster": _command("selcon_plugin.cli.cluster"),
-        "adapt": _command("selcon_plugin.cli.adapt"),
-        "extract": _command("selcon_plugin.cli.extract"),
-        "index": _command("selcon_plugin.cli.index"),
-        "search": _command("selcon_plugin.cli.search"),
-        "export": _command("selcon_plugin.cli.export"),
-        "config": _command("selcon_plugin.cli.config"),
-        "demo": _command("selcon_plugin.cli.demo"),
-        "doctor": _command("selcon_plugin.cli.doctor"),
-    }
-    if not arguments or arguments[0] not in commands:
-        asked_for_help = bool(arguments) and arguments[0] in ("-h", "--help")
-        stream = sys.stdout if asked_for_help else sys.stderr
-        stream.write(_USAGE)
-        return 0 if asked_for_help else 2
-    try:
-        return commands[arguments[0]](arguments[1:])
-    except RunStopped as stop:  # which has logged how to resume
-        return stop.code
-    except KeyboardInterrupt:
-        sys.stderr.write(f"selcon {arguments[0]}: interrupted\n")
-        return 130
-    except (ValueError, FileNotFoundError, ImportError, FloatingPointError) as error:
-        # These are errors in the user's input. The message names the remedy, which a
-        # traceback would hide. SELCON_TRACEBACK=1 shows where the error was raised.
-        if os.environ.get("SELCON_TRACEBACK"):
-            raise
-        message = " ".join(line.strip() for line in str(error).splitlines())
-        sys.stderr.write(f"selcon {arguments[0]}: error: {message}\n")
+    name = arguments[0] if arguments else ""
+    if name in _COMMANDS:
+        module, function = _COMMANDS[name]
+        return run_command(name, imported_command(module, function, arguments[1:]))
+    return run_command("", partial(_without_command, arguments))
+
+
+def _without_command(arguments: list[str]) -> int:
+    word = arguments[0] if arguments else ""
+    if word in ("-h", "--help", "help"):
+        sys.stdout.write(_USAGE)
+        return 0
+    if word in ("-V", "--version", "version"):
+        sys.stdout.write(f"{versions()}\n")
+        return 0
+    if not word:
+        sys.stderr.write(_USAGE)
         return 2
-
-
-def _command(module: str, function: str = "main") -> Callable[[list[str]], int]:
-    """Return a function of a module that is imported when the function is called."""
-
-    def run(argv: list[str]) -> int:
-        status: int = getattr(importlib.import_module(module), function)(argv)
-        return status
-
-    return run
+    close = difflib.get_close_matches(word.lower(), _COMMANDS, n=2, cutoff=0.6)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    raise ValueError(
+        f"there is no command {word!r}: {hint}The commands are {', '.join(_COMMANDS)}"
+    )

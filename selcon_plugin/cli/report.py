@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from selcon_plugin.cli.arguments import add_import_argument
+from selcon_plugin.cli.parsing import CommandParser
 from selcon_plugin.config.loading import import_files
 from selcon_plugin.hosts import host_of_settings
 from selcon_plugin.report import write_comparison, write_report
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
     Returns:
         Exit status 0.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="selcon report",
         description="Write the report of a run as one HTML file that works offline, or a "
         "comparison of several runs. Neither weights nor a GPU are needed.",

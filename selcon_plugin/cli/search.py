@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from selcon_plugin.cli.arguments import (
     add_network_arguments,
     network_source,
 )
+from selcon_plugin.cli.parsing import CommandParser, whole_number
 from selcon_plugin.datasets.reading import ImageReadError
 from selcon_plugin.retrieval import Index, QueryResult, search
 from selcon_plugin.retrieval.page import write_page
@@ -98,8 +98,8 @@ def _table(results: Sequence[QueryResult]) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="selcon search",
         description="Find the persons of query images in an index built by selcon index.",
     )
@@ -108,7 +108,10 @@ def _parser() -> argparse.ArgumentParser:
         "--index", required=True, metavar="FOLDER", help="folder of the index"
     )
     parser.add_argument(
-        "--top", type=int, default=10, help="number of results per query; default: 10"
+        "--top",
+        type=whole_number(1),
+        default=10,
+        help="number of results per query; default: 10",
     )
     parser.add_argument(
         "--camera", action="append", default=[], metavar="NAME",

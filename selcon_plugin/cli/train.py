@@ -6,13 +6,15 @@ import argparse
 import sys
 
 from selcon_plugin.cli.arguments import add_folder_arguments, add_import_argument
+from selcon_plugin.cli.parsing import CommandParser, config_file, number, whole_number
 from selcon_plugin.config.host_data import Processes, ProcessFailure
 from selcon_plugin.config.loading import import_files
 from selcon_plugin.hosts import get_host, host_names, host_of
+from selcon_plugin.options import Interval
 from selcon_plugin.workflows.train import launch
 
 
-def train_parser(prog: str) -> argparse.ArgumentParser:
+def train_parser(prog: str) -> CommandParser:
     """Build the parser of ``selcon train`` or ``selcon eval``.
 
     Args:
@@ -21,13 +23,17 @@ def train_parser(prog: str) -> argparse.ArgumentParser:
     Returns:
         The parser.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=f"selcon {prog}",
         description="The arguments are those of FastReID's train script, with additional "
         "ones for a folder of images and for the host.",
     )
     parser.add_argument(
-        "--config-file", default="", metavar="FILE", help="FastReID or torchreid config"
+        "--config-file",
+        type=config_file,
+        default="",
+        metavar="FILE",
+        help="FastReID or torchreid config",
     )
     parser.add_argument(
         "--host",
@@ -47,12 +53,16 @@ def train_parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--num-gpus",
-        type=int,
+        type=whole_number(),
         default=1,
         help="number of processes on this machine (CPU or GPU)",
     )
-    parser.add_argument("--num-machines", type=int, default=1, help="number of machines")
-    parser.add_argument("--machine-rank", type=int, default=0, help="rank of this machine")
+    parser.add_argument(
+        "--num-machines", type=whole_number(), default=1, help="number of machines"
+    )
+    parser.add_argument(
+        "--machine-rank", type=whole_number(), default=0, help="rank of this machine"
+    )
     parser.add_argument(
         "--dist-url",
         default="auto",
@@ -60,7 +70,7 @@ def train_parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--dist-timeout",
-        type=float,
+        type=number(Interval(0, above=True)),
         default=30.0,
         metavar="MINUTES",
         help="timeout of collective operations; must exceed the longest clustering or "

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import difflib
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from selcon_plugin.options import Option
 
-_BASE_KEY = "_BASE_"
 _MARK = "_selcon_checked"  # attribute of a config, which is not one of its keys
 # Keys that the trainer sets after the check, to values that need no check.
 _SET_LATER = ("MODEL.HEADS.NUM_CLASSES",)
@@ -138,99 +136,6 @@ def make_output_folder(key: str, folder: str) -> None:
         raise ValueError(
             f"{key} {folder!r} is not a writable folder: {error.strerror}. Use another one"
         ) from error
-
-
-def read_config_file(file: str, source: str = "--config-file") -> dict[str, Any]:
-    """Read a config file as plain YAML, and check the files that it is based on.
-
-    Args:
-        file: Path of the file.
-        source: Origin of the path, for the error message.
-
-    Returns:
-        The keys of the file itself, without those of its ``_BASE_``.
-
-    Raises:
-        FileNotFoundError: If the file, or a base, does not exist.
-        ValueError: If the file, or a base, is not YAML with keys and values, has a tag that
-            would create an object, or is its own base.
-    """  # noqa: DOC502  (raised by the functions called here)
-    return _read_chain(file, source)[0]
-
-
-def read_config_tree(
-    file: str, prepare: Callable[[dict[str, Any]], None] | None = None
-) -> dict[str, Any]:
-    """Read a config file together with the files that it is based on.
-
-    Args:
-        file: Path of the file.
-        prepare: Called with the content of each file before they are merged, to change it
-            in place; None for no change.
-
-    Returns:
-        All keys; the values of a file replace those of its ``_BASE_``.
-
-    Raises:
-        FileNotFoundError: If the file, or a base, does not exist.
-        ValueError: If a file is unreadable, or a key is a group in only one of them.
-    """  # noqa: DOC502  (raised by the functions called here)
-    merged: dict[str, Any] = {}
-    for content in reversed(_read_chain(file, "--config-file")):
-        if prepare is not None:
-            prepare(content)
-        _merge_into(merged, {k: v for k, v in content.items() if k != _BASE_KEY})
-    return merged
-
-
-def _merge_into(tree: dict[str, Any], content: Mapping[str, Any]) -> None:
-    for key, value in content.items():
-        if isinstance(value, dict) and key in tree:
-            if not isinstance(tree[key], dict):
-                raise ValueError(f"{key} is a group of keys here, and a value in its base")
-            _merge_into(tree[key], value)
-        else:
-            tree[key] = value
-
-
-def _read_chain(file: str, source: str) -> list[dict[str, Any]]:
-    """Read a file, its base, the base's base, and so on."""
-    chain = [_read_yaml(file, source)]
-    seen, base = {Path(file).resolve()}, file
-    while _BASE_KEY in chain[-1]:
-        source, name = f"{_BASE_KEY} in {base}", str(chain[-1][_BASE_KEY])
-        # Relative to the file that names it.
-        base = str(Path(base).parent / Path(name).expanduser())
-        content = _read_yaml(base, source)
-        if Path(base).resolve() in seen:
-            raise ValueError(f"{source} leads back to {base}: use another base, or none")
-        seen.add(Path(base).resolve())
-        chain.append(content)
-    return chain
-
-
-def _read_yaml(file: str, source: str) -> dict[str, Any]:
-    path = Path(file)
-    if path.is_dir():
-        raise ValueError(f"{source} {file!r} is a folder: give a file in it")
-    if not path.is_file():
-        raise FileNotFoundError(f"{source} {file!r} does not exist")
-    if path.suffix == ".py":
-        raise ValueError(f"{source} {file!r} is a program: configs are YAML files")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.constructor.ConstructorError as error:
-        raise ValueError(
-            f"{file} is refused: {error.problem} ({error.problem_mark}). A config contains "
-            "plain values only: remove the tag"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} is not YAML: {error}") from error
-    if content is None:
-        raise ValueError(f"{file} is empty: it has no keys")
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is not a config: it must contain lines KEY: value")
-    return content
 
 
 def flatten_config(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from selcon_plugin.config.checks import flatten_config, read_config_file
+from selcon_plugin.config.checks import flatten_config
 from selcon_plugin.config.demo import Demo
+from selcon_plugin.config.files import builtin_config
 from selcon_plugin.config.help import ConfigHelp
 from selcon_plugin.config.host_data import (
     Adaptation,
@@ -27,12 +28,7 @@ from selcon_plugin.config.host_data import (
     keys_in,
 )
 from selcon_plugin.config.keys import ConfigKeys
-from selcon_plugin.config.loading import (
-    builtin_config,
-    merge_file,
-    merge_options,
-    merge_overrides,
-)
+from selcon_plugin.config.loading import Merger
 from selcon_plugin.io.atomic import save_atomically
 from selcon_plugin.models.inference import InferenceNetwork
 from selcon_plugin.models.pretrained import read_state_dict
@@ -112,18 +108,17 @@ class Host(ABC):
             ValueError: If the file is unreadable, or a key or a value is invalid.
             FileNotFoundError: If the file does not exist.
         """  # noqa: DOC502  (raised by the functions called here)
-        if file:
-            read_config_file(file)
-        elif images and self.folder_config:
+        if not file and images and self.folder_config:
             file = builtin_config(self.folder_config)
         cfg = self.default_config()
+        merger = Merger(cfg, self.keys)
         if file:
-            merge_file(cfg, self.keys, file)
-        merge_overrides(cfg, self.keys, overrides or {})
-        merge_options(cfg, self.keys, options)
-        # They are set directly: a config option would be parsed as a Python literal.
+            merger.merge_file(file)
+        merger.merge_overrides(overrides or {})
+        merger.merge_options(options)
         self._name_images(cfg, images, camera_pattern)
-        cfg = self.complete_config(cfg)
+        with merger.located():
+            cfg = self.complete_config(cfg)
         cfg.freeze()
         return cfg
 

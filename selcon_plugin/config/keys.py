@@ -7,9 +7,8 @@ values are the same in all hosts.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from selcon_plugin.clustering import (
@@ -22,11 +21,13 @@ from selcon_plugin.clustering import (
     labeler_names,
     labeler_options,
 )
+from selcon_plugin.config.files import Setting
 from selcon_plugin.engine.run_options import ClusteringOptions, RunOptions
 from selcon_plugin.methods import method_class, method_names, method_options
 from selcon_plugin.options import Option, options_of
-from selcon_plugin.renamed import OPTIONS, VALUES, accept_renamed
+from selcon_plugin.renamed import OPTIONS, VALUES, accept_renamed, notice
 from selcon_plugin.samplers.cluster import AUTO
+from selcon_plugin.values import is_empty
 
 Node = MutableMapping[str, Any]
 _OptionsOf = Callable[[str], Mapping[str, Option]]
@@ -193,44 +194,35 @@ class ConfigKeys:
 
     # --- names of earlier releases --------------------------------------------------------
 
-    def rename_in_tree(self, content: dict[str, Any]) -> None:
-        """Replace former names of keys in a config file by the present ones.
+    def rename_entries(self, entries: Mapping[str, Setting]) -> dict[str, Setting]:
+        """Replace former names of keys in a file or a command line by the present ones.
 
         Args:
-            content: Content of the file, which is changed in place.
-
-        Raises:
-            ValueError: If it sets a key by both names.
-        """  # noqa: DOC502  (raised by the functions called here)
-        owner, nodes = content, self.path.split(".")
-        for name in nodes[:-1]:
-            if not isinstance(owner.get(name), dict):
-                return
-            owner = owner[name]
-        if isinstance(owner.get(nodes[-1]), dict):
-            owner[nodes[-1]] = accept_renamed(
-                owner[nodes[-1]],
-                format_key=self.case,
-                label=lambda key: f"{self.path}.{key}",
-            )
-
-    def rename_pairs(self, pairs: Sequence[Any]) -> list[Any]:
-        """Replace former names of keys on a command line by the present ones.
-
-        Args:
-            pairs: ``KEY VALUE`` pairs.
+            entries: Settings by full key.
 
         Returns:
-            Pairs; if a key occurs several times, only the last one.
+            Settings by present full key.
 
         Raises:
-            ValueError: If it sets a key by both names.
-        """  # noqa: DOC502  (raised by the functions called here)
-        given = dict(zip(pairs[::2], pairs[1::2], strict=True))
-        renamed = accept_renamed(
-            given, format_key=lambda name: f"{self.path}.{self.case(name)}"
-        )
-        return [word for pair in renamed.items() for word in pair]
+            ValueError: If they set a key by both names.
+        """
+        names = {
+            f"{self.path}.{self.case(old)}": f"{self.path}.{self.case(new)}"
+            for old, new in OPTIONS.items()
+        }
+        renamed = dict(entries)
+        for old in [key for key in entries if key in names]:
+            setting, new = renamed.pop(old), names[old]
+            if setting.value is not None and is_empty(setting.value):
+                continue  # as a run has written it
+            if new in entries:
+                raise ValueError(
+                    f"{setting.place}: {old} and {new} are two names of one option: leave "
+                    f"out {old}, the former one"
+                )
+            notice(old, new)
+            renamed[new] = setting
+        return renamed
 
     def _rename_in_node(self, node: Node) -> None:
         """Move values that a script set by former names to the present names in a node."""
@@ -370,52 +362,26 @@ class ConfigKeys:
 
     # --- merging --------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def allow_type_change(self, node: Node) -> Iterator[None]:
-        """Let a merge change the type of keys with several types, such as eps: auto.
-
-        yacs compares the type of a value with that of the present one: after 0.5 in a file
-        it would refuse the string "auto".
-
-        Args:
-            node: The plugin's node, the target of a merge inside the ``with`` block.
-
-        Yields:
-            Nothing.
-        """
-        free = [
-            (owner, self.case(name))
-            for owner, _, group in self._groups(node)
-            for name, default in group.defaults().items()
-            if default is None
-        ]
-        before = [owner[key] for owner, key in free]
-        for owner, key in free:
-            owner[key] = None
-        try:
-            yield
-        finally:
-            for (owner, key), value in zip(free, before, strict=True):
-                if owner[key] is None:
-                    owner[key] = value
-
-    def describe(self, key: str) -> str:
-        """Describe the valid values of a key of the plugin.
-
-        Args:
-            key: Full key, for instance ``MODEL.SELCON.TEMPERATURE``.
+    def options_by_key(self) -> dict[str, list[Option]]:
+        """Return the options that each key of the plugin stands for.
 
         Returns:
-            Description, for instance "a number > 0"; ``""`` for other keys.
+            By full key, such as ``MODEL.SELCON.TEMPERATURE``: one option, or those of the
+            methods or labelers that share the key.
         """
-        path, _, name = key.rpartition(".")
-        if path == self.path:
-            known, group = self.run_options(), _METHODS
-        elif path == self.clustering_path:
-            known, group = clustering_options(), _LABELERS
-        else:
-            return ""
-        for owner in group.names():
-            known.update(group.options_of(owner))
-        by_key = {self.case(option): known[option] for option in known}
-        return by_key[name].describe() if name in by_key else ""
+        found: dict[str, list[Option]] = {}
+        for path, own, group in (
+            (self.path, self.run_options(), _METHODS),
+            (self.clustering_path, clustering_options(), _LABELERS),
+        ):
+            sets = [own, *(group.options_of(name) for name in reversed(group.names()))]
+            for name, option in ((n, o) for options in sets for n, o in options.items()):
+                found.setdefault(f"{path}.{self.case(name)}", []).append(option)
+        return found
+
+
+def describe_all(options: Sequence[Option]) -> str:
+    """Describe the valid values of a key that several methods or labelers share."""
+    special = [text for option in options for text in option.special_values]
+    widest = replace(options[0], special_values=tuple(dict.fromkeys(special)))
+    return widest.describe()

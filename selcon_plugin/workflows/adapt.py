@@ -20,7 +20,8 @@ from typing import Any
 
 import yaml
 
-from selcon_plugin.config.checks import make_output_folder, read_config_file
+from selcon_plugin.config.checks import make_output_folder
+from selcon_plugin.config.files import read_config_file
 from selcon_plugin.config.host import Host
 from selcon_plugin.config.host_data import Adaptation
 from selcon_plugin.config.keys import own_method_options

@@ -18,7 +18,7 @@ import yaml
 
 from selcon_plugin.config.checks import flatten_config
 from selcon_plugin.config.host import Host
-from selcon_plugin.config.loading import merge_overrides
+from selcon_plugin.config.loading import Merger, pairs_of
 from selcon_plugin.hosts import get_host, host_of, quiet_import
 from selcon_plugin.io.atomic import write_atomically
 from selcon_plugin.runs.results import RESULTS_FILE
@@ -112,7 +112,7 @@ def plan(
         for seed in range(seeds):
             folder = output / name / f"seed{seed}"
             place = host.overrides(output=str(folder), seed=seed)
-            merge_overrides(cfg, host.keys, place)
+            Merger(cfg, host.keys).merge_overrides(place)
             texts.append(cfg.dump())
             settings = flatten_config(yaml.safe_load(texts[-1]))
             run = Run(name, seed, folder, settings, host.name, tuple(imports))
@@ -178,7 +178,7 @@ def _options_of(host: Host, options: Sequence[str]) -> list[str]:
 
 
 def _check_options(options: Sequence[str], hosts: Sequence[Host]) -> None:
-    for key in options[::2]:
+    for key, _ in pairs_of(options):
         owners = [host for host in hosts if host.owns([key])]
         if not owners:
             raise ValueError(

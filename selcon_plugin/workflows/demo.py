@@ -22,8 +22,8 @@ import yaml
 
 from selcon_plugin.config.checks import flatten_config, value_of
 from selcon_plugin.config.demo import Demo, Ranking
+from selcon_plugin.config.files import builtin_config
 from selcon_plugin.config.host import Host
-from selcon_plugin.config.loading import builtin_config
 from selcon_plugin.datasets import generate_synthetic_persons
 from selcon_plugin.engine.progress import duration
 from selcon_plugin.engine.threads import reserve_cpu_core

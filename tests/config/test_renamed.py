@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from selcon_plugin import renamed
+from selcon_plugin.config.files import Setting
 from selcon_plugin.config.keys import ConfigKeys, own_method_options, run_options
 from selcon_plugin.engine.best_weights import BestWeights
 from selcon_plugin.losses import selective_contrastive_loss
@@ -20,6 +21,7 @@ from selcon_plugin.renamed import (
     present_settings,
 )
 from selcon_plugin.runs.metrics import read_metrics
+from selcon_plugin.values import Written
 
 KEYS = ConfigKeys("here.selcon", str.upper)
 
@@ -166,20 +168,16 @@ def test_value_under_a_former_key_is_checked_under_the_present_one():
         KEYS.check(node)
 
 
-def test_tree_of_a_file():
-    tree = {"here": {"selcon": {"ON_BAD_NUMBERS": "stop", "SEED": 1}}, "OTHER": 2}
-    KEYS.rename_in_tree(tree)
-    assert tree == {"here": {"selcon": {"ON_NONFINITE": "stop", "SEED": 1}}, "OTHER": 2}
-    for other in ({}, {"here": 1}, {"here": {"selcon": 1}}):
-        before = dict(other)
-        KEYS.rename_in_tree(other)
-        assert other == before
-
-
-def test_words_of_a_command_line():
-    words = ["here.selcon.OUTLIER_SHARE", "0.5", "other.OUTLIER_SHARE", "1"]
-    found = KEYS.rename_pairs(words)
-    assert found == ["here.selcon.OUTLIER_RATIO", "0.5", "other.OUTLIER_SHARE", "1"]
+def test_settings_of_a_file_or_a_command_line():
+    half, one = Setting(Written("0.5"), "f, line 1"), Setting(Written("1"), "f, line 2")
+    given = {"here.selcon.OUTLIER_SHARE": half, "other.OUTLIER_SHARE": one}
+    renamed = {"here.selcon.OUTLIER_RATIO": half, "other.OUTLIER_SHARE": one}
+    assert KEYS.rename_entries(given) == renamed
+    null = {"here.selcon.OUTLIER_SHARE": Setting(Written("null"), "f, line 1")}
+    assert KEYS.rename_entries(null) == {}
+    both = {**given, "here.selcon.OUTLIER_RATIO": one}
+    with pytest.raises(ValueError, match=r"f, line 1: .*OUTLIER_SHARE and .*OUTLIER_RATIO"):
+        KEYS.rename_entries(both)
 
 
 def test_former_key_is_explained_as_the_present_one():

@@ -14,7 +14,7 @@ from PIL import Image
 
 from helpers.programs import Program, environment, run_program
 from selcon_plugin.cli.main import main
-from selcon_plugin.config.loading import builtin_config
+from selcon_plugin.config.files import builtin_config
 from selcon_plugin.hosts import load_config
 
 SELCON = ["-m", "selcon_plugin"]

@@ -11,6 +11,7 @@ from fastreid.data.datasets import DATASET_REGISTRY
 from fastreid.engine.train_loop import HookBase
 
 from selcon_plugin.clustering import labeler_options
+from selcon_plugin.config.loading import Merger
 from selcon_plugin.fastreid_ext import (
     SelConTrainer,
     SyntheticPersons,
@@ -41,9 +42,7 @@ METHODS = {
 
 def configured(cfg, values):
     cfg = cfg.clone()
-    for key, value in values.items():
-        with KEYS.allow_type_change(cfg.MODEL.SELCON):
-            cfg.merge_from_list([key, value])
+    Merger(cfg, KEYS).merge_overrides(values)
     return cfg
 
 

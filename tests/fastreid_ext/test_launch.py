@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 from helpers.ddp import spawn_from_server
+from selcon_plugin.config.loading import Merger
 from selcon_plugin.fastreid_ext import SelConTrainer, add_selcon_config
 from selcon_plugin.fastreid_ext import launch as launching
 from selcon_plugin.fastreid_ext.config import KEYS
@@ -73,9 +74,7 @@ def test_two_processes_equal_one(tiny_cfg, tmp_path, name):
     tiny_cfg.SOLVER.MAX_EPOCH = 3
     tiny_cfg.MODEL.BACKBONE.NORM = "BN"
     tiny_cfg.MODEL.SELCON.METHOD = name.partition(" ")[0]
-    for key, value in METHODS[name].items():
-        with KEYS.allow_type_change(tiny_cfg.MODEL.SELCON):
-            tiny_cfg.merge_from_list([key, value])
+    Merger(tiny_cfg, KEYS).merge_overrides(METHODS[name])
     if name == "ClusterContrast":
         # Set by the tiny config for another method, refused here.
         defaults = add_selcon_config(get_cfg()).MODEL.SELCON

@@ -12,6 +12,7 @@ from fastreid.utils import comm
 
 from helpers.checkpoints import assert_equal
 from helpers.ddp import spawn_from_server
+from selcon_plugin.config.loading import Merger
 from selcon_plugin.engine.stopping import RunStopped
 from selcon_plugin.fastreid_ext import SelConTrainer
 from selcon_plugin.fastreid_ext import launch as launching
@@ -61,9 +62,8 @@ def _signals_as_from_a_terminal():
 @pytest.fixture
 def cfg(tiny_cfg):
     node = tiny_cfg.MODEL.SELCON
-    with KEYS.allow_type_change(node):
-        for key, value in CLUSTERED.items():
-            tiny_cfg.merge_from_list([f"MODEL.SELCON.{key}", value])
+    values = {f"MODEL.SELCON.{key}": value for key, value in CLUSTERED.items()}
+    Merger(tiny_cfg, KEYS).merge_overrides(values)
     node.ITERS_PER_EPOCH = STEPS
     tiny_cfg.DATALOADER.NUM_INSTANCE = 2
     tiny_cfg.DATASETS.TESTS = ()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from helpers.tiny import SPEC
 from selcon_plugin.compat.torchreid import import_torchreid
+from selcon_plugin.config.loading import Merger
 
 pytest.importorskip("fastreid")
 
@@ -88,9 +89,7 @@ def train_in_fastreid(root: Path, name: str, output: Path) -> tuple[Any, Steps, 
     values |= {f"DATASETS.SYNTHETIC_PERSONS.{k.upper()}": v for k, v in vars(SPEC).items()}
     values |= {f"MODEL.SELCON.{k.upper()}": v for k, v in CASES[name].items()}
     values |= {f"MODEL.SELCON.CLUSTERING.{k.upper()}": v for k, v in CLUSTERING.items()}
-    for key, value in values.items():
-        with KEYS.allow_type_change(cfg.MODEL.SELCON):
-            cfg.merge_from_list([key, value])
+    Merger(cfg, KEYS).merge_overrides(values)
     trainer = SelConTrainer(cfg)
     network = unwrap(trainer.model)
     begin = copy.deepcopy(network)

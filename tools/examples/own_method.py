@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selcon_plugin.config.loading import builtin_config
+from selcon_plugin.config.files import builtin_config
 from selcon_plugin.features import Embeddings
 from selcon_plugin.memory.cluster import ClusterMemory
 from selcon_plugin.memory.writes import cluster_means
