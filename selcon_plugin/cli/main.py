@@ -18,6 +18,7 @@ usage: selcon COMMAND [ARGUMENTS]
 
   train     train without identity labels
   eval      evaluate a checkpoint
+  run       run FastReID's own training script without identity labels
   bench     train and evaluate several configs over several seeds; write a table
   report    write an HTML report of a run, or compare several runs
   cluster   cluster a folder of images by pseudo identity
@@ -41,7 +42,7 @@ _COMMANDS = {
     **{
         name: (name, "main")
         for name in (
-            *("bench", "report", "cluster", "adapt", "extract", "index", "search"),
+            *("run", "bench", "report", "cluster", "adapt", "extract", "index", "search"),
             *("export", "config", "demo", "doctor"),
         )
     },

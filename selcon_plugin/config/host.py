@@ -266,6 +266,14 @@ class Host(ABC):
     def _one_process(self) -> str:
         return f"{self.title} trains in one process: remove --num-gpus and --num-machines"
 
+    def prepare_script(self, command: Sequence[str]) -> None:  # noqa: B027
+        """Prepare the host for a script of its own that does not know the plugin.
+
+        Args:
+            command: Arguments of Python that run the script under the plugin, for further
+                processes.
+        """
+
     def demo(self, cfg: Any) -> Demo:
         """Return this host's steps of ``selcon demo``.
 

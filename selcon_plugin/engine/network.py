@@ -21,6 +21,14 @@ from selcon_plugin.models.wave_block import WaveBlockKind, insert_wave_blocks
 
 logger = logging.getLogger(__name__)
 
+_FEW = 16
+_LOOP = (
+    "Train with SelConTrainer or selcon train (FastReID), or with ImageSelConEngine "
+    "(torchreid); selcon run SCRIPT does so for a script of FastReID's"
+)
+_UNWRITTEN = f"the banks were not written after the last training step. {_LOOP}"
+SUPERVISED = f"A supervised loop trains this network, which has no identities. {_LOOP}"
+
 
 def usable_parts(
     backbone: nn.Module, input_size: tuple[int, int], method: str, num_parts: int
@@ -132,6 +140,13 @@ class EmbeddingNetwork(nn.Module):
         # The batch, or micro-batches, of the current step. This is the only queue between
         # losses(), which reads the banks, and update_banks(), which writes them.
         self._pending: list[SeenBatch] = []
+        # Batches that the open step may still see; 0 between steps, None in a loop that
+        # does not open its steps.
+        self._expected: int | None = None
+        self._weights_seen = torch.empty(0)
+        self._weights_used: Tensor | None = None
+        # Path of each training image, to compare with those of a batch; None if unknown.
+        self.training_paths: Sequence[str] | None = None
 
     def add_teacher(self, decay: float) -> None:
         """Add an EMA teacher that follows the weights from now on.
@@ -253,18 +268,105 @@ class EmbeddingNetwork(nn.Module):
             Scalar losses by name.
 
         Raises:
-            RuntimeError: If the network has no method.
+            RuntimeError: If this is not a step of a label-free training: the network has no
+                method, its banks were not written after the step before, or the index is
+                not that of a training image.
         """
         if self.method is None:
             raise RuntimeError(
                 "this network was built without training images and has no method: train "
                 "with the host's trainer (SelConTrainer, ImageSelConEngine), which adds it"
             )
+        self._check_step(index)
         index, camids = index.to(self.device), camids.to(self.device)
         losses = self.method.loss(embeddings, index, camids, *views)
         seen = SeenBatch(index, embeddings.detach(), self.method.take_memos())
         self._pending.append(seen)
         return losses
+
+    def begin_step(self, num_batches: int = 1) -> None:
+        """Open a training step; :meth:`update_banks` or :meth:`clear_pending` closes it.
+
+        Args:
+            num_batches: Number of batches, or micro-batches, of the step.
+
+        Raises:
+            RuntimeError: If the banks were not written after the step before.
+        """
+        if self._pending:
+            raise RuntimeError(_UNWRITTEN)
+        self._expected = num_batches
+
+    def check_training(self) -> None:
+        """Refuse a training that takes the features but never asks for the losses.
+
+        A host's own engine would take them for the logits of identities.
+
+        Raises:
+            RuntimeError: If the weights have changed since the last such call, without a
+                call of :meth:`method_losses`.
+        """
+        if not self.training or not torch.is_grad_enabled() or self._expected:
+            return
+        weights = self._some_weights()
+        if self._weights_used is None:
+            self._weights_used = weights
+        elif not torch.equal(weights, self._weights_used):
+            raise RuntimeError(SUPERVISED)
+
+    def check_paths(self, index: Tensor, paths: Sequence[str]) -> None:
+        """Refuse a batch whose labels are not the indices of its images.
+
+        Args:
+            index: Labels of the batch, ``(B,)``.
+            paths: Path of each image.
+
+        Raises:
+            RuntimeError: If a label is not the index of the image at its path, or images
+                share a label.
+        """
+        own = self.training_paths
+        of_label: dict[int, str] = {}
+        for label, path in zip(index.tolist(), paths, strict=False):
+            if of_label.setdefault(label, path) != path:
+                raise RuntimeError(
+                    f"{path} and {of_label[label]} have the same label {label}, which is "
+                    f"no index of an image. {SUPERVISED}"
+                )
+            if own is not None and (not 0 <= label < len(own) or own[label] != path):
+                raise RuntimeError(
+                    f"{path} has the label {label}, which is not its index among the "
+                    f"{len(own)} training images. {SUPERVISED}"
+                )
+
+    def _check_step(self, index: Tensor) -> None:
+        """Refuse a batch that no label-free training has produced."""
+        method, self._weights_used = self.method, None
+        assert method is not None
+        if index.device.type == "cpu":  # on a GPU the check would wait for the device
+            outside = index[(index < 0) | (index >= method.num_images)]
+            if len(outside):
+                raise RuntimeError(
+                    f"{outside[0].item()} is not the index of one of the "
+                    f"{method.num_images} training images. {SUPERVISED}"
+                )
+        if self._expected is not None:
+            if not self._expected:
+                raise RuntimeError(_UNWRITTEN)
+            self._expected -= 1
+            return
+        # A loop that does not open its steps may still use micro-batches.
+        num_seen = len(index) + sum(len(batch.index) for batch in self._pending)
+        weights = self._some_weights()
+        if not self._pending:
+            self._weights_seen = weights
+        elif num_seen > method.num_images or not torch.equal(weights, self._weights_seen):
+            raise RuntimeError(_UNWRITTEN)
+
+    def _some_weights(self) -> Tensor:
+        """Return a few weights, which differ after a step of an optimizer."""
+        few = [*self.heads.parameters()][:_FEW] + [*self.backbone.parameters()][:_FEW]
+        return torch.cat([weight.detach().flatten()[:1].float() for weight in few])
 
     def views_of(self, images: Tensor) -> list[Tensor]:
         """Generate the additional views of a batch that the method requires.
@@ -307,6 +409,7 @@ class EmbeddingNetwork(nn.Module):
     def clear_pending(self) -> None:
         """Drop the batch since the last write of the banks, because its step is skipped."""
         self._pending = []
+        self._expected = None if self._expected is None else 0
 
     def update_teacher(self, *, restart: bool = False) -> None:
         """Update the teacher's weights by one step; do nothing without a teacher.

@@ -115,6 +115,7 @@ class TrainingRun:
             )
             self.best = None
         self._evaluation_only_pids = self.dataset.evaluation_only_identities
+        self.network.training_paths = self.dataset.paths
         self._clustering_seconds: float | None = None
         self.guard = StepGuard(
             self.network,
@@ -167,15 +168,17 @@ class TrainingRun:
         Args:
             epoch: Index of the epoch, counted from 0.
         """
+        self.network.clear_pending()  # an error may have interrupted the last step
         self.method.start_epoch(epoch)
         _seed_from(self.options.seed, epoch, rank())
 
     def start_step(self, step: int) -> None:
-        """Seed all random streams.
+        """Seed all random streams, and open the step of the network.
 
         Args:
             step: Number of optimizer steps before this one.
         """
+        self.network.begin_step(self.options.micro_batches)
         # The 1 separates this stream from those of the epochs.
         _seed_from(self.options.seed, step, rank(), 1)
 

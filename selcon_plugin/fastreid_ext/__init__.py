@@ -4,7 +4,8 @@
   and ``build_torchreid_backbone``;
 * data sets ``ImageFolderReID`` and ``SyntheticPersons``;
 * ``SelConTrainer``, which replaces FastReID's ``DefaultTrainer``, and its
-  ``ClusteringHook`` for methods that cluster.
+  ``ClusteringHook`` for methods that cluster. A script that keeps ``DefaultTrainer`` gets
+  a ``SelConTrainer`` where its config selects ``SelCon``.
 
 This folder translates FastReID's config, loaders, hooks and checkpoints. Anything that does
 not import FastReID belongs to another folder.
@@ -23,7 +24,10 @@ from selcon_plugin.fastreid_ext.config import add_selcon_config, complete_config
 from selcon_plugin.fastreid_ext.datasets import ImageFolderReID, SyntheticPersons  # noqa: E402
 from selcon_plugin.fastreid_ext.heads import GlobalPartHead  # noqa: E402
 from selcon_plugin.fastreid_ext.meta_arch import SelCon  # noqa: E402
+from selcon_plugin.fastreid_ext.scripts import register_trainer  # noqa: E402
 from selcon_plugin.fastreid_ext.trainer import SelConTrainer  # noqa: E402
+
+register_trainer()
 
 __all__ = [
     "ClusteringHook",

@@ -96,6 +96,23 @@ class TrainLoader:
             vars(self._host_loader).pop("iter", None)  # the iterator owns the workers
 
 
+def check_label_free(loader: Any, trainer: str) -> None:
+    """Refuse a loader of identities, which a trainer of a script may build.
+
+    Args:
+        loader: Result of the trainer's ``build_train_loader``.
+        trainer: Name of its class, for the error message.
+
+    Raises:
+        ValueError: If the loader is not a :class:`TrainLoader`.
+    """
+    if not isinstance(loader, TrainLoader):
+        raise ValueError(
+            f"{trainer}.build_train_loader returns a {type(loader).__name__}, whose labels "
+            "are identities: remove the method, and the label-free loader is used"
+        )
+
+
 def training_items(cfg: CfgNode) -> list[Item]:
     """List the training images of all data sets in ``DATASETS.NAMES``, and extra ones."""
     if not cfg.DATASETS.NAMES:

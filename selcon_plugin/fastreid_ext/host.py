@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from selcon_plugin.fastreid_ext.extract import extract_folder
 from selcon_plugin.fastreid_ext.inference import load_network
 from selcon_plugin.fastreid_ext.launch import check_launch, launch
 from selcon_plugin.fastreid_ext.results import results_by_test_set, write_results
+from selcon_plugin.fastreid_ext.scripts import prepare_script
 from selcon_plugin.fastreid_ext.trainer import (
     SelConTrainer,
     load_trained_model,
@@ -197,6 +198,10 @@ class FastReIDHost(Host):
             timeout_minutes=processes.timeout_minutes,
             args=args,
         )
+
+    def prepare_script(self, command: Sequence[str]) -> None:
+        """Let a script such as FastReID's train_net.py train without identities."""
+        prepare_script(command)
 
     def demo(self, cfg: Any) -> Demo:
         """Return the demo's steps in FastReID."""

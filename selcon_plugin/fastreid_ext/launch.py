@@ -85,7 +85,7 @@ def launch(
             f"--dist-timeout must be above 0 and at most {_WEEK} minutes, a week, got "
             f"{timeout_minutes}"
         )
-    if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+    if under_torchrun():
         return _run_under_torchrun(main, args, timeout_minutes)
     world_size = num_machines * num_processes
     if world_size == 1:
@@ -116,6 +116,18 @@ def launch(
     first_rank = machine_rank * num_processes
     _wait_for(context, failures, first_rank, world_size)
     return None
+
+
+def under_torchrun() -> bool:
+    """Return whether torchrun, or a program like it, has started this process."""
+    return (
+        "TORCHELASTIC_RUN_ID" in os.environ
+        or {
+            "RANK",
+            "WORLD_SIZE",
+        }
+        <= os.environ.keys()
+    )
 
 
 def _wait_for(

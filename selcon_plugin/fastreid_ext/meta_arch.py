@@ -102,7 +102,9 @@ class SelCon(EmbeddingNetwork):
             self.embed(images)
             return {}
         assert isinstance(batched_inputs, dict), "training needs targets and camids"
-        return self.losses(images, batched_inputs["targets"], batched_inputs["camids"])
+        index = batched_inputs["targets"]
+        self.check_paths(index, batched_inputs.get("img_paths", ()))
+        return self.losses(images, index, batched_inputs["camids"])
 
 
 def _build_backbone(cfg: CfgNode) -> nn.Module:

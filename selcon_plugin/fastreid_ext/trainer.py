@@ -134,6 +134,7 @@ class SelConTrainer(DefaultTrainer):
             loader = self.build_train_loader(cfg)
         else:
             loader = selcon_data.build_train_loader(cfg, images)
+        selcon_data.check_label_free(loader, type(self).__name__)
         cfg = self.auto_scale_hyperparams(cfg, loader.dataset.num_classes)
         # FastReID logs a random seed of its own during setup; this one replaces it.
         logger.info("Seed of this run: MODEL.SELCON.SEED %d", cfg.MODEL.SELCON.SEED)

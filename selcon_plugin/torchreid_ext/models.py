@@ -157,9 +157,13 @@ class SelConModel(EmbeddingNetwork):
 
         Returns:
             Embeddings, or unit vectors ``(B, C + S*D)``, or the map ``(B, F, h, w)``.
-        """
+
+        Raises:
+            RuntimeError: If an engine for supervised training calls it.
+        """  # noqa: DOC502  (raised by the functions called here)
         if return_featuremaps:
             return self.feature_map(images)
+        self.check_training()
         embeddings = self.embed(images)
         return embeddings if self.training else self.test_feature(embeddings)
 

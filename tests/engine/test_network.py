@@ -131,3 +131,71 @@ def test_own_method_needs_no_memos() -> None:
     see(network, [2, 4])
     network.update_banks()
     assert network.method.written == [3, 1, 2, 4]
+
+
+def step(network: EmbeddingNetwork) -> None:
+    with torch.no_grad():
+        for weight in network.heads.parameters():
+            weight.add_(0.1)
+
+
+def test_loop_that_never_writes_the_banks_stops_at_its_second_step() -> None:
+    network = make_network()
+    see(network, [3, 1])
+    see(network, [5, 0])  # a micro-batch of the same step
+    step(network)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match=r"not written.*SelConTrainer"):
+            see(network, [7, 2])
+    assert len(network.pending_batch().index) == 4
+    network.update_banks()
+    see(network, [7, 2])
+
+
+def test_queue_is_bounded_where_no_weight_changes() -> None:
+    network = make_network()
+    for _ in range(IMAGES // 2):
+        see(network, [3, 1])
+    with pytest.raises(RuntimeError, match="not written"):
+        see(network, [3, 1])
+    assert len(network.pending_batch().index) <= IMAGES
+
+
+def test_opened_step_sees_its_micro_batches_and_no_more() -> None:
+    network = make_network()
+    network.begin_step(2)
+    see(network, [3, 1])
+    see(network, [5, 0])
+    with pytest.raises(RuntimeError, match="not written"):
+        see(network, [7, 2])
+    with pytest.raises(RuntimeError, match="not written"):
+        network.begin_step()
+    network.update_banks()
+    with pytest.raises(RuntimeError, match="not written"):
+        see(network, [7, 2])
+    network.begin_step()
+    see(network, [7, 2])
+
+
+@pytest.mark.parametrize("index", [-1, IMAGES, 10_000])
+def test_label_that_is_no_index_is_refused(index: int) -> None:
+    with pytest.raises(RuntimeError, match=rf"^{index} is not the index"):
+        see(make_network(), [3, index])
+
+
+@pytest.mark.parametrize(
+    ("index", "paths", "message"),
+    [
+        ([0, 1], ["a", "c"], "c has the label 1"),
+        ([0, 7], ["a", "b"], "b has the label 7"),
+        ([2, 2], ["c", "b"], "b and c have the same label 2"),
+    ],
+)
+def test_labels_that_are_not_those_of_the_paths_are_refused(
+    index: list[int], paths: list[str], message: str
+) -> None:
+    network = make_network()
+    network.training_paths = ["a", "b", "c"]
+    network.check_paths(torch.tensor([2, 0, 2]), ["c", "a", "c"])
+    with pytest.raises(RuntimeError, match=message):
+        network.check_paths(torch.tensor(index), paths)
