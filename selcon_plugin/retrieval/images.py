@@ -10,11 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from selcon_plugin.datasets.image_folder import (
-    NO_CAMERAS,
-    camera_finder,
-    read_image_folder,
-)
+from selcon_plugin.datasets.image_folder import list_folder
 from selcon_plugin.datasets.reading import ImageReadError, read_rgb
 from selcon_plugin.retrieval.store import IndexedImage
 
@@ -26,33 +22,25 @@ def images_below(folder: str | Path, camera_pattern: str) -> list[IndexedImage]:
 
     Args:
         folder: Folder, which is searched recursively.
-        camera_pattern: Pattern that finds the camera in a path below the folder.
+        camera_pattern: As for ``selcon_plugin.datasets.read_image_folder``; a single camera
+            is kept.
 
     Returns:
         The images, sorted by path.
 
     Raises:
         ValueError: If the pattern matches no path.
-    """
+    """  # noqa: DOC502  (raised by the functions called here)
     root = Path(folder).expanduser().absolute()
-    find_camera = camera_finder(camera_pattern)
+    paths, cameras = list_folder(root, camera_pattern)
     images = []
-    for item in read_image_folder(root, camera_pattern=NO_CAMERAS):
-        camera = find_camera(Path(item.path).relative_to(root))
+    for path, camera in zip(paths, cameras.names, strict=True):
         try:
-            status = os.stat(item.path)
+            status = os.stat(path)
         except OSError:  # a broken link, which the reader reports later
-            images.append(IndexedImage(item.path, camera, 0, 0))
+            images.append(IndexedImage(path, camera, 0, 0))
         else:
-            images.append(
-                IndexedImage(item.path, camera, status.st_size, status.st_mtime_ns)
-            )
-    named = [image.camera for image in images if image.camera is not None]
-    if camera_pattern not in ("", NO_CAMERAS) and not named:
-        raise ValueError(
-            f"the camera pattern {camera_pattern!r} matches none of the {len(images)} "
-            f"files, for instance not {images[0].path!r}; use none to ignore cameras"
-        )
+            images.append(IndexedImage(path, camera, status.st_size, status.st_mtime_ns))
     return images
 
 
