@@ -62,7 +62,7 @@ def plain_cell(text: str) -> str:
 
 
 def write_table(
-    file: str | Path, columns: Sequence[str], rows: Iterable[Sequence[Cell]]
+    file: str | Path, columns: Sequence[str], rows: Iterable[Iterable[Cell]]
 ) -> None:
     """Write a CSV file with a line of column names.
 

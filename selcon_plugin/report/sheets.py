@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 from selcon_plugin.io.atomic import make_folder, replacing
+from selcon_plugin.io.own_output import SHEET_MARK
 from selcon_plugin.runs.metrics import read_metrics
 from selcon_plugin.runs.ranked import LabeledImages, rank_gallery
 from selcon_plugin.runs.sheets import (
@@ -183,8 +185,12 @@ def _save(sheet: Image.Image, path: str | Path) -> Path:
     sheet_format = Image.registered_extensions().get(path.suffix.lower())
     if sheet_format is None:
         raise ValueError(f"{path} must end with .png, .jpg or another suffix of images")
+    # A sheet inside a folder of images is not taken for one of them.
+    mark = SHEET_MARK.decode()
+    text = PngInfo()
+    text.add_text("Comment", mark)
     with replacing(path) as stream:
-        sheet.save(stream, sheet_format)
+        sheet.save(stream, sheet_format, comment=mark, pnginfo=text)
     return path
 
 

@@ -12,11 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from selcon_plugin.datasets.content import content_hashes
-from selcon_plugin.datasets.image_folder import (
-    NO_CAMERAS,
-    camera_finder,
-    read_image_folder,
-)
+from selcon_plugin.datasets.image_folder import list_folder
 from selcon_plugin.datasets.reading import ImageReadError, read_rgb
 from selcon_plugin.retrieval.rows import IndexedImage
 
@@ -50,7 +46,8 @@ def images_below(
 
     Args:
         folder: Folder, which is searched recursively.
-        camera_pattern: Pattern that finds the camera in a path below the folder.
+        camera_pattern: As for ``selcon_plugin.datasets.read_image_folder``; a single camera
+            is kept.
         progress: Whether to show the progress on a terminal.
 
     Returns:
@@ -61,13 +58,11 @@ def images_below(
         ValueError: If it contains no image, or the pattern matches no path.
     """  # noqa: DOC502  (raised by the functions called here)
     root = Path(os.path.realpath(Path(folder).expanduser()))
-    find_camera = camera_finder(camera_pattern)
-    listed = [item.path for item in read_image_folder(root, camera_pattern=NO_CAMERAS)]
+    listed, cameras = list_folder(root, camera_pattern)
     contents = content_hashes(listed, progress=progress)
     real_folders: dict[str, str] = {}
     images: dict[str, IndexedImage] = {}
-    for path, content in zip(listed, contents, strict=True):
-        camera = find_camera(Path(path).relative_to(root))
+    for path, camera, content in zip(listed, cameras.names, contents, strict=True):
         try:
             status = os.stat(path)
             size, changed = status.st_size, status.st_mtime_ns
@@ -78,14 +73,7 @@ def images_below(
             path, camera, size, changed, content, "" if real == path else real
         )
         images.setdefault(real, image)
-    found = list(images.values())
-    named = [image.camera for image in found if image.camera is not None]
-    if camera_pattern not in ("", NO_CAMERAS) and not named:
-        raise ValueError(
-            f"the camera pattern {camera_pattern!r} matches none of the {len(found)} "
-            f"files, for instance not {found[0].path!r}; use none to ignore cameras"
-        )
-    return FoundImages(root, found)
+    return FoundImages(root, list(images.values()))
 
 
 def _real_path(path: str, known: dict[str, str]) -> str:

@@ -5,9 +5,7 @@ This module only formats the outcomes of runs; it starts none.
 
 from __future__ import annotations
 
-import csv
 import datetime
-import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from selcon_plugin.io.atomic import write_atomically
+from selcon_plugin.io.tables import write_table
 
 METRICS = ("mAP", "Rank-1", "mINP")
 
@@ -201,11 +200,7 @@ class Report:
         rows = summarize(self.outcomes, self.num_seeds)
         notes = "\n".join(self.notes())
         write_atomically(f"{self.table()}\n\n{notes}\n", output / "table.md")
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(text.getvalue(), output / "table.csv")
+        write_table(output / "table.csv", list(rows[0]), (row.values() for row in rows))
         content = {
             "command": self.command,
             "date": _now(),

@@ -34,12 +34,12 @@ from selcon_plugin.inference.folder_features import FolderFeatures
 from selcon_plugin.io.atomic import write_atomically
 from selcon_plugin.io.streams import is_terminal
 from selcon_plugin.report.sheets import SheetRow, contact_sheet
+from selcon_plugin.workflows.cluster_links import link_clusters
 from selcon_plugin.workflows.folder_clusters import (
     FolderClusters,
     cluster_confidence,
     cluster_features,
     default_options,
-    link_clusters,
     write_csv,
 )
 

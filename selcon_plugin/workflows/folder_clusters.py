@@ -9,10 +9,7 @@ Shape shorthand in this module:
 
 from __future__ import annotations
 
-import csv
-import io
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,19 +29,17 @@ from selcon_plugin.clustering import (
 from selcon_plugin.clustering.neighborhood import NeighborhoodSizes
 from selcon_plugin.config.checks import check_name
 from selcon_plugin.features import check_features
-from selcon_plugin.io.atomic import write_atomically
+from selcon_plugin.io.tables import write_table
 
 __all__ = [
     "FolderClusters",
     "cluster_confidence",
     "cluster_features",
     "default_options",
-    "link_clusters",
     "write_csv",
 ]
 
 _CSV_COLUMNS = ("image", "cluster", "confidence", "camera")
-_OUTLIERS = "outliers"
 # Maximum number of similarities between images and centers in memory at a time.
 _PRODUCTS = 2**24
 
@@ -211,74 +206,27 @@ def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 def write_csv(clusters: FolderClusters, file: str | Path, *, folder: str | Path) -> None:
     """Write a table ``image,cluster,confidence,camera``, sorted by image.
 
+    Names are written such that no spreadsheet takes one for a formula;
+    :func:`selcon_plugin.io.tables.read_table` returns them exactly.
+
     Args:
         clusters: The clusters to write.
         file: The file to write or replace.
         folder: Folder of the images, to which the names are relative.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_CSV_COLUMNS)
     names = [relative_name(path, folder) for path in clusters.paths]
-    for image in sorted(range(len(names)), key=names.__getitem__):
-        writer.writerow(
-            (
-                names[image],
-                int(clusters.labels[image]),
-                f"{clusters.confidence[image]:.4f}",
-                clusters.cameras[image],
-            )
+    rows = (
+        (
+            names[image],
+            int(clusters.labels[image]),
+            f"{clusters.confidence[image]:.4f}",
+            clusters.cameras[image],
         )
-    write_atomically(text.getvalue(), file)
+        for image in sorted(range(len(names)), key=names.__getitem__)
+    )
+    write_table(file, _CSV_COLUMNS, rows)
 
 
 def relative_name(path: str | Path, folder: str | Path) -> str:
     """Return an image's path below the folder, with forward slashes."""
     return Path(os.path.relpath(path, Path(folder).expanduser())).as_posix()
-
-
-def link_clusters(clusters: FolderClusters, folder: str | Path) -> None:
-    """Create a folder of links for each cluster, the most confident image first.
-
-    The links are relative symbolic links, or hard links if the file system has no
-    symbolic ones.
-
-    Args:
-        clusters: The clusters to link.
-        folder: Folder to create, or to replace if it contains only links; its subfolders
-            are ``0000``, ``0001``, ... and ``outliers``.
-
-    Raises:
-        ValueError: If the folder contains other files.
-    """  # noqa: DOC502  (raised by the functions called here)
-    folder = Path(folder)
-    _remove_links(folder)
-    for cluster in range(OUTLIER, clusters.num_clusters):
-        members = clusters.members(cluster)
-        if not len(members):
-            continue
-        place = folder / (_OUTLIERS if cluster == OUTLIER else f"{cluster:04d}")
-        place.mkdir(parents=True)
-        for number, image in enumerate(members):
-            source = Path(clusters.paths[image]).absolute()
-            # Images of several folders may have the same name.
-            link = place / f"{number:04d}_{source.name}"
-            try:
-                link.symlink_to(os.path.relpath(source, place.absolute()))
-            except (OSError, ValueError):  # ValueError: another drive of Windows
-                os.link(source, link)
-
-
-def _remove_links(folder: Path) -> None:
-    """Remove an earlier folder of links; refuse to remove other files."""
-    if not folder.exists():
-        return
-    for place, _, names in os.walk(folder):
-        for name in names:
-            file = Path(place, name)
-            if not file.is_symlink() and file.stat().st_nlink < 2:
-                raise ValueError(
-                    f"{folder} would be replaced by links, but contains the file {file}: "
-                    "move the file, or give another --output"
-                )
-    shutil.rmtree(folder)

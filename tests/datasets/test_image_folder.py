@@ -36,19 +36,17 @@ def test_first_sub_folder_is_the_camera(tmp_path):
     assert cameras(tmp_path) == {"a.jpg": "door", "b.jpg": "lobby", "c.jpg": None}
 
 
-def test_many_small_sub_folders_cause_a_warning(tmp_path, caplog):
+def test_folders_of_tracks_are_not_taken_as_cameras(tmp_path, caplog):
     for number in range(63):
         save_image(tmp_path / f"track{number % 21:02d}/{number}.jpg")
-    read_image_folder(tmp_path)
-    assert "21 sub-folders with a median of 3 images are used as cameras" in caplog.text
-    assert "--camera-pattern none" in caplog.text
+    assert set(cameras(tmp_path).values()) == {None}
+    assert "21 sub-folders (track00, track01, " in caplog.text
+    assert "--camera-pattern folders" in caplog.text
     caplog.clear()
-    read_image_folder(tmp_path, camera_pattern=r"track(\d+)")  # chosen by the user
-    read_image_folder(tmp_path, camera_pattern="none")
-    for place in ("track20/20.jpg", "track20/41.jpg", "track20/62.jpg"):
-        (tmp_path / place).unlink()
-    read_image_folder(tmp_path)  # 20: they may be cameras
-    assert "used as cameras" not in caplog.text
+    assert cameras(tmp_path, r"track(\d+)")["20.jpg"] == "20"  # chosen by the user
+    assert cameras(tmp_path, "folders")["20.jpg"] == "track20"
+    assert set(cameras(tmp_path, "none").values()) == {None}
+    assert "sub-folders" not in caplog.text
 
 
 @pytest.mark.parametrize("pattern", ["", "none"])

@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 
 from selcon_plugin.clustering.quality import adjusted_mutual_info
+from selcon_plugin.workflows.cluster_links import link_clusters
 from selcon_plugin.workflows.folder_clusters import (
     FolderClusters,
     cluster_confidence,
     cluster_features,
     default_options,
-    link_clusters,
     write_csv,
 )
 
