@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from selcon_plugin.methods import method_class, method_names
 from selcon_plugin.options import Choice, Option
 
 _HEADER = "| key | default | legal | meaning |\n| --- | --- | --- | --- |"
+_LINK = re.compile(r"\[([^\]]+)\]\([^)]+\)")  # [title](address)
+_EMPHASIS = re.compile(r"\*\*([^*]+)\*\*")
 _EVERY = ""  # owner of keys that do not belong to a single method or labeler
 
 
@@ -251,7 +254,8 @@ def _wrapped(text: str) -> list[str]:
 
 
 def _plain(markdown: str) -> str:
-    return markdown.replace("`", "")
+    """Return text for a terminal: without marks, and with the titles of links only."""
+    return _EMPHASIS.sub(r"\1", _LINK.sub(r"\1", markdown.replace("`", "")))
 
 
 def _sentence(meaning: str) -> str:

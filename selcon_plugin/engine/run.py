@@ -34,6 +34,7 @@ from selcon_plugin.clustering import (
 )
 from selcon_plugin.distributed import on_any_rank, rank, share_buffers
 from selcon_plugin.engine.best_weights import BestWeights
+from selcon_plugin.engine.console import log_summary
 from selcon_plugin.engine.estimates import check_memory, clustering_estimate, product_rate
 from selcon_plugin.engine.guard import StepGuard, zero_nonfinite_features
 from selcon_plugin.engine.image_check import report_unreadable
@@ -138,6 +139,13 @@ class TrainingRun:
             ValueError: If there is too little memory to cluster the images.
         """  # noqa: DOC502  (raised by the functions called here)
         check_state(self.network, self.dataset.paths, when="before training")
+        log_summary(
+            self.options.method,
+            self.clustering.labeler if self.labeler is not None else "",
+            self.network,
+            len(self.dataset),
+            len({int(camid) for camid in self._camids() if camid >= 0}),
+        )
         self._check_clustering()
         if self.method.prepared:
             return
