@@ -6,7 +6,11 @@ import argparse
 import os
 import sys
 
-from selcon_plugin.cli.arguments import add_folder_arguments, add_import_argument
+from selcon_plugin.cli.arguments import (
+    add_folder_arguments,
+    add_import_argument,
+    add_unreadable_argument,
+)
 from selcon_plugin.cli.parsing import CommandParser, config_file, number, whole_number
 from selcon_plugin.config.host_data import Processes, ProcessFailure
 from selcon_plugin.config.loading import import_files
@@ -85,6 +89,7 @@ def train_parser(prog: str) -> CommandParser:
         "lines; default: the log file has them",
     )
     add_folder_arguments(parser)
+    add_unreadable_argument(parser, default=None)
     add_import_argument(parser)
     parser.add_argument(
         "opts",
@@ -127,9 +132,12 @@ def _launch(args: argparse.Namespace) -> int:
         os.environ[VERBOSE] = "1"
     import_files(args.imports)
     host = get_host(args.host or host_of(args.config_file))
+    ratio = args.max_unreadable_ratio
+    given = {} if ratio is None else {"max_unreadable_ratio": ratio}
     cfg = host.load_config(
         args.config_file,
         args.opts,
+        overrides=host.overrides(options=given),
         images=args.images,
         camera_pattern=args.camera_pattern,
     )

@@ -15,6 +15,7 @@ from selcon_plugin.clustering import labeler_names, labeler_options
 from selcon_plugin.config.keys import ConfigKeys, clustering_options, own_method_options
 from selcon_plugin.methods import method_class, method_names
 from selcon_plugin.options import Choice, Option
+from selcon_plugin.values import listed
 
 _HEADER = "| key | default | legal | meaning |\n| --- | --- | --- | --- |"
 _LINK = re.compile(r"\[([^\]]+)\]\([^)]+\)")  # [title](address)
@@ -102,7 +103,7 @@ class ConfigHelp:
             key for key in self.defaults if key.lower().startswith(f"{text.lower()}.")
         ]
         if inside:
-            raise ValueError(f"{text} is a group of keys: {', '.join(inside)}")
+            raise ValueError(f"{text} is a group of keys: {listed(inside)}")
         raise ValueError(f"{self.host}'s config has no key {text}{self._hint(text)}")
 
     def _hint(self, text: str) -> str:

@@ -32,6 +32,7 @@ from selcon_plugin.clustering import (
     label_images,
     share_pseudo_labels,
 )
+from selcon_plugin.clustering.remedies import more_clusters
 from selcon_plugin.distributed import on_any_rank, rank, share_buffers
 from selcon_plugin.engine.best_weights import BestWeights
 from selcon_plugin.engine.console import log_summary
@@ -51,6 +52,7 @@ from selcon_plugin.metrics.collapse import (
 )
 from selcon_plugin.metrics.identities import cluster_diagnostics, neighbor_precision
 from selcon_plugin.models.finite import check_state
+from selcon_plugin.options import options_of
 from selcon_plugin.runs.embedding import record_embedding
 from selcon_plugin.runs.tensorboard import write_pictures
 from selcon_plugin.samplers.cluster import ClusterSampler
@@ -277,7 +279,9 @@ class TrainingRun:
         signs = find_collapse_signs(measured, len(self.dataset))
         if not signs:
             return measured
-        remedies = ["lower eps of the clustering, or set it to auto"] * bool(signs.clusters)
+        remedies = []
+        if signs.clusters and self.labeler is not None:
+            remedies = [f"for the clusters {more_clusters(options_of(type(self.labeler)))}"]
         if self.method.step == 0:
             logger.warning(
                 "Before training the network hardly discriminates the images: %s. Start "

@@ -45,6 +45,7 @@ from selcon_plugin.fastreid_ext.trainer import (
 from selcon_plugin.models.inference import InferenceNetwork
 from selcon_plugin.models.timm import TIMM_PREFIX
 from selcon_plugin.runs.results import delete_results
+from selcon_plugin.values import listed
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ class FastReIDHost(Host):
         for name in (*cfg.DATASETS.NAMES, *cfg.DATASETS.TESTS):
             if name not in known:
                 raise ValueError(
-                    f"unknown data set {name!r}; known are {', '.join(sorted(known))}"
+                    f"unknown data set {name!r}; known are {listed(sorted(known))}"
                 )
 
     def _set_up(self, cfg: Any, *, eval_only: bool, source: str) -> None:
