@@ -21,6 +21,8 @@ from dataclasses import dataclass, field, replace
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
+from selcon_plugin.values import listed
+
 KINDS: dict[type, str] = {  # descriptions of the types of config values
     int: "a whole number",
     float: "a number",
@@ -323,6 +325,6 @@ def check_options(
     unknown = sorted(set(values) - set(options))
     if unknown:
         raise ValueError(
-            f"{owner} has no option {', '.join(unknown)}; it has {', '.join(options)}"
+            f"{owner} has no option {', '.join(unknown)}; it has {listed(options)}"
         )
     return {name: options[name].check(value) for name, value in values.items()}

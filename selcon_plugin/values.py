@@ -11,7 +11,7 @@ import ast
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, Union
@@ -116,6 +116,26 @@ def shown(raw: Raw, limit: int = 80) -> str:
     """Format a value for a message: with quotes, and shortened if it is long."""
     text = _joined(raw) if isinstance(raw, list) else repr(raw.text)
     return text if len(text) <= limit else f"{text[: limit - 4]} ..."
+
+
+def listed(names: Iterable[str], limit: int = 20) -> str:
+    """Format names for a message; a long list is shortened.
+
+    Args:
+        names: Names.
+        limit: Largest number of names to list.
+
+    Returns:
+        The names, separated by commas.
+
+    Example:
+        >>> listed("abcdef", 4)
+        'a, b, c, d and 2 others'
+    """
+    known = list(names)
+    rest = len(known) - limit
+    text = ", ".join(known[: limit if rest > 1 else None])
+    return f"{text} and {rest} others" if rest > 1 else text
 
 
 def _joined(raw: Raw) -> str:

@@ -9,6 +9,7 @@ from selcon_plugin.cli.arguments import (
     add_import_argument,
     add_network_arguments,
     add_reading_arguments,
+    add_unreadable_argument,
     check_network_arguments,
 )
 from selcon_plugin.cli.parsing import CommandParser, number, whole_number
@@ -48,6 +49,7 @@ def main(argv: list[str]) -> int:
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         device=args.device,
+        max_unreadable_ratio=args.max_unreadable_ratio,
         options=tuple(args.opts),
     )
     adapt(settings, args.output, echo=echo)
@@ -64,6 +66,7 @@ def _parser() -> CommandParser:
     add_network_arguments(parser, onnx=False)
     add_reading_arguments(parser)
     add_folder_arguments(parser)
+    add_unreadable_argument(parser, default=None)
     add_import_argument(parser)
     parser.add_argument(
         "--output",

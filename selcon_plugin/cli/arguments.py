@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from selcon_plugin.cli.parsing import config_file, whole_number
+from selcon_plugin.cli.parsing import config_file, number, whole_number
 from selcon_plugin.hosts import find_config
+from selcon_plugin.options import Interval
 from selcon_plugin.retrieval import NetworkSource
 from selcon_plugin.retrieval.source import hash_files
 
@@ -103,6 +104,26 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole_number(0),
         default=0,
         help="processes that read images; default: 0",
+    )
+
+
+def add_unreadable_argument(
+    parser: argparse.ArgumentParser, *, default: float | None = 0.05
+) -> None:
+    """Add the argument for the accepted ratio of unreadable images.
+
+    Args:
+        parser: Parser of the command.
+        default: Default; None for that of the config.
+    """
+    parser.add_argument(
+        "--max-unreadable-ratio",
+        "--max-bad-share",  # the name before 0.2
+        type=number(Interval(0, 1, below=True)),
+        default=default,
+        metavar="RATIO",
+        help="largest accepted ratio of unreadable images; default: "
+        + ("as configured" if default is None else f"{default}"),
     )
 
 

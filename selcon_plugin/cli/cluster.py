@@ -12,6 +12,7 @@ from selcon_plugin.cli.arguments import (
     add_import_argument,
     add_network_arguments,
     add_reading_arguments,
+    add_unreadable_argument,
     check_network_arguments,
     load_embedder,
     network_key,
@@ -58,6 +59,7 @@ def main(argv: list[str]) -> int:
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         device=args.device,
+        max_unreadable_ratio=args.max_unreadable_ratio,
         echo=echo,
     )
     return 0
@@ -73,6 +75,7 @@ def _parser() -> CommandParser:
     add_network_arguments(parser)
     add_reading_arguments(parser)
     add_folder_arguments(parser)
+    add_unreadable_argument(parser)
     add_import_argument(parser)
     parser.add_argument(
         "--output",

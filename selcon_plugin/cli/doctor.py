@@ -368,12 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 if training with FastReID can run here, else 1.
     """
-    parser = CommandParser(
-        prog="selcon doctor",
-        description="Report what is installed, what works, and how to fix the rest.",
-    )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    arguments = parser.parse_args(argv)
+    arguments = _parser().parse_args(argv)
     report = examine()
     if arguments.json:
         content: dict[str, Any] = {**dataclasses.asdict(report), "ready": report.ready}
@@ -385,3 +380,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        prog="selcon doctor",
+        description="Report what is installed, what works, and how to fix the rest.",
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    return parser

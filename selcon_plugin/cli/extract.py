@@ -12,13 +12,13 @@ from selcon_plugin.cli.arguments import (
     add_network_arguments,
     add_options,
     add_reading_arguments,
+    add_unreadable_argument,
     load_embedder,
 )
-from selcon_plugin.cli.parsing import CommandParser, number
+from selcon_plugin.cli.parsing import CommandParser
 from selcon_plugin.config.checks import make_output_folder
 from selcon_plugin.config.loading import import_files
 from selcon_plugin.hosts import get_host, host_of
-from selcon_plugin.options import Interval
 
 
 def main(argv: list[str]) -> int:
@@ -56,14 +56,7 @@ def _parser() -> CommandParser:
     add_folder_arguments(parser)
     add_import_argument(parser)
     parser.add_argument("--output", required=True, metavar="FILE.npz", help="file to write")
-    parser.add_argument(
-        "--max-unreadable-ratio",
-        "--max-bad-share",  # the name before 0.2
-        type=number(Interval(0, 1, below=True)),
-        default=0.05,
-        metavar="RATIO",
-        help="largest accepted ratio of unreadable images; default: 0.05",
-    )
+    add_unreadable_argument(parser)
     add_network_arguments(parser)
     add_reading_arguments(parser)
     add_options(parser)

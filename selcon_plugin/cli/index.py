@@ -10,11 +10,11 @@ from selcon_plugin.cli.arguments import (
     add_device_argument,
     add_network_arguments,
     add_options,
+    add_unreadable_argument,
     network_source,
 )
-from selcon_plugin.cli.parsing import CommandParser, number, whole_number
+from selcon_plugin.cli.parsing import CommandParser, whole_number
 from selcon_plugin.datasets.reading import describe_faults
-from selcon_plugin.options import Interval
 from selcon_plugin.retrieval import ImageEmbedder, Index, NetworkSource
 from selcon_plugin.retrieval.store import MANIFEST
 
@@ -132,13 +132,6 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--fp16", action="store_true", help="store float16 features, half the size on disk"
     )
-    parser.add_argument(
-        "--max-unreadable-ratio",
-        "--max-bad-share",  # the name before 0.2
-        type=number(Interval(0, 1, below=True)),
-        default=0.05,
-        metavar="RATIO",
-        help="largest accepted ratio of unreadable images; default: 0.05",
-    )
+    add_unreadable_argument(parser)
     add_options(parser)
     return parser

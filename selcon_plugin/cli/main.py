@@ -6,11 +6,13 @@ A command module is imported only when its command is called, so that the others
 from __future__ import annotations
 
 import difflib
+import importlib
 import sys
 from collections.abc import Sequence
 from functools import partial
 
 from selcon_plugin.cli.failures import imported_command, run_command
+from selcon_plugin.cli.parsing import CommandParser
 from selcon_plugin.cli.versions import versions
 
 _USAGE = """\
@@ -47,6 +49,15 @@ _COMMANDS = {
         )
     },
 }
+
+
+def command_parsers() -> dict[str, CommandParser]:
+    """Return the parser of each command by its name."""
+    parsers = {}
+    for name, (module, _) in _COMMANDS.items():
+        found = importlib.import_module(f"selcon_plugin.cli.{module}")
+        parsers[name] = found.train_parser(name) if module == "train" else found._parser()
+    return parsers
 
 
 def main(argv: Sequence[str] | None = None) -> int:

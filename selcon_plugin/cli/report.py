@@ -20,6 +20,23 @@ def main(argv: list[str]) -> int:
     Returns:
         Exit status 0.
     """
+    args = _parser().parse_args(argv)
+    import_files(args.imports)
+    if len(args.runs) == 1:
+        file = write_report(
+            args.runs[0],
+            args.output,
+            images=False if args.no_images else None,
+            find_host=host_of_settings,
+        )
+    else:
+        output = args.output or "comparison.html"
+        file = write_comparison(args.runs, output, find_host=host_of_settings)
+    sys.stdout.write(f"{file} ({file.stat().st_size / 1e6:.1f} MB)\n")
+    return 0
+
+
+def _parser() -> CommandParser:
     parser = CommandParser(
         prog="selcon report",
         description="Write the report of a run as one HTML file that works offline, or a "
@@ -44,17 +61,4 @@ def main(argv: list[str]) -> int:
         help="show no crops; default: the run's option REPORT_IMAGES",
     )
     add_import_argument(parser)
-    args = parser.parse_args(argv)
-    import_files(args.imports)
-    if len(args.runs) == 1:
-        file = write_report(
-            args.runs[0],
-            args.output,
-            images=False if args.no_images else None,
-            find_host=host_of_settings,
-        )
-    else:
-        output = args.output or "comparison.html"
-        file = write_comparison(args.runs, output, find_host=host_of_settings)
-    sys.stdout.write(f"{file} ({file.stat().st_size / 1e6:.1f} MB)\n")
-    return 0
+    return parser

@@ -34,11 +34,15 @@ def main(argv: list[str]) -> int:
     index = Index.open(args.index)
     threshold, description = _threshold(index, args.threshold)
     source = network_source(args) or index.source
+    if source is None:
+        raise ValueError(
+            "the index does not record its network: give --weights FILE or --onnx FILE"
+        )
     try:
         results = search(
             index,
             args.queries,
-            embedder=source.load(args.device) if source else None,
+            embedder=source.load(args.device),
             top=args.top,
             camera=args.camera,
             not_camera=args.not_camera,

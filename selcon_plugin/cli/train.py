@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
-from selcon_plugin.cli.arguments import add_folder_arguments, add_import_argument
+from selcon_plugin.cli.arguments import (
+    add_folder_arguments,
+    add_import_argument,
+    add_unreadable_argument,
+)
 from selcon_plugin.cli.parsing import CommandParser, config_file, number, whole_number
 from selcon_plugin.config.host_data import Processes, ProcessFailure
 from selcon_plugin.config.loading import import_files
+from selcon_plugin.engine.console import VERBOSE
 from selcon_plugin.hosts import get_host, host_names, host_of
 from selcon_plugin.options import Interval
 from selcon_plugin.workflows.train import launch
@@ -76,7 +82,14 @@ def train_parser(prog: str) -> CommandParser:
         help="timeout of collective operations; must exceed the longest clustering or "
         "evaluation; default: 30",
     )
+    parser.add_argument(
+        "--verbose",
+        action="store_true",
+        help="show the whole log on the terminal, with config, network and the host's "
+        "lines; default: the log file has them",
+    )
     add_folder_arguments(parser)
+    add_unreadable_argument(parser, default=None)
     add_import_argument(parser)
     parser.add_argument(
         "opts",
@@ -115,11 +128,16 @@ def evaluate(argv: list[str]) -> int:
 
 
 def _launch(args: argparse.Namespace) -> int:
+    if args.verbose:
+        os.environ[VERBOSE] = "1"
     import_files(args.imports)
     host = get_host(args.host or host_of(args.config_file))
+    ratio = args.max_unreadable_ratio
+    given = {} if ratio is None else {"max_unreadable_ratio": ratio}
     cfg = host.load_config(
         args.config_file,
         args.opts,
+        overrides=host.overrides(options=given),
         images=args.images,
         camera_pattern=args.camera_pattern,
     )

@@ -13,7 +13,9 @@ from torch import Tensor
 from selcon_plugin.clustering.base import Labeler
 from selcon_plugin.clustering.pseudo_labels import PseudoLabels
 from selcon_plugin.clustering.quality import label_stability
+from selcon_plugin.clustering.remedies import fewer_outliers, more_clusters
 from selcon_plugin.distributed import broadcast_tensor, world_size
+from selcon_plugin.options import options_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ def label_images(
         "%s, but a batch needs %d: in this epoch every image is its own class. %s",
         _summary(found),
         max(2, min_clusters),
-        _remedy(found),
+        _remedy(found, labeler),
     )
     return PseudoLabels.each_its_own(
         found.num_images, distance=found.distance, measured=measured
@@ -68,11 +70,12 @@ def _summary(found: PseudoLabels) -> str:
     return f"{clusters} found ({percent:.0f} % of {found.num_images} images are outliers)"
 
 
-def _remedy(found: PseudoLabels) -> str:
+def _remedy(found: PseudoLabels, labeler: Labeler) -> str:
+    options = options_of(type(labeler))
     if found.outlier_ratio > 0.5:
-        return "If this persists, raise eps, lower min_samples, or set eps to auto"
+        return f"If this persists, {fewer_outliers(options)}"
     if found.num_clusters == 1:
-        return "If this persists, lower eps, or set it to auto"
+        return f"If this persists, {more_clusters(options)}"
     return "If this persists, lower the batch size or raise the images per cluster in it"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from selcon_plugin.options import Option
+from selcon_plugin.values import listed
 
 _MARK = "_selcon_checked"  # attribute of a config, which is not one of its keys
 # Keys that the trainer sets after the check, to values that need no check.
@@ -70,9 +71,7 @@ def check_name(key: str, name: str, known: Iterable[str], remedy: str = "") -> N
         return
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
-    raise ValueError(
-        f"{key} {name!r} is unknown: {hint}Known are {', '.join(known)}{remedy}"
-    )
+    raise ValueError(f"{key} {name!r} is unknown: {hint}Known are {listed(known)}{remedy}")
 
 
 def check_size(key: str, size: Sequence[Any]) -> None:

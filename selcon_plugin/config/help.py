@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +15,11 @@ from selcon_plugin.clustering import labeler_names, labeler_options
 from selcon_plugin.config.keys import ConfigKeys, clustering_options, own_method_options
 from selcon_plugin.methods import method_class, method_names
 from selcon_plugin.options import Choice, Option
+from selcon_plugin.values import listed
 
 _HEADER = "| key | default | legal | meaning |\n| --- | --- | --- | --- |"
+_LINK = re.compile(r"\[([^\]]+)\]\([^)]+\)")  # [title](address)
+_EMPHASIS = re.compile(r"\*\*([^*]+)\*\*")
 _EVERY = ""  # owner of keys that do not belong to a single method or labeler
 
 
@@ -99,7 +103,7 @@ class ConfigHelp:
             key for key in self.defaults if key.lower().startswith(f"{text.lower()}.")
         ]
         if inside:
-            raise ValueError(f"{text} is a group of keys: {', '.join(inside)}")
+            raise ValueError(f"{text} is a group of keys: {listed(inside)}")
         raise ValueError(f"{self.host}'s config has no key {text}{self._hint(text)}")
 
     def _hint(self, text: str) -> str:
@@ -251,7 +255,8 @@ def _wrapped(text: str) -> list[str]:
 
 
 def _plain(markdown: str) -> str:
-    return markdown.replace("`", "")
+    """Return text for a terminal: without marks, and with the titles of links only."""
+    return _EMPHASIS.sub(r"\1", _LINK.sub(r"\1", markdown.replace("`", "")))
 
 
 def _sentence(meaning: str) -> str:

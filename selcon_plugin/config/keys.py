@@ -27,7 +27,7 @@ from selcon_plugin.methods import method_class, method_names, method_options
 from selcon_plugin.options import Option, options_of
 from selcon_plugin.renamed import OPTIONS, VALUES, accept_renamed, notice
 from selcon_plugin.samplers.cluster import AUTO
-from selcon_plugin.values import is_empty
+from selcon_plugin.values import is_empty, listed
 
 Node = MutableMapping[str, Any]
 _OptionsOf = Callable[[str], Mapping[str, Option]]
@@ -280,7 +280,7 @@ class ConfigKeys:
             if name not in known and owner[key] != default:
                 raise ValueError(
                     f"{label}.{key} is {owner[key]!r}, but {group.kind} {chosen} has no "
-                    f"such option; it has {', '.join(self.case(other) for other in known)}"
+                    f"such option; it has {listed(self.case(other) for other in known)}"
                 )
 
     def _fill(self, owner: Node, options: Mapping[str, Option]) -> None:

@@ -32,7 +32,11 @@ from selcon_plugin.values import (
 logger = logging.getLogger(__name__)
 
 _COMMAND_LINE = "the command line"
-_ITEMS = {int: " of whole numbers", float: " of numbers", str: " of texts"}
+_ITEMS: dict[type | None, str] = {
+    int: " of whole numbers",
+    float: " of numbers",
+    str: " of texts",
+}
 
 
 def import_files(files: Sequence[str]) -> None:

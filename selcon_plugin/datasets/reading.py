@@ -332,7 +332,7 @@ def describe_faults(faults: Sequence[str], limit: int = 20) -> str:
     """
     lines = [f"  {fault}" for fault in faults[:limit]]
     if len(faults) > limit:
-        lines.append(f"  ... and {len(faults) - limit} more")
+        lines.append(f"  and {len(faults) - limit} others")
     return "\n".join(lines)
 
 

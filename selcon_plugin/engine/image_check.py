@@ -13,7 +13,8 @@ from selcon_plugin.engine.images import IndexedImages, Item
 
 logger = logging.getLogger(__name__)
 
-_LISTED = 100  # images that an error message lists
+_LISTED = 100  # images of which a warning gives the reason
+_NAMED = 5  # images that an error message names
 
 
 class BadImagesError(ValueError):
@@ -77,8 +78,9 @@ def check_unreadable_ratio(
     raise BadImagesError(
         f"{num_unreadable} of {num_images} images{'' if all_read else ', or more,'} cannot "
         f"be read, more than the fraction of {max_unreadable_ratio:g} that "
-        f"max_unreadable_ratio allows:\n{describe_faults(faults, _LISTED)}\n"
-        "Repair, restore or remove them, or raise max_unreadable_ratio"
+        f"max_unreadable_ratio allows:\n{describe_faults(faults, _NAMED)}\n"
+        "Repair, restore or remove them, or raise max_unreadable_ratio "
+        "(--max-unreadable-ratio)"
     )
 
 
@@ -98,7 +100,7 @@ def check_test_images(paths: Sequence[str]) -> None:
     if faults:
         raise BadImagesError(
             f"{len(faults)} of {len(paths)} test images cannot be read:\n"
-            f"{describe_faults(faults, _LISTED)}\n"
+            f"{describe_faults(faults, _NAMED)}\n"
             "Repair or restore them: without them the metrics would be of a different test "
             "set"
         )

@@ -32,8 +32,10 @@ from selcon_plugin.clustering import (
     label_images,
     share_pseudo_labels,
 )
+from selcon_plugin.clustering.remedies import more_clusters
 from selcon_plugin.distributed import on_any_rank, rank, share_buffers
 from selcon_plugin.engine.best_weights import BestWeights
+from selcon_plugin.engine.console import log_summary
 from selcon_plugin.engine.estimates import check_memory, clustering_estimate, product_rate
 from selcon_plugin.engine.guard import StepGuard, zero_nonfinite_features
 from selcon_plugin.engine.image_check import report_unreadable
@@ -50,6 +52,7 @@ from selcon_plugin.metrics.collapse import (
 )
 from selcon_plugin.metrics.identities import cluster_diagnostics, neighbor_precision
 from selcon_plugin.models.finite import check_state
+from selcon_plugin.options import options_of
 from selcon_plugin.runs.embedding import record_embedding
 from selcon_plugin.runs.tensorboard import write_pictures
 from selcon_plugin.samplers.cluster import ClusterSampler
@@ -139,6 +142,13 @@ class TrainingRun:
             ValueError: If there is too little memory to cluster the images.
         """  # noqa: DOC502  (raised by the functions called here)
         check_state(self.network, self.dataset.paths, when="before training")
+        log_summary(
+            self.options.method,
+            self.clustering.labeler if self.labeler is not None else "",
+            self.network,
+            len(self.dataset),
+            len({int(camid) for camid in self._camids() if camid >= 0}),
+        )
         self._check_clustering()
         if self.method.prepared:
             return
@@ -272,7 +282,9 @@ class TrainingRun:
         signs = find_collapse_signs(measured, len(self.dataset))
         if not signs:
             return measured
-        remedies = ["lower eps of the clustering, or set it to auto"] * bool(signs.clusters)
+        remedies = []
+        if signs.clusters and self.labeler is not None:
+            remedies = [f"for the clusters {more_clusters(options_of(type(self.labeler)))}"]
         if self.method.step == 0:
             logger.warning(
                 "Before training the network hardly discriminates the images: %s. Start "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -34,6 +35,7 @@ from selcon_plugin.fastreid_ext.demo import FastReIDDemo
 from selcon_plugin.fastreid_ext.extract import extract_folder
 from selcon_plugin.fastreid_ext.inference import load_network
 from selcon_plugin.fastreid_ext.launch import check_launch, launch
+from selcon_plugin.fastreid_ext.logs import begin_log
 from selcon_plugin.fastreid_ext.results import results_by_test_set, write_results
 from selcon_plugin.fastreid_ext.scripts import prepare_script
 from selcon_plugin.fastreid_ext.trainer import (
@@ -44,6 +46,9 @@ from selcon_plugin.fastreid_ext.trainer import (
 from selcon_plugin.models.inference import InferenceNetwork
 from selcon_plugin.models.timm import TIMM_PREFIX
 from selcon_plugin.runs.results import delete_results
+from selcon_plugin.values import listed
+
+logger = logging.getLogger(__name__)
 
 _FINAL = "model_final.pth"
 _CHECKPOINT = re.compile(r"model_(\d+)\.pth")  # counts epochs from 0
@@ -131,13 +136,15 @@ class FastReIDHost(Host):
         for name in (*cfg.DATASETS.NAMES, *cfg.DATASETS.TESTS):
             if name not in known:
                 raise ValueError(
-                    f"unknown data set {name!r}; known are {', '.join(sorted(known))}"
+                    f"unknown data set {name!r}; known are {listed(sorted(known))}"
                 )
 
     def _set_up(self, cfg: Any, *, eval_only: bool, source: str) -> None:
         make_output_folder("OUTPUT_DIR", cfg.OUTPUT_DIR)
+        begin_log(cfg.OUTPUT_DIR)
         default_setup(cfg, argparse.Namespace(eval_only=eval_only, config_file=source))
         share_host_log()
+        logger.info("The full log is %s", Path(cfg.OUTPUT_DIR, self.run_files.log))
 
     def train(self, cfg: Any, *, resume: bool = False, source: str = "") -> RunResult:
         """Train in this process, one of possibly several."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from selcon_plugin.clustering import labeler_names, labeler_options
+from selcon_plugin.clustering.remedies import fewer_outliers, more_clusters
 from selcon_plugin.metrics.collapse import find_collapse_signs
 from selcon_plugin.report.collect import RunData, cameras_of_clusters
 
@@ -59,8 +61,8 @@ def _cluster_notes(run: RunData) -> Iterator[Note]:
         yield Note(
             "warning",
             f"{100 * outliers:.0f} % of the images are outliers (in no cluster).",
-            "Raise eps, lower min_samples, or set eps to auto. Many outliers are normal if "
-            "there are few images per person.",
+            f"For fewer outliers {fewer_outliers(_labeler_options(run))}. Many outliers "
+            "are normal if there are few images per person.",
         )
     measured = {
         name: value
@@ -75,8 +77,15 @@ def _cluster_notes(run: RunData) -> Iterator[Note]:
         yield Note(
             "warning",
             f"The features look collapsed: {text}.",
-            "Start from pretrained weights, lower the learning rate, or lower eps.",
+            "Start from pretrained weights, lower the learning rate, or "
+            f"{more_clusters(_labeler_options(run))}.",
         )
+
+
+def _labeler_options(run: RunData) -> Collection[str]:
+    """Return the options of the run's labeler; those of DBSCAN if it is unknown."""
+    name = str(run.setting("clustering.labeler"))
+    return labeler_options(name if name in labeler_names() else "DBSCAN")
 
 
 def _num_images(run: RunData) -> int:
@@ -99,7 +108,7 @@ def _camera_notes(run: RunData) -> Iterator[Note]:
             f"{100 * ratio:.0f} % of the clusters contain images of one camera only: the "
             "features may discriminate cameras rather than persons.",
             "Use a method with camera proxies (CAP, O2CAP), drop such clusters "
-            "(DROP_SINGLE_CAMERA), or raise eps.",
+            f"(DROP_SINGLE_CAMERA), or {fewer_outliers(_labeler_options(run))}.",
         )
 
 

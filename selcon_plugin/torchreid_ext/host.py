@@ -28,6 +28,7 @@ from selcon_plugin.torchreid_ext.datasets import image_dataset_names
 from selcon_plugin.torchreid_ext.inference import load_network
 from selcon_plugin.torchreid_ext.models import feature_layer_width
 from selcon_plugin.torchreid_ext.train import run_config
+from selcon_plugin.values import listed
 
 # FastReID's keys for the same settings.
 _COMPARABLE_KEYS = {
@@ -125,7 +126,7 @@ class TorchreidHost(Host):
         for name in (*cfg.data.sources, *cfg.data.targets):
             if name not in known:
                 raise ValueError(
-                    f"unknown data set {name!r}; known are {', '.join(sorted(known))}"
+                    f"unknown data set {name!r}; known are {listed(sorted(known))}"
                 )
 
     def train(self, cfg: Any, *, resume: bool = False, source: str = "") -> RunResult:

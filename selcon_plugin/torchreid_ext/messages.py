@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import sys
 from collections.abc import Iterator
 
 from tqdm import tqdm
+
+from selcon_plugin.engine.console import ShortOutput, is_verbose
 
 
 class _Printed(logging.Handler):
@@ -29,6 +32,7 @@ def messages_shown() -> Iterator[None]:
         yield
         return
     handler, level = _Printed(), ours.level
+    handler.addFilter(ShortOutput())
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
     try:
@@ -36,3 +40,22 @@ def messages_shown() -> Iterator[None]:
     finally:
         ours.removeHandler(handler)
         ours.setLevel(level)
+
+
+@contextlib.contextmanager
+def torchreid_hidden() -> Iterator[None]:
+    """Hide what torchreid prints, unless it fails or the output is verbose.
+
+    Yields:
+        Nothing.
+    """
+    if is_verbose():
+        yield
+        return
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    except BaseException:
+        sys.stdout.write(printed.getvalue())
+        raise

@@ -28,6 +28,7 @@ from selcon_plugin.torchreid_ext.datasets import (
     register_synthetic_persons,
 )
 from selcon_plugin.torchreid_ext.engine import ImageSelConEngine
+from selcon_plugin.torchreid_ext.messages import torchreid_hidden
 from selcon_plugin.torchreid_ext.models import (
     SelConModel,
     build_selcon_model,
@@ -59,7 +60,7 @@ def build_datamanager(cfg: CfgNode) -> Any:
         for name in data[key]:
             check_name(f"data.{key}", name, image_dataset_names())
     try:
-        with safe_extraction():
+        with safe_extraction(), torchreid_hidden():
             return _build_datamanager(cfg)
     except (RuntimeError, OSError, ImportError) as error:
         raise FileNotFoundError(

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from selcon_plugin.config.checks import make_output_folder
+from selcon_plugin.config.checks import make_output_folder, value_of
 from selcon_plugin.config.files import read_config_file
 from selcon_plugin.config.host import Host
 from selcon_plugin.config.host_data import Adaptation
@@ -64,6 +64,8 @@ class AdaptSettings:
         batch_size: Images per training step, and per batch of the feature extraction.
         num_workers: Number of processes that read images.
         device: ``"auto"`` for a GPU if there is one, or a device of PyTorch.
+        max_unreadable_ratio: Fraction of the images that may be unreadable; None for that
+            of the config.
         options: ``KEY VALUE`` pairs of the host's config; they override all others.
     """
 
@@ -78,6 +80,7 @@ class AdaptSettings:
     batch_size: int = 64
     num_workers: int = 0
     device: str = "auto"
+    max_unreadable_ratio: float | None = None
     options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -169,7 +172,7 @@ def adapt(
     output = Path(output)
     items = read_image_folder(settings.images, camera_pattern=settings.camera_pattern)
     network = find_network(settings.weights, settings.config_file, settings.backbone)
-    given_config = network.load_config(settings.options)
+    given_config = network.load_config((*_ratio(network.host, settings), *settings.options))
     record = _Record.open(output / RECORD_FILE, settings, fingerprint(items))
     if record.done:
         echo(f"{output} contains this adaptation already: nothing to do")
@@ -227,7 +230,7 @@ def training_config(
         file = _without_method_options(network, folder)
     return host.load_config(
         file,
-        settings.options,
+        (*_ratio(host, settings), *settings.options),
         overrides={
             **host.inference_overrides(network.backbone),
             **host.adaptation_overrides(adaptation),
@@ -235,6 +238,16 @@ def training_config(
         images=settings.images,
         camera_pattern=settings.camera_pattern,
     )
+
+
+def _ratio_key(host: Host) -> str:
+    return f"{host.keys.path}.{host.keys.case('max_unreadable_ratio')}"
+
+
+def _ratio(host: Host, settings: AdaptSettings) -> tuple[str, ...]:
+    """Return the setting for unreadable images as an option of the host's config."""
+    ratio = settings.max_unreadable_ratio
+    return () if ratio is None else (_ratio_key(host), str(ratio))
 
 
 def _plugin_node(host: Host, content: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -322,6 +335,7 @@ class _Measure:
             self._items,
             batch_size=self._settings.batch_size,
             num_workers=self._settings.num_workers,
+            max_unreadable_ratio=value_of(cfg, _ratio_key(self._host)),
             show_progress=is_terminal(sys.stderr),
         )
         if self._paths not in (None, found.paths):

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from selcon_plugin.clustering import PseudoLabels, build_labeler
+from selcon_plugin.clustering import PseudoLabels, build_labeler, labeler_options
 from selcon_plugin.clustering.camera_centering import num_centered
+from selcon_plugin.clustering.remedies import fewer_outliers
 from selcon_plugin.config.checks import make_output_folder
 from selcon_plugin.datasets import ImageItem, read_image_folder
 from selcon_plugin.datasets.numbering import number_names
@@ -67,6 +68,7 @@ def cluster_folder(
     batch_size: int = 64,
     num_workers: int = 0,
     device: str = "auto",
+    max_unreadable_ratio: float = 0.05,
     echo: Callable[[str], None] = lambda _: None,
 ) -> FolderClusters:
     """Cluster a folder of images by pseudo identity, and write the clusters.
@@ -88,6 +90,8 @@ def cluster_folder(
         batch_size: Images per batch of the feature extraction.
         num_workers: Number of processes that read images.
         device: Device of the clustering; ``"auto"`` for a GPU if there is one.
+        max_unreadable_ratio: Fraction of the images that may be unreadable; they belong to
+            no cluster and are left out.
         echo: Receives lines for the user.
 
     Returns:
@@ -109,7 +113,14 @@ def cluster_folder(
     source = {"network": network_key, "images": fingerprint(items)}
     found = _kept_features(output, source)
     if found is None:
-        found = _compute_features(load_embedder(), items, batch_size, num_workers, echo)
+        found = _compute_features(
+            load_embedder(),
+            items,
+            batch_size,
+            num_workers,
+            echo,
+            max_unreadable_ratio=max_unreadable_ratio,
+        )
         # The source is written last: a kill in between leaves features that are not used.
         (output / _SOURCE_FILE).unlink(missing_ok=True)
         found.save(output / FEATURES_FILE)
@@ -127,7 +138,7 @@ def cluster_folder(
         cluster_confidence(found.features, labels.labels.numpy()),
     )
     write_csv(clusters, output / CSV_FILE, folder=folder)
-    echo(f"{_summary(labels)}: {output / CSV_FILE}")
+    echo(f"{_summary(labels, labeler)}: {output / CSV_FILE}")
     if links:
         link_clusters(clusters, output / LINKS_FOLDER)
         echo(f"Links by cluster: {output / LINKS_FOLDER}")
@@ -188,6 +199,8 @@ def _compute_features(
     batch_size: int,
     num_workers: int,
     echo: Callable[[str], None],
+    *,
+    max_unreadable_ratio: float,
 ) -> FolderFeatures:
     # An unreadable image would fail the measurement, so the next readable one replaces it.
     readable = (item.path for item in items if not fault_of(item.path))
@@ -205,6 +218,7 @@ def _compute_features(
         items,
         batch_size=batch_size,
         num_workers=num_workers,
+        max_unreadable_ratio=max_unreadable_ratio,
         show_progress=is_terminal(sys.stderr),
     )
 
@@ -235,9 +249,10 @@ def _cluster(
     return labels
 
 
-def _summary(found: PseudoLabels) -> str:
+def _summary(found: PseudoLabels, labeler: str) -> str:
     if not found.num_clusters:
-        return "No cluster was found; try a larger --eps, or train on these images first"
+        remedy = fewer_outliers(labeler_options(labeler))
+        return f"No cluster was found; {remedy}, or train on these images first"
     sizes = found.sizes
     eps = found.measured.get("eps")
     return (

@@ -167,3 +167,12 @@ def test_tables_are_put_between_their_markers():
         fill_tables(text, {"a": "", "b": ""})
     with pytest.raises(ValueError, match=r"there is no table for <!-- keys: a -->"):
         fill_tables(text, {})
+
+
+@pytest.mark.parametrize("host", ["fastreid", "torchreid"])
+def test_terminal_shows_no_markdown(host):
+    pytest.importorskip(host)
+    config_help = get_host(host).help()
+    shown = [config_help.explain(key) for key in config_help.plugin_keys]
+    for text in [*shown, config_help.listing()]:
+        assert not re.search(r"`|\]\(|\*\*", text), text

@@ -90,6 +90,14 @@ def test_eval_repeats_the_result_of_the_training(tiny_values, tmp_path):
     expected = [
         line for line in trained.stdout.splitlines() if line.startswith("| Synthetic")
     ]
+    # The terminal is short, and has one estimate of the time; the log file is complete.
+    before, _, after = trained.stdout.partition("Training, epoch 1 of")
+    assert len(before.splitlines()) <= 25, before
+    assert "Method: SelectiveContrastive. Data: 40 images" in before
+    assert "epoch/iter" not in after
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert len(log.splitlines()) > 300
+    assert "Running with full config" in log
     # By its own command, and as FastReID writes it, with the config that the run left
     # behind.
     config = tmp_path / "run" / "config.yaml"
@@ -158,7 +166,7 @@ def test_two_processes_under_torchrun(tiny_values, tmp_path):
     ]
     result = run_program(*command)
     assert result.returncode == 0, result.stderr
-    assert "World size: 2" in result.stdout
+    assert "World size: 2" in (tmp_path / "out" / "log.txt").read_text()
     assert int(model_of(tmp_path / "out")["method._step"]) == 10
 
 
