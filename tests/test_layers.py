@@ -34,7 +34,7 @@ LAYERS = (
     ("datasets", "samplers"),
     ("features", "distance", "selection", "memory"),
     ("registry",),
-    ("distributed", "options", "renamed", "io", "_version", "_moved"),
+    ("distributed", "options", "renamed", "io", "installing", "_version", "_moved"),
     ("values",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

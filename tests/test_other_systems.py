@@ -1,4 +1,4 @@
-"""Windows and macOS, as far as Linux can stand in for them: what Python lacks there."""
+"""Windows and macOS, as far as Linux can play them: without what Python lacks there."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_peak_memory_is_measured_on_windows(monkeypatch, tmp_path):
     psutil = types.SimpleNamespace(Process=lambda: process)
     monkeypatch.setattr(results, "_PROCESS_STATUS", tmp_path / "absent")
     assert results.peak_memory_mib() > 100  # by the module that macOS has as well
-    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr(results, "resource", None)
     monkeypatch.setitem(sys.modules, "psutil", psutil)
     assert results.peak_memory_mib() == 3
 

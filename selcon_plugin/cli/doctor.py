@@ -27,6 +27,7 @@ import torch
 
 from selcon_plugin import compat
 from selcon_plugin.cli.parsing import CommandParser
+from selcon_plugin.installing import pip_install
 
 __all__ = ["Check", "Report", "examine", "main", "run_check"]
 
@@ -149,7 +150,8 @@ def run_check(name: str, check: Callable[[], str], needed: bool) -> Check:
     except compat.MismatchError as error:
         return Check(name, False, needed, error.detail, _this_pip(error.install_command))
     except ModuleNotFoundError as error:
-        return Check(name, False, needed, str(error), _install_module(error.name))
+        detail = getattr(error, "detail", str(error))
+        return Check(name, False, needed, detail, _install_module(error.name))
     except (Exception, SystemExit) as error:  # a broken package can raise anything
         return Check(name, False, needed, f"{type(error).__name__}: {error}")
     return Check(name, True, needed, detail)
@@ -157,7 +159,7 @@ def run_check(name: str, check: Callable[[], str], needed: bool) -> Check:
 
 def _this_pip(command: str) -> str:
     """Return a ``pip install ...`` command for the running Python."""
-    return f"{sys.executable} -m {command}"
+    return f"{pip_install()}{command.removeprefix('pip install')}"
 
 
 def _install_module(module: str | None) -> str:
@@ -168,14 +170,6 @@ def _install_module(module: str | None) -> str:
 
 
 # --- the checks --------------------------------------------------------------------------
-
-
-def check_torch_with_numpy() -> str:
-    """Exchange values between torch and NumPy."""
-    compat.check_numpy()
-    if torch.from_numpy(np.arange(3)).sum().item() != 3:
-        raise _Gap("torch reads wrong values from NumPy's arrays")
-    return "torch and NumPy exchange values"
 
 
 def check_torchvision() -> str:
@@ -317,7 +311,6 @@ def check_dataset_root() -> str:
 
 
 _CHECKS: tuple[tuple[str, Callable[[], str], bool], ...] = (
-    ("torch with NumPy", check_torch_with_numpy, True),
     ("torchvision", check_torchvision, True),
     ("FastReID", check_fastreid, True),
     ("faiss", check_faiss, True),

@@ -30,6 +30,7 @@ from selcon_plugin.clustering.base import Labeler, register_labeler
 from selcon_plugin.clustering.knn import nearest_neighbors
 from selcon_plugin.clustering.neighbors import Neighbors
 from selcon_plugin.clustering.pseudo_labels import OUTLIER, PseudoLabels
+from selcon_plugin.installing import pip_install
 from selcon_plugin.options import Interval
 
 # The seed is fixed: equal graphs give equal labels.
@@ -40,7 +41,7 @@ def _check_installed() -> None:
     if importlib.util.find_spec("infomap") is None:
         raise ImportError(
             "the Infomap labeler needs the package infomap (license GPL-3.0-or-later): "
-            "pip install 'infomap>=2', or choose another labeler"
+            f"{pip_install('infomap>=2')}, or choose another labeler"
         )
 
 

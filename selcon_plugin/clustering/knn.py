@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from selcon_plugin.clustering.neighbors import Neighbors, torch_neighbors
+from selcon_plugin.installing import install_command
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +145,8 @@ def _import_faiss(backend: str) -> Any:
         import faiss
     except ImportError as error:
         raise ImportError(
-            f"backend={backend!r} needs faiss: pip install faiss-cpu, or use backend='auto'"
+            f"backend={backend!r} needs faiss: {install_command('search')}, or use "
+            "backend='auto'"
         ) from error
     return faiss
 

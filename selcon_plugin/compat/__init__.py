@@ -14,8 +14,8 @@ what imports timm or a user's file need this module; the core is independent of 
 from selcon_plugin.compat.fastreid import FASTREID_INSTALL, prepare_fastreid
 from selcon_plugin.compat.shared import (
     HostMissingError,
+    HostNeedsError,
     MismatchError,
-    check_numpy,
     prepare_torchvision,
     torchvision_is_patched,
 )
@@ -29,8 +29,8 @@ __all__ = [
     "FASTREID_INSTALL",
     "TORCHREID_INSTALL",
     "HostMissingError",
+    "HostNeedsError",
     "MismatchError",
-    "check_numpy",
     "import_torchreid",
     "prepare_fastreid",
     "prepare_torchreid",

@@ -29,7 +29,7 @@ from selcon_plugin.compat.shared import (
     PATCHED,
     HostMissingError,
     allow_numpy_in_checkpoints,
-    check_numpy,
+    naming_what_is_missing,
     prepare_torchvision,
     restore_numpy_bool,
 )
@@ -44,21 +44,28 @@ FASTREID_INSTALL = "pip install --no-deps fastreid==1.4.0"
 def prepare_fastreid() -> None:
     """Make ``import fastreid`` and its subpackages work.
 
-    This imports FastReID's data, evaluation and utility packages in order to patch them.
+    This imports all that training needs of FastReID, in order to patch it.
     FastReID reads its data set root from the environment variable ``FASTREID_DATASETS``
     at that moment: set it before the first call.
 
     Raises:
         HostMissingError: If FastReID is not installed.
-    """
+        HostNeedsError: If a module that it imports is not installed.
+        MismatchError: If torchvision does not work with the installed torch.
+    """  # noqa: DOC502  (raised by the functions called here)
     if importlib.util.find_spec("fastreid") is None:
         raise HostMissingError("fastreid", FASTREID_INSTALL)
-    check_numpy()
     prepare_torchvision()
     _restore_torch_six()
     _restore_collections_mapping()
     restore_numpy_bool()
     allow_numpy_in_checkpoints()
+    with naming_what_is_missing("fastreid"):
+        _patch_fastreid()
+        importlib.import_module("fastreid.engine")
+
+
+def _patch_fastreid() -> None:
     _translate_random_affine()
     _let_data_loader_run_without_cuda()
     _let_background_reader_fail()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -10,15 +11,17 @@ import logging
 import re
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
+from selcon_plugin.installing import install_command as install_needs
+
 __all__ = [
     "HostMissingError",
     "MismatchError",
-    "check_numpy",
     "prepare_torchvision",
     "torchvision_is_patched",
 ]
@@ -39,13 +42,26 @@ _MISSING_OPERATOR = re.compile(r"operator torchvision::\w+ does not exist")
 
 
 class HostMissingError(ImportError):
-    """Error for a host that is not installed; the message holds the install command."""
+    """Error for a host that is not installed; the message holds the install commands."""
 
     def __init__(self, host: str, install_command: str) -> None:
         super().__init__(
-            f"{host} is not installed. Install it with: {install_command}", name=host
+            f"{host} is not installed. Install it with: {install_command}, and what it "
+            f"needs with: {install_needs(f'{host}-deps')}",
+            name=host,
         )
         self.install_command = install_command
+
+
+class HostNeedsError(ModuleNotFoundError):
+    """Error for a host that needs a missing module; the message holds the command."""
+
+    def __init__(self, host: str, module: str | None) -> None:
+        self.detail = f"{host} needs the module {module}, which is not installed"
+        super().__init__(
+            f"{self.detail}. Install what it needs with: {install_needs(f'{host}-deps')}",
+            name=module,
+        )
 
 
 class MismatchError(ImportError):
@@ -67,6 +83,27 @@ def _version_of(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "of unknown version"
+
+
+@contextlib.contextmanager
+def naming_what_is_missing(host: str) -> Iterator[None]:
+    """Name the command that installs what a host needs, if its import misses a module.
+
+    Both hosts are installed with --no-deps.
+
+    Args:
+        host: Name of the host's package.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        HostNeedsError: If a module is missing.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise HostNeedsError(host, error.name) from error
 
 
 # --- before a host is imported -----------------------------------------------------------
@@ -112,25 +149,6 @@ def _torchvision_gap(cause: Exception) -> tuple[str, str]:
         f"{torch.__version__} ({type(cause).__name__}: {reason})",
         "pip install --upgrade torch torchvision",
     )
-
-
-def check_numpy() -> None:
-    """Refuse a NumPy that torch was not built for.
-
-    torch 2.2 and earlier were built for NumPy 1. Next to NumPy 2 they can be imported, and
-    fail on the first batch.
-
-    Raises:
-        MismatchError: If torch cannot read NumPy's arrays.
-    """
-    try:
-        torch.from_numpy(np.zeros(1))
-    except RuntimeError as error:
-        raise MismatchError(
-            f"torch {torch.__version__} cannot read the arrays of NumPy {np.__version__} "
-            f"({error})",
-            'pip install "numpy<2"',
-        ) from error
 
 
 def _import_torchvision() -> None:

@@ -17,7 +17,7 @@ from selcon_plugin.compat.shared import (
     PATCHED,
     HostMissingError,
     allow_numpy_in_checkpoints,
-    check_numpy,
+    naming_what_is_missing,
     prepare_torchvision,
     restore_numpy_bool,
 )
@@ -32,10 +32,10 @@ def prepare_torchreid() -> None:
 
     Raises:
         HostMissingError: If torchreid is not installed.
-    """
+        MismatchError: If torchvision does not work with the installed torch.
+    """  # noqa: DOC502  (raised by the functions called here)
     if importlib.util.find_spec("torchreid") is None:
         raise HostMissingError("torchreid", TORCHREID_INSTALL)
-    check_numpy()
     prepare_torchvision()
     restore_numpy_bool()
     allow_numpy_in_checkpoints()
@@ -51,12 +51,16 @@ def import_torchreid() -> types.ModuleType:
     Returns:
         The module with the attributes ``data``, ``engine``, ``losses``, ``metrics``,
         ``models``, ``optim`` and ``utils``.
-    """
+
+    Raises:
+        HostNeedsError: If a module that it imports is not installed.
+    """  # noqa: DOC502  (raised by the functions called here)
     prepare_torchreid()
     root = "torchreid"
     if importlib.util.find_spec("torchreid.reid") is not None:
         root = "torchreid.reid"
-    module = importlib.import_module(root)
+    with naming_what_is_missing("torchreid"):
+        module = importlib.import_module(root)
     _let_unreadable_images_fail(module)
     _load_torchreid_checkpoints_as_data(module)
     return module

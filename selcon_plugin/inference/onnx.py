@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from selcon_plugin.inference.onnx_safety import check_onnx
+from selcon_plugin.installing import install_command
 from selcon_plugin.models.pillow_resize import PILLOW_FILTERS
 from selcon_plugin.models.preprocessing import Preprocessing
 
@@ -45,7 +46,7 @@ def import_extra(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"{module} is needed for ONNX: pip install 'selcon_plugin[export]'"
+            f"{module} is needed for ONNX: {install_command('export')}"
         ) from error
 
 

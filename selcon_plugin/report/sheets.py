@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
+from selcon_plugin.installing import pip_install
 from selcon_plugin.io.atomic import make_folder, replacing
 from selcon_plugin.io.own_output import SHEET_MARK
 from selcon_plugin.runs.metrics import read_metrics
@@ -227,7 +228,7 @@ def loss_curve(
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ImportError(
-            "the loss curve needs matplotlib: pip install matplotlib"
+            f"the loss curve needs matplotlib: {pip_install('matplotlib')}"
         ) from error
     # Without pyplot, which would need a display and keep the plot in memory.
     plot = Figure(figsize=(7.0, 4.0), layout="constrained")

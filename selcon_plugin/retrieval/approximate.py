@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from selcon_plugin.installing import install_command
 from selcon_plugin.retrieval.exact import Rows
 
 SearchKind = Literal["auto", "flat", "hnsw", "ivf"]
@@ -58,9 +59,7 @@ def choose_kind(asked: str, num_images: int) -> str:
         raise ValueError(f"search must be one of {known}, got {asked!r}")
     has_faiss = importlib.util.find_spec("faiss") is not None
     if asked in ("hnsw", "ivf") and not has_faiss:
-        raise ImportError(
-            f"search {asked!r} needs faiss: pip install 'selcon_plugin[search]'"
-        )
+        raise ImportError(f"search {asked!r} needs faiss: {install_command('search')}")
     if asked != "auto":
         return asked
     if num_images <= MAX_FLAT:

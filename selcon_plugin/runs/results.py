@@ -16,6 +16,11 @@ from typing import Any, TypeVar
 
 import torch
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 from selcon_plugin._version import __version__
 from selcon_plugin.distributed import rank, world_size
 from selcon_plugin.io.atomic import write_atomically
@@ -111,9 +116,7 @@ def peak_memory_mib() -> float:
         for line in _PROCESS_STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 1024  # from KiB
-    try:
-        resource: Any = importlib.import_module("resource")
-    except ImportError:  # Windows
+    if resource is None:
         peak_bytes = importlib.import_module("psutil").Process().memory_info().peak_wset
         return float(peak_bytes / 2**20)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

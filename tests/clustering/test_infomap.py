@@ -120,7 +120,7 @@ def test_identical_images_do_not_fail() -> None:
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"GPL-3.0.*pip install 'infomap>=2'"):
+    with pytest.raises(ImportError, match=r"GPL-3.0.*-m pip install \"infomap>=2\""):
         InfomapLabeler()
 
 

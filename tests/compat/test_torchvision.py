@@ -5,7 +5,6 @@ import subprocess
 import sys
 import types
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,7 +17,7 @@ MISSING = "raise RuntimeError('operator torchvision::{} does not exist')"
 
 
 class Operators:
-    """Stand-in of ``torch.library.Library`` and of ``torch.ops.torchvision``."""
+    """Replacement of ``torch.library.Library`` and of ``torch.ops.torchvision``."""
 
     declared: dict  # name to schema, of the operators that exist
 
@@ -166,18 +165,6 @@ def test_imported_file_may_import_timm_before_any_host(torchvision, operators, t
     import_files([str(file)])
     assert sys.modules.pop("my_network_of_timm").DONE
     assert set(operators) == {"nms", "qnms"}
-
-
-def test_numpy_that_torch_cannot_read_is_named_with_the_remedy(monkeypatch):
-    def from_numpy(_array):
-        raise RuntimeError("Numpy is not available")
-
-    monkeypatch.setattr(torch, "from_numpy", from_numpy)
-    with pytest.raises(compat.MismatchError, match=r'pip install "numpy<2"') as caught:
-        compat.check_numpy()
-    assert np.__version__ in str(caught.value)
-    check = doctor.run_check("torch with NumPy", doctor.check_torch_with_numpy, True)
-    assert check.remedy.endswith('-m pip install "numpy<2"')
 
 
 def test_doctor_ends_by_itself_whatever_torchvision_is_installed():
