@@ -28,11 +28,11 @@ from selcon_plugin.torchreid_ext.models import (  # noqa: E402
     build_selcon_model,
     register_models,
 )
-from selcon_plugin.torchreid_ext.supervised import refuse_supervised_losses  # noqa: E402
+from selcon_plugin.torchreid_ext.supervised import refuse_supervised_steps  # noqa: E402
 
 register_datasets()
 register_models()
-refuse_supervised_losses()
+refuse_supervised_steps()
 
 __all__ = [
     "ImageSelConEngine",

@@ -7,25 +7,27 @@ from typing import Any
 
 from selcon_plugin.compat.shared import PATCHED
 from selcon_plugin.compat.torchreid import import_torchreid
-from selcon_plugin.engine.network import SUPERVISED
-from selcon_plugin.features import Embeddings
+from selcon_plugin.engine.network import SUPERVISED, EmbeddingNetwork
 
 
-def refuse_supervised_losses() -> None:
-    """Let torchreid's losses of identities refuse the features of a label-free model.
+def refuse_supervised_steps() -> None:
+    """Let torchreid's engines for identities refuse a model that trains without them.
 
     Otherwise they fail with an error about shapes, or take features for logits.
     """
-    engine: Any = import_torchreid().engine.Engine
-    original = engine.compute_loss
-    if hasattr(original, PATCHED):
-        return
+    engines: Any = import_torchreid().engine
+    for engine in (engines.ImageSoftmaxEngine, engines.ImageTripletEngine):
+        if not hasattr(engine.forward_backward, PATCHED):
+            engine.forward_backward = _refusing(engine.forward_backward)
 
+
+def _refusing(original: Any) -> Any:
     @functools.wraps(original)
-    def compute_loss(self: Any, criterion: Any, outputs: Any, targets: Any) -> Any:
-        if isinstance(outputs, Embeddings):
+    def forward_backward(self: Any, data: Any) -> Any:
+        # nn.DataParallel contains the model.
+        if isinstance(getattr(self.model, "module", self.model), EmbeddingNetwork):
             raise RuntimeError(SUPERVISED)
-        return original(self, criterion, outputs, targets)
+        return original(self, data)
 
-    setattr(compute_loss, PATCHED, True)
-    engine.compute_loss = compute_loss
+    setattr(forward_backward, PATCHED, True)
+    return forward_backward
