@@ -14,9 +14,10 @@ def parser() -> argparse.ArgumentParser:
     """Build the parser of ``selcon run``."""
     result = argparse.ArgumentParser(
         prog="selcon run",
-        description="Run FastReID's tools/train_net.py, or a script like it, without an "
-        "edit. With META_ARCHITECTURE: SelCon in its config it trains without identities; "
-        "other configs train as before.",
+        description="Run FastReID's tools/train_net.py, torchreid's scripts/main.py, or a "
+        "script like them, without an edit. FastReID's trains without identities with "
+        "META_ARCHITECTURE: SelCon in its config, other configs train as before; "
+        "torchreid's always does, and takes keys such as selcon.method.",
     )
     result.add_argument("script", metavar="SCRIPT", help="Python file to run")
     result.add_argument(

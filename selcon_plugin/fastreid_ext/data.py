@@ -119,7 +119,9 @@ def training_items(cfg: CfgNode) -> list[Item]:
         raise ValueError("DATASETS.NAMES is empty: name a data set to train on")
     items: list[Item] = []
     for name in cfg.DATASETS.NAMES:
-        data = build_dataset(cfg, name, combineall=cfg.DATASETS.COMBINEALL)
+        data = build_dataset(
+            cfg, name, splits=("train",), combineall=cfg.DATASETS.COMBINEALL
+        )
         if comm.is_main_process():
             data.show_train()
         items.extend(data.train)
@@ -196,7 +198,7 @@ def check_test_sets(cfg: CfgNode) -> None:
             ``FileNotFoundError`` if it does not exist.
     """
     for name in cfg.DATASETS.TESTS:
-        data = build_dataset(cfg, name)
+        data = build_dataset(cfg, name, splits=("query", "gallery"))
         if not data.query or not data.gallery:
             raise ValueError(
                 f"DATASETS.TESTS: {name} has no query and gallery images: use another data "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from fastreid.config import CfgNode
@@ -16,6 +17,7 @@ from selcon_plugin.datasets import (
     read_image_folder,
     read_market_splits,
 )
+from selcon_plugin.datasets.list_files import DatasetReading
 
 UNKNOWN_PID = -1
 UNKNOWN_CAMERA = -1
@@ -32,12 +34,16 @@ def synthetic_persons_spec(cfg: CfgNode) -> SyntheticPersonsSpec:
     return SyntheticPersonsSpec(**{key.lower(): value for key, value in node.items()})
 
 
-def build_dataset(cfg: CfgNode, name: str, **kwargs: Any) -> ImageDataset:
+def build_dataset(
+    cfg: CfgNode, name: str, *, splits: Sequence[str] = (), **kwargs: Any
+) -> ImageDataset:
     """Build a data set by its registered name.
 
     Args:
         cfg: Config with the plugin's keys, for the options of our own data sets.
         name: Registered name.
+        splits: Splits to list now: ``"train"``, ``"query"``, ``"gallery"``. Some data sets
+            list them only when they are read.
         **kwargs: Further constructor arguments, such as ``combineall``.
 
     Returns:
@@ -45,24 +51,31 @@ def build_dataset(cfg: CfgNode, name: str, **kwargs: Any) -> ImageDataset:
 
     Raises:
         FileNotFoundError: If the data set is not below the data set root.
-    """
-    cls = DATASET_REGISTRY.get(name)
+        ValueError: If the name of a file, or a line of a list, is wrong.
+    """  # noqa: DOC502  (raised by DatasetReading)
+    cls, root = DATASET_REGISTRY.get(name), dataset_root()
     if issubclass(cls, ImageFolderReID):
         folder = cfg.DATASETS.IMAGE_FOLDER
         kwargs.update(image_folder=folder.ROOT, camera_pattern=folder.CAMERA_PATTERN)
     elif issubclass(cls, SyntheticPersons):
         kwargs["spec"] = synthetic_persons_spec(cfg)
-    with warnings.catch_warnings():
+    if issubclass(cls, (ImageFolderReID, SyntheticPersons)):
+        return cls(root=root, **kwargs)  # they have their own messages
+    reading = DatasetReading(
+        name,
+        f"DATASETS, in {os.path.abspath(root)}",
+        "Put it there, or set the environment variable FASTREID_DATASETS to the folder "
+        "that contains the data sets",
+        [cls],
+    )
+    with warnings.catch_warnings(), reading:
         # Some data sets warn of an old structure where the folder does not exist.
         warnings.filterwarnings("ignore", "The current data structure is deprecated")
-        try:
-            return cls(root=dataset_root(), **kwargs)
-        except RuntimeError as error:
-            raise FileNotFoundError(
-                f"the data set {name} (DATASETS) is not complete below "
-                f"{dataset_root()!r}: {error}. Put it there, or set the environment "
-                "variable FASTREID_DATASETS to the folder that contains the data sets"
-            ) from error
+        data = cls(root=root, **kwargs)
+        for split in splits:
+            items = getattr(data, split)
+            reading.check_images(split, [path for path, *_ in items])
+    return data
 
 
 @DATASET_REGISTRY.register()

@@ -30,8 +30,8 @@ from selcon_plugin.options import Choice, Interval, option_table, options_of
 from selcon_plugin.torchreid_ext.models import Pool
 from selcon_plugin.torchreid_ext.run_arguments import (
     CONFIG_KEYS,
-    DISTANCES,
-    check_run_values,
+    RUN_OPTIONS,
+    check_ranks,
 )
 
 _FROM_0, _FROM_1 = Interval(0), Interval(1)
@@ -164,39 +164,39 @@ _OPTIMIZERS = ("adam", "amsgrad", "sgd", "rmsprop", "radam")
 _SCHEDULES = ("single_step", "multi_step", "cosine")
 _TRANSFORMS = ("random_flip", "random_crop", "random_patch", "color_jitter", "random_erase")
 # torchreid's keys whose invalid values it detects late, or without naming the key.
-HOST_OPTIONS = option_table(
-    {
-        "train.batch_size": (32, _FROM_1, "images in a training batch"),
-        "train.max_epoch": (60, _FROM_1, "total number of epochs"),
-        "train.lr": (0.0003, _FROM_0, "initial learning rate"),
-        "train.weight_decay": (0.0, _FROM_0, "weight decay"),
-        "train.optim": ("adam", Choice(_OPTIMIZERS), "optimizer"),
-        "train.lr_scheduler": (
-            "single_step",
-            Choice(_SCHEDULES),
-            "learning-rate schedule",
-        ),
-        "train.print_freq": (
-            20,
-            _FROM_1,
-            "batches between printed lines, if no progress bar is shown",
-        ),
-        "train.gamma": (0.1, _FROM_0, "factor of each step of the schedule"),
-        "train.base_lr_mult": (0.1, _FROM_0, "factor of the rate of pretrained layers"),
-        "sgd.momentum": (0.9, _BELOW_1, "momentum of SGD and RMSprop"),
-        "sgd.dampening": (0.0, _FROM_0, "dampening of SGD's momentum"),
-        "rmsprop.alpha": (0.99, _BELOW_1, "smoothing of RMSprop"),
-        "adam.beta1": (0.9, _BELOW_1, "decay of Adam's first moment"),
-        "adam.beta2": (0.999, _BELOW_1, "decay of Adam's second moment"),
-        "data.k_tfm": (1, _FROM_1, "augmented copies of an image; one is used here"),
-        "data.split_id": (0, _FROM_0, "split of a data set that has several"),
-        "data.height": (256, _FROM_1, "height of the network's input"),
-        "data.width": (128, _FROM_1, "width of the network's input"),
-        "data.workers": (4, _FROM_0, "processes that read images"),
-        "sampler.num_instances": (4, _FROM_1, "images K of each cluster in a batch"),
-        "test.batch_size": (100, _FROM_1, "images in a batch of extraction and evaluation"),
-        "test.dist_metric": ("euclidean", Choice(DISTANCES), "distance of the evaluation"),
-    }
+HOST_OPTIONS = (
+    *option_table(
+        {
+            "train.batch_size": (32, _FROM_1, "images in a training batch"),
+            "train.lr": (0.0003, _FROM_0, "initial learning rate"),
+            "train.weight_decay": (0.0, _FROM_0, "weight decay"),
+            "train.optim": ("adam", Choice(_OPTIMIZERS), "optimizer"),
+            "train.lr_scheduler": (
+                "single_step",
+                Choice(_SCHEDULES),
+                "learning-rate schedule",
+            ),
+            "train.gamma": (0.1, _FROM_0, "factor of each step of the schedule"),
+            "train.base_lr_mult": (0.1, _FROM_0, "factor of the rate of pretrained layers"),
+            "sgd.momentum": (0.9, _BELOW_1, "momentum of SGD and RMSprop"),
+            "sgd.dampening": (0.0, _FROM_0, "dampening of SGD's momentum"),
+            "rmsprop.alpha": (0.99, _BELOW_1, "smoothing of RMSprop"),
+            "adam.beta1": (0.9, _BELOW_1, "decay of Adam's first moment"),
+            "adam.beta2": (0.999, _BELOW_1, "decay of Adam's second moment"),
+            "data.k_tfm": (1, _FROM_1, "augmented copies of an image; one is used here"),
+            "data.split_id": (0, _FROM_0, "split of a data set that has several"),
+            "data.height": (256, _FROM_1, "height of the network's input"),
+            "data.width": (128, _FROM_1, "width of the network's input"),
+            "data.workers": (4, _FROM_0, "processes that read images"),
+            "sampler.num_instances": (4, _FROM_1, "images K of each cluster in a batch"),
+            "test.batch_size": (
+                100,
+                _FROM_1,
+                "images in a batch of extraction and evaluation",
+            ),
+        }
+    ),
+    *(replace(option, name=CONFIG_KEYS[option.name]) for option in RUN_OPTIONS),
 )
 _DEFAULT_SEED = _HOST_KEYS["train"]["seed"]
 # torchreid's layers to keep trainable in a model with a classifier.
@@ -261,7 +261,7 @@ def complete_config(cfg: CfgNode) -> CfgNode:
 def _check_host_keys(cfg: CfgNode) -> None:
     """Refuse values on which torchreid would fail late, or without naming the key."""
     check_values(cfg, HOST_OPTIONS)
-    check_run_values(run_arguments(cfg), keys=CONFIG_KEYS)
+    check_ranks("test.ranks", cfg.test.ranks)
     _check_stepsize(cfg.train)
     for key in ("norm_mean", "norm_std"):
         _check_channels(f"data.{key}", cfg.data[key], positive=key == "norm_std")

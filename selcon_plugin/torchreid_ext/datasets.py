@@ -174,7 +174,13 @@ def register_synthetic_persons(name: str, spec: SyntheticPersonsSpec | None = No
 
 def image_dataset_names() -> list[str]:
     """Return the names of all image data sets registered with torchreid."""
-    return list(vars(_torchreid.data.datasets)["__image_datasets"])
+    return list(image_datasets())
+
+
+def image_datasets() -> dict[str, Any]:
+    """Return the classes of all image data sets registered with torchreid, by name."""
+    known: dict[str, Any] = vars(_torchreid.data.datasets)["__image_datasets"]
+    return known
 
 
 def plain_name(name: str) -> str:

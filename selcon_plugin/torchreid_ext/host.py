@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from selcon_plugin.torchreid_ext.checkpoints import checkpoint_epoch, list_check
 from selcon_plugin.torchreid_ext.datasets import image_dataset_names
 from selcon_plugin.torchreid_ext.inference import load_network
 from selcon_plugin.torchreid_ext.models import feature_layer_width
+from selcon_plugin.torchreid_ext.scripts import prepare_script
 from selcon_plugin.torchreid_ext.train import run_config
 from selcon_plugin.values import listed
 
@@ -153,6 +154,10 @@ class TorchreidHost(Host):
             "torchreid trains in one process, on all GPUs in CUDA_VISIBLE_DEVICES: remove "
             "--num-gpus and --num-machines"
         )
+
+    def prepare_script(self, command: Sequence[str]) -> None:
+        """Let a script such as torchreid's main.py train without identities."""
+        prepare_script()
 
     def load_network(
         self, cfg: Any, weights: str | Path, device: torch.device

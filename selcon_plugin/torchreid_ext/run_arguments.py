@@ -9,18 +9,22 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from selcon_plugin.options import Choice, Interval, Option, option_table
+from selcon_plugin.options import Choice, Interval, option_table
 
 logger = logging.getLogger(__name__)
 
 DISTANCES = ("euclidean", "cosine")
 
 _FROM_1 = Interval(1)
-_OPTIONS = option_table(
+RUN_OPTIONS = option_table(
     {
         "max_epoch": (60, _FROM_1, "total number of epochs"),
         "start_epoch": (0, Interval(0), "epochs done before"),
-        "print_freq": (20, _FROM_1, "batches between printed lines"),
+        "print_freq": (
+            20,
+            _FROM_1,
+            "batches between printed lines, if no progress bar is shown",
+        ),
         "fixbase_epoch": (0, Interval(0), "epochs with frozen layers"),
         "start_eval": (0, Interval(0), "first epoch to evaluate after"),
         "eval_freq": (-1, Interval(-1), "epochs between evaluations"),
@@ -53,17 +57,15 @@ CONFIG_KEYS = {
 def check_run_arguments(
     arguments: Mapping[str, Any], *, keys: Mapping[str, str] | None = None
 ) -> None:
-    """Refuse arguments on which a run would fail late, or report a wrong result.
+    """Refuse valid arguments that do not belong together, and report those without effect.
 
     Args:
         arguments: Arguments of torchreid's ``run`` by name.
         keys: Names to use in error messages, such as config keys.
 
     Raises:
-        ValueError: If a value is invalid; the message names the argument, the value and the
-            valid values.
+        ValueError: If two arguments exclude each other.
     """
-    check_run_values(arguments, keys=keys)
     if arguments.get("test_only"):
         return
     names = {name: name for name in arguments} | dict(keys or {})
@@ -91,31 +93,22 @@ def check_run_arguments(
         )
 
 
-def check_run_values(
-    arguments: Mapping[str, Any], *, keys: Mapping[str, str] | None = None
-) -> None:
+def check_run_values(arguments: Mapping[str, Any]) -> None:
     """Refuse values of single arguments that are never valid.
 
     Args:
         arguments: Arguments of torchreid's ``run`` by name.
-        keys: Names to use in error messages, such as config keys.
 
     Raises:
-        ValueError: If a value is invalid.
+        ValueError: If a value is invalid; the message names the argument, the value and the
+            valid values.
     """  # noqa: DOC502  (raised by the functions called here)
-    names = keys or {}
     trains = not arguments.get("test_only")
-    for option in _OPTIONS:
+    for option in RUN_OPTIONS:
         if option.name in arguments and (trains or option.name not in _OF_TRAINING):
-            _check(option, arguments[option.name], names.get(option.name, option.name))
+            option.check(arguments[option.name])
     if "ranks" in arguments:
-        check_ranks(names.get("ranks", "ranks"), arguments["ranks"])
-
-
-def _check(option: Option, value: Any, label: str) -> None:
-    if option.kind is int and isinstance(value, float) and value.is_integer():
-        value = int(value)
-    option.check(value, label=label)
+        check_ranks("ranks", arguments["ranks"])
 
 
 def check_ranks(key: str, ranks: Any) -> None:

@@ -16,7 +16,11 @@ from selcon_plugin.torchreid_ext.evaluation import EvaluationEngine
 from selcon_plugin.torchreid_ext.layers import find_layers, open_only
 from selcon_plugin.torchreid_ext.models import SelConModel
 from selcon_plugin.torchreid_ext.options import EngineOptions
-from selcon_plugin.torchreid_ext.run_arguments import check_run_arguments, check_start
+from selcon_plugin.torchreid_ext.run_arguments import (
+    check_run_arguments,
+    check_run_values,
+    check_start,
+)
 from selcon_plugin.torchreid_ext.script_config import NOTICE, config_of_script
 
 logger = logging.getLogger(__name__)
@@ -60,6 +64,8 @@ class ScriptEngine(EvaluationEngine):
         if given == self._checked:
             return  # the caller of run() has checked them
         self._checked = given
+        if keys is None:  # a config was checked before
+            check_run_values(arguments)
         check_run_arguments(arguments, keys=keys)
         self.check_test_arguments(arguments)
         if arguments.get("test_only"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from yacs.config import CfgNode
 from selcon_plugin.compat.torchreid import import_torchreid
 from selcon_plugin.config.checks import check_name, make_output_folder
 from selcon_plugin.datasets import SyntheticPersonsSpec
+from selcon_plugin.datasets.list_files import DatasetReading
 from selcon_plugin.engine.run import seed_all
 from selcon_plugin.io.atomic import write_atomically
 from selcon_plugin.io.safe_loading import safe_extraction
@@ -24,6 +26,7 @@ from selcon_plugin.torchreid_ext.datasets import (
     IMAGE_FOLDER,
     SYNTHETIC_PERSONS,
     image_dataset_names,
+    image_datasets,
     register_image_folder,
     register_synthetic_persons,
 )
@@ -52,22 +55,28 @@ def build_datamanager(cfg: CfgNode) -> Any:
     Raises:
         ValueError: If a data set is unknown, or there is none to train on.
         FileNotFoundError: If a data set does not exist.
-    """
+    """  # noqa: DOC502  (raised by DatasetReading)
     data = cfg.data
     if not data.sources:
         raise ValueError("data.sources is empty: name a data set to train on")
     for key in ("sources", "targets"):
         for name in data[key]:
             check_name(f"data.{key}", name, image_dataset_names())
-    try:
-        with safe_extraction(), torchreid_hidden():
-            return _build_datamanager(cfg)
-    except (RuntimeError, OSError, ImportError) as error:
-        raise FileNotFoundError(
-            f"the data sets of data.sources {list(data.sources)} and data.targets "
-            f"{list(data.targets)} are not complete below data.root {data.root!r}, and "
-            f"cannot be downloaded: {error}"
-        ) from error
+    names = list(dict.fromkeys([*data.sources, *data.targets]))
+    reading = DatasetReading(
+        ", ".join(names),
+        f"data.sources, data.targets, in {os.path.abspath(os.path.expanduser(data.root))}",
+        "Put it there, or set data.root to the folder that contains the data sets",
+        [image_datasets()[name] for name in names],
+    )
+    with safe_extraction(), torchreid_hidden(), reading:
+        manager = _build_datamanager(cfg)
+        trained_on = manager.train_loader.dataset.train
+        reading.check_images("train", [path for path, *_ in trained_on])
+        for loaders in manager.test_loader.values():
+            for split, loader in loaders.items():
+                reading.check_images(split, [path for path, *_ in loader.dataset.data])
+    return manager
 
 
 def _build_datamanager(cfg: CfgNode) -> Any:

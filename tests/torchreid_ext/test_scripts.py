@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from torch import nn
+from yacs.config import CfgNode
 
 from helpers.engines import (
     CLUSTERING,
@@ -17,6 +18,7 @@ from helpers.engines import (
     network_of,
     run,
 )
+from selcon_plugin.cli.run import main as run_command
 from selcon_plugin.compat.torchreid import import_torchreid
 from selcon_plugin.inference.embedder import Embedder
 from selcon_plugin.models.torchreid import factory_name
@@ -164,6 +166,93 @@ def test_name_of_a_model_is_found(loss):
         assert factory_name(model) == name
         assert torch.equal(torch.get_rng_state(), state)
     assert factory_name(nn.Linear(2, 2)) == ""
+
+
+SCRIPT = """
+import sys
+import torchreid
+from yacs.config import CfgNode
+
+def option(sign):
+    return sys.argv[sys.argv.index(sign) + 1]
+
+cfg = CfgNode({{"train": {{"lr": 0.1}}, "loss": {{"name": "softmax"}}}})
+cfg.merge_from_file(option("--config-file"))
+cfg.merge_from_list(sys.argv[sys.argv.index("--") + 1:])
+reid = getattr(torchreid, "reid", torchreid)
+data = reid.data.ImageDataManager(
+    root=option("--root"), sources="few", height=64, width=32, batch_size_train=8,
+    batch_size_test=16, workers=0, use_gpu=False)
+model = reid.models.build_model("osnet_x0_25", data.num_train_pids, pretrained=False)
+optimizer = reid.optim.build_optimizer(model, lr=cfg.train.lr)
+scheduler = reid.optim.build_lr_scheduler(optimizer)
+engine = reid.engine.{engine}(data, model, optimizer, {arguments}label_smooth=True)
+engine.run(save_dir=option("--out"), max_epoch=1, fixbase_epoch=1, open_layers="classifier")
+"""
+
+
+@pytest.fixture
+def selcon_run(tmp_path, data_root, monkeypatch):
+    """Run a script with ``selcon run``, and undo afterwards what that changes."""
+    for name in ("merge_from_list", "merge_from_other_cfg"):
+        monkeypatch.setattr(CfgNode, name, getattr(CfgNode, name))
+    for module in [m for n, m in sys.modules.items() if n.startswith("torchreid")]:
+        for name in [n for n in vars(module) if n.endswith("Engine")]:
+            monkeypatch.setattr(module, name, getattr(module, name))
+
+    def run_script(text, *arguments):
+        file = tmp_path / "main.py"
+        file.write_text(text)
+        config = tmp_path / "config.yaml"
+        config.write_text("train: {lr: 0.01}\nselcon: {iters_per_epoch: 1, num_parts: 2}\n")
+        words = ("--config-file", config, "--root", data_root, "--out", tmp_path / "out")
+        return run_command([str(w) for w in (file, *words, "--", *arguments)])
+
+    return run_script
+
+
+@pytest.mark.parametrize(
+    ("engine", "arguments"),
+    [
+        ("ImageSoftmaxEngine", "scheduler=scheduler, use_gpu=False, "),
+        (
+            "ImageTripletEngine",
+            "margin=0.3, weight_x=0.0, scheduler=scheduler, use_gpu=False, ",
+        ),
+    ],
+)
+def test_unedited_script_trains_without_identities(selcon_run, tmp_path, engine, arguments):
+    text = SCRIPT.format(engine=engine, arguments=arguments)
+    assert selcon_run(text, "train.lr", "0.02", "selcon.temperature", "0.2") == 0
+    written = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert written["train"]["lr"] == 0.02
+    assert written["selcon"]["method"] == "SelectiveContrastive"
+    assert written["selcon"]["temperature"] == 0.2
+    assert written["selcon"]["num_parts"] == 2
+    assert checkpoints_in(tmp_path / "out") == ["model.pth.tar-1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["selcon.temprature", "1"], "did you mean temperature"),
+        (["selcon.method", "ClusterContrst"], "ClusterContrast"),
+        (["selcon.clustering.epps", "1"], "epps"),
+        (["train.lrr", "1"], "train.lrr"),
+    ],
+)
+def test_wrong_key_of_an_unedited_script(selcon_run, words, named):
+    text = SCRIPT.format(
+        engine="ImageSoftmaxEngine", arguments="scheduler=scheduler, use_gpu=False, "
+    )
+    with pytest.raises((ValueError, KeyError, AssertionError), match=named):
+        selcon_run(text, *words)
+
+
+def test_script_for_videos_is_refused(selcon_run):
+    text = SCRIPT.format(engine="VideoSoftmaxEngine", arguments="")
+    with pytest.raises(ValueError, match="video"):
+        selcon_run(text)
 
 
 # --- arguments of torchreid's engines -----------------------------------------------------
