@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+_Result = TypeVar("_Result")
 
 
 def world_size() -> int:
@@ -101,3 +106,47 @@ def on_any_rank(mask: Tensor) -> Tensor:
     shared = mask.to(group_device(), torch.uint8)
     dist.all_reduce(shared, dist.ReduceOp.MAX)
     return shared.bool().cpu()
+
+
+def on_main_process(function: Callable[[], _Result]) -> _Result | None:
+    """Call a function on the main process; all processes wait, and all get its error.
+
+    Args:
+        function: The function.
+
+    Returns:
+        Its result on the main process, None on all others.
+
+    Raises:
+        ValueError: If it failed on the main process, with the same message.
+            ``OSError`` if it failed for a reason of the file system.
+    """  # noqa: DOC502  (raised with the type of the original error)
+    if world_size() == 1:
+        return function()
+    result, error = None, None
+    if rank() == 0:
+        try:
+            result = function()
+        except Exception as raised:
+            error = raised
+    shared = [None if error is None else (isinstance(error, OSError), str(error))]
+    dist.broadcast_object_list(shared, src=0)
+    if error is not None:
+        raise error
+    if shared[0] is not None:
+        from_system, message = shared[0]
+        raise OSError(message) if from_system else ValueError(message)
+    return result
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return a value of each process, in order of rank, on every process.
+
+    Args:
+        value: Value of this process, which can be pickled.
+    """
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found

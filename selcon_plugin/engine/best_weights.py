@@ -10,8 +10,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 from selcon_plugin.renamed import present_value
+from selcon_plugin.runs.checkpoints import BadCheckpointError, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +34,11 @@ class BestWeights:
 
     Args:
         criterion: One of ``KEEP_BEST_BY``, not ``NEVER``.
-        save: Writes the current weights to a file, given the number of epochs trained.
+        save: Writes the current weights to a file, given the number of epochs trained and
+            :meth:`state_dict`, which the file must contain as ``best``.
     """
 
-    def __init__(self, criterion: str, save: Callable[[int], None]) -> None:
+    def __init__(self, criterion: str, save: Callable[[int, dict[str, Any]], None]) -> None:
         self.criterion = criterion
         self._sign = SIGNS[criterion]
         self._save = save
@@ -48,20 +52,43 @@ class BestWeights:
             epochs: Epochs that these weights were trained for.
         """
         value = measured.get(self.criterion, math.nan)
-        if math.isnan(value) or (
-            self.value is not None and self._sign * value <= self._sign * self.value
-        ):
+        if not self._is_better(value):
             return
         self.value = value
-        self._save(epochs)
+        self._save(epochs, self.state_dict())
         logger.info("Best %s so far: %.4g, after %d epochs", self.criterion, value, epochs)
 
-    def state_dict(self) -> dict[str, float | str | None]:
+    def _is_better(self, value: float) -> bool:
+        if math.isnan(value):
+            return False
+        return self.value is None or self._sign * value > self._sign * self.value
+
+    def restore_from(self, file: Path) -> None:
+        """Restore the best value from the file of the best weights itself.
+
+        A kill may fall between the writing of that file and of the next checkpoint: then
+        the file knows a better value than the checkpoint.
+
+        Args:
+            file: File of the best weights; it may be absent or damaged.
+        """
+        try:
+            state = read_checkpoint(file, ["best"])["best"]
+        except FileNotFoundError:
+            return
+        except BadCheckpointError as error:  # or of an earlier version
+            logger.warning("%s: the best weights may be written again", error)
+            return
+        value = state.get("value") if isinstance(state, Mapping) else None
+        if isinstance(value, float) and self._is_better(value):
+            self.load_state_dict(state)
+
+    def state_dict(self) -> dict[str, Any]:
         """Return the criterion and its best value so far."""
         # "figure" is the key in checkpoints of all versions.  allow-phrase (a key)
         return {"figure": self.criterion, "value": self.value}  # allow-phrase (a key)
 
-    def load_state_dict(self, state: Mapping[str, float | str | None]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the best value from a checkpoint that used the same criterion.
 
         Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,19 +59,21 @@ class SelConCheckpointer(Checkpointer):
         if name != STOPPED:  # the stopped checkpoint is outdated
             Path(self.save_dir, f"{STOPPED}.pth").unlink(missing_ok=True)
 
-    def save_best(self, epochs: int) -> None:
+    def save_best(self, epochs: int, best: Mapping[str, Any]) -> None:
         """Write only the weights, as the best by a label-free criterion.
 
         No run can resume from this file.
 
         Args:
             epochs: Number of epochs that the weights were trained for.
+            best: The value that makes them the best.
         """
         if not self.save_dir or not self.save_to_disk:
             return
         weights = without_method(self.model.state_dict())
         save_atomically(
-            {"model": weights, "epochs": epochs}, Path(self.save_dir, BEST_FILE)
+            {"model": weights, "epochs": epochs, "best": dict(best)},
+            Path(self.save_dir, BEST_FILE),
         )
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:

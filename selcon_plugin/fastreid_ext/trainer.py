@@ -149,7 +149,7 @@ class SelConTrainer(DefaultTrainer):
         criterion = cfg.MODEL.SELCON.KEEP_BEST_BY
         self.best = None
         if criterion != NEVER:
-            self.best = BestWeights(criterion, lambda n: self.checkpointer.save_best(n))
+            self.best = BestWeights(criterion, lambda *a: self.checkpointer.save_best(*a))
         self.cfg = cfg
         self.training_run = self._build_run(unwrap(model), loader)
         self._trainer = self._build_steps(cfg, model, loader, self.training_run.guard)

@@ -84,15 +84,18 @@ def first_readable(
     )
 
 
-def newest_first(files: Sequence[Path]) -> list[Path]:
+def newest_first(files: Sequence[Path], last: str = "") -> list[Path]:
     """Sort files by modification time, newest first.
 
     The order is not by epoch, since a folder may contain files of an earlier, longer run.
 
     Args:
         files: Existing files.
+        last: Name of the file that was recorded as the last one, which comes first; a copy
+            of a folder may have other times.
 
     Returns:
         All files, newest first.
     """
-    return sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True)
+    newest = sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True)
+    return sorted(newest, key=lambda file: file.name != last)

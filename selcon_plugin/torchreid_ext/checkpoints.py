@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from selcon_plugin.engine.best_weights import BEST_FILE
-from selcon_plugin.io.atomic import save_atomically
+from selcon_plugin.io.atomic import make_folder, save_atomically
 from selcon_plugin.models.state_keys import without_method
 from selcon_plugin.runs.checkpoints import (
     BadCheckpointError,
@@ -19,6 +19,7 @@ from selcon_plugin.runs.checkpoints import (
     newest_first,
     read_checkpoint,
 )
+from selcon_plugin.runs.folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def checkpoint_epoch(checkpoint: Path) -> int:
 
 def write_checkpoint(
     checkpoint: dict[str, Any], save_dir: str, epochs: int, *, is_best: bool, keep: int
-) -> None:
+) -> Path:
     """Write the checkpoint after an epoch, and delete those that are too old.
 
     A file appears under its name only when it is complete.
@@ -55,6 +56,9 @@ def write_checkpoint(
         epochs: Number of finished epochs.
         is_best: Whether to write it as ``model-best.pth.tar`` too.
         keep: Number of checkpoints to keep, the newest ones; 0 for all.
+
+    Returns:
+        The checkpoint.
     """
     folder = _model_folder(save_dir)
     file = folder / f"model.pth.tar-{epochs}"
@@ -68,34 +72,41 @@ def write_checkpoint(
         own = [old for old in list_checkpoints(folder) if checkpoint_epoch(old) <= epochs]
         for old in own[:-keep]:
             old.unlink()
+    return file
 
 
-def write_stopped_checkpoint(checkpoint: dict[str, Any], save_dir: str) -> None:
+def write_stopped_checkpoint(checkpoint: dict[str, Any], save_dir: str) -> Path:
     """Write the checkpoint of a run that a signal stops inside an epoch.
 
     Args:
         checkpoint: Complete state of the run.
         save_dir: Folder of the run.
+
+    Returns:
+        The checkpoint.
     """
-    save_atomically(checkpoint, _model_folder(save_dir) / _STOPPED)
+    file = _model_folder(save_dir) / _STOPPED
+    save_atomically(checkpoint, file)
+    return file
 
 
-def write_best_weights(state: Mapping[str, Any], save_dir: str, epochs: int) -> None:
+def write_best_weights(
+    state: Mapping[str, Any], save_dir: str, epochs: int, best: Mapping[str, Any]
+) -> None:
     """Write the best weights by a label-free criterion; no run resumes from them.
 
     Args:
         state: State of the model.
         save_dir: Folder of the run.
         epochs: Number of epochs that the weights were trained for.
+        best: The value that makes them the best.
     """
-    weights = {"state_dict": without_method(state), "epoch": epochs}
+    weights = {"state_dict": without_method(state), "epoch": epochs, "best": dict(best)}
     save_atomically(weights, _model_folder(save_dir) / BEST_FILE)
 
 
 def _model_folder(save_dir: str) -> Path:
-    folder = Path(save_dir) / "model"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return make_folder(Path(save_dir) / "model")
 
 
 def read_run(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -113,12 +124,12 @@ def read_run(path: Path) -> tuple[Path, dict[str, Any]]:
     """
     required = ("state_dict", "optimizer", "epoch", RUN_ENTRY)
     if path.is_dir():
-        folder = path / "model"
+        run, folder = RunFolder(path), path / "model"
         files = list_checkpoints(folder)
         files += [file for file in [folder / _STOPPED] if file.is_file()]
-        if not files:
+        if not files or not run.has_begun:
             raise FileNotFoundError(f"there is no checkpoint in {folder}")
-        return first_readable(newest_first(files), required)
+        return first_readable(newest_first(files, run.last), required)
     try:
         return path, read_checkpoint(path, required)
     except BadCheckpointError as error:

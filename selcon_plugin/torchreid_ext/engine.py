@@ -5,21 +5,20 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-import os
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
 from selcon_plugin.clustering import Labeler
 from selcon_plugin.config.keys import sampler_of
 from selcon_plugin.engine.batches import build_sampler, check_sampler
 from selcon_plugin.engine.best_weights import NEVER, BestWeights
 from selcon_plugin.engine.extraction import calibrate_normalization, extract_embeddings
-from selcon_plugin.engine.image_list import images_to_resume_with, write_image_list
+from selcon_plugin.engine.image_list import write_image_list
 from selcon_plugin.engine.progress import TrainingProgress, on_terminal
 from selcon_plugin.engine.run import TrainingRun, seed_all
 from selcon_plugin.engine.step import take_step
@@ -28,16 +27,8 @@ from selcon_plugin.features import Embeddings
 from selcon_plugin.methods import Method, method_class
 from selcon_plugin.runs.metrics import LossAverage, append_metrics
 from selcon_plugin.runs.results import RunMeter
-from selcon_plugin.runs.state import RunState
 from selcon_plugin.samplers.cluster import clusters_per_batch
-from selcon_plugin.torchreid_ext.checkpoints import (
-    RUN_ENTRY,
-    load_optimizer,
-    read_run,
-    write_best_weights,
-    write_checkpoint,
-    write_stopped_checkpoint,
-)
+from selcon_plugin.torchreid_ext.checkpoint_engine import CheckpointEngine
 from selcon_plugin.torchreid_ext.data import (
     EpochLoader,
     ExtractionLoader,
@@ -46,14 +37,13 @@ from selcon_plugin.torchreid_ext.data import (
 )
 from selcon_plugin.torchreid_ext.layers import stage_rates
 from selcon_plugin.torchreid_ext.messages import messages_shown
-from selcon_plugin.torchreid_ext.models import fit_to_method, load_whole, with_head
+from selcon_plugin.torchreid_ext.models import fit_to_method, with_head
 from selcon_plugin.torchreid_ext.options import EngineOptions
-from selcon_plugin.torchreid_ext.script_engine import ScriptEngine
 
 logger = logging.getLogger(__name__)
 
 
-class ImageSelConEngine(ScriptEngine):
+class ImageSelConEngine(CheckpointEngine):
     """Engine for label-free training with torchreid's data manager, model and optimizer.
 
     Constructor and :meth:`run` are used like those of ``ImageSoftmaxEngine``; evaluation,
@@ -88,6 +78,10 @@ class ImageSelConEngine(ScriptEngine):
         checkpoint_period: Epochs between checkpoints; 0 for only the last epoch.
         checked: Options that were checked with a config, in place of ``method``,
             ``clustering`` and ``options``.
+        config: Complete config of the run, which is written to its folder; None in a script
+            without one.
+        overwrite: Whether a new run may start in the folder of an earlier one, whose files
+            it moves to a folder ``old-<time>`` in it. Otherwise it is refused.
         **options: Options of the method, such as ``temperature``, and of the run:
             ``sampler``, ``outlier_ratio``, ``iters_per_epoch``, ``micro_batches``,
             ``extra_images``, ``max_unreadable_ratio``, ``ema_decay``,
@@ -119,10 +113,11 @@ class ImageSelConEngine(ScriptEngine):
         new_layers: str | Sequence[str] = "classifier",
         checkpoint_period: int = 1,
         checked: EngineOptions | None = None,
+        config: CfgNode | None = None,
+        overwrite: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(datamanager, use_gpu)
-        self._of_script = checked is None
+        super().__init__(datamanager, use_gpu, overwrite=overwrite, config=config)
         found = checked or EngineOptions.of_arguments(method, clustering, options)
         self._engine_options, self._options = found, found.run
         self._method_name, self._method_options = found.run.method, found.method
@@ -179,14 +174,7 @@ class ImageSelConEngine(ScriptEngine):
         )
         iters = options.iters_per_epoch or len(images) // batch_size
         self.train_loader = EpochLoader(images, sampler, iters, **readers)
-        # The fingerprint is taken now: files may disappear before the first checkpoint.
-        self._metadata = RunState(
-            num_images=len(images),
-            image_list=images.fingerprint,
-            seed=options.seed,
-            batch_size=batch_size,
-            method=self._method_name,
-        )
+        self._metadata = self._run_state(images, batch_size)
         test_view = images.with_transform(self.datamanager.transform_te)
         test_batch = max(
             [loaders["query"].batch_size for loaders in self.test_loader.values()],
@@ -274,19 +262,20 @@ class ImageSelConEngine(ScriptEngine):
             if call.arguments.get("test_only"):
                 super().run(*call.args, **call.kwargs)
                 return
-            if self._of_script:
-                self.begin_records(call.arguments)
-            if max_epoch <= call.arguments["start_epoch"]:
-                # torchreid would save the end of the run as its first epoch.
-                logger.info("The run is complete: nothing to train")
-                call.arguments |= {"test_only": True, "rerank": False}
-                self._step = max_epoch * len(self.train_loader)
-                super().run(*call.args, **call.kwargs)
-            else:
-                self.clean(call.arguments["start_epoch"])
-                with self._signals:
-                    super().run(*call.args, **call.kwargs)
-            self.write_results(save_dir, max_epoch)
+            with self._own_folder(call.arguments):
+                self._run_or_test(call, max_epoch)
+                self.write_results(save_dir, max_epoch)
+
+    def _run_or_test(self, call: inspect.BoundArguments, max_epoch: int) -> None:
+        if max_epoch <= call.arguments["start_epoch"]:
+            # torchreid would save the end of the run as its first epoch.
+            logger.info("The run is complete: nothing to train")
+            call.arguments |= {"test_only": True, "rerank": False}
+            self._step = max_epoch * len(self.train_loader)
+            super().run(*call.args, **call.kwargs)
+            return
+        with self._signals:
+            super().run(*call.args, **call.kwargs)
 
     def train(
         self, print_freq: int = 10, fixbase_epoch: int = 0, open_layers: Any = None
@@ -381,12 +370,6 @@ class ImageSelConEngine(ScriptEngine):
             resume_by="engine.resume(save_dir)",
         )
 
-    def _save_stopped(self, steps_done: int) -> None:
-        checkpoint = self._checkpoint(self.epoch, 0.0, steps_done)
-        write_stopped_checkpoint(checkpoint, self._save_dir)
-        if self.writer is not None:
-            self.writer.close()
-
     def _losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         images, index = self.parse_data_for_train(batch)
         views = [self.model(view) for view in self._network.views_of(images)]
@@ -408,88 +391,3 @@ class ImageSelConEngine(ScriptEngine):
         if self._unsaved:  # an evaluation may fail
             self.save_model(self.epoch, 0.0, self._save_dir)
         self._add_teacher()
-
-    # --- checkpoints ----------------------------------------------------------------------
-
-    def save_model(
-        self, epoch: int, rank1: float, save_dir: str, is_best: bool = False
-    ) -> None:
-        """Write torchreid's checkpoint with the additional state for resuming the run.
-
-        A file appears under its name only when it is complete.
-
-        Args:
-            epoch: Index of the finished epoch, counted from 0.
-            rank1: Rank-1 accuracy of its evaluation.
-            save_dir: Folder of the run.
-            is_best: Whether to save it as ``model-best.pth.tar`` too.
-        """
-        keep = self._options.keep_checkpoints
-        self._unsaved = False
-        checkpoint = self._checkpoint(epoch + 1, rank1)
-        write_checkpoint(checkpoint, save_dir, epoch + 1, is_best=is_best, keep=keep)
-
-    def _save_best(self, epochs: int) -> None:
-        write_best_weights(self.model.state_dict(), self._save_dir, epochs)
-
-    def _stateful(self) -> dict[str, Any]:
-        """Return the objects with state in addition to torchreid's; None where absent."""
-        labeler = self._training.labeler
-        return {"meter": self.meter, "labeler": labeler, "best": self._best}
-
-    def _checkpoint(self, epoch: int, rank1: float, steps_done: int = 0) -> dict[str, Any]:
-        """Return the complete state of the run after ``epoch`` epochs and some steps."""
-        checkpoint = {
-            "state_dict": self.model.state_dict(),
-            "epoch": epoch,
-            "rank1": float(rank1),
-            "optimizer": self.optimizer.state_dict(),
-            RUN_ENTRY: {
-                "run": self._metadata.state_dict(),
-                "num_clusters": self.num_clusters,
-                **{
-                    name: {} if part is None else part.state_dict()
-                    for name, part in self._stateful().items()
-                },
-                "steps_done": steps_done,
-            },
-        }
-        if self.scheduler is not None:
-            checkpoint["scheduler"] = self.scheduler.state_dict()
-        return checkpoint
-
-    def resume(self, path: str | os.PathLike[str]) -> int:
-        """Resume from a checkpoint with weights, optimizer, schedule, banks and labels.
-
-        Args:
-            path: Path of a checkpoint, or the ``save_dir`` of a run, whose last readable
-                checkpoint is used.
-
-        Returns:
-            The epoch to resume with, for ``run(start_epoch=...)``.
-
-        Raises:
-            ValueError: If the checkpoint is not from this engine, is unreadable, or belongs
-                to a run with other settings, images or another model.
-                ``FileNotFoundError`` if there is none.
-        """  # noqa: DOC502  (raised by the functions called here)
-        file, checkpoint = read_run(Path(path).expanduser())
-        entry = checkpoint[RUN_ENTRY]
-        present = self.train_loader.dataset
-        images = images_to_resume_with(file.parent.parent, present)
-        if images is not present:
-            self._training = self._build_run(images)
-        self._metadata.load_state_dict(entry["run"])
-        load_whole(self.model, checkpoint["state_dict"], file)
-        self._add_teacher()
-        load_optimizer(self.optimizer, checkpoint["optimizer"], file)
-        if self.scheduler is not None and "scheduler" in checkpoint:
-            self.scheduler.load_state_dict(checkpoint["scheduler"])
-        for name, part in self._stateful().items():
-            if part is not None and entry.get(name):
-                part.load_state_dict(entry[name])
-        self.num_clusters = entry["num_clusters"]
-        self.start_epoch = self._epochs_trained = int(checkpoint["epoch"])
-        self._steps_done = entry.get("steps_done", 0)
-        logger.info("Resumed from %s, at epoch %d", file, self.start_epoch + 1)
-        return self.start_epoch

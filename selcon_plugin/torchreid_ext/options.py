@@ -117,6 +117,21 @@ class EngineOptions:
             arguments["seed"] = checked.seed
         return cls(checked, arguments, *_read_clustering(clustering))
 
+    def settings(self) -> dict[str, Any]:
+        """Return all options by full name, for comparison when a run resumes."""
+        labeler = {
+            name: value
+            for name, value in vars(self.labeler).items()
+            if isinstance(value, (bool, int, float, str))
+        }
+        return {
+            **{f"selcon.{k}": v for k, v in vars(self.run).items()},
+            **{f"selcon.{k}": v for k, v in self.method.items()},
+            **{f"selcon.clustering.{k}": v for k, v in vars(self.clustering).items()},
+            "selcon.clustering.labeler": type(self.labeler).__name__,
+            **{f"selcon.clustering.{k}": v for k, v in labeler.items() if k[0] != "_"},
+        }
+
 
 def _without_supervised(options: dict[str, Any], own: Iterable[str]) -> dict[str, Any]:
     """Leave out arguments of torchreid's supervised engines, and name them in a warning.

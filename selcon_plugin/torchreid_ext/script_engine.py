@@ -5,12 +5,9 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from selcon_plugin.io.atomic import remove_partial_files, write_atomically
-from selcon_plugin.runs.metrics import delete_metrics
-from selcon_plugin.runs.results import RunMeter, delete_results, write_results
+from selcon_plugin.runs.results import RunMeter, write_results
 from selcon_plugin.torchreid_ext.datasets import plain_name
 from selcon_plugin.torchreid_ext.evaluation import EvaluationEngine
 from selcon_plugin.torchreid_ext.layers import find_layers, open_only
@@ -101,14 +98,15 @@ class ScriptEngine(EvaluationEngine):
         )
         open_only(self._network, find_layers(self._network, open_layers))
 
-    def begin_records(self, arguments: Mapping[str, Any]) -> None:
-        """Write the config of a script's run, and remove the results of an earlier one.
+    def script_config(self, arguments: Mapping[str, Any]) -> str:
+        """Return the config of a script's run, as text for ``config.yaml``.
 
         Args:
             arguments: Arguments of :meth:`run` by name.
+
+        Returns:
+            The text; empty if torchreid cannot build the model by a name.
         """
-        folder = arguments["save_dir"]
-        delete_results(folder)
         cfg = config_of_script(
             self._network,
             self.datamanager,
@@ -123,20 +121,8 @@ class ScriptEngine(EvaluationEngine):
                 "No config.yaml is written, because torchreid's factory has no name for "
                 "the model: selcon extract, export and search need --config-file"
             )
-            return
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write_atomically(NOTICE + cfg.dump(), Path(folder, "config.yaml"))
-
-    def clean(self, start_epoch: int) -> None:
-        """Remove partial files, and before a new run the metrics of an earlier one.
-
-        Args:
-            start_epoch: Epochs done before.
-        """
-        for folder in (Path(self._save_dir), Path(self._save_dir) / "model"):
-            remove_partial_files(folder)
-        if not start_epoch and not self._steps_done:
-            delete_metrics(self._save_dir)
+            return ""
+        return f"{NOTICE}{cfg.dump()}"
 
     def write_results(self, folder: str, epochs: int) -> None:
         """Write ``results.json`` of a finished run.

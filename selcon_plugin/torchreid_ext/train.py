@@ -13,14 +13,13 @@ from torch import nn
 from yacs.config import CfgNode
 
 from selcon_plugin.compat.torchreid import import_torchreid
-from selcon_plugin.config.checks import check_name, make_output_folder
+from selcon_plugin.config.checks import check_name, check_output_folder
 from selcon_plugin.datasets import SyntheticPersonsSpec
 from selcon_plugin.datasets.list_files import DatasetReading
 from selcon_plugin.engine.run import seed_all
-from selcon_plugin.io.atomic import write_atomically
 from selcon_plugin.io.safe_loading import safe_extraction
 from selcon_plugin.methods import method_class
-from selcon_plugin.runs.results import delete_results
+from selcon_plugin.runs.folder import RunFolder, owned_run
 from selcon_plugin.torchreid_ext.config import complete_config, run_arguments
 from selcon_plugin.torchreid_ext.datasets import (
     IMAGE_FOLDER,
@@ -158,11 +157,12 @@ def build_model(cfg: CfgNode) -> SelConModel:
     return model.cuda() if cfg.use_gpu else model
 
 
-def build_engine(cfg: CfgNode) -> ImageSelConEngine:
+def build_engine(cfg: CfgNode, *, overwrite: bool = False) -> ImageSelConEngine:
     """Build data, model, optimizer, schedule and engine.
 
     Args:
         cfg: Config, which is checked unless it was checked before.
+        overwrite: See :class:`ImageSelConEngine`.
 
     Returns:
         The engine, ready to run.
@@ -208,49 +208,59 @@ def build_engine(cfg: CfgNode) -> ImageSelConEngine:
         new_layers=train.new_layers,
         checkpoint_period=node.checkpoint_period,
         checked=EngineOptions.of_config(cfg),
+        config=cfg,
+        overwrite=overwrite,
     )
 
 
-def run_config(cfg: CfgNode, *, resume: bool = False) -> ImageSelConEngine:
+def run_config(
+    cfg: CfgNode, *, resume: bool = False, overwrite: bool = False
+) -> ImageSelConEngine:
     """Train and evaluate, or only evaluate (``test.evaluate``).
 
     Args:
         cfg: Config, which is checked unless it was checked before.
         resume: Whether to resume from the last checkpoint in ``data.save_dir``, if there is
             one. ``model.resume`` names another one.
+        overwrite: Whether a new run may start in the folder of an earlier one, whose files
+            are moved aside. Otherwise it is refused.
 
     Returns:
         The engine after the run; its ``results`` hold the metrics.
 
     Raises:
-        ValueError: If there is nothing to evaluate, no weights to evaluate, or
-            ``data.save_dir`` is not writable.
+        ValueError: If there is nothing to evaluate, no weights to evaluate, the folder
+            holds another run, or ``data.save_dir`` is not writable.
         FileNotFoundError: If a file that the config names does not exist.
     """
     cfg = complete_config(cfg)
-    test, folder = cfg.test, cfg.data.save_dir
-    if test.evaluate and not (cfg.model.load_weights or cfg.model.resume):
+    if cfg.test.evaluate and not (cfg.model.load_weights or cfg.model.resume):
         raise ValueError("model.load_weights must name a checkpoint to evaluate")
-    make_output_folder("data.save_dir", folder)
     for key in ("load_weights", "resume"):
         file = cfg.model[key]
         if file and not Path(file).expanduser().exists():
             raise FileNotFoundError(f"model.{key}: there is no checkpoint {file}")
-    engine = build_engine(cfg)
-    if test.evaluate and not engine.test_loader:
+    if cfg.test.evaluate:
+        return _run(cfg, resume=False, overwrite=overwrite)
+    with owned_run(check_output_folder("data.save_dir", cfg.data.save_dir)):
+        if not resume and not cfg.model.resume:
+            RunFolder(cfg.data.save_dir, overwrite=overwrite).check_new()
+        return _run(cfg, resume=resume, overwrite=overwrite)
+
+
+def _run(cfg: CfgNode, *, resume: bool, overwrite: bool) -> ImageSelConEngine:
+    engine = build_engine(cfg, overwrite=overwrite)
+    if cfg.test.evaluate and not engine.test_loader:
         raise ValueError("data.targets has no test images: there is nothing to evaluate on")
     arguments = run_arguments(cfg)
+    folder = cfg.data.save_dir
     if cfg.model.resume:
         arguments["start_epoch"] = engine.resume(cfg.model.resume)
-    elif resume and not test.evaluate:
+    elif resume:
         try:
             arguments["start_epoch"] = engine.resume(folder)
         except FileNotFoundError:
             logger.info("There is no checkpoint in %s: the training starts over", folder)
     engine.check_run(arguments, keys=CONFIG_KEYS)
-    if not test.evaluate:
-        delete_results(folder)
-        # FastReID's runs write it under the same name.
-        write_atomically(cfg.dump(), Path(folder, "config.yaml"))
     engine.run(folder, **arguments)
     return engine

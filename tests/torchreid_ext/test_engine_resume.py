@@ -1,12 +1,17 @@
 """``ImageSelConEngine`` resumes from its own checkpoints and refuses others'."""
 
+import os
 import shutil
+import threading
 
 import pytest
 import torch
 
 from helpers.engines import CLUSTERING, NETWORK, assert_equal_states, checkpoints_in, run
 from selcon_plugin.compat.torchreid import import_torchreid
+from selcon_plugin.io.locks import InUseError
+from selcon_plugin.runs.folder import RunExistsError, owned_run
+from selcon_plugin.runs.metrics import read_metrics
 from selcon_plugin.torchreid_ext import (
     ImageSelConEngine,
     build_selcon_model,
@@ -186,7 +191,7 @@ def test_checkpoint_of_another_model_is_refused(make_engine, tmp_path):
     )
     run(make_engine(model=smaller, iters_per_epoch=1), tmp_path, 1)
     with pytest.raises(ValueError, match=r"tar-1 belongs to another model: size mismatch"):
-        make_engine(model=larger).resume(tmp_path)
+        make_engine(model=larger, iters_per_epoch=1).resume(tmp_path)
 
 
 def test_foreign_and_missing_checkpoints_are_refused(make_engine, tmp_path):
@@ -200,9 +205,57 @@ def test_foreign_and_missing_checkpoints_are_refused(make_engine, tmp_path):
             engine.resume(missing)
 
 
-def test_resume_takes_what_was_written_last(make_engine, tmp_path):
-    """A folder may hold the longer run that was there before."""
+def test_new_run_has_no_checkpoint_of_an_earlier_one(make_engine, tmp_path):
     run(make_engine(iters_per_epoch=1), tmp_path, 3)
-    run(make_engine(iters_per_epoch=1, keep_checkpoints=1), tmp_path, 1)
-    assert checkpoints_in(tmp_path) == [f"model.pth.tar-{epoch}" for epoch in (1, 2, 3)]
-    assert make_engine().resume(tmp_path) == 1
+    before = read_metrics(tmp_path / "metrics.json")
+    with pytest.raises(RunExistsError, match="--overwrite"):
+        run(make_engine(iters_per_epoch=1), tmp_path, 1)
+    assert read_metrics(tmp_path / "metrics.json") == before
+    new = make_engine(iters_per_epoch=1, keep_checkpoints=1, overwrite=True)
+    run(new, tmp_path, 1)
+    assert checkpoints_in(tmp_path) == ["model.pth.tar-1"]
+    assert len(list(tmp_path.glob("old-*/model/model.pth.tar-*"))) == 3
+    assert max(line["iteration"] for line in read_metrics(tmp_path / "metrics.json")) == 0
+    assert make_engine(iters_per_epoch=1).resume(tmp_path) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"temperature": 0.5}, "selcon.temperature"),
+        ({"ema_decay": 0.5}, "selcon.ema_decay"),
+        ({"num_neighbors": 2}, "selcon.num_neighbors"),
+        ({"scheduler": "multi_step"}, "scheduler"),
+        (
+            {"clustering": {"eps": 0.3}, "method": "ClusterContrast"},
+            "selcon.clustering.eps",
+        ),
+    ],
+)
+def test_script_that_changed_is_refused_with_what_changed(
+    make_engine, tmp_path, change, key
+):
+    method = {"method": change["method"]} if "method" in change else {}
+    run(make_engine(iters_per_epoch=1, **method), tmp_path, 1)
+    with pytest.raises(ValueError, match=rf"cannot resume: .*{key} was .* and is"):
+        make_engine(iters_per_epoch=1, **change).resume(tmp_path)
+    # What changes no weight of the past may change.
+    free = {"keep_checkpoints": 2, "diagnostics_period": 1, "on_nonfinite": "stop"}
+    assert make_engine(iters_per_epoch=1, **method, **free).resume(tmp_path) == 1
+
+
+def test_second_run_in_the_same_folder_at_once_is_refused(make_engine, tmp_path):
+    with owned_run(tmp_path):
+        refused = []
+
+        def second():
+            try:
+                run(make_engine(iters_per_epoch=1), tmp_path, 1)
+            except InUseError as error:
+                refused.append(str(error))
+
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+    assert str(os.getpid()) in refused[0]
+    assert list(tmp_path.iterdir()) == []

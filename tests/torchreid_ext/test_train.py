@@ -330,11 +330,15 @@ def test_weights_of_another_model_end_with_one_line(selcon, tmp_path, capsys):
     assert selcon(**{"data.save_dir": out, "train.max_epoch": 1}) == 0
     capsys.readouterr()
     file = out / "model" / "model.pth.tar-1"
-    for key in ("model.load_weights", "model.resume"):
-        assert selcon(**{key: file, "selcon.num_parts": 4}) == 2
+    for key, words in {
+        "model.load_weights": "another model: size mismatch for heads.part_weight",
+        "model.resume": "cannot resume: selcon.num_parts was 2 and is 4",
+    }.items():
+        values = {key: file, "selcon.num_parts": 4, "data.save_dir": tmp_path / "other"}
+        assert selcon(**values) == 2
         error = capsys.readouterr().err.strip().splitlines()
         assert len(error) == 1
-        assert "belongs to another model: size mismatch for heads.part_weight" in error[0]
+        assert words in error[0]
 
 
 def test_nothing_to_evaluate_on(config, data_root, tmp_path, capsys):
