@@ -81,3 +81,44 @@ def test_refuses_too_few(shape):
 def test_refuses_numbers_that_are_none():
     with pytest.raises(ValueError, match="not finite"):
         suggest_threshold([[0.5, np.nan], [0.5, 0.1]])
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 6, 8, 10, 12, 15, 20, 40, 100])
+@pytest.mark.parametrize("dim", [8, 32, 128])
+def test_is_unclear_among_strangers_however_many(count, dim):
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        features = rng.normal(size=(count, dim)) + rng.choice([0.0, 0.6, 1.5])
+        features /= np.linalg.norm(features, axis=1, keepdims=True)
+        found = suggest_threshold(sorted_cosines(features))
+        assert not found.is_clear
+        assert "unclear" in str(found)
+        assert ", clear" not in str(found)
+
+
+@pytest.mark.parametrize("count", [3, 5, 8, 12, 40, 100])
+@pytest.mark.parametrize("noise", [0.1, 0.6, 1.0])
+def test_is_unclear_among_images_of_one_person(count, noise):
+    for seed in range(4):
+        features, _ = draw(np.random.default_rng(seed), [count], dim=64, noise=noise)
+        assert not suggest_threshold(sorted_cosines(features)).is_clear
+
+
+@pytest.mark.parametrize(
+    ("people", "images"), [(2, 4), (3, 4), (6, 4), (10, 2), (20, 3), (40, 2), (8, 40)]
+)
+@pytest.mark.parametrize("noise", [0.3, 0.6])
+def test_is_clear_where_people_are_seen_several_times(people, images, noise):
+    for seed in range(4):
+        features, persons = draw(
+            np.random.default_rng(seed), [images] * people, dim=128, noise=noise
+        )
+        found = suggest_threshold(sorted_cosines(features))
+        assert found.is_clear
+        assert f1(features, persons, found.threshold) > 0.97
+
+
+def test_says_how_few_images_there_are():
+    found = suggest_threshold([[0.9, 0.1], [0.9, 0.2], [0.1, 0.2]])
+    assert not found.is_clear
+    assert "3 images are too few" in str(found)
