@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -193,24 +195,38 @@ def restore_numpy_bool() -> None:
 def allow_numpy_in_checkpoints() -> None:
     """Let ``torch.load`` read the NumPy scalars that the hosts write into checkpoints.
 
-    Without it: resuming raises ``WeightsUnpickler error: Unsupported global`` under
-    torch >= 2.6, whose ``torch.load`` by default accepts only tensors and plain Python
-    values. torchreid stores Rank-1 as ``numpy.float32`` in every checkpoint, and FastReID's
+    Without it: resuming raises ``WeightsUnpickler error: Unsupported global``: the package,
+    and ``torch.load`` from torch 2.6 on, accept only tensors and plain Python values;
+    torchreid stores Rank-1 as ``numpy.float32`` in every checkpoint, and FastReID's
     checkpointer accepts weights stored as arrays. Only the classes needed to rebuild
     scalars and plain arrays are allowed: an untrusted checkpoint still cannot run code.
     Can be removed when: the hosts store only floats and tensors.
     """
-    if not hasattr(torch.serialization, "add_safe_globals") or _loads_numpy_numbers():
+    if _loads_numpy_numbers():
         return
     multiarray: Any = importlib.import_module(_numpy_core() + ".multiarray")
-    allowed: list[Any] = [np.dtype, np.ndarray]
+    # codecs.encode: torch 2.4 and 2.5 do not yet allow what Python 2's protocol needs for
+    # the bytes of a number.
+    allowed: list[Any] = [np.dtype, np.ndarray, codecs.encode]
     allowed += [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8")]
     allowed += [type(np.dtype(kind)) for kind in ("u1", "u2", "u4", "u8", "?")]
     # NumPy 2 renamed numpy.core to numpy._core; a file may use either name.
     for core in ("numpy.core", "numpy._core"):
-        allowed.append((multiarray.scalar, f"{core}.multiarray.scalar"))
-        allowed.append((multiarray._reconstruct, f"{core}.multiarray._reconstruct"))
+        for function in (multiarray.scalar, multiarray._reconstruct):
+            allowed.append(_under_name(function, f"{core}.multiarray"))
     torch.serialization.add_safe_globals(allowed)
+
+
+def _under_name(function: Any, module: str) -> Any:
+    """Return a function under the name of a module that a file may use for it."""
+
+    @functools.wraps(function)
+    def named(*args: Any) -> Any:
+        return function(*args)
+
+    # torch 2.4 and 2.5 take no pair of an object and its name.
+    named.__module__, named.__qualname__ = module, function.__name__
+    return named
 
 
 def _numpy_core() -> str:
@@ -222,7 +238,7 @@ def _loads_numpy_numbers() -> bool:
     torch.save({"number": np.float64(0.5), "array": np.zeros(2, np.float32)}, buffer)
     buffer.seek(0)
     try:
-        torch.load(buffer)
+        torch.load(buffer, weights_only=True)
     except Exception:  # torch raises pickle's or its own error, by version
         return False
     return True
