@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,29 @@ def check_values(cfg: Mapping[str, Any], options: Iterable[Option]) -> None:
         option.check(value_of(cfg, option.name))
 
 
+def check_finite(cfg: Mapping[str, Any]) -> None:
+    """Refuse infinity and NaN, also inside of lists.
+
+    Args:
+        cfg: Config of a host.
+
+    Raises:
+        ValueError: If a number is not finite; the message names its key.
+    """
+    for key, value in flatten_config(cfg).items():
+        for number in _numbers_in(value):
+            if not math.isfinite(number):
+                raise ValueError(f"{key} must be finite, got {value!r}")
+
+
+def _numbers_in(value: Any) -> Iterator[float]:
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _numbers_in(item)
+
+
 def value_of(cfg: Mapping[str, Any], key: str) -> Any:
     """Return the value of a full key, for instance ``"SOLVER.MAX_EPOCH"``."""
     return reduce(lambda node, name: node[name], key.split("."), cfg)
@@ -75,7 +99,7 @@ def check_name(key: str, name: str, known: Iterable[str], remedy: str = "") -> N
     raise ValueError(f"{key} {name!r} is unknown: {hint}Known are {listed(known)}{remedy}")
 
 
-def check_size(key: str, size: Sequence[Any]) -> None:
+def check_size(key: str, size: Any) -> None:
     """Refuse an invalid image size.
 
     Args:
@@ -85,11 +109,13 @@ def check_size(key: str, size: Sequence[Any]) -> None:
     Raises:
         ValueError: If the size is not a pair of positive integers.
     """
-    whole = [isinstance(side, int) and side >= 1 for side in size]
+    sides = list(size) if isinstance(size, list | tuple) else []
+    whole = [type(side) is int and side >= 1 for side in sides]
     if whole != [True, True]:
+        shown = sides if isinstance(size, list | tuple) else size
         raise ValueError(
             f"{key} must be height and width, whole numbers >= 1, such as [256, 128], got "
-            f"{list(size)}"
+            f"{shown!r}"
         )
 
 

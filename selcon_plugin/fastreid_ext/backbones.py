@@ -29,6 +29,7 @@ from typing import TypeVar
 from fastreid.config import CfgNode
 from fastreid.modeling.backbones import BACKBONE_REGISTRY
 
+from selcon_plugin.fastreid_ext.host_values import input_size
 from selcon_plugin.models.backbone import ModelBackbone
 from selcon_plugin.models.timm import TimmBackbone, create_timm_backbone
 
@@ -102,7 +103,7 @@ def _build(
     try:
         return create(
             name,
-            input_size=tuple(cfg.INPUT.SIZE_TRAIN),
+            input_size=input_size(cfg),
             pretrained=backbone.PRETRAIN,
             weights=backbone.PRETRAIN_PATH,
             last_stride=backbone.LAST_STRIDE,

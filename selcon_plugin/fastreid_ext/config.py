@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import yaml
 from fastreid.config import CfgNode, get_cfg
-from fastreid.data.datasets import DATASET_REGISTRY
 from fastreid.modeling.backbones import BACKBONE_REGISTRY
 from fastreid.modeling.heads import REID_HEADS_REGISTRY, EmbeddingHead
 from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
@@ -24,30 +23,21 @@ from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
 from selcon_plugin.config.checks import (
     check_device,
     check_name,
-    check_size,
-    check_values,
     flatten_config,
     is_checked,
     mark_checked,
     value_of,
 )
-from selcon_plugin.config.keys import CAMERA_PATTERN, EMBEDDING_DIM, ConfigKeys, sampler_of
+from selcon_plugin.config.keys import CAMERA_PATTERN, ConfigKeys, sampler_of
 from selcon_plugin.datasets import SyntheticPersonsSpec
+from selcon_plugin.fastreid_ext.host_values import check_host_values
 from selcon_plugin.methods import method_options
-from selcon_plugin.options import Choice, Interval, option_table, options_of
+from selcon_plugin.options import Choice, option_table, options_of
 
 logger = logging.getLogger(__name__)
 
 
 FLOAT16, BFLOAT16 = "float16", "bfloat16"
-
-
-def _optimizer_names() -> tuple[str, ...]:
-    return tuple(
-        name
-        for name, value in vars(torch.optim).items()
-        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
-    )
 
 
 # The plugin's keys in the format of FastReID's config.
@@ -109,43 +99,6 @@ OWN_OPTIONS = (
             ),
         }
     ),
-)
-_SCHEDULES = ("MultiStepLR", "CosineAnnealingLR")  # FastReID has arguments for these only
-_FROM_0, _FROM_1 = Interval(0), Interval(1)
-# FastReID's keys whose invalid values it detects late, or never.
-HOST_OPTIONS = option_table(
-    {
-        "SOLVER.IMS_PER_BATCH": (
-            64,
-            _FROM_1,
-            "images in a training batch, over all processes",
-        ),
-        "SOLVER.MAX_EPOCH": (120, _FROM_1, "total number of epochs"),
-        "SOLVER.BASE_LR": (0.01, _FROM_0, "learning rate after the warm-up"),
-        "SOLVER.WEIGHT_DECAY": (0.0, _FROM_0, "weight decay"),
-        "SOLVER.MOMENTUM": (0.9, Interval(0, 1, below=True), "momentum of SGD"),
-        "SOLVER.WARMUP_ITERS": (0, _FROM_0, "steps of the learning-rate warm-up"),
-        "SOLVER.CHECKPOINT_PERIOD": (20, _FROM_1, "epochs between checkpoints"),
-        "SOLVER.OPT": ("Adam", Choice(_optimizer_names()), "optimizer"),
-        "SOLVER.SCHED": (
-            "MultiStepLR",
-            Choice(_SCHEDULES),
-            "learning-rate schedule",
-        ),
-        "TEST.IMS_PER_BATCH": (
-            64,
-            _FROM_1,
-            "images in a batch of extraction and evaluation",
-        ),
-        "TEST.EVAL_PERIOD": (
-            20,
-            _FROM_0,
-            "epochs between evaluations; 0 evaluates only at the end",
-        ),
-        "DATALOADER.NUM_WORKERS": (8, _FROM_0, "processes that read images"),
-        "DATALOADER.NUM_INSTANCE": (4, _FROM_1, "images K of each cluster in a batch"),
-        "MODEL.HEADS.EMBEDDING_DIM": (0, _FROM_0, EMBEDDING_DIM),
-    }
 )
 _REGISTRIES = {
     "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
@@ -228,15 +181,10 @@ def _check_combinations(cfg: CfgNode) -> None:
 
 def _check_host_keys(cfg: CfgNode) -> None:
     """Refuse values and names on which FastReID would fail late, or without a reason."""
-    check_values(cfg, (*HOST_OPTIONS, *OWN_OPTIONS))
-    check_size("INPUT.SIZE_TRAIN", cfg.INPUT.SIZE_TRAIN)
-    check_size("INPUT.SIZE_TEST", cfg.INPUT.SIZE_TEST)
+    check_host_values(cfg, OWN_OPTIONS)
     check_device("MODEL.DEVICE", cfg.MODEL.DEVICE)
     for key, registry in _REGISTRIES.items():
         check_name(key, value_of(cfg, key), registry._obj_map)
-    for key in ("NAMES", "TESTS"):
-        for name in cfg.DATASETS[key]:
-            check_name(f"DATASETS.{key}", name, DATASET_REGISTRY._obj_map)
     head = REID_HEADS_REGISTRY.get(cfg.MODEL.HEADS.NAME)
     if head is not EmbeddingHead and head.__module__.startswith("fastreid."):
         raise ValueError(

@@ -22,6 +22,8 @@ from selcon_plugin.engine.images import IndexedImages, Item, extra_items
 from selcon_plugin.engine.stopping import ignore_stop_signals
 from selcon_plugin.fastreid_ext.config import sampler_name
 from selcon_plugin.fastreid_ext.datasets import build_dataset
+from selcon_plugin.fastreid_ext.evaluation import scope_of
+from selcon_plugin.fastreid_ext.host_values import with_fitting_neighbors
 from selcon_plugin.samplers.stream import BatchStream
 
 logger = logging.getLogger(__name__)
@@ -204,6 +206,8 @@ def check_test_sets(cfg: CfgNode) -> None:
                 f"DATASETS.TESTS: {name} has no query and gallery images: use another data "
                 "set, or () for none"
             )
+        scope_of(name, data.query, data.gallery)
+        with_fitting_neighbors(cfg, name, len(data.query) + len(data.gallery))
         check_test_images([path for path, *_ in data.query + data.gallery])
 
 

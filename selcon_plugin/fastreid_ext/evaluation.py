@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from fastreid.config import CfgNode
@@ -13,11 +14,20 @@ from fastreid.evaluation import ReidEvaluator, rank
 from fastreid.utils import comm
 from torch import Tensor
 
+from selcon_plugin.engine.evaluation_scope import EvaluationScope
 from selcon_plugin.engine.progress import ProgressLoader
+from selcon_plugin.fastreid_ext.host_values import with_fitting_neighbors
 from selcon_plugin.features import BadFeaturesError, check_features
 from selcon_plugin.runs.ranked import rank_queries, write_ranked
 
 logger = logging.getLogger(__name__)
+
+_NUM_RANKS = 50  # that FastReID computes
+_RANKS = (1, 5, 10)  # that it reports
+_NO_TEST_SET = (
+    "Name another one in DATASETS.TESTS, or set DATASETS.TESTS to () to train without a "
+    "test set"
+)
 
 
 def append_camera_term(
@@ -45,6 +55,55 @@ def append_camera_term(
     return torch.cat([F.normalize(features, dim=1), sign[:, None] * cameras], dim=1)
 
 
+def scope_of(
+    name: str, query: Sequence[tuple[Any, ...]], gallery: Sequence[tuple[Any, ...]]
+) -> EvaluationScope:
+    """Measure which queries of a test set count, and how far the ranks go.
+
+    Args:
+        name: Name of the test set.
+        query: Path, identity and camera of each query.
+        gallery: Path, identity and camera of each gallery image.
+
+    Returns:
+        The scope.
+
+    Raises:
+        ValueError: If no query has a match.
+    """  # noqa: DOC502  (raised by the functions called here)
+    return EvaluationScope.of(
+        name, {"query": query, "gallery": gallery}, remedy=_NO_TEST_SET
+    )
+
+
+def _with_strangers(
+    distance: Any, query_pids: Any, gallery_pids: Any, query_camids: Any, camids: Any
+) -> tuple[Any, ...]:
+    """Add gallery images of nobody, farther than all others, which change no metric.
+
+    FastReID computes 50 ranks, and fails or miscounts where a query has fewer images.
+
+    Args:
+        distance: Distances, shape ``(Q, G)``.
+        query_pids: Identities of the queries.
+        gallery_pids: Identities of the gallery images.
+        query_camids: Cameras of the queries.
+        camids: Cameras of the gallery images.
+
+    Returns:
+        The same, with 50 more gallery images.
+    """
+    nobody = min(query_pids.min(), gallery_pids.min()) - 1
+    more = (0, _NUM_RANKS)
+    return (
+        np.pad(distance, ((0, 0), more), constant_values=distance.max() + 1),
+        query_pids,
+        np.pad(gallery_pids, more, constant_values=nobody),
+        query_camids,
+        np.pad(camids, more),
+    )
+
+
 class RecordingEvaluator(ReidEvaluator):
     """FastReID's evaluator, which also writes some ranked results into ``OUTPUT_DIR``.
 
@@ -68,6 +127,7 @@ class RecordingEvaluator(ReidEvaluator):
         super().__init__(cfg, num_query, output_dir)
         self._items = items
         self._name = name
+        self._scope = scope_of(name, items[:num_query], items[num_query:])
 
     def process(self, inputs: dict[str, Any], outputs: Tensor) -> None:
         """Check and keep a batch of features.
@@ -99,7 +159,7 @@ class RecordingEvaluator(ReidEvaluator):
         # The distances, re-ranked or not, are passed to this function and stored nowhere.
         evaluate_rank = rank.evaluate_rank
 
-        def recorded(distance: Any, *args: Any, **kwargs: Any) -> Any:
+        def recorded(distance: Any, *labels: Any, **kwargs: Any) -> Any:
             expected = (self._num_query, len(self._items) - self._num_query)
             if tuple(distance.shape) != expected:
                 raise BadFeaturesError(
@@ -107,13 +167,34 @@ class RecordingEvaluator(ReidEvaluator):
                     f"and gallery images, but the test set has {expected}"
                 )
             self._record(distance)
-            return evaluate_rank(distance, *args, **kwargs)
+            if self._scope.num_images < _NUM_RANKS:
+                distance, *labels = _with_strangers(distance, *labels)
+            return evaluate_rank(distance, *labels, **kwargs)
 
         rank.evaluate_rank = recorded
         try:
-            return super().evaluate()
+            results = super().evaluate()
         finally:
             rank.evaluate_rank = evaluate_rank
+        return self._within_scope(results)
+
+    def _within_scope(self, results: Any) -> Any:
+        """Remove the ranks that a small gallery does not have; log what is left out."""
+        if not results:  # not on the main process
+            return results
+        self._scope.report()
+        beyond = [n for n in _RANKS if n > self._scope.num_images]
+        for number in beyond:
+            del results[f"Rank-{number}"]
+        if beyond:
+            logger.info(
+                "Rank %s of %s is not reported: a query is compared with %d gallery images "
+                "only",
+                ", ".join(map(str, beyond)),
+                self._name,
+                self._scope.num_images,
+            )
+        return results
 
     def _record(self, distance: Any) -> None:
         """Write some ranked results; the evaluation continues if that fails."""
@@ -198,9 +279,24 @@ def evaluator_of(
     """
     record = {"items": loader.dataset.img_items, "name": name}
     num_cameras = max(loader.dataset.cams) + 1
+    cfg = with_fitting_neighbors(cfg, name, len(loader.dataset))
     loader = ProgressLoader(loader, f"Evaluation on {name}")
     if not cfg.MODEL.SELCON.TEST_CAMERA_TERM:
         return loader, RecordingEvaluator(cfg, num_query, output_dir, **record)
     return loader, CameraTermEvaluator(
         cfg, num_query, output_dir, num_cameras=num_cameras, **record
+    )
+
+
+def has_own_evaluator(trainer: Any, base: Any) -> bool:
+    """Return whether a trainer of a script evaluates in another way than its base class.
+
+    Args:
+        trainer: Class of the trainer.
+        base: The plugin's trainer.
+    """
+    names = ("build_evaluator", "build_test_loader")
+    return any(
+        getattr(trainer, name).__func__ is not getattr(base, name).__func__
+        for name in names
     )

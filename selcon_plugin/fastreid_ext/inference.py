@@ -50,6 +50,12 @@ def load_network(
         ValueError: If a tensor of the network is missing in the file, or the config crops
             images at test time. ``FileNotFoundError`` if there is no file.
     """
+    if len(cfg.INPUT.SIZE_TEST) == 1:
+        raise ValueError(
+            f"INPUT.SIZE_TEST {list(cfg.INPUT.SIZE_TEST)} keeps the shape of each image: "
+            "set it to height and width, or use selcon extract with MODEL.WEIGHTS instead "
+            "of --weights"
+        )
     if cfg.INPUT.CROP.ENABLED:
         raise ValueError(
             "INPUT.CROP.ENABLED is True: to extract features of cropped images, use selcon "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from selcon_plugin.engine.network import EmbeddingNetwork, usable_parts
 from selcon_plugin.fastreid_ext.config import complete_config, selected_method_options
+from selcon_plugin.fastreid_ext.host_values import input_size
 from selcon_plugin.io.safe_loading import MIN_LOADED_RATIO, data_only, loading_noted
 from selcon_plugin.methods import method_class
 from selcon_plugin.models.preprocessing import Preprocessing
@@ -47,7 +48,7 @@ class SelCon(EmbeddingNetwork):
         cfg.defrost()
         node = cfg.MODEL.SELCON
         backbone = _build_backbone(cfg)
-        size = tuple(cfg.INPUT.SIZE_TRAIN)
+        size = input_size(cfg)
         channels, node.NUM_PARTS = usable_parts(backbone, size, node.METHOD, node.NUM_PARTS)
         if channels != cfg.MODEL.BACKBONE.FEAT_DIM:
             logger.info(

@@ -43,7 +43,7 @@ from selcon_plugin.fastreid_ext.config import (
     sampler_name,
 )
 from selcon_plugin.fastreid_ext.embedding import extract_training_set, unwrap
-from selcon_plugin.fastreid_ext.evaluation import evaluator_of
+from selcon_plugin.fastreid_ext.evaluation import evaluator_of, has_own_evaluator
 from selcon_plugin.fastreid_ext.hook_order import arrange_hooks
 from selcon_plugin.fastreid_ext.hooks import CheckpointHook, EvaluationHook
 from selcon_plugin.fastreid_ext.meta_arch import SelCon
@@ -130,7 +130,8 @@ class SelConTrainer(DefaultTrainer):
         if cfg.OUTPUT_DIR and comm.is_main_process():
             make_output_folder("OUTPUT_DIR", cfg.OUTPUT_DIR)
         if images is None:
-            selcon_data.check_test_sets(cfg)
+            if not has_own_evaluator(type(self), SelConTrainer):
+                selcon_data.check_test_sets(cfg)
             loader = self.build_train_loader(cfg)
         else:
             loader = selcon_data.build_train_loader(cfg, images)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from selcon_plugin.compat.torchreid import import_torchreid
+from selcon_plugin.engine.evaluation_scope import EvaluationScope
 from selcon_plugin.engine.progress import ProgressLoader
 from selcon_plugin.engine.stopping import ignore_stop_signals
 from selcon_plugin.features import check_features
@@ -21,6 +20,10 @@ from selcon_plugin.torchreid_ext.data import check_test_sets
 
 logger = logging.getLogger(__name__)
 
+_NO_TEST_SET = (
+    "Name another one in data.targets, or set data.targets to [] (in a script targets=[]) "
+    "to train without a test set"
+)
 _RANKS = (1, 5, 10, 20)  # torchreid's default
 _RECORDED_RANKS = (1, 5, 10)
 _Engine: Any = import_torchreid().engine.Engine
@@ -50,7 +53,9 @@ class EvaluationEngine(_Engine):
         }
         check_test_sets(self.test_loader)
         self._scopes = {
-            name: EvaluationScope.of(name, datamanager.test_dataset[name])
+            name: EvaluationScope.of(
+                name, datamanager.test_dataset[name], remedy=_NO_TEST_SET
+            )
             for name in self.test_loader
         }
         for loaders in self.test_loader.values():
@@ -153,76 +158,6 @@ class EvaluationEngine(_Engine):
             named = {f"{prefix}{metric}": value for metric, value in found.items()}
             append_metrics(self._save_dir, self._step - 1, named)
         return rank1, mean_ap
-
-
-@dataclass(frozen=True)
-class EvaluationScope:
-    """Scope of the metrics of a test set by Market-1501's protocol.
-
-    A query is not compared with the images of its own identity and camera, and a query
-    without another image of its identity is left out.
-
-    Attributes:
-        name: Name of the test set.
-        num_queries: Number of queries.
-        num_matched: Queries with a match in the gallery.
-        num_images: Smallest number of gallery images that such a query is compared with.
-        num_persons: Number of persons in the gallery.
-    """
-
-    name: str
-    num_queries: int
-    num_matched: int
-    num_images: int
-    num_persons: int
-
-    @classmethod
-    def of(cls, name: str, test_set: Mapping[str, Any]) -> EvaluationScope:
-        """Measure a test set.
-
-        Args:
-            name: Name of the test set.
-            test_set: Entries ``query`` and ``gallery`` with path, identity and camera of
-                each image.
-
-        Returns:
-            The scope.
-
-        Raises:
-            ValueError: If no query has a match.
-        """
-        gallery = [(pid, camid) for _, pid, camid, *_ in test_set["gallery"]]
-        same, persons = Counter(gallery), Counter(pid for pid, _ in gallery)
-        queries = [(pid, camid) for _, pid, camid, *_ in test_set["query"]]
-        own = [same[query] for query in queries if persons[query[0]] > same[query]]
-        if not own:
-            raise ValueError(
-                f"the test set {name} measures nothing: none of its {len(queries)} queries "
-                f"has an image of the same person from another camera among the "
-                f"{len(gallery)} gallery images. Name another one in data.targets, or set "
-                "data.targets to [] (in a script targets=[]) to train without a test set"
-            )
-        return cls(name, len(queries), len(own), len(gallery) - max(own), len(persons))
-
-    def last_rank(self, by_person: bool) -> int:
-        """Return the last rank that every query has.
-
-        Args:
-            by_person: Whether one image of each person is ranked (CUHK03's metric).
-        """
-        return self.num_persons if by_person else self.num_images
-
-    def report(self) -> None:
-        """Log how many queries are left out, if there are any."""
-        if self.num_matched < self.num_queries:
-            logger.warning(
-                "%d of the %d queries of %s have no match from another camera in the "
-                "gallery: the metrics are those of the other %d",
-                self.num_queries - self.num_matched,
-                self.num_queries,
-                self.name,
-                self.num_matched,
-            )
 
 
 @contextlib.contextmanager

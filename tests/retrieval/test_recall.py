@@ -81,9 +81,7 @@ def clustered():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_cameras_are_found_behind_many_similar_images(
-    tmp_path, few, kind, clustered
-):
+def test_other_cameras_are_found_behind_many_similar_images(tmp_path, few, kind, clustered):
     features, cameras = clustered
     index = made(tmp_path / "index", features, cameras, kind)
     assert index.recall.filtered >= 0.98
@@ -155,9 +153,7 @@ def test_recall_is_measured_stored_and_shown(tmp_path, kind, clustered):
     assert "recall" not in str(flat)
 
 
-def test_search_that_finds_too_little_is_not_used(
-    tmp_path, monkeypatch, caplog, clustered
-):
+def test_search_that_finds_too_little_is_not_used(tmp_path, monkeypatch, caplog, clustered):
     features, cameras = clustered
     monkeypatch.setattr(nearest, "_FEW_ROWS", 0)
 

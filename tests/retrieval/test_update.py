@@ -118,7 +118,9 @@ def test_another_pattern_changes_the_cameras(tmp_path, index, folder, embedder):
     assert "24 updated (24 with another camera)" in str(added)
     assert index.cameras == ["0", "1", "2", "3"]
     assert embedder.num_embedded == 4
-    (matches,) = index.search(embedder([Image.open(folder / "cam0/p0_0.png")]), camera=["2"])
+    (matches,) = index.search(
+        embedder([Image.open(folder / "cam0/p0_0.png")]), camera=["2"]
+    )
     assert {match.camera for match in matches} == {"2"}
     assert equals_a_new_index(
         tmp_path, index, folder, embedder, camera_pattern=r"_(\d)\.png"
@@ -257,9 +259,9 @@ def test_many_updates_equal_a_new_index(tmp_path, index, folder, embedder):
             if number % 2:
                 file.rename(file.with_name(f"{file.stem}_{step}.png"))
             else:
-                Image.fromarray(
-                    rng.integers(0, 256, (32, 16, 3), dtype=np.uint8)
-                ).save(file)
+                Image.fromarray(rng.integers(0, 256, (32, 16, 3), dtype=np.uint8)).save(
+                    file
+                )
         Image.fromarray(rng.integers(0, 256, (32, 16, 3), dtype=np.uint8)).save(
             folder / f"cam{step % 2}/new{step}.png"
         )
