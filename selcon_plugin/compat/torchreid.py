@@ -11,6 +11,7 @@ import importlib.util
 import sys
 import time
 import types
+from collections.abc import Callable
 from typing import Any
 
 from selcon_plugin.compat.shared import (
@@ -66,6 +67,35 @@ def import_torchreid() -> types.ModuleType:
     return module
 
 
+def replace_function(
+    module: types.ModuleType, name: str, replacement: Callable[..., Any]
+) -> None:
+    """Replace a function everywhere, also where it was imported before.
+
+    The function object stays and gets another code, which calls the replacement.
+
+    Args:
+        module: Module that defines the function.
+        name: Name of the function.
+        replacement: Called with the original function before the arguments.
+    """
+    function = getattr(module, name, None)
+    if function is None or hasattr(function, PATCHED):
+        return
+    original = types.FunctionType(
+        function.__code__, function.__globals__, name, function.__defaults__
+    )
+    hook = f"_selcon_{name}"
+    module.__dict__[hook] = functools.partial(replacement, original)
+    function.__code__ = _call.__code__.replace(co_names=(hook,), co_name=name)
+    function.__defaults__ = None
+    setattr(function, PATCHED, True)
+
+
+def _call(*args: Any, **kwargs: Any) -> Any:
+    return replace_function(*args, **kwargs)  # by another name, in the code that is used
+
+
 _READ_PAUSES = (0.0, 1.0, 2.0)  # seconds before each attempt
 
 
@@ -106,17 +136,10 @@ def _load_torchreid_checkpoints_as_data(torchreid: types.ModuleType) -> None:
     torch < 2.6, where ``torch.load`` does so by default.
     Can be removed when: torchreid passes ``weights_only=True``.
     """
-    original = getattr(torchreid.utils, "load_checkpoint", None)
-    if original is None or hasattr(original, PATCHED):
-        return
 
-    @functools.wraps(original)
-    def load_checkpoint(fpath: str) -> Any:
+    def load_checkpoint(original: Callable[..., Any], fpath: str) -> Any:
         with data_only():
             return original(fpath)
 
-    setattr(load_checkpoint, PATCHED, True)
-    for part in ("utils", "utils.torchtools"):
-        sys.modules[f"{torchreid.__name__}.{part}"].__dict__["load_checkpoint"] = (
-            load_checkpoint
-        )
+    tools = getattr(torchreid.utils, "torchtools", torchreid.utils)
+    replace_function(tools, "load_checkpoint", load_checkpoint)

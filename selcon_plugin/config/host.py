@@ -30,8 +30,9 @@ from selcon_plugin.config.host_data import (
 from selcon_plugin.config.keys import ConfigKeys
 from selcon_plugin.config.loading import Merger
 from selcon_plugin.io.atomic import save_atomically
+from selcon_plugin.models.architecture import RECORD
 from selcon_plugin.models.inference import InferenceNetwork
-from selcon_plugin.models.pretrained import read_state_dict
+from selcon_plugin.models.pretrained import read_network_file
 from selcon_plugin.models.state_keys import without_method
 
 
@@ -336,8 +337,11 @@ class Host(ABC):
             checkpoint: Path of the checkpoint.
             target: File to write or replace.
         """
-        network = without_method(read_state_dict(Path(checkpoint)))
-        save_atomically({self.checkpoint_key: network}, target)
+        found = read_network_file(Path(checkpoint))
+        content = {self.checkpoint_key: without_method(found.state)}
+        if found.architecture:
+            content[RECORD] = found.architecture
+        save_atomically(content, target)
 
     def extract(self, cfg: Any, output: str | Path) -> tuple[int, int]:
         """Extract the features of a config's images with its weights into a file.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,18 +11,23 @@ from typing import Any
 from fastreid.utils.checkpoint import Checkpointer
 
 from selcon_plugin.engine.best_weights import BEST_FILE
+from selcon_plugin.engine.network import EmbeddingNetwork
 from selcon_plugin.fastreid_ext.meta_arch import SelCon
+from selcon_plugin.fastreid_ext.supervised import to_own_head
 from selcon_plugin.io.atomic import remove_partial_files, save_atomically, write_atomically
 from selcon_plugin.io.safe_loading import MIN_LOADED_RATIO
-from selcon_plugin.io.tensor_names import unwrapped_name
+from selcon_plugin.io.tensor_names import unwrapped_state
+from selcon_plugin.models.architecture import RECORD, recorded_architecture
+from selcon_plugin.models.finite import name_some
 from selcon_plugin.models.state_keys import (
-    METHOD_PREFIX,
-    RUN_PREFIXES,
     TEACHER_PREFIX,
     is_method_state,
+    is_network_weight,
     without_method,
 )
 from selcon_plugin.runs.checkpoints import first_readable, newest_first, read_checkpoint
+
+logger = logging.getLogger(__name__)
 
 _TAG = "last_checkpoint"
 # Checkpoint inside an epoch, written when a signal stops the run.
@@ -30,6 +36,15 @@ STOPPED = "model_stopped"
 FINAL = "model_final"
 # Entry of a checkpoint that was saved before the evaluation of its epoch.
 UNEVALUATED = "unevaluated"
+# What a training may choose otherwise than that of its initial weights.
+_MAY_CHANGE = (
+    "input_size",
+    "parts",
+    "global_dim",
+    "projection",
+    "neck",
+    "global_weight",
+)
 _REQUIRED = ("model", "optimizer", "run", "epoch")
 
 
@@ -44,11 +59,16 @@ class SelConCheckpointer(Checkpointer):
 
     _file = ""
 
+    @property
+    def initializes(self) -> bool:
+        """Return whether a training starts from the weights, possibly with another head."""
+        return "optimizer" in self.checkpointables
+
     def save(self, name: str, **kwargs: Any) -> None:
         """Write a checkpoint; a kill at any time leaves the previous one intact."""
         if not self.save_dir or not self.save_to_disk:
             return
-        data: dict[str, Any] = {"model": self.model.state_dict()}
+        data: dict[str, Any] = {"model": self.model.state_dict(), **self._record()}
         for key, obj in self.checkpointables.items():
             data[key] = obj.state_dict()
         data.update(kwargs)
@@ -72,9 +92,13 @@ class SelConCheckpointer(Checkpointer):
             return
         weights = without_method(self.model.state_dict())
         save_atomically(
-            {"model": weights, "epochs": epochs, "best": dict(best)},
+            {"model": weights, "epochs": epochs, "best": dict(best), **self._record()},
             Path(self.save_dir, BEST_FILE),
         )
+
+    def _record(self) -> dict[str, Any]:
+        own = isinstance(self.model, EmbeddingNetwork)
+        return {RECORD: self.model.architecture()} if own else {}
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Record the name of the last checkpoint atomically."""
@@ -139,6 +163,9 @@ class SelConCheckpointer(Checkpointer):
         self.checkpointables["run"].load_state_dict(checkpoint.pop("run"))
         # FastReID skips tensors of another shape with a warning, but a cluster memory has
         # as many rows as there were clusters. In addition, no entry may be missing here.
+        if isinstance(self.model, SelCon):
+            recorded = recorded_architecture(checkpoint, checkpoint["model"])
+            self.model.check_record(recorded, str(file))
         self.model.load_state_dict(checkpoint.pop("model"))
         for key, checkpointable in self.checkpointables.items():
             if key in checkpoint:
@@ -154,30 +181,58 @@ class SelConCheckpointer(Checkpointer):
             raise ValueError(
                 f"{self._file} contains no weights: expected tensors by name under 'model'"
             )
-        for key in [k for k in weights if k.startswith(METHOD_PREFIX)]:
-            del weights[key]
-        has_teacher = any(TEACHER_PREFIX in key for key in weights)
+        state = unwrapped_state(without_method(weights))
+        has_teacher = any(name.startswith(TEACHER_PREFIX) for name in state)
+        if isinstance(self.model, SelCon):
+            recorded = recorded_architecture(checkpoint, weights)
+            ignore = _MAY_CHANGE if self.initializes else ()
+            self.model.check_record(recorded, self._file, ignore=ignore)
+            state = self._complete(to_own_head(state, self.model.heads))
+        checkpoint["model"] = state
         incompatible = super()._load_model(checkpoint)
-        self._check_fit(incompatible)
         if not has_teacher and isinstance(self.model, SelCon):
             self.model.update_teacher(restart=True)
         return incompatible
 
-    def _check_fit(self, incompatible: Any) -> None:
-        """Refuse weights of another model, whose matching tensors FastReID would load."""
-        own = {
-            key
-            for key in self.model.state_dict()
-            if not unwrapped_name(key).startswith(RUN_PREFIXES)
-        }
-        found = own - set(incompatible.missing_keys)
-        found -= {key for key, *_ in incompatible.incorrect_shapes}
-        if len(found) < MIN_LOADED_RATIO * len(own):
+    def _complete(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Refuse weights of another model, and name what an initialization lacks.
+
+        FastReID loads what fits and leaves the rest as it was initialized.
+
+        Returns:
+            Weights for all of the network, and for nothing else.
+
+        Raises:
+            ValueError: If less than half of the network is in them, or without
+                ``initializes`` less than all.
+        """
+        own = {k: v for k, v in self.model.state_dict().items() if is_network_weight(k)}
+        lacking = [
+            k for k, v in own.items() if getattr(state.get(k), "shape", 0) != v.shape
+        ]
+        left = [k for k in state if is_network_weight(k) and k not in own]
+        found = len(own) - len(lacking)
+        if found < MIN_LOADED_RATIO * len(own):
             raise ValueError(
-                f"the weights from {self._file} do not fit: only {len(found)} of the "
-                f"network's {len(own)} tensors have an entry of the same name and shape. "
-                "Use the config of their training, or other weights"
+                f"the weights from {self._file} do not fit: only {found} of the network's "
+                f"{len(own)} tensors have an entry of the same name and shape. Use the "
+                "config of their training, or other weights"
             )
+        for names, what in (
+            (lacking, "of the network are not in them, or of another shape"),
+            (left, "of them have no place in the network"),
+        ):
+            if not names:
+                continue
+            message = f"{len(names)} tensors {what}: {name_some(names)}"
+            if not self.initializes:
+                raise ValueError(
+                    f"the weights from {self._file} are of another network: {message}. Use "
+                    "the config of their training, or other weights"
+                )
+            logger.warning("%s: %s", self._file, message)
+        kept = {name: own[name] for name in lacking}
+        return {name: state[name] for name in state if name not in left} | kept
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         # The banks of a new run are filled from its own images.

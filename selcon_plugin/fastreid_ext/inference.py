@@ -11,14 +11,12 @@ from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from selcon_plugin.fastreid_ext.meta_arch import SelCon
+from selcon_plugin.fastreid_ext.supervised import CLASSIFIERS, to_own_head
 from selcon_plugin.io.safe_loading import data_only
 from selcon_plugin.models.inference import InferenceNetwork, load_all_tensors
 from selcon_plugin.models.preprocessing import Preprocessing
-from selcon_plugin.models.pretrained import read_state_dict
+from selcon_plugin.models.pretrained import read_network_file
 from selcon_plugin.models.state_keys import network_weights
-
-# A supervised head has a classifier, which features do not need.
-_IGNORED_PREFIXES = ("heads.weight", "heads.classifier.")
 
 
 class _Baseline(nn.Module):
@@ -72,14 +70,16 @@ def load_network(
     cfg.MODEL.HEADS.NUM_CLASSES = 0 if ours else 1
     with data_only():
         model = architecture(cfg)
-    method = ""
+    method, file = "", read_network_file(Path(weights).expanduser())
+    state = network_weights(file.state)
     if ours:
         model.images_normalized = True  # InferenceNetwork normalizes the images
         method = cfg.MODEL.SELCON.METHOD
+        model.check_record(file.architecture, str(weights))
+        state = to_own_head(state, model.heads)
     else:
         model = _Baseline(model)
-    state = network_weights(read_state_dict(Path(weights).expanduser()))
-    load_all_tensors(model, state, source=str(weights), ignore_prefixes=_IGNORED_PREFIXES)
+    load_all_tensors(model, state, source=str(weights), ignore_prefixes=CLASSIFIERS)
     preprocessing = Preprocessing(
         size=tuple(cfg.INPUT.SIZE_TEST),
         interpolation="bicubic",

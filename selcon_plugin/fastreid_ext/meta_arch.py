@@ -18,6 +18,7 @@ from selcon_plugin.fastreid_ext.host_values import input_size
 from selcon_plugin.io.safe_loading import MIN_LOADED_RATIO, data_only, loading_noted
 from selcon_plugin.methods import method_class
 from selcon_plugin.models.preprocessing import Preprocessing
+from selcon_plugin.models.timm import TIMM_PREFIX
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,11 @@ class SelCon(EmbeddingNetwork):
             wave_block=node.WAVE_BLOCK,
         )
         self.add_teacher(node.EMA_DECAY)
+        self.own_properties = {
+            "host": "fastreid",
+            "backbone": _backbone_label(cfg),
+            "method": node.METHOD,
+        }
         options = selected_method_options(cfg)
         self.global_distance_weight = options.get("global_distance_weight", 0.5)
         if cfg.MODEL.HEADS.NUM_CLASSES:
@@ -106,6 +112,16 @@ class SelCon(EmbeddingNetwork):
         index = batched_inputs["targets"]
         self.check_paths(index, batched_inputs.get("img_paths", ()))
         return self.losses(images, index, batched_inputs["camids"])
+
+
+def _backbone_label(cfg: CfgNode) -> str:
+    """Name a backbone by what determines it, as the other host names the same model."""
+    node = cfg.MODEL.BACKBONE
+    if node.NAME == "build_torchreid_backbone":
+        return str(node.TORCHREID_NAME)
+    if node.NAME == "build_timm_backbone":
+        return TIMM_PREFIX + str(node.TIMM_NAME)
+    return f"{node.NAME} {node.DEPTH}"
 
 
 def _build_backbone(cfg: CfgNode) -> nn.Module:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from selcon_plugin.models.finite import check_state
 from selcon_plugin.models.preprocessing import Preprocessing
+from selcon_plugin.models.state_keys import is_network_weight
 
 
 class InferenceNetwork(nn.Module):
@@ -91,6 +92,10 @@ class InferenceNetwork(nn.Module):
         return features
 
 
+# Last layers of classifying networks, in the hosts' models, torchvision's and timm's.
+_CLASSIFIERS = ("classifier", "fc.weight", "fc.bias", "last_linear.", "head.fc.", "pixel_")
+
+
 def load_all_tensors(
     model: nn.Module,
     state: Mapping[str, Tensor],
@@ -98,32 +103,40 @@ def load_all_tensors(
     source: str,
     ignore_prefixes: tuple[str, ...] = (),
 ) -> None:
-    """Load weights into a network, and require every tensor that the network has.
+    """Load weights into a network: all that the network has, and all that the file has.
 
     Args:
         model: Network to load into.
-        state: Tensors by name; those that the network does not have are ignored.
+        state: Tensors by name; a classifier that the network does not have is left out.
         source: File that they come from, for the message.
-        ignore_prefixes: Prefixes of tensors that may be missing.
+        ignore_prefixes: Prefixes of tensors that either side may lack.
 
     Raises:
-        ValueError: If a tensor is missing or has another shape.
+        ValueError: If a tensor is missing, has another shape, or has no place in the
+            network.
     """
     needed = {
         k: v for k, v in model.state_dict().items() if not k.startswith(ignore_prefixes)
     }
     fits = {k: state[k] for k in needed if k in state and state[k].shape == needed[k].shape}
-    # Files have num_batches_tracked only since PyTorch 0.4.1, and only training reads it.
-    lacking = [
-        name
-        for name in needed
-        if name not in fits and not name.endswith("num_batches_tracked")
-    ]
+    lacking = [name for name in needed if name not in fits and is_network_weight(name)]
     if lacking:
         raise ValueError(
             f"{source} is of another network: {len(lacking)} of {len(needed)} tensors are "
             f"missing or have another shape, such as {lacking[0]}. Name the config, or the "
             "backbone, that the weights were trained with"
         )
-    model.load_state_dict(fits, strict=False)
+    ignored = (*ignore_prefixes, *_CLASSIFIERS)
+    left = [
+        name
+        for name in state
+        if name not in needed and not name.startswith(ignored) and is_network_weight(name)
+    ]
+    if left:
+        raise ValueError(
+            f"{source} is of another network: {len(left)} of its {len(state)} tensors have "
+            f"no place in the network, such as {left[0]}. Name the config, or the "
+            "backbone, that the weights were trained with"
+        )
+    nn.Module.load_state_dict(model, {**model.state_dict(), **fits})
     check_state(model, when=f"weights from {source}")

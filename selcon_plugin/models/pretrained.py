@@ -15,6 +15,7 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,8 +24,15 @@ from torch import Tensor, nn
 from selcon_plugin.installing import pip_install
 from selcon_plugin.io.safe_loading import MIN_LOADED_RATIO, load_data
 from selcon_plugin.io.tensor_names import unwrapped_state
+from selcon_plugin.models.architecture import recorded_architecture
 
-__all__ = ["efficientnet_lite_state_dict", "load_weights", "read_state_dict"]
+__all__ = [
+    "NetworkFile",
+    "efficientnet_lite_state_dict",
+    "load_weights",
+    "read_network_file",
+    "read_state_dict",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +114,19 @@ def efficientnet_lite_state_dict(variant: LiteVariant) -> dict[str, Tensor]:
     return {_timm_lite_name(name, places): tensor for name, tensor in packaged.items()}
 
 
+@dataclass(frozen=True)
+class NetworkFile:
+    """Weights in a file, and the architecture that they belong to.
+
+    Attributes:
+        state: Tensors by name, without the names that wrappers add.
+        architecture: Properties by name; empty for files of other programs.
+    """
+
+    state: dict[str, Tensor]
+    architecture: dict[str, Any]
+
+
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read the parameters of a model from a file without executing code in it.
 
@@ -120,11 +141,27 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file cannot be read, holds no tensors, or holds one twice.
+    """  # noqa: DOC502  (raised by the function called here)
+    return read_network_file(path).state
+
+
+def read_network_file(path: str | Path) -> NetworkFile:
+    """Read weights and architecture of a network without executing code in the file.
+
+    Args:
+        path: As for :func:`read_state_dict`.
+
+    Returns:
+        Weights and architecture.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file cannot be read, holds no tensors, or holds one twice.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file of weights at {path}")
-    content = _read_file(path)
+    checkpoint = content = _read_file(path)
     for key in ("state_dict", "model"):
         inner = content.get(key) if isinstance(content, Mapping) else None
         if isinstance(inner, Mapping):
@@ -141,7 +178,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             f"{path} holds no weights: expected tensors by name, at the top level or under "
             '"state_dict" or "model"'
         )
-    return unwrapped_state(tensors)
+    return NetworkFile(unwrapped_state(tensors), recorded_architecture(checkpoint, content))
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:

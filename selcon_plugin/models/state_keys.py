@@ -6,6 +6,7 @@ teacher.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -25,6 +26,13 @@ def is_method_state(name: str) -> bool:
     return unwrapped_name(name).startswith(METHOD_PREFIX)
 
 
+def is_network_weight(name: str) -> bool:
+    """Return whether a network cannot be evaluated without a tensor."""
+    plain = unwrapped_name(name)
+    # Files have num_batches_tracked only since PyTorch 0.4.1, and only training reads it.
+    return not plain.startswith(RUN_PREFIXES) and not plain.endswith("num_batches_tracked")
+
+
 def without_method(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights of network and teacher, without banks and labels.
 
@@ -32,9 +40,13 @@ def without_method(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state: Tensors by name.
 
     Returns:
-        The others under the names that they have.
+        The others under the names that they have, with PyTorch's metadata.
     """
-    return {name: tensor for name, tensor in state.items() if not is_method_state(name)}
+    kept = OrderedDict((k, v) for k, v in state.items() if not is_method_state(k))
+    metadata = getattr(state, "_metadata", None)
+    if metadata is not None:  # the architecture is in it
+        kept._metadata = metadata  # type: ignore[attr-defined]
+    return kept
 
 
 def network_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -29,10 +29,12 @@ from selcon_plugin.torchreid_ext.models import (  # noqa: E402
     register_models,
 )
 from selcon_plugin.torchreid_ext.supervised import refuse_supervised_steps  # noqa: E402
+from selcon_plugin.torchreid_ext.weights import guard_host_loaders  # noqa: E402
 
 register_datasets()
 register_models()
 refuse_supervised_steps()
+guard_host_loaders()
 
 __all__ = [
     "ImageSelConEngine",

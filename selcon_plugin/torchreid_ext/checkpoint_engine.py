@@ -14,6 +14,7 @@ import torch
 from selcon_plugin.engine.best_weights import BEST_FILE, BestWeights
 from selcon_plugin.engine.image_list import images_to_resume_with
 from selcon_plugin.engine.run import TrainingRun
+from selcon_plugin.models.architecture import RECORD
 from selcon_plugin.runs.folder import RunFolder, written_settings
 from selcon_plugin.runs.results import RunMeter
 from selcon_plugin.runs.settings import flat_settings
@@ -27,10 +28,10 @@ from selcon_plugin.torchreid_ext.checkpoints import (
     write_stopped_checkpoint,
 )
 from selcon_plugin.torchreid_ext.data import EpochLoader, IndexedReIDImages
-from selcon_plugin.torchreid_ext.models import load_whole
 from selcon_plugin.torchreid_ext.options import EngineOptions
 from selcon_plugin.torchreid_ext.script_engine import ScriptEngine
 from selcon_plugin.torchreid_ext.script_settings import host_settings
+from selcon_plugin.torchreid_ext.weights import load_whole
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +149,7 @@ class CheckpointEngine(ScriptEngine):
         """Return the complete state of the run after ``epoch`` epochs and some steps."""
         checkpoint = {
             "state_dict": self.model.state_dict(),
+            RECORD: self._network.architecture(),
             "epoch": epoch,
             "rank1": float(rank1),
             "optimizer": self.optimizer.state_dict(),
@@ -189,7 +191,7 @@ class CheckpointEngine(ScriptEngine):
             self._training = self._build_run(images)
         then = entry["run"]
         self._metadata.load_state_dict({"settings": written_settings(run_folder), **then})
-        load_whole(self.model, checkpoint["state_dict"], file)
+        load_whole(self._network, checkpoint["state_dict"], file)
         self._add_teacher()
         load_optimizer(self.optimizer, checkpoint["optimizer"], file)
         if self.scheduler is not None and "scheduler" in checkpoint:

@@ -12,6 +12,7 @@ import torch
 
 from selcon_plugin.engine.best_weights import BEST_FILE
 from selcon_plugin.io.atomic import make_folder, save_atomically
+from selcon_plugin.models.architecture import RECORD, recorded_architecture
 from selcon_plugin.models.state_keys import without_method
 from selcon_plugin.runs.checkpoints import (
     BadCheckpointError,
@@ -101,7 +102,13 @@ def write_best_weights(
         epochs: Number of epochs that the weights were trained for.
         best: The value that makes them the best.
     """
-    weights = {"state_dict": without_method(state), "epoch": epochs, "best": dict(best)}
+    kept = without_method(state)
+    weights = {
+        "state_dict": kept,
+        "epoch": epochs,
+        "best": dict(best),
+        RECORD: recorded_architecture(kept),
+    }
     save_atomically(weights, _model_folder(save_dir) / BEST_FILE)
 
 

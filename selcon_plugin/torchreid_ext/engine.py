@@ -125,12 +125,8 @@ class ImageSelConEngine(CheckpointEngine):
         self.model, self._network = with_head(
             model, optimizer, scheduler, datamanager, dict(head or {})
         )
-        fit_to_method(self._network, self._method_name)
+        fit_to_method(self._network, self._method_name, found.method, datamanager)
         stage_rates(optimizer, self._network, new_layers)
-        # An evaluation without training uses this weight as well.
-        self._network.global_distance_weight = self._method_options.get(
-            "global_distance_weight", self._network.global_distance_weight
-        )
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.register_model("model", self.model, optimizer, scheduler)

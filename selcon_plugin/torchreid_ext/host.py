@@ -26,9 +26,9 @@ from selcon_plugin.torchreid_ext import config
 from selcon_plugin.torchreid_ext.checkpoints import checkpoint_epoch, list_checkpoints
 from selcon_plugin.torchreid_ext.datasets import image_dataset_names
 from selcon_plugin.torchreid_ext.inference import load_network
-from selcon_plugin.torchreid_ext.models import feature_layer_width
 from selcon_plugin.torchreid_ext.scripts import prepare_script
 from selcon_plugin.torchreid_ext.train import run_config
+from selcon_plugin.torchreid_ext.weights import feature_layer_width
 from selcon_plugin.values import listed
 
 # FastReID's keys for the same settings.

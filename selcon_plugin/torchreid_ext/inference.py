@@ -65,6 +65,7 @@ def load_network(
         cfg = cfg.clone()
         cfg.defrost()
         cfg.model.load_weights, cfg.model.pretrained, cfg.use_gpu = str(file), False, False
+        cfg.test.evaluate = True
         model, method = build_model(cfg), cfg.selcon.method
     else:
         model = _plain_model(cfg, preprocessing, state, file)

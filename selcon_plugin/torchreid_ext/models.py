@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +23,15 @@ from selcon_plugin.features import (
     GlobalPartEmbedding,
     check_parts_fit,
 )
+from selcon_plugin.io.tensor_names import unwrapped_name
 from selcon_plugin.methods import method_class
 from selcon_plugin.models.feature_map import infer_feature_shape
-from selcon_plugin.models.finite import check_state
 from selcon_plugin.models.preprocessing import (
     IMAGENET_PIXEL_MEAN,
     IMAGENET_PIXEL_STD,
     Preprocessing,
 )
-from selcon_plugin.models.pretrained import load_weights, read_state_dict
-from selcon_plugin.models.state_keys import RUN_PREFIXES, network_weights
+from selcon_plugin.models.state_keys import RUN_PREFIXES
 from selcon_plugin.models.timm import TIMM_PREFIX, create_timm_backbone
 from selcon_plugin.models.torchreid import (
     MODEL_PREFIX,
@@ -56,7 +52,6 @@ _POOLS = {
     "gem": GeneralizedMeanPool,
 }
 _DEFAULT_PARTS = 8
-_FEATURE_LAYER = re.compile(r"(?:module\.)?fc\.\d+\.weight")
 
 
 class SelConModel(EmbeddingNetwork):
@@ -131,8 +126,9 @@ class SelConModel(EmbeddingNetwork):
             ghost_batch_size=ghost_batch_size,
             wave_block=wave_block,
         )
+        self.own_properties = {"host": "torchreid"}
         self._pending_state: dict[str, Tensor] = {}
-        self.architecture: dict[str, Any] = {
+        self.build_options: dict[str, Any] = {
             "project_global": project_global,
             "pool": pool,
             "bn_neck": bn_neck,
@@ -171,6 +167,18 @@ class SelConModel(EmbeddingNetwork):
         """Remove the part branch from the head."""
         self.heads.drop_parts()
 
+    def fit_parts(self, state: Collection[str]) -> None:
+        """Drop the parts if weights have none.
+
+        Args:
+            state: Names of the weights; without a head they say nothing about parts.
+        """
+        names = {unwrapped_name(name) for name in state}
+        has_head = any(name.startswith("heads.") for name in names)
+        if has_head and "heads.part_weight" not in names and self.heads.num_parts:
+            logger.info("The weights have no parts: the head has none")
+            self.drop_parts()
+
     def load_pending_state(self) -> None:
         """Load the pending state of method and teacher, if they exist now.
 
@@ -191,8 +199,7 @@ class SelConModel(EmbeddingNetwork):
         own = {
             key.removeprefix(prefix): key for key in state_dict if key.startswith(prefix)
         }
-        if any(key.startswith("heads.") for key in own) and "heads.part_weight" not in own:
-            self.drop_parts()
+        self.fit_parts(own)
         for name in RUN_PREFIXES:
             if getattr(self, name.rstrip(".")) is None:
                 for key in [key for key in own if key.startswith(name)]:
@@ -261,97 +268,12 @@ def build_selcon_model(
     model = SelConModel(
         backbone, input_size=input_size, pixel_mean=pixel_mean, pixel_std=pixel_std, **head
     )
-    model.architecture |= {
+    model.own_properties["backbone"] = name.removeprefix(MODEL_PREFIX)
+    model.build_options |= {
         "name": name.removeprefix(MODEL_PREFIX),
         "last_stride": last_stride,
     }
     return model
-
-
-def load_network(model: SelConModel, file: str) -> None:
-    """Load a network's weights, without banks and other state of their run.
-
-    Args:
-        model: Model to load into.
-        file: Checkpoint of :class:`ImageSelConEngine`, from which the teacher's weights are
-            loaded if it has one; or weights of a torchreid model, which are loaded into the
-            backbone. If its layer after the pooling is as wide as the head's, the head is
-            initialized with that layer.
-
-    Raises:
-        ValueError: If the file belongs to another model. ``FileNotFoundError`` if it does
-            not exist.
-    """  # noqa: DOC502  (raised by the functions called here)
-    state = read_state_dict(Path(file).expanduser())
-    if not any(key.startswith("backbone.") for key in state):
-        rest = _initialize_head(model.heads, state)
-        load_weights(cast(nn.Module, model.backbone.model), rest, file)
-        check_state(model, when=f"weights from {file}")
-        return
-    load_whole(model, network_weights(state), file)
-
-
-def feature_layer_width(state: Mapping[str, Tensor]) -> int:
-    """Return the width of the linear layer after the pooling of a torchreid model.
-
-    Args:
-        state: Weights of the model, with or without ``module.`` before their names.
-
-    Returns:
-        Number of outputs; 0 if there is no such layer, or there are several.
-    """
-    layers = [
-        tensor
-        for name, tensor in state.items()
-        if _FEATURE_LAYER.fullmatch(name) and tensor.dim() == 2
-    ]
-    return len(layers[0]) if len(layers) == 1 else 0
-
-
-def _initialize_head(head: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Load a linear layer and its normalization into the head, if their shapes match.
-
-    Args:
-        head: Head to load into.
-        state: Weights of a torchreid model.
-
-    Returns:
-        The remaining weights.
-    """
-    renamed = {
-        name.replace("fc.0.", "global_projection.").replace("fc.1.", "global_norm."): value
-        for name, value in state.items()
-        if name.startswith(("fc.0.", "fc.1."))
-    }
-    own = head.state_dict()
-    fits = [k in own and own[k].shape == value.shape for k, value in renamed.items()]
-    if not feature_layer_width(state) or not all(fits):
-        return state
-    head.load_state_dict(renamed, strict=False)
-    return {k: v for k, v in state.items() if not k.startswith(("fc.0.", "fc.1."))}
-
-
-def load_whole(model: nn.Module, state: Mapping[str, Any], file: str | Path) -> None:
-    """Load a state dict whose tensors must all match.
-
-    Args:
-        model: Model to load into.
-        state: State of the model.
-        file: Source of the state, for the error message.
-
-    Raises:
-        ValueError: If it belongs to another model.
-    """
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        # After a heading, PyTorch lists every tensor that does not match in one line.
-        fault = str(error).splitlines()[1]
-        raise ValueError(
-            f"{file} belongs to another model: {textwrap.shorten(fault, 200)} Build the "
-            "model with the name and the head of its training"
-        ) from error
-    check_state(model, when=f"weights from {file}")
 
 
 def register_models() -> list[str]:
@@ -375,7 +297,11 @@ def _from_factory(
     use_gpu: bool = True,
 ) -> SelConModel:
     # Classes and loss are arguments of supervised training.
-    return build_selcon_model(name, pretrained=pretrained)
+    model = build_selcon_model(name, pretrained=pretrained)
+    model.own_properties |= dict.fromkeys(
+        ("input_size", "pixel_mean", "pixel_std", "global_weight")
+    )
+    return model
 
 
 def adopt_model(
@@ -413,7 +339,7 @@ def adopt_model(
     backbone = TorchreidBackbone(model, Preprocessing(tuple(options["input_size"])))
     adopted = SelConModel(backbone, **options).to(device)
     # A model that torchreid has built has its own stride.
-    adopted.architecture |= {"name": name, "last_stride": 2}
+    adopted.build_options |= {"name": name, "last_stride": 2}
     last = optimizer.param_groups[-1]
     group = {key: value for key, value in last.items() if key != "params"}
     optimizer.add_param_group({**group, "params": list(adopted.heads.parameters())})
@@ -427,16 +353,26 @@ def adopt_model(
     return adopted
 
 
-def fit_to_method(network: SelConModel, method: str) -> None:
-    """Drop parts that a method does not use, and set the memory format for the device.
+def fit_to_method(
+    network: SelConModel, method: str, options: Mapping[str, Any], datamanager: Any
+) -> None:
+    """Fit a network to method, images and device.
+
+    Parts that the method does not use are dropped.
 
     Args:
         network: Network, which is changed.
         method: Registered name of the method.
+        options: Constructor arguments of the method.
+        datamanager: torchreid's data manager.
     """
     if not method_class(method).uses_parts and network.heads.num_parts:
         logger.info("%s does not use parts: the head has none", method)
         network.drop_parts()
+    network.own_properties["method"] = method
+    # An evaluation without training uses this weight as well.
+    weight = options.get("global_distance_weight", network.global_distance_weight)
+    network.set_input(loader_preprocessing(datamanager), weight)
     if network.device.type == "cpu":
         # Convolutions on a CPU are up to a third faster in channels-last format.
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -472,25 +408,33 @@ def with_head(
                 "build_selcon_model instead"
             )
         return model, inner
-    size = (datamanager.height, datamanager.width)
-    mean, std = _normalization(datamanager)
-    network = adopt_model(
-        inner,
-        optimizer,
-        scheduler,
-        **{"input_size": size, "pixel_mean": mean, "pixel_std": std, **head},
-    )
+    loader = loader_preprocessing(datamanager)
+    found = {
+        "input_size": loader.size,
+        "pixel_mean": loader.pixel_mean,
+        "pixel_std": loader.pixel_std,
+    }
+    network = adopt_model(inner, optimizer, scheduler, **{**found, **head})
     if isinstance(model, nn.DataParallel):
         return nn.DataParallel(network, model.device_ids), network
     return network, network
 
 
-def _normalization(datamanager: Any) -> tuple[list[float], list[float]]:
-    """Return the manager's mean and standard deviation on the scale 0..255."""
+def loader_preprocessing(datamanager: Any) -> Preprocessing:
+    """Describe the preprocessing of a data manager's images.
+
+    Args:
+        datamanager: torchreid's data manager.
+
+    Returns:
+        Size and normalization, on the scale 0..255.
+    """
+    size = (datamanager.height, datamanager.width)
     for transform in datamanager.transform_te.transforms:
         if hasattr(transform, "mean") and hasattr(transform, "std"):
-            return (
+            return Preprocessing.in_training(
+                size,
                 [255.0 * value for value in transform.mean],
                 [255.0 * value for value in transform.std],
             )
-    return [0.0] * 3, [255.0] * 3
+    return Preprocessing.in_training(size, [0.0] * 3, [255.0] * 3)

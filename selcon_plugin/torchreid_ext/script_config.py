@@ -62,10 +62,10 @@ def config_of_script(
         Config with which the network can be built; None if the name of its model is
         unknown.
     """
-    if not network.architecture.get("name"):
+    if not network.build_options.get("name"):
         return None
     values = {
-        "model.name": network.architecture["name"],
+        "model.name": network.build_options["name"],
         "model.pretrained": False,
         "use_gpu": network.device.type == "cuda",
         "sampler.num_instances": num_instances,
@@ -154,5 +154,5 @@ def _of_options(options: EngineOptions) -> dict[str, Any]:
 
 def _of_head(network: SelConModel) -> dict[str, Any]:
     head = network.heads
-    found = {n: v for n, v in network.architecture.items() if n != "name"}
+    found = {n: v for n, v in network.build_options.items() if n != "name"}
     return {**found, "num_parts": head.num_parts, "embedding_dim": head.global_dim}

@@ -20,7 +20,7 @@ from selcon_plugin.engine.run import seed_all
 from selcon_plugin.io.safe_loading import safe_extraction
 from selcon_plugin.methods import method_class
 from selcon_plugin.runs.folder import RunFolder, owned_run
-from selcon_plugin.torchreid_ext.config import complete_config, run_arguments
+from selcon_plugin.torchreid_ext.config import KEYS, complete_config, run_arguments
 from selcon_plugin.torchreid_ext.datasets import (
     IMAGE_FOLDER,
     SYNTHETIC_PERSONS,
@@ -31,13 +31,10 @@ from selcon_plugin.torchreid_ext.datasets import (
 )
 from selcon_plugin.torchreid_ext.engine import ImageSelConEngine
 from selcon_plugin.torchreid_ext.messages import torchreid_hidden
-from selcon_plugin.torchreid_ext.models import (
-    SelConModel,
-    build_selcon_model,
-    load_network,
-)
+from selcon_plugin.torchreid_ext.models import SelConModel, build_selcon_model
 from selcon_plugin.torchreid_ext.options import EngineOptions
 from selcon_plugin.torchreid_ext.run_arguments import CONFIG_KEYS
+from selcon_plugin.torchreid_ext.weights import load_network
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +132,7 @@ def build_model(cfg: CfgNode) -> SelConModel:
         The model with ``model.load_weights`` loaded.
     """
     node = cfg.selcon
+    weight = KEYS.selected(node, "method").get("global_distance_weight", 0.5)
     model = build_selcon_model(
         cfg.model.name,
         # An evaluation needs no download.
@@ -152,8 +150,9 @@ def build_model(cfg: CfgNode) -> SelConModel:
         ghost_batch_size=node.ghost_batch_size,
         wave_block=node.wave_block,
     )
+    model.own_properties["method"], model.global_distance_weight = node.method, weight
     if cfg.model.load_weights:
-        load_network(model, cfg.model.load_weights)
+        load_network(model, cfg.model.load_weights, initializes=not cfg.test.evaluate)
     return model.cuda() if cfg.use_gpu else model
 
 

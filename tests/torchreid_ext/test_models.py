@@ -18,7 +18,7 @@ from selcon_plugin.torchreid_ext import (
     register_models,
     torchreid_model_names,
 )
-from selcon_plugin.torchreid_ext.models import load_network
+from selcon_plugin.torchreid_ext.weights import load_network
 
 torchreid = import_torchreid()
 SIZE = (64, 32)
@@ -317,15 +317,21 @@ def test_file_that_fits_nothing_is_refused(tmp_path):
     file = save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other\.pth do not fit OSNet: only 0 of its"):
         load_network(build(), file)
-    file = save(build("osnet_x0_5").state_dict(), tmp_path / "large.pth")
+    large, parts = build("osnet_x0_5").state_dict(), build().state_dict()
+    # Without their description, as in earlier versions, the tensors decide.
+    file = save(dict(large), tmp_path / "large.pth")
     with pytest.raises(
         ValueError, match=r"large\.pth belongs to another model: size mismatch"
     ):
         load_network(build(), file)
-    file = save(build().state_dict(), tmp_path / "parts.pth")
-    with pytest.raises(
-        ValueError, match=r"parts\.pth belongs to another model: .*part_weight.* Build"
-    ):
+    file = save(large, tmp_path / "large.pth")
+    with pytest.raises(ValueError, match=r"large\.pth .*osnet_x0_5 .*, osnet_x0_25 in"):
+        load_network(build(), file)
+    file = save(dict(parts), tmp_path / "parts.pth")
+    with pytest.raises(ValueError, match=r"parts\.pth belongs .*part_weight.* Build"):
+        load_network(build(num_parts=0), file)
+    file = save(parts, tmp_path / "parts.pth")
+    with pytest.raises(ValueError, match=r"parts\.pth .*parts: 2 .*, 0 .*NUM_PARTS"):
         load_network(build(num_parts=0), file)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         load_network(build(), "nowhere.pth")

@@ -331,7 +331,7 @@ def test_weights_of_another_model_end_with_one_line(selcon, tmp_path, capsys):
     capsys.readouterr()
     file = out / "model" / "model.pth.tar-1"
     for key, words in {
-        "model.load_weights": "another model: size mismatch for heads.part_weight",
+        "model.load_weights": "parts: 2 in the weights, 4 in the network",
         "model.resume": "cannot resume: selcon.num_parts was 2 and is 4",
     }.items():
         values = {key: file, "selcon.num_parts": 4, "data.save_dir": tmp_path / "other"}
