@@ -71,10 +71,11 @@ def suggest_threshold(neighbor_cosines: ArrayLike) -> ThresholdSuggestion:
     most similar other persons, which a search must discriminate. A mixture of two Gaussians
     is fitted to the histogram of the cosines of all lists (EM, initialized by Otsu's
     threshold); the suggestion is the cosine at which both are equally likely. k is the
-    first of 8, 16, 32, ... at which there are clearly two groups: Ashman's D is 2 or more,
-    and the cosines have no single peak by Hartigan's dip test, or D is 6 or more. Lists
-    that are shorter than a person's number of images contain no other persons; if there is
-    no such k, the one with the largest separation is used, and the threshold is unclear.
+    one of 8, 16, 32, ... at which two groups are most certain: Ashman's D is 2 or more, and
+    by Hartigan's dip test the cosines are farthest from having a single peak, or D is 6 or
+    more. Lists that are shorter than a person's number of images contain no other persons.
+    If there is no such k, the one with the largest separation is used, and the threshold is
+    unclear.
 
     Args:
         neighbor_cosines: Cosines of sampled images with their nearest neighbors, excluding
@@ -101,7 +102,7 @@ def suggest_threshold(neighbor_cosines: ArrayLike) -> ThresholdSuggestion:
         )
     if not np.isfinite(cosines).all():
         raise ValueError("the cosines are not finite")
-    best = None
+    best: ThresholdSuggestion | None = None
     length = _SHORTEST_LIST
     while True:
         length = min(length, cosines.shape[1])
@@ -109,9 +110,9 @@ def suggest_threshold(neighbor_cosines: ArrayLike) -> ThresholdSuggestion:
         # Two images that are neighbors of each other are one pair.
         dip = _dip(part) * (len(part) / 2.0) ** 0.5
         found = ThresholdSuggestion(*_valley(part), length, len(cosines), dip)
-        if best is None or found.is_clear or found.separation > best.separation:
+        if best is None or _evidence(found) > _evidence(best):
             best = found
-        if best.is_clear or length in (cosines.shape[1], LONGEST_LIST):
+        if length in (cosines.shape[1], LONGEST_LIST):
             return best
         length *= 2
 
@@ -140,6 +141,11 @@ def _valley(cosines: NDArray[np.float64]) -> tuple[float, float]:
     behind = np.flatnonzero(_log_odds_of_higher(between, mean, spread, ratio) < 0.0)
     crossing = between[behind[-1]] if len(behind) else between[0]
     return float(crossing), float(max(separation, 0.0))
+
+
+def _evidence(found: ThresholdSuggestion) -> tuple[bool, float]:
+    """Return a key by which the list length with the most certain groups is the largest."""
+    return found.is_clear, found.dip if found.is_clear else found.separation
 
 
 def _dip(values: NDArray[np.float64]) -> float:
