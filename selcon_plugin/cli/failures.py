@@ -17,6 +17,8 @@ import traceback
 import zipfile
 from collections.abc import Callable
 
+from selcon_plugin.io.errors import ResourceError
+
 # Errors in arguments, configs, data and files. A message names the remedy, which a
 # traceback would hide. SELCON_TRACEBACK=1 shows where the error was raised.
 USER_ERRORS = (
@@ -26,6 +28,7 @@ USER_ERRORS = (
     FloatingPointError,
     EOFError,
     MemoryError,
+    ResourceError,
     pickle.UnpicklingError,
     zipfile.BadZipFile,
 )
