@@ -83,6 +83,9 @@ def _report(title: str, error: Exception) -> int:
         _drop_output_if_full()
         return MISTAKE
     _write("".join(traceback.format_exception(error)).rstrip(), one_line=False)
+    if title == "selcon run":  # a fault of the script, or of the host in it
+        _write(f"{title}: the script failed: {type(error).__name__}: {message_of(error)}")
+        return FAULT
     _write(
         f"{title}: this is a fault of selcon_plugin ({type(error).__name__}). Please "
         "report the lines above, together with the output of selcon doctor"

@@ -29,7 +29,7 @@ def test_versions_of_package_torch_and_hosts(word, capsys):
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
-        (["trian"], "'trian'; did you mean train?"),
+        (["trains"], "'trains'; did you mean train?"),
         (["extrakt"], "did you mean extract"),
         (["fly"], "'fly'; The commands are train, eval"),
         (["train", "--confg-file", "x"], "no option --confg-file; did you mean --config-f"),
@@ -43,7 +43,7 @@ def test_versions_of_package_torch_and_hosts(word, capsys):
         (["adapt", "--learning-rate", "nan"], "--learning-rate; > 0; 'nan'; finite"),
         (["index", "--output", "x"], "--images; --add; --remove; selcon index --help"),
         (["search", "--index", "x"], "IMAGE; selcon search --help"),
-        (["config", "--explain", "temperatur"], "did you mean MODEL.SELCON.TEMPERATURE"),
+        (["config", "--explain", "temperatures"], "did you mean MODEL.SELCON.TEMPERATURE"),
         (["config", "--copy", "scl.yml"], "'scl.yml'; did you mean SyntheticPersons/scl"),
         (["train", "--config-file", "scl.yml"], "'scl.yml'; did you mean SyntheticPersons"),
         (["train", "SOLVER.MAX_EPOCH", "3", "--resume"], "--resume must stand before"),

@@ -21,8 +21,8 @@ from selcon_plugin.renamed import OPTIONS
 
 PACKAGE = Path(selcon_plugin.__file__).parent
 # Options of other programs.
-FOREIGN = {"--no-deps", "--index-url", "--extra-index-url", "--resume-from", "--local"}
-# Capital words that are no keys.
+FOREIGN = {"--no-deps", "--index-url", "--extra-index-url", "--overwrite"}
+# Capital names that are no keys.
 WORDS = {
     "FASTREID_DATASETS", "CUDA_VISIBLE_DEVICES", "TORCH_HOME", "HF_HOME", "LOCAL_RANK",
     "WORLD_SIZE", "SHA_256", "SELCON_TRACEBACK", "SELCON_VERBOSE", "XDG_CACHE_HOME",

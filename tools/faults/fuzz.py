@@ -206,12 +206,12 @@ def _text(rng: random.Random) -> str:
 
 
 def _option_case(rng: random.Random) -> Case:
-    words = [
+    options = [
         word for _ in range(rng.randint(1, 2)) for word in (rng.choice(KEYS), _text(rng))
     ]
     if rng.random() < 0.1:
-        words.pop()
-    host = "torchreid" if words[0].islower() else "fastreid"
+        options.pop()
+    host = "torchreid" if options[0].islower() else "fastreid"
     command = rng.choice(
         [
             ["train", "--config-file", f"{host}.yml"],
@@ -224,8 +224,8 @@ def _option_case(rng: random.Random) -> Case:
     )
     if command[0] == "cluster":
         names = ["eps", "min_samples", "k1", "k2", "k3", "graph_margin", "EPS"]
-        words[::2] = [rng.choice(names) for _ in words[::2]]
-    return Case([*command, *words])
+        options[::2] = [rng.choice(names) for _ in options[::2]]
+    return Case([*command, *options])
 
 
 def _json_case(rng: random.Random) -> Case:
@@ -294,7 +294,7 @@ def _argument_case(rng: random.Random) -> Case:
     from selcon_plugin.cli.main import command_parsers
 
     parsers = command_parsers()
-    name = rng.choice([n for n in parsers if n not in ("demo", "doctor")])
+    name = rng.choice([n for n in parsers if n not in ("run", "demo", "doctor")])
     words = [name]
     actions = [a for a in parsers[name]._actions if a.dest not in ("help", "imports")]
     for action in actions:
