@@ -61,10 +61,14 @@ class Interval:
         return from_low and (value < self.high if self.below else value <= self.high)
 
     def __str__(self) -> str:
-        sign = ">" if self.above else ">="
+        low = f"{'>' if self.above else '>='} {_exact(self.low)}"
         if self.high is None:
-            return f"{sign} {self.low:g}"
-        return f"{sign} {self.low:g} and {'<' if self.below else '<='} {self.high:g}"
+            return low
+        return f"{low} and {'<' if self.below else '<='} {_exact(self.high)}"
+
+
+def _exact(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ import traceback
 import zipfile
 from collections.abc import Callable
 
+from selcon_plugin.io.errors import ResourceError
+
 # Errors in arguments, configs, data and files. A message names the remedy, which a
 # traceback would hide. SELCON_TRACEBACK=1 shows where the error was raised.
 USER_ERRORS = (
@@ -26,6 +28,7 @@ USER_ERRORS = (
     FloatingPointError,
     EOFError,
     MemoryError,
+    ResourceError,
     pickle.UnpicklingError,
     zipfile.BadZipFile,
 )
@@ -80,6 +83,9 @@ def _report(title: str, error: Exception) -> int:
         _drop_output_if_full()
         return MISTAKE
     _write("".join(traceback.format_exception(error)).rstrip(), one_line=False)
+    if title == "selcon run":  # a fault of the script, or of the host in it
+        _write(f"{title}: the script failed: {type(error).__name__}: {message_of(error)}")
+        return FAULT
     _write(
         f"{title}: this is a fault of selcon_plugin ({type(error).__name__}). Please "
         "report the lines above, together with the output of selcon doctor"

@@ -7,12 +7,12 @@ import runpy
 import sys
 from pathlib import Path
 
+from selcon_plugin.cli.parsing import CommandParser
 from selcon_plugin.hosts import get_host, host_names
 
 
-def parser() -> argparse.ArgumentParser:
-    """Build the parser of ``selcon run``."""
-    result = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    result = CommandParser(
         prog="selcon run",
         description="Run FastReID's tools/train_net.py, torchreid's scripts/main.py, or a "
         "script like them, without an edit. FastReID's trains without identities with "
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
         FileNotFoundError: If the script does not exist.
         ValueError: If it is not a Python file.
     """
-    args = parser().parse_args(argv)
+    args = _parser().parse_args(argv)
     script = Path(args.script)
     if not script.is_file():
         raise FileNotFoundError(f"SCRIPT {args.script!r} does not exist")

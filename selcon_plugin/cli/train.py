@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
 from selcon_plugin.cli.arguments import (
@@ -14,7 +13,7 @@ from selcon_plugin.cli.arguments import (
 from selcon_plugin.cli.parsing import CommandParser, config_file, number, whole_number
 from selcon_plugin.config.host_data import Processes, ProcessFailure
 from selcon_plugin.config.loading import import_files
-from selcon_plugin.engine.console import VERBOSE
+from selcon_plugin.engine.console import verbose_output
 from selcon_plugin.hosts import get_host, host_names, host_of
 from selcon_plugin.options import Interval
 from selcon_plugin.workflows.train import launch
@@ -128,8 +127,11 @@ def evaluate(argv: list[str]) -> int:
 
 
 def _launch(args: argparse.Namespace) -> int:
-    if args.verbose:
-        os.environ[VERBOSE] = "1"
+    with verbose_output(args.verbose):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     import_files(args.imports)
     host = get_host(args.host or host_of(args.config_file))
     ratio = args.max_unreadable_ratio

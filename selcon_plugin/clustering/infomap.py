@@ -31,6 +31,7 @@ from selcon_plugin.clustering.knn import nearest_neighbors
 from selcon_plugin.clustering.neighbors import Neighbors
 from selcon_plugin.clustering.pseudo_labels import OUTLIER, PseudoLabels
 from selcon_plugin.installing import pip_install
+from selcon_plugin.io.errors import ResourceError
 from selcon_plugin.options import Interval
 
 # The seed is fixed: equal graphs give equal labels.
@@ -59,7 +60,7 @@ def _run_infomap(
         The images with links, and the module of each.
 
     Raises:
-        RuntimeError: If the program fails; the message contains its output.
+        ResourceError: If the program fails; the message contains its output.
     """
     with tempfile.TemporaryDirectory(prefix="selcon_infomap_") as folder:
         links = np.rec.fromarrays([source, target, weight])
@@ -74,7 +75,7 @@ def _run_infomap(
         )
         modules = Path(folder) / "links.clu"
         if run.returncode or not modules.exists():
-            raise RuntimeError(
+            raise ResourceError(
                 f"infomap failed on {len(source)} links with exit code {run.returncode}: "
                 f"{(run.stderr or run.stdout).strip()[-500:]}"
             )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -20,6 +22,26 @@ _DETAILS = ("selcon_plugin.clustering.knn", "selcon_plugin.clustering.jaccard")
 def is_verbose() -> bool:
     """Return whether all lines of the log are shown on the terminal."""
     return os.environ.get(VERBOSE, "") not in ("", "0")
+
+
+@contextlib.contextmanager
+def verbose_output(verbose: bool) -> Iterator[None]:
+    """Show all lines of the log on the terminal, in this process and in those it starts.
+
+    Args:
+        verbose: False leaves the output as it is.
+
+    Yields:
+        Nothing.
+    """
+    earlier = os.environ.get(VERBOSE)
+    if verbose:
+        os.environ[VERBOSE] = "1"
+    try:
+        yield
+    finally:
+        if verbose:
+            os.environ[VERBOSE] = earlier or ""
 
 
 class ShortOutput(logging.Filter):

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, get_worker_info
 from selcon_plugin.datasets import read_image_folder
 from selcon_plugin.datasets.numbering import UNKNOWN, number_names
 from selcon_plugin.datasets.reading import ImageReadError
+from selcon_plugin.io.errors import ResourceError
 from selcon_plugin.samplers.stream import SampleKey
 
 # Flags of a file that was readable when the run started.
@@ -243,7 +244,7 @@ class IndexedImages(Dataset[dict[str, Any]]):
             image = self._read(index)
             if image is not None:
                 return index, image
-        raise RuntimeError(
+        raise ResourceError(
             f"{self.paths[key.index]} cannot be read, nor can any image sampled in its "
             "place: check that the disk with the images is still mounted"
         )

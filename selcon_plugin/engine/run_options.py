@@ -96,7 +96,7 @@ class RunOptions:
     max_nonfinite_steps: Annotated[int, Interval(1)] = 10
     report_images: bool = True
     tensorboard_pictures: bool = False
-    seed: Annotated[int, Interval(0)] = 0
+    seed: Annotated[int, Interval(0, 2**32 - 1)] = 0  # the range of NumPy
 
 
 @dataclass(frozen=True)

@@ -162,9 +162,11 @@ class FastReIDHost(Host):
 
     def evaluate(self, cfg: Any, *, source: str = "") -> Mapping[str, Any]:
         """Evaluate ``MODEL.WEIGHTS`` on ``DATASETS.TESTS``."""
-        self._set_up(cfg, eval_only=True, source=source)
         if not cfg.DATASETS.TESTS:
             raise ValueError("DATASETS.TESTS is empty: there is nothing to evaluate on")
+        if not cfg.MODEL.WEIGHTS:
+            raise ValueError("MODEL.WEIGHTS must name the checkpoint to evaluate")
+        self._set_up(cfg, eval_only=True, source=source)
         results = SelConTrainer.test(cfg, load_trained_model(cfg)) or {}
         metrics = results_by_test_set(cfg, results)
         if metrics:

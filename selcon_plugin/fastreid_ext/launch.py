@@ -29,13 +29,14 @@ from torch.multiprocessing.spawn import (
 
 from selcon_plugin.config.host_data import ProcessFailure
 from selcon_plugin.engine.stopping import stop_signals_go_to
+from selcon_plugin.io.errors import ResourceError
 
 # Time enough for one process to cluster or to evaluate while the others wait.
 TIMEOUT_MINUTES = 30.0
 _WEEK = 7 * 24 * 60
 
 # Exceptions of user errors, whose message is enough without a traceback.
-_USER_ERRORS = (ValueError, FileNotFoundError, ImportError)
+_USER_ERRORS = (ValueError, OSError, ImportError, ResourceError)
 
 _USUAL_CAUSES = {
     "SIGKILL": " (out of memory?)",
@@ -288,7 +289,7 @@ def _join(
         # The group is not destroyed: for that, NCCL would wait for the others.
         if "Timed out waiting" not in str(error):
             raise
-        raise RuntimeError(
+        raise ResourceError(
             f"process {rank} of {world_size} waited for another longer than --dist-timeout "
             f"{timeout_minutes:g} minutes: the other one has ended, hangs, or needs more "
             "time"

@@ -16,7 +16,7 @@ import yaml
 
 from selcon_plugin.values import Raw, Written, read_value
 
-__all__ = ["Entry", "Group", "read_yaml", "read_yaml_values"]
+__all__ = ["Entry", "Group", "read_settings", "read_yaml", "read_yaml_values"]
 
 _MAX_VALUES = 20_000  # with all aliases resolved
 _MAX_BYTES = 20_000_000
@@ -89,6 +89,27 @@ def read_yaml_values(file: str | Path) -> dict[str, Any]:
         FileNotFoundError: As for :func:`read_yaml`.
     """  # noqa: DOC502  (raised by the functions called here)
     return _plain(read_yaml(file))
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Read settings as ``yaml.safe_dump`` has written them.
+
+    Args:
+        file: Path of the file.
+
+    Returns:
+        The settings; empty for an empty file.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: remove it to start over") from error
+    if not isinstance(content, dict) and content is not None:
+        raise ValueError(f"{file} is damaged: remove it to start over")
+    return content or {}
 
 
 def _plain(group: Group) -> dict[str, Any]:

@@ -17,7 +17,10 @@ class _Printed(logging.Handler):
     """Handler that prints messages like torchreid, to the current standard output."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)  # above a bar, if there is one
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)  # above a bar, if there is one
+        except OSError:  # the terminal has gone, the run continues
+            self.handleError(record)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from selcon_plugin.config.host import Host
 from selcon_plugin.config.loading import Merger, pairs_of
 from selcon_plugin.hosts import get_host, host_of, quiet_import
 from selcon_plugin.io.atomic import write_atomically
+from selcon_plugin.io.plain_yaml import read_settings
 from selcon_plugin.runs.results import RESULTS_FILE
 from selcon_plugin.workflows.bench_runs import SETTINGS_FILE, finish
 from selcon_plugin.workflows.bench_table import Outcome, Report, Run, differences
@@ -203,7 +204,7 @@ def _check_folder(run: Run) -> None:
             f"{run.folder} contains a run that the bench did not start: choose another "
             "--output"
         )
-    earlier = flatten_config(yaml.safe_load(file.read_text()) or {})
+    earlier = flatten_config(read_settings(file))
     changed = differences({"earlier": earlier, "now": run.settings})
     if changed:
         named = ", ".join(

@@ -29,6 +29,7 @@ from selcon_plugin.engine.progress import duration
 from selcon_plugin.engine.threads import reserve_cpu_core
 from selcon_plugin.hosts import DEFAULT_HOST, get_host, quiet_import
 from selcon_plugin.io.atomic import write_atomically
+from selcon_plugin.io.plain_yaml import read_settings
 from selcon_plugin.io.streams import is_terminal
 from selcon_plugin.report import finish_run
 from selcon_plugin.report.sheets import loss_curve, ranked_sheet
@@ -166,7 +167,7 @@ def _check_settings(output: Path, cfg: Any, demo: Demo, *, begun: str) -> None:
             )
         write_atomically(yaml.safe_dump(settings), file)
         return
-    earlier = yaml.safe_load(file.read_text()) or {}
+    earlier = read_settings(file)
     changed = sorted(
         key for key in {*settings, *earlier} if settings.get(key) != earlier.get(key)
     )

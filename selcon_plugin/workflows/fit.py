@@ -109,6 +109,12 @@ def fit(
     """  # noqa: DOC502  (raised by the functions called here)
     check_name("host", host, host_names())
     check_name("device", device, ("auto", "cpu", "cuda"))
+    if input_size is not None and not (
+        isinstance(input_size, (list, tuple)) and len(input_size) == 2
+    ):
+        raise ValueError(
+            f"input_size must be height and width, such as (256, 128), got {input_size!r}"
+        )
     chosen, folder = get_host(host), Path(output).expanduser()
     overrides = chosen.overrides(
         epochs=epochs,

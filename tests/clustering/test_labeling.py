@@ -23,7 +23,7 @@ from selcon_plugin.clustering import (
 class Fixed(Labeler):
     """Labeler that returns given labels."""
 
-    def __init__(self, labels: list[int]) -> None:
+    def __init__(self, labels: list[int], *, eps: float = 0.5) -> None:
         self.labels = labels
 
     def cluster(self, features: Tensor) -> PseudoLabels:

@@ -1,9 +1,11 @@
 """Documentation of a key, found by its name or a part of it."""
 
+import re
 from typing import Annotated
 
 import pytest
 
+from helpers.hosts import needs_fastreid, needs_torchreid
 from selcon_plugin.clustering import labeler_names, labeler_options
 from selcon_plugin.config.help import ConfigHelp, fill_tables
 from selcon_plugin.config.keys import (
@@ -12,6 +14,7 @@ from selcon_plugin.config.keys import (
     own_method_options,
     run_options,
 )
+from selcon_plugin.hosts import get_host
 from selcon_plugin.methods import method_names
 from selcon_plugin.options import Interval, Option, described_names, options_of
 
@@ -169,9 +172,14 @@ def test_tables_are_put_between_their_markers():
         fill_tables(text, {})
 
 
-@pytest.mark.parametrize("host", ["fastreid", "torchreid"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        pytest.param("fastreid", marks=needs_fastreid),
+        pytest.param("torchreid", marks=needs_torchreid),
+    ],
+)
 def test_terminal_shows_no_markdown(host):
-    pytest.importorskip(host)
     config_help = get_host(host).help()
     shown = [config_help.explain(key) for key in config_help.plugin_keys]
     for text in [*shown, config_help.listing()]:
