@@ -16,9 +16,10 @@ from selcon_plugin.cli.arguments import (
     load_embedder,
 )
 from selcon_plugin.cli.parsing import CommandParser
-from selcon_plugin.config.checks import make_output_folder
+from selcon_plugin.config.checks import check_output_folder
 from selcon_plugin.config.loading import import_files
 from selcon_plugin.hosts import get_host, host_of
+from selcon_plugin.io.locks import owned_file
 
 
 def main(argv: list[str]) -> int:
@@ -41,8 +42,13 @@ def main(argv: list[str]) -> int:
     if args.backbone and not args.weights:
         raise ValueError(f"--backbone {args.backbone} needs --weights FILE")
     import_files(args.imports)
-    make_output_folder("the folder of --output", str(Path(args.output).parent))
-    count, dim = (_embed if args.onnx or args.weights else _extract_by_config)(args)
+    if Path(args.output).is_dir():
+        raise ValueError(
+            f"--output {args.output} is a folder: give the name of a file in it"
+        )
+    check_output_folder("the folder of --output", str(Path(args.output).parent))
+    with owned_file(args.output):
+        count, dim = (_embed if args.onnx or args.weights else _extract_by_config)(args)
     sys.stdout.write(f"{count} features of dimension {dim} written to {args.output}\n")
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from selcon_plugin.cli.arguments import (
     add_folder_arguments,
@@ -11,12 +12,13 @@ from selcon_plugin.cli.arguments import (
     add_unreadable_argument,
 )
 from selcon_plugin.cli.parsing import CommandParser, config_file, number, whole_number
+from selcon_plugin.config.host import Host
 from selcon_plugin.config.host_data import Processes, ProcessFailure
 from selcon_plugin.config.loading import import_files
 from selcon_plugin.engine.console import verbose_output
 from selcon_plugin.hosts import get_host, host_names, host_of
 from selcon_plugin.options import Interval
-from selcon_plugin.workflows.train import launch
+from selcon_plugin.workflows.train import default_output, launch
 
 
 def train_parser(prog: str) -> CommandParser:
@@ -50,6 +52,12 @@ def train_parser(prog: str) -> CommandParser:
         "--resume",
         action="store_true",
         help="resume from the last checkpoint in OUTPUT_DIR (torchreid: data.save_dir)",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="start a new run in the folder of an earlier one, whose files are moved to "
+        "old-<time> in it",
     )
     parser.add_argument(
         "--eval-only",
@@ -126,6 +134,15 @@ def evaluate(argv: list[str]) -> int:
     return _launch(args)
 
 
+def _output_of_images(host: Host, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the output folder of a folder of images, unless the user has named one."""
+    named = args.config_file or host.run_keys.output in args.opts
+    if not args.images or named or args.eval_only:
+        return {}
+    output = default_output(host, args.images, resume=args.resume, overwrite=args.overwrite)
+    return host.overrides(output=output)
+
+
 def _launch(args: argparse.Namespace) -> int:
     with verbose_output(args.verbose):
         return _run(args)
@@ -139,7 +156,7 @@ def _run(args: argparse.Namespace) -> int:
     cfg = host.load_config(
         args.config_file,
         args.opts,
-        overrides=host.overrides(options=given),
+        overrides={**_output_of_images(host, args), **host.overrides(options=given)},
         images=args.images,
         camera_pattern=args.camera_pattern,
     )
@@ -157,6 +174,7 @@ def _run(args: argparse.Namespace) -> int:
             processes,
             eval_only=args.eval_only,
             resume=args.resume,
+            overwrite=args.overwrite,
             source=args.config_file,
             imports=args.imports,
         )

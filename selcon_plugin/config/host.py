@@ -211,13 +211,17 @@ class Host(ABC):
     # --- runs -----------------------------------------------------------------------------
 
     @abstractmethod
-    def train(self, cfg: Any, *, resume: bool = False, source: str = "") -> RunResult:
+    def train(
+        self, cfg: Any, *, resume: bool = False, overwrite: bool = False, source: str = ""
+    ) -> RunResult:
         """Train in this process, one of possibly several, and write ``results.json``.
 
         Args:
             cfg: Complete config.
             resume: Whether to resume from the last checkpoint in the folder, if there is
                 one.
+            overwrite: Whether a new run may start in the folder of an earlier one, whose
+                files are moved aside. Otherwise it is refused.
             source: File of the config, for the log.
         """
 

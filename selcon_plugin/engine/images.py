@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from selcon_plugin.datasets import read_image_folder
+from selcon_plugin.datasets.content import content_hashes
 from selcon_plugin.datasets.numbering import UNKNOWN, number_names
 from selcon_plugin.datasets.reading import ImageReadError
+from selcon_plugin.distributed import rank
 from selcon_plugin.io.errors import ResourceError
 from selcon_plugin.samplers.stream import SampleKey
 
@@ -105,6 +107,7 @@ class IndexedImages(Dataset[dict[str, Any]]):
         self.num_left_out = 0
         self.labels: NDArray[np.int64] | None = None
         self._sizes: list[int] | None = None
+        self._hashes: list[str] | None = None
         # The reading processes write these flags, and the training process reads them.
         self._flags = torch.zeros(max(1, len(items)), dtype=torch.uint8)
         self._flags.share_memory_()  # type: ignore[no-untyped-call]
@@ -151,6 +154,16 @@ class IndexedImages(Dataset[dict[str, Any]]):
         return self._sizes
 
     @property
+    def hashes(self) -> list[str]:
+        """Hash of each file's content when this was first read; empty for one that is gone.
+
+        A list that was read from an earlier version holds none.
+        """
+        if self._hashes is None:
+            self._hashes = content_hashes(self.paths, progress=rank() == 0)
+        return self._hashes
+
+    @property
     def unreadable(self) -> Tensor:
         """Mask of the images whose last attempt to be read failed, bool ``(M,)``."""
         return self._flagged(_FAILED)
@@ -169,7 +182,11 @@ class IndexedImages(Dataset[dict[str, Any]]):
         return self._flags[: len(self)].bitwise_and(flag).bool()
 
     def with_items(
-        self: _Images, items: Sequence[Item], sizes: Sequence[int], num_left_out: int
+        self: _Images,
+        items: Sequence[Item],
+        sizes: Sequence[int],
+        num_left_out: int,
+        hashes: Sequence[str],
     ) -> _Images:
         """Return another list of images under the same transform and seed.
 
@@ -177,13 +194,14 @@ class IndexedImages(Dataset[dict[str, Any]]):
             items: Path, identity and camera of each image, sorted by path.
             sizes: Bytes of each file.
             num_left_out: Files left out of the list.
+            hashes: Hash of each file's content; empty where it is unknown.
 
         Returns:
             The images.
         """
         other = copy.copy(self)
         IndexedImages.__init__(other, items, self.read, self.transform, self.seed)
-        other._sizes = list(sizes)
+        other._sizes, other._hashes = list(sizes), list(hashes)
         other.num_left_out = num_left_out
         return other
 

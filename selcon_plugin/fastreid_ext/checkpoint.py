@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from selcon_plugin.engine.best_weights import BEST_FILE
 from selcon_plugin.engine.network import EmbeddingNetwork
 from selcon_plugin.fastreid_ext.meta_arch import SelCon
 from selcon_plugin.fastreid_ext.supervised import to_own_head
-from selcon_plugin.io.atomic import remove_partial_files, save_atomically, write_atomically
+from selcon_plugin.io.atomic import save_atomically, write_atomically
 from selcon_plugin.io.safe_loading import MIN_LOADED_RATIO
 from selcon_plugin.io.tensor_names import unwrapped_state
 from selcon_plugin.models.architecture import RECORD, recorded_architecture
@@ -25,13 +26,21 @@ from selcon_plugin.models.state_keys import (
     is_network_weight,
     without_method,
 )
-from selcon_plugin.runs.checkpoints import first_readable, newest_first, read_checkpoint
+from selcon_plugin.runs.checkpoints import (
+    BadCheckpointError,
+    first_readable,
+    newest_first,
+    read_checkpoint,
+)
+from selcon_plugin.runs.folder import RunFolder, written_settings
 
 logger = logging.getLogger(__name__)
 
 _TAG = "last_checkpoint"
 # Checkpoint inside an epoch, written when a signal stops the run.
 STOPPED = "model_stopped"
+# Checkpoint of the epoch with the best metric; it is not the last one.
+BEST = "model_best"
 # Checkpoint of the last epoch.
 FINAL = "model_final"
 # Entry of a checkpoint that was saved before the evaluation of its epoch.
@@ -58,6 +67,8 @@ class SelConCheckpointer(Checkpointer):
     """
 
     _file = ""
+    # Set by the trainer.
+    folder = RunFolder("")
 
     @property
     def initializes(self) -> bool:
@@ -75,8 +86,9 @@ class SelConCheckpointer(Checkpointer):
         file = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", file)
         save_atomically(data, file)
-        self.tag_last_checkpoint(os.path.basename(file))
-        if name != STOPPED:  # the stopped checkpoint is outdated
+        if name != BEST:
+            self.tag_last_checkpoint(os.path.basename(file))
+        if name not in (STOPPED, BEST):  # the stopped checkpoint is outdated
             Path(self.save_dir, f"{STOPPED}.pth").unlink(missing_ok=True)
 
     def save_best(self, epochs: int, best: Mapping[str, Any]) -> None:
@@ -103,20 +115,36 @@ class SelConCheckpointer(Checkpointer):
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Record the name of the last checkpoint atomically."""
         write_atomically(last_filename_basename, os.path.join(self.save_dir, _TAG))
+        # FastReID's own record has no checksum.
+        self.folder.mark_last(last_filename_basename)
 
     def has_checkpoint(self) -> bool:
         """Return whether there is a checkpoint to resume from, readable or not."""
-        return bool(self.save_dir and self._candidates())
+        return bool(self.save_dir and self.folder.has_begun and self._candidates())
 
     def _candidates(self) -> list[Path]:
         """List the checkpoints of the run, the last one first."""
-        files = newest_first(list(Path(self.save_dir).glob("model_*.pth")))
+        last = self.folder.last
+        if not Path(self.save_dir, last or "none").is_file():  # or an earlier version
+            with contextlib.suppress(OSError):
+                last = Path(self.save_dir, _TAG).read_text(errors="replace").strip()
+        return newest_first(list(Path(self.save_dir).glob("model_*.pth")), last)
+
+    @property
+    def best_metric(self) -> float | None:
+        """Return the metric in the file of the best model; None if there is none.
+
+        A kill may fall between the writing of that file and of the epoch's checkpoint: then
+        the file has a better metric than the checkpoint.
+        """
         try:
-            tagged = Path(self.save_dir, _TAG).read_text(errors="replace").strip()
-        except OSError:
-            tagged = ""
-        # The sort is stable: the others stay in their order.
-        return sorted(files, key=lambda file: file.name != tagged)
+            content = read_checkpoint(Path(self.save_dir, f"{BEST}.pth"), ["metric"])
+        except FileNotFoundError:
+            return None
+        except BadCheckpointError as error:
+            self.logger.warning("%s: the best model may be written again", error)
+            return None
+        return float(content["metric"])
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Resume from the last checkpoint, or load network weights from ``path``.
@@ -132,8 +160,6 @@ class SelConCheckpointer(Checkpointer):
         Raises:
             FileNotFoundError: If ``path`` does not exist.
         """
-        if self.save_dir and self.save_to_disk:
-            remove_partial_files(self.save_dir)
         if resume and self.has_checkpoint():
             return self._resume()
         if path and not os.path.isfile(path):
@@ -160,7 +186,8 @@ class SelConCheckpointer(Checkpointer):
         self.logger.info("Resuming from %s", file)
         # This check precedes the weights: those of another run would fail on their shapes,
         # without a clear reason.
-        self.checkpointables["run"].load_state_dict(checkpoint.pop("run"))
+        then = {"settings": written_settings(self.save_dir), **checkpoint.pop("run")}
+        self.checkpointables["run"].load_state_dict(then)
         # FastReID skips tensors of another shape with a warning, but a cluster memory has
         # as many rows as there were clusters. In addition, no entry may be missing here.
         if isinstance(self.model, SelCon):

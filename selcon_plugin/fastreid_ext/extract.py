@@ -11,7 +11,7 @@ from fastreid.config import CfgNode
 from selcon_plugin.engine.image_check import readable_items, report_unreadable
 from selcon_plugin.fastreid_ext.data import IndexedDataset, training_items
 from selcon_plugin.fastreid_ext.embedding import extract_training_set
-from selcon_plugin.fastreid_ext.trainer import load_trained_model
+from selcon_plugin.fastreid_ext.trained_model import load_trained_model
 from selcon_plugin.features import check_features
 from selcon_plugin.io.atomic import make_folder, replacing
 

@@ -176,8 +176,11 @@ class CheckpointHook(PeriodicCheckpointer):
         return {"metric": float(self.best_metric)}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Restore the best metric of a checkpoint."""
+        """Restore the best metric of a checkpoint, or a better one of the best model."""
         self.best_metric = state["metric"]
+        written = self.checkpointer.best_metric
+        if written is not None:
+            self.best_metric = max(self.best_metric, written)
 
     def before_train(self) -> None:
         """Record the last epoch, and the metric that selects the best model."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +12,9 @@ from typing import Any
 import torch
 from fastreid.config import get_cfg
 from fastreid.data.datasets import DATASET_REGISTRY
-from fastreid.engine import default_setup
 from fastreid.evaluation.testing import verify_results
 
-from selcon_plugin.config.checks import make_output_folder
+from selcon_plugin.config.checks import check_output_folder
 from selcon_plugin.config.demo import Demo
 from selcon_plugin.config.help import ConfigHelp
 from selcon_plugin.config.host import Host
@@ -28,6 +26,7 @@ from selcon_plugin.config.host_data import (
     RunKeys,
     RunResult,
 )
+from selcon_plugin.distributed import on_main_process
 from selcon_plugin.engine.threads import reserve_cpu_core
 from selcon_plugin.fastreid_ext import config
 from selcon_plugin.fastreid_ext.data import check_processes
@@ -35,17 +34,14 @@ from selcon_plugin.fastreid_ext.demo import FastReIDDemo
 from selcon_plugin.fastreid_ext.extract import extract_folder
 from selcon_plugin.fastreid_ext.inference import load_network
 from selcon_plugin.fastreid_ext.launch import check_launch, launch
-from selcon_plugin.fastreid_ext.logs import begin_log
+from selcon_plugin.fastreid_ext.logs import begin_log, log_setup, open_log, share_host_log
 from selcon_plugin.fastreid_ext.results import results_by_test_set, write_results
 from selcon_plugin.fastreid_ext.scripts import prepare_script
-from selcon_plugin.fastreid_ext.trainer import (
-    SelConTrainer,
-    load_trained_model,
-    share_host_log,
-)
+from selcon_plugin.fastreid_ext.trained_model import load_trained_model
+from selcon_plugin.fastreid_ext.trainer import SelConTrainer
 from selcon_plugin.models.inference import InferenceNetwork
 from selcon_plugin.models.timm import TIMM_PREFIX
-from selcon_plugin.runs.results import delete_results
+from selcon_plugin.runs.folder import RunFolder, owned_run
 from selcon_plugin.values import listed
 
 logger = logging.getLogger(__name__)
@@ -139,25 +135,31 @@ class FastReIDHost(Host):
                     f"unknown data set {name!r}; known are {listed(sorted(known))}"
                 )
 
-    def _set_up(self, cfg: Any, *, eval_only: bool, source: str) -> None:
-        make_output_folder("OUTPUT_DIR", cfg.OUTPUT_DIR)
-        begin_log(cfg.OUTPUT_DIR)
-        default_setup(cfg, argparse.Namespace(eval_only=eval_only, config_file=source))
+    def _set_up(self, cfg: Any, *, source: str) -> None:
+        check_output_folder("OUTPUT_DIR", cfg.OUTPUT_DIR)
+        begin_log()
         share_host_log()
+        log_setup(cfg, source)
         logger.info("The full log is %s", Path(cfg.OUTPUT_DIR, self.run_files.log))
 
-    def train(self, cfg: Any, *, resume: bool = False, source: str = "") -> RunResult:
+    def train(
+        self, cfg: Any, *, resume: bool = False, overwrite: bool = False, source: str = ""
+    ) -> RunResult:
         """Train in this process, one of possibly several."""
-        self._set_up(cfg, eval_only=False, source=source)
-        trainer = SelConTrainer(cfg)
-        trainer.resume_or_load(resume=resume)
-        delete_results(cfg.OUTPUT_DIR)
-        readers = cfg.MODEL.DEVICE == "cpu" and cfg.DATALOADER.NUM_WORKERS
-        threads = reserve_cpu_core() if readers else nullcontext()
-        with threads, trainer.meter.running():
-            results = trainer.train()
-        write_results(trainer, results)
         folder = Path(cfg.OUTPUT_DIR)
+        with owned_run(folder):
+            if not resume:
+                run = RunFolder(folder, overwrite=overwrite)
+                on_main_process(run.check_new)
+            self._set_up(cfg, source=source)
+            torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+            trainer = SelConTrainer(cfg, overwrite=overwrite)
+            trainer.resume_or_load(resume=resume)
+            readers = cfg.MODEL.DEVICE == "cpu" and cfg.DATALOADER.NUM_WORKERS
+            threads = reserve_cpu_core() if readers else nullcontext()
+            with threads, trainer.meter.running():
+                results = trainer.train()
+            write_results(trainer, results)
         return RunResult(folder, folder / _FINAL, results_by_test_set(cfg, results or {}))
 
     def evaluate(self, cfg: Any, *, source: str = "") -> Mapping[str, Any]:
@@ -166,8 +168,10 @@ class FastReIDHost(Host):
             raise ValueError("DATASETS.TESTS is empty: there is nothing to evaluate on")
         if not cfg.MODEL.WEIGHTS:
             raise ValueError("MODEL.WEIGHTS must name the checkpoint to evaluate")
-        self._set_up(cfg, eval_only=True, source=source)
-        results = SelConTrainer.test(cfg, load_trained_model(cfg)) or {}
+        self._set_up(cfg, source=source)
+        model = load_trained_model(cfg)
+        open_log(cfg.OUTPUT_DIR)
+        results = SelConTrainer.test(cfg, model) or {}
         metrics = results_by_test_set(cfg, results)
         if metrics:
             verify_results(cfg, metrics)
@@ -196,7 +200,7 @@ class FastReIDHost(Host):
         if processes.per_machine > 1 and training is not None:
             # Checked before, because starting processes takes time even if all of them
             # fail.
-            make_output_folder("OUTPUT_DIR", training.OUTPUT_DIR)
+            check_output_folder("OUTPUT_DIR", training.OUTPUT_DIR)
             check_processes(training, processes.per_machine * processes.num_machines)
         launch(
             main,

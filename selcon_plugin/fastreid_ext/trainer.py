@@ -15,18 +15,19 @@ from fastreid.engine.train_loop import HookBase, TrainerBase
 from fastreid.evaluation import ReidEvaluator
 from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
 from fastreid.utils import comm
-from fastreid.utils.events import EventStorage
+from fastreid.utils.events import EventStorage, EventWriter
 from fastreid.utils.logger import setup_logger
 from torch import Tensor, nn
 
 from selcon_plugin.clustering import Labeler
-from selcon_plugin.config.checks import make_output_folder
+from selcon_plugin.config.checks import check_output_folder
+from selcon_plugin.datasets.content import list_hash
 from selcon_plugin.engine.batches import check_sampler
-from selcon_plugin.engine.best_weights import NEVER, BestWeights
+from selcon_plugin.engine.best_weights import BEST_FILE, NEVER, BestWeights
 from selcon_plugin.engine.extraction import calibrate_normalization
 from selcon_plugin.engine.guard import StepGuard
 from selcon_plugin.engine.image_list import images_to_resume_with, write_image_list
-from selcon_plugin.engine.progress import protect_bars_from
+from selcon_plugin.engine.ranks import check_same_on_all_ranks
 from selcon_plugin.engine.run import TrainingRun, seed_all
 from selcon_plugin.engine.stopping import StopSignals
 from selcon_plugin.fastreid_ext import data as selcon_data
@@ -46,6 +47,7 @@ from selcon_plugin.fastreid_ext.embedding import extract_training_set, unwrap
 from selcon_plugin.fastreid_ext.evaluation import evaluator_of, has_own_evaluator
 from selcon_plugin.fastreid_ext.hook_order import arrange_hooks
 from selcon_plugin.fastreid_ext.hooks import CheckpointHook, EvaluationHook
+from selcon_plugin.fastreid_ext.logs import open_log, share_host_log
 from selcon_plugin.fastreid_ext.meta_arch import SelCon
 from selcon_plugin.fastreid_ext.optimizer import build_optimizer
 from selcon_plugin.fastreid_ext.train_step import (
@@ -53,48 +55,17 @@ from selcon_plugin.fastreid_ext.train_step import (
     AccumulatingTrainer,
     distribute,
 )
+from selcon_plugin.fastreid_ext.writers import build_writers
 from selcon_plugin.features import Embeddings
+from selcon_plugin.io.atomic import named_write_error
 from selcon_plugin.models.finite import check_state
+from selcon_plugin.runs.folder import RunFolder
 from selcon_plugin.runs.results import RunMeter
+from selcon_plugin.runs.settings import flat_settings
 from selcon_plugin.runs.state import RunState
 from selcon_plugin.samplers.cluster import clusters_per_batch
 
 logger = logging.getLogger(__name__)
-
-
-def share_host_log() -> None:
-    """Add FastReID's log handlers to the logger of this package."""
-    protect_bars_from("fastreid")
-    ours = logging.getLogger("selcon_plugin")
-    for handler in logging.getLogger("fastreid").handlers:
-        if handler not in ours.handlers:
-            ours.addHandler(handler)
-    if ours.level == logging.NOTSET:
-        ours.setLevel(logging.INFO)
-
-
-def load_trained_model(cfg: CfgNode) -> SelCon:
-    """Build the network of ``MODEL.WEIGHTS``, without banks, to compute features.
-
-    Args:
-        cfg: Complete config; ``MODEL.WEIGHTS`` names the checkpoint.
-
-    Returns:
-        The model with its weights.
-
-    Raises:
-        ValueError: If the config names no checkpoint.
-    """
-    if not cfg.MODEL.WEIGHTS:
-        raise ValueError("MODEL.WEIGHTS must name the checkpoint to compute features with")
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.BACKBONE.PRETRAIN = False
-    cfg.MODEL.HEADS.NUM_CLASSES = 0
-    model = unwrap(SelConTrainer.build_model(cfg))
-    SelConCheckpointer(model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
-    check_state(model, when=f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}")
-    return model
 
 
 class SelConTrainer(DefaultTrainer):
@@ -110,10 +81,15 @@ class SelConTrainer(DefaultTrainer):
             plugin are added.
         show_progress: Whether to show each epoch's progress: a bar on a terminal, and a
             line in the log.
+        overwrite: Whether a new run may start in the folder of an earlier one, whose files
+            it moves to a folder ``old-<time>`` in it. Otherwise it is refused.
     """
 
-    def __init__(self, cfg: CfgNode, *, show_progress: bool = True) -> None:
+    def __init__(
+        self, cfg: CfgNode, *, show_progress: bool = True, overwrite: bool = False
+    ) -> None:
         self._show_progress = show_progress
+        self._overwrite = overwrite
         self._build(cfg)
 
     def _build(
@@ -125,10 +101,7 @@ class SelConTrainer(DefaultTrainer):
         if not logging.getLogger("fastreid").isEnabledFor(logging.INFO):
             setup_logger()
         share_host_log()
-        cfg = complete_config(cfg)
-        self.check_meta_architecture(cfg)
-        if cfg.OUTPUT_DIR and comm.is_main_process():
-            make_output_folder("OUTPUT_DIR", cfg.OUTPUT_DIR)
+        cfg = self._checked(cfg)
         if images is None:
             if not has_own_evaluator(type(self), SelConTrainer):
                 selcon_data.check_test_sets(cfg)
@@ -136,6 +109,7 @@ class SelConTrainer(DefaultTrainer):
         else:
             loader = selcon_data.build_train_loader(cfg, images)
         selcon_data.check_label_free(loader, type(self).__name__)
+        check_same_on_all_ranks(self._settings, loader.dataset)
         cfg = self.auto_scale_hyperparams(cfg, loader.dataset.num_classes)
         # FastReID logs a random seed of its own during setup; this one replaces it.
         logger.info("Seed of this run: MODEL.SELCON.SEED %d", cfg.MODEL.SELCON.SEED)
@@ -165,6 +139,14 @@ class SelConTrainer(DefaultTrainer):
         self.delay_epochs = cfg.SOLVER.DELAY_EPOCHS
         self.register_hooks(self.build_hooks())
         self._num_own_hooks = len(self._hooks)
+
+    def _checked(self, cfg: CfgNode) -> CfgNode:
+        cfg = complete_config(cfg)
+        self.check_meta_architecture(cfg)
+        if cfg.OUTPUT_DIR and comm.is_main_process():
+            check_output_folder("OUTPUT_DIR", cfg.OUTPUT_DIR)
+        self._settings = flat_settings(cfg)
+        return cfg
 
     @staticmethod
     def check_meta_architecture(cfg: CfgNode) -> None:
@@ -229,8 +211,10 @@ class SelConTrainer(DefaultTrainer):
         extra: dict[str, Any] = dict(self.scheduler)
         extra["meter"] = self.meter
         extra["run"] = RunState(
+            self._settings,
             num_images=len(loader.dataset),
             image_list=loader.dataset.fingerprint,
+            image_content=list_hash(loader.dataset.hashes),
             seed=cfg.MODEL.SELCON.SEED,
             batch_size=cfg.SOLVER.IMS_PER_BATCH,
             method=cfg.MODEL.SELCON.METHOD,
@@ -242,13 +226,15 @@ class SelConTrainer(DefaultTrainer):
             extra["labeler"] = self.labeler
         if self.best is not None:
             extra["best_without_labels"] = self.best
-        return SelConCheckpointer(
+        checkpointer = SelConCheckpointer(
             model,
             cfg.OUTPUT_DIR,
             save_to_disk=comm.is_main_process(),
             optimizer=optimizer,
             **extra,
         )
+        checkpointer.folder = RunFolder(cfg.OUTPUT_DIR, overwrite=self._overwrite)
+        return checkpointer
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Resume from the last checkpoint, or load ``MODEL.WEIGHTS``, as in FastReID.
@@ -272,6 +258,8 @@ class SelConTrainer(DefaultTrainer):
             rest = ("epoch", "metric", UNEVALUATED)
             self._resumed = {key: loaded[key] for key in rest if key in loaded}
             self._restore_frozen_steps()
+            if self.best is not None:
+                self.best.restore_from(Path(self.cfg.OUTPUT_DIR, BEST_FILE))
         network, images = unwrap(self.model), self.data_loader.dataset
         check_state(network, images.paths, when="after loading")
         # The batches after the checkpoint come next; the loader has not started yet.
@@ -344,6 +332,10 @@ class SelConTrainer(DefaultTrainer):
         """
         return arrange_hooks(self, super().build_hooks(), show_progress=self._show_progress)
 
+    def build_writers(self) -> list[EventWriter]:
+        """Build FastReID's writers; their files are opened when the run has begun."""
+        return build_writers(self.cfg.OUTPUT_DIR, self.max_iter)
+
     def train(self) -> Any:
         """Train from the current epoch to ``MAX_EPOCH``.
 
@@ -357,9 +349,15 @@ class SelConTrainer(DefaultTrainer):
             RunStopped: If a signal stopped the training; it is a ``SystemExit``.
         """  # noqa: DOC502  (raised by the functions called here)
         self._last_eval_results: dict[str, Any] = {}
-        if self.start_epoch >= self.max_epoch:
-            return self._finish_complete_run()
-        write_image_list(self.cfg.OUTPUT_DIR, self.data_loader.dataset)
+        folder = self.checkpointer.folder
+        with folder.running(resumed=bool(self._resumed), config=self.cfg.dump()):
+            open_log(self.cfg.OUTPUT_DIR)
+            if self.start_epoch >= self.max_epoch:
+                return self._finish_complete_run()
+            write_image_list(self.cfg.OUTPUT_DIR, self.data_loader.dataset)
+            return self._train()
+
+    def _train(self) -> Any:
         logger.info("Starting training from epoch %d", self.start_epoch)
         self.iter = self.start_iter = self._first_step
         with StopSignals() as self._signals, EventStorage(self.iter) as self.storage:
@@ -368,6 +366,10 @@ class SelConTrainer(DefaultTrainer):
                 if self._resumed.get(UNEVALUATED):
                     self._evaluate_resumed_epoch()
                 self._train_epochs()
+            except OSError as error:
+                raise named_write_error(error, self.cfg.OUTPUT_DIR) from error
+            except (ValueError, FloatingPointError):
+                raise  # a person's mistake, which needs no traceback
             except Exception:
                 logger.exception("Exception during training:")
                 raise
@@ -491,8 +493,8 @@ class SelConTrainer(DefaultTrainer):
         cfg = cfg.clone()
         frozen = cfg.is_frozen()
         cfg.defrost()
-        cfg.MODEL.HEADS.NUM_CLASSES = 0
-        cfg = DefaultTrainer.auto_scale_hyperparams(cfg, num_classes)
+        # FastReID's own method also writes config.yaml, before anything else is checked.
+        cfg.MODEL.HEADS.NUM_CLASSES = num_classes
         if frozen:
             cfg.freeze()
         return cfg

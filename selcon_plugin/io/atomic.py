@@ -52,6 +52,16 @@ class FileWriteError(OSError):
         return OSError, (self.errno, self._text)
 
 
+def named_write_error(error: OSError, place: str | Path) -> OSError:
+    """Return an error with the name of its file, such as one of a host's own writers.
+
+    Args:
+        error: Error of the system; returned unchanged if it has a name.
+        place: Folder or file that was written.
+    """
+    return error if error.filename else FileWriteError(place, error, "write to")
+
+
 class _Stream(io.BufferedWriter):
     """File that remembers a failed write, which ``torch.save`` reports as another error."""
 

@@ -155,16 +155,17 @@ def verify_file(file: str | Path, expected: str | None, *, remedy: str = _RESTOR
         )
 
 
-def sealed_json(content: dict[str, Any]) -> str:
+def sealed_json(content: dict[str, Any], *, indent: int | None = None) -> str:
     """Format a JSON object with a checksum of its own content.
 
     Args:
         content: Values by name, which JSON can represent.
+        indent: Spaces before each level; None for one line.
 
     Returns:
-        The object in one line, with the entry ``checksum`` and a newline.
+        The object with the entry ``checksum`` and a newline.
     """
-    return json.dumps({**content, _SEAL: _seal_of(content)}) + "\n"
+    return json.dumps({**content, _SEAL: _seal_of(content)}, indent=indent) + "\n"
 
 
 def unsealed_json(
@@ -209,5 +210,7 @@ def _looks_sealed(text: str | bytes) -> bool:
 
 
 def _seal_of(content: dict[str, Any]) -> str:
+    # JSON has neither tuples nor keys that are numbers.
+    content = json.loads(json.dumps(content))
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return f"blake2b:{hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()}"

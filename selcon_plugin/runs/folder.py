@@ -167,7 +167,7 @@ class RunFolder:
             self._last = self.last
             self._record()
             end_last_line(self.path)
-            delete_results(self.path)  # the run goes on
+            delete_results(self.path)  # those of a shorter training
         else:
             self.check_new()
             self._begin()

@@ -43,7 +43,7 @@ CHANGEABLE: dict[str, tuple[str, ...]] = {
     ),
     "the images themselves are compared": (
         *("data.root", "*image_folder.root", "*.extra_images", "datasets.names"),
-        "data.sources",
+        *("data.sources", "model.heads.num_classes"),
     ),
     "the checkpoint replaces these weights": (
         *("model.weights", "model.load_weights", "model.resume", "model.pretrained"),

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from selcon_plugin.datasets.content import list_hash
 from selcon_plugin.engine.best_weights import BEST_FILE, BestWeights
 from selcon_plugin.engine.image_list import images_to_resume_with
 from selcon_plugin.engine.run import TrainingRun
@@ -96,6 +97,7 @@ class CheckpointEngine(ScriptEngine):
             num_images=len(images),
             # It is taken now: files may disappear before the first checkpoint.
             image_list=images.fingerprint,
+            image_content=list_hash(images.hashes),
             seed=options.seed,
             batch_size=batch_size,
             method=options.method,

@@ -130,10 +130,12 @@ class TorchreidHost(Host):
                     f"unknown data set {name!r}; known are {listed(sorted(known))}"
                 )
 
-    def train(self, cfg: Any, *, resume: bool = False, source: str = "") -> RunResult:
+    def train(
+        self, cfg: Any, *, resume: bool = False, overwrite: bool = False, source: str = ""
+    ) -> RunResult:
         """Train in this process, on all GPUs that it sees."""
         with reserve_cpu_core() if not cfg.use_gpu and cfg.data.workers else nullcontext():
-            engine = run_config(cfg, resume=resume)
+            engine = run_config(cfg, resume=resume, overwrite=overwrite)
         folder = Path(cfg.data.save_dir)
         return RunResult(
             folder,

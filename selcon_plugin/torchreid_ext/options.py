@@ -124,9 +124,10 @@ class EngineOptions:
             for name, value in vars(self.labeler).items()
             if isinstance(value, (bool, int, float, str))
         }
+        own = {k: o.default for k, o in method_options(self.run.method).items()}
         return {
+            **{f"selcon.{k}": v for k, v in {**own, **self.method}.items()},
             **{f"selcon.{k}": v for k, v in vars(self.run).items()},
-            **{f"selcon.{k}": v for k, v in self.method.items()},
             **{f"selcon.clustering.{k}": v for k, v in vars(self.clustering).items()},
             "selcon.clustering.labeler": type(self.labeler).__name__,
             **{f"selcon.clustering.{k}": v for k, v in labeler.items() if k[0] != "_"},

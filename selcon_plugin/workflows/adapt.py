@@ -8,11 +8,10 @@ candidates, so the score of the result is never worse than that of the given net
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from selcon_plugin.config.checks import make_output_folder, value_of
+from selcon_plugin.config.checks import check_name, check_output_folder, value_of
 from selcon_plugin.config.files import read_config_file
 from selcon_plugin.config.host import Host
 from selcon_plugin.config.host_data import Adaptation
@@ -30,18 +29,26 @@ from selcon_plugin.features import BadFeaturesError
 from selcon_plugin.hosts import TrainedNetwork, find_network
 from selcon_plugin.inference.embedder import Embedder, choose_device
 from selcon_plugin.inference.folder_features import FolderFeatures
-from selcon_plugin.io.atomic import write_atomically
+from selcon_plugin.io.atomic import replacing, write_atomically
+from selcon_plugin.io.integrity import file_checksum
 from selcon_plugin.io.streams import is_terminal
 from selcon_plugin.methods import method_names
 from selcon_plugin.metrics.label_free import LabelFreeQuality, label_free_quality
-from selcon_plugin.workflows.cluster_folder import fingerprint
+from selcon_plugin.runs.folder import owned_run
+from selcon_plugin.workflows.adapt_record import (
+    ADAPTED_FILE,
+    TRAINING_FOLDER,
+    Adapted,
+    AdaptRecord,
+    Candidate,
+)
+from selcon_plugin.workflows.cluster_folder import fingerprint, image_key
 from selcon_plugin.workflows.folder_clusters import default_options
 from selcon_plugin.workflows.train import train
 
 __all__ = ["AdaptSettings", "Adapted", "Candidate", "adapt"]
 
-ADAPTED_FILE, CONFIG_FILE, RECORD_FILE = "adapted.pth", "config.yaml", "adapt.json"
-TRAINING_FOLDER = "training"
+CONFIG_FILE, RECORD_FILE = "config.yaml", "adapt.json"
 _DEFAULT_METHOD = "SelConCluster"
 # Scoring one checkpoint takes as long as one clustering of the training images.
 _CHECKPOINTS = 5
@@ -100,48 +107,6 @@ class AdaptSettings:
         return math.ceil(self.epochs / _CHECKPOINTS)
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A scored network.
-
-    Attributes:
-        epochs: Epochs of adaptation; 0 for the given network.
-        file: Checkpoint of the network.
-        quality: Label-free quality of its features; None if they are not finite.
-    """
-
-    epochs: int
-    file: str
-    quality: LabelFreeQuality | None
-
-    @property
-    def value(self) -> float:
-        """Return the score by which candidates are compared."""
-        return -1.0 if self.quality is None else self.quality.value
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """The result of an adaptation.
-
-    Attributes:
-        file: Checkpoint of the best network.
-        before: The given network.
-        best: The network in ``file``.
-        candidates: All scored networks, the given one first.
-    """
-
-    file: Path
-    before: Candidate
-    best: Candidate
-    candidates: tuple[Candidate, ...]
-
-    @property
-    def improved(self) -> bool:
-        """Return whether the best network differs from the given one."""
-        return self.best.epochs > 0
-
-
 def adapt(
     settings: AdaptSettings,
     output: str | Path,
@@ -168,27 +133,54 @@ def adapt(
     """  # noqa: DOC502  (raised by the functions called here)
     if not Path(settings.weights).expanduser().is_file():
         raise FileNotFoundError(f"--weights {settings.weights!r} does not exist")
-    make_output_folder("--output", str(output))
+    if settings.method:
+        check_name("--method", settings.method, method_names())
+    check_output_folder("--output", str(output))
     output = Path(output)
     items = read_image_folder(settings.images, camera_pattern=settings.camera_pattern)
     network = find_network(settings.weights, settings.config_file, settings.backbone)
     given_config = network.load_config((*_ratio(network.host, settings), *settings.options))
-    record = _Record.open(output / RECORD_FILE, settings, fingerprint(items))
+    # It is checked before any image is measured.
+    cfg = training_config(network, settings, len(items), output / TRAINING_FOLDER)
+    network.host.check_trainable(cfg)
+    with owned_run(output):
+        contents = {
+            "image_list": fingerprint(items),
+            "image_content": image_key(items),
+            "weights_content": file_checksum(Path(settings.weights).expanduser()),
+        }
+        record = AdaptRecord.open(output / RECORD_FILE, settings, contents)
+        return _adapt(network.host, items, settings, record, given_config, cfg, echo)
+
+
+def _adapt(
+    host: Host,
+    items: Sequence[ImageItem],
+    settings: AdaptSettings,
+    record: AdaptRecord,
+    given_config: Any,
+    cfg: Any,
+    echo: Callable[[str], None],
+) -> Adapted:
+    output = record.folder
     if record.done:
-        echo(f"{output} contains this adaptation already: nothing to do")
-        return record.result(output)
-    measure = _Measure(network.host, items, settings, record, echo)
+        if record.result_is_whole():
+            echo(f"{output} contains this adaptation already: nothing to do")
+        else:
+            echo(f"{output / ADAPTED_FILE} is missing or damaged: it is written again")
+            _write_best(host, record, output, given_config, cfg)
+            record.finish()
+        return record.result()
+    measure = _Measure(host, items, settings, record, echo)
     measure(0, settings.weights, given_config)
-    training = output / TRAINING_FOLDER
-    cfg = training_config(network, settings, len(items), training)
     try:
-        train(network.host, cfg, resume=True)
+        train(host, cfg, resume=True)
     except FloatingPointError as error:
         echo(f"Training stopped early: {error}")
-    for epochs, file in network.host.checkpoints(training, settings.epochs):
+    for epochs, file in host.checkpoints(output / TRAINING_FOLDER, settings.epochs):
         measure(epochs, file, cfg)
-    _write_best(network.host, record, output, given_config, cfg)
-    result = record.finish(output)
+    _write_best(host, record, output, given_config, cfg)
+    result = record.finish()
     _report(result, echo)
     return result
 
@@ -209,7 +201,6 @@ def training_config(
         network that the plugin did not train keeps its head, and its features are
         clustered with the options for this number of images.
     """
-    host = network.host
     own_method = _own_method(network)
     method = settings.method or own_method or _DEFAULT_METHOD
     adaptation = Adaptation(
@@ -225,9 +216,17 @@ def training_config(
         clustering={**default_options("DBSCAN", num_images), "center_cameras": True},
         foreign=not own_method,
     )
-    file = network.config_file
-    if own_method and method != own_method:
-        file = _without_method_options(network, folder)
+    with tempfile.TemporaryDirectory(prefix="selcon-") as scratch:
+        file = network.config_file
+        if own_method and method != own_method:
+            file = _without_method_options(network, Path(scratch))
+        return _load_training_config(network, settings, adaptation, file)
+
+
+def _load_training_config(
+    network: TrainedNetwork, settings: AdaptSettings, adaptation: Adaptation, file: str
+) -> Any:
+    host = network.host
     return host.load_config(
         file,
         (*_ratio(host, settings), *settings.options),
@@ -284,7 +283,6 @@ def _without_method_options(network: TrainedNetwork, folder: Path) -> str:
     for method in method_names():
         for option in own_method_options(method):
             node.pop(network.host.keys.case(option), None)
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / "base.yaml"
     write_atomically(yaml.safe_dump(content), file)
     return str(file)
@@ -298,7 +296,7 @@ class _Measure:
         host: Host,
         items: Sequence[ImageItem],
         settings: AdaptSettings,
-        record: _Record,
+        record: AdaptRecord,
         echo: Callable[[str], None],
     ) -> None:
         self._host = host
@@ -374,91 +372,21 @@ def _report(result: Adapted, echo: Callable[[str], None]) -> None:
 
 
 def _write_best(
-    host: Host, record: _Record, output: Path, given_config: Any, trained_config: Any
+    host: Host, record: AdaptRecord, output: Path, given_config: Any, trained_config: Any
 ) -> None:
     best, cfg = record.best, trained_config
+    if not Path(best.file).expanduser().is_file():
+        raise FileNotFoundError(
+            f"the best checkpoint {best.file} is gone: restore it, or remove "
+            f"{record.file} to start over"
+        )
     if best.epochs:
         host.write_network(best.file, output / ADAPTED_FILE)
     elif best.quality is None:
         raise ValueError("the given network's features contain NaN or infinity")
     else:
-        shutil.copyfile(Path(best.file).expanduser(), output / ADAPTED_FILE)
+        given = Path(best.file).expanduser()
+        with given.open("rb") as source, replacing(output / ADAPTED_FILE) as target:
+            shutil.copyfileobj(source, target)
         cfg = given_config
     write_atomically(cfg.dump(), output / CONFIG_FILE)
-
-
-@dataclass
-class _Record:
-    """The record ``adapt.json``: the settings and the scores so far."""
-
-    file: Path
-    settings: dict[str, Any]
-    candidates: list[Candidate] = dataclasses.field(default_factory=list)
-    done: bool = False
-
-    @classmethod
-    def open(cls, file: Path, settings: AdaptSettings, images: str) -> _Record:
-        """Read the record of an earlier call, or start one."""
-        current = {**dataclasses.asdict(settings), "image_list": images}
-        current["options"] = list(settings.options)
-        for free in ("num_workers", "device"):  # they do not change the result
-            del current[free]
-        if not file.exists():
-            return cls(file, current)
-        try:
-            content = json.loads(file.read_text())
-            earlier = content["settings"]
-            candidates = [_candidate(entry) for entry in content["candidates"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is damaged: remove it to start over") from error
-        changed = [key for key in current if earlier.get(key) != current[key]]
-        if changed:
-            raise ValueError(
-                f"{file.parent} contains an adaptation with another {changed[0]} "
-                f"({earlier.get(changed[0])!r}, now {current[changed[0]]!r}): give another "
-                "--output, or remove the folder"
-            )
-        return cls(file, current, candidates, bool(content.get("done")))
-
-    @property
-    def folder(self) -> Path:
-        """Return the folder of the adaptation."""
-        return self.file.parent
-
-    @property
-    def best(self) -> Candidate:
-        """Return the best candidate; ties go to the one with the fewest epochs."""
-        return max(self.candidates, key=lambda c: (c.value, -c.epochs))
-
-    def add(self, candidate: Candidate) -> None:
-        """Record a candidate."""
-        self.candidates.append(candidate)
-        self._write()
-
-    def result(self, output: Path) -> Adapted:
-        """Return the result of a complete adaptation."""
-        return Adapted(
-            output / ADAPTED_FILE, self.candidates[0], self.best, tuple(self.candidates)
-        )
-
-    def finish(self, output: Path) -> Adapted:
-        """Record that the adaptation is complete, and return its result."""
-        self.done = True
-        self._write()
-        return self.result(output)
-
-    def _write(self) -> None:
-        content = {
-            "settings": self.settings,
-            "done": self.done,
-            "candidates": [dataclasses.asdict(c) for c in self.candidates],
-            "best_epochs": self.best.epochs,
-        }
-        write_atomically(json.dumps(content, indent=2) + "\n", self.file)
-
-
-def _candidate(entry: Mapping[str, Any]) -> Candidate:
-    quality = entry["quality"]
-    return Candidate(
-        entry["epochs"], entry["file"], quality and LabelFreeQuality(**quality)
-    )

@@ -22,6 +22,7 @@ from selcon_plugin.config.loading import Merger, pairs_of
 from selcon_plugin.hosts import get_host, host_of, quiet_import
 from selcon_plugin.io.atomic import write_atomically
 from selcon_plugin.io.plain_yaml import read_settings
+from selcon_plugin.runs.folder import owned_run
 from selcon_plugin.runs.results import RESULTS_FILE
 from selcon_plugin.workflows.bench_runs import SETTINGS_FILE, finish
 from selcon_plugin.workflows.bench_table import Outcome, Report, Run, differences
@@ -66,16 +67,17 @@ def run_bench(
         if value is not None and value < 1:
             raise ValueError(f"{name} must be 1 or more, got {value}")
     output = Path(output)
-    runs = plan(
-        configs,
-        output,
-        seeds=seeds,
-        dataset=dataset,
-        epochs=epochs,
-        options=options,
-        imports=imports,
-    )
-    with _interrupted_by_sigterm():
+    # An interrupted bench leaves its last run, which the next bench waits for.
+    with owned_run(output), _interrupted_by_sigterm():
+        runs = plan(
+            configs,
+            output,
+            seeds=seeds,
+            dataset=dataset,
+            epochs=epochs,
+            options=options,
+            imports=imports,
+        )
         return _work(runs, output, command)
 
 

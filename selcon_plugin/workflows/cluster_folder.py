@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import json
 import os
 import sys
 import time
@@ -20,8 +19,9 @@ import torch
 from selcon_plugin.clustering import PseudoLabels, build_labeler, labeler_options
 from selcon_plugin.clustering.camera_centering import num_centered
 from selcon_plugin.clustering.remedies import fewer_outliers
-from selcon_plugin.config.checks import make_output_folder
+from selcon_plugin.config.checks import check_output_folder
 from selcon_plugin.datasets import ImageItem, read_image_folder
+from selcon_plugin.datasets.content import content_hashes, list_hash
 from selcon_plugin.datasets.numbering import number_names
 from selcon_plugin.datasets.reading import fault_of
 from selcon_plugin.engine.estimates import (
@@ -33,8 +33,10 @@ from selcon_plugin.engine.estimates import (
 from selcon_plugin.inference.embedder import Embedder, choose_device
 from selcon_plugin.inference.folder_features import FolderFeatures
 from selcon_plugin.io.atomic import write_atomically
+from selcon_plugin.io.integrity import sealed_json, unsealed_json
 from selcon_plugin.io.streams import is_terminal
 from selcon_plugin.report.sheets import SheetRow, contact_sheet
+from selcon_plugin.runs.folder import owned_run
 from selcon_plugin.workflows.cluster_links import link_clusters
 from selcon_plugin.workflows.folder_clusters import (
     FolderClusters,
@@ -44,7 +46,7 @@ from selcon_plugin.workflows.folder_clusters import (
     write_csv,
 )
 
-__all__ = ["cluster_folder", "fingerprint"]
+__all__ = ["cluster_folder", "fingerprint", "image_key"]
 
 CSV_FILE, FEATURES_FILE, SHEET_FILE = "clusters.csv", "features.npz", "contact_sheet.jpg"
 LINKS_FOLDER = "links"
@@ -107,48 +109,69 @@ def cluster_folder(
             f"--contact-sheet draws 1 to {_MOST_SHEET_ROWS} clusters, got "
             f"{contact_sheet_rows}"
         )
-    make_output_folder("--output", str(output))
+    check_output_folder("--output", str(output))
     output = Path(output)
     items = read_image_folder(folder, camera_pattern=camera_pattern)
-    source = {"network": network_key, "images": fingerprint(items)}
-    found = _kept_features(output, source)
-    if found is None:
-        found = _compute_features(
-            load_embedder(),
-            items,
-            batch_size,
-            num_workers,
-            echo,
-            max_unreadable_ratio=max_unreadable_ratio,
+    # Options are checked before the long work.
+    build_labeler(labeler, **{**default_options(labeler, len(items)), **(options or {})})
+    with owned_run(output):
+        source = {"network": network_key, "content": image_key(items)}
+        found = _kept_features(output, source, echo)
+        if found is None:
+            found = _compute_features(
+                load_embedder(),
+                items,
+                batch_size,
+                num_workers,
+                echo,
+                max_unreadable_ratio=max_unreadable_ratio,
+            )
+            # The source is written last: a kill leaves features that are not used.
+            (output / _SOURCE_FILE).unlink(missing_ok=True)
+            found.save(output / FEATURES_FILE)
+            write_atomically(sealed_json(source), output / _SOURCE_FILE)
+        else:
+            echo(f"{len(found.paths):,} features of this network are reused from {output}")
+            found = _with_cameras(found, items, output)
+        values = {**default_options(labeler, len(found.paths)), **(options or {})}
+        labels = _cluster(found, labeler, values, str(choose_device(device)), echo)
+        camera_of = {item.path: item.camera or "" for item in items}
+        clusters = FolderClusters(
+            found.paths,
+            [camera_of.get(path, "") for path in found.paths],
+            labels.labels.numpy(),
+            cluster_confidence(found.features, labels.labels.numpy()),
         )
-        # The source is written last: a kill in between leaves features that are not used.
-        (output / _SOURCE_FILE).unlink(missing_ok=True)
-        found.save(output / FEATURES_FILE)
-        write_atomically(json.dumps(source) + "\n", output / _SOURCE_FILE)
-    else:
-        echo(f"{len(found.paths):,} features of this network are reused from {output}")
-        found = _with_cameras(found, items, output)
-    values = {**default_options(labeler, len(found.paths)), **(options or {})}
-    labels = _cluster(found, labeler, values, str(choose_device(device)), echo)
-    camera_of = {item.path: item.camera or "" for item in items}
-    clusters = FolderClusters(
-        found.paths,
-        [camera_of.get(path, "") for path in found.paths],
-        labels.labels.numpy(),
-        cluster_confidence(found.features, labels.labels.numpy()),
-    )
-    write_csv(clusters, output / CSV_FILE, folder=folder)
-    echo(f"{_summary(labels, labeler)}: {output / CSV_FILE}")
-    if links:
-        link_clusters(clusters, output / LINKS_FOLDER)
-        echo(f"Links by cluster: {output / LINKS_FOLDER}")
-    if contact_sheet_rows and clusters.num_clusters:
-        rows = [
-            _sheet_row(clusters, number)
-            for number in range(min(contact_sheet_rows, clusters.num_clusters))
-        ]
-        echo(f"Contact sheet: {contact_sheet(output / SHEET_FILE, rows)}")
-    return clusters
+        write_csv(clusters, output / CSV_FILE, folder=folder)
+        echo(f"{_summary(labels, labeler)}: {output / CSV_FILE}")
+        if links:
+            link_clusters(clusters, output / LINKS_FOLDER)
+            echo(f"Links by cluster: {output / LINKS_FOLDER}")
+        if contact_sheet_rows and clusters.num_clusters:
+            _draw_sheet(clusters, output / SHEET_FILE, contact_sheet_rows, echo)
+        return clusters
+
+
+def _draw_sheet(
+    clusters: FolderClusters, file: Path, most: int, echo: Callable[[str], None]
+) -> None:
+    numbers = range(min(most, clusters.num_clusters))
+    rows = [_sheet_row(clusters, number) for number in numbers]
+    echo(f"Contact sheet: {contact_sheet(file, rows)}")
+
+
+def image_key(items: Sequence[ImageItem]) -> str:
+    """Return a short hash of the images' names and contents.
+
+    Args:
+        items: The images.
+
+    Returns:
+        Sixteen hexadecimal digits.
+    """
+    hashes = content_hashes([item.path for item in items])
+    names = [os.path.abspath(item.path) for item in items]
+    return list_hash([f"{a} {b}" for a, b in zip(names, hashes, strict=True)])
 
 
 def fingerprint(items: Sequence[ImageItem]) -> str:
@@ -170,12 +193,18 @@ def fingerprint(items: Sequence[ImageItem]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _kept_features(output: Path, source: Mapping[str, str]) -> FolderFeatures | None:
+def _kept_features(
+    output: Path, source: Mapping[str, str], echo: Callable[[str], None]
+) -> FolderFeatures | None:
     """Return the saved features if they belong to this network and these images."""
+    file = output / _SOURCE_FILE
     try:
-        same = json.loads((output / _SOURCE_FILE).read_text()) == source
+        same = unsealed_json(file.read_bytes(), file) == source
         return FolderFeatures.load(output / FEATURES_FILE) if same else None
-    except (OSError, ValueError):  # missing or damaged features are computed again
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        echo(f"The saved features are computed again: {error}")
         return None
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from selcon_plugin.config.checks import check_name, make_output_folder
+from selcon_plugin.config.checks import check_name, check_output_folder
 from selcon_plugin.config.host_data import NetworkSettings
 from selcon_plugin.hosts import DEFAULT_HOST, get_host, host_names
 from selcon_plugin.inference.embedder import Embedder
@@ -67,6 +67,7 @@ def fit(
     config_file: str | Path = "",
     keys: Mapping[str, Any] | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     clustering: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> FitResult:
@@ -95,6 +96,8 @@ def fit(
         config_file: Config of the host, used instead of the package's.
         keys: Other keys of the host's config, such as ``{"SOLVER.BASE_LR": 0.02}``.
         resume: Whether to resume from the last checkpoint in ``output``, if there is one.
+        overwrite: Whether a new run may start in a folder that holds one, whose files are
+            moved to a folder ``old-<time>`` in it. Otherwise it is refused.
         clustering: Options of the clustering and its labeler by name, such as
             ``{"eps": "auto", "min_samples": 2}``.
         **options: Options of the run and of the method by name, such as
@@ -132,7 +135,7 @@ def fit(
         images=str(images),
         camera_pattern=camera_pattern,
     )
-    make_output_folder("output", str(folder))
-    run = train(chosen, cfg, resume=resume)
+    check_output_folder("output", str(folder))
+    run = train(chosen, cfg, resume=resume, overwrite=overwrite)
     record = json.loads((run.folder / RESULTS_FILE).read_text())
     return FitResult(run.folder, run.weights, record)

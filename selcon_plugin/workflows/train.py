@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from selcon_plugin.config.host import Host
 from selcon_plugin.config.host_data import Processes, RunResult
 from selcon_plugin.config.loading import import_files
-from selcon_plugin.hosts import get_host
+from selcon_plugin.hosts import DEFAULT_HOST, get_host
 from selcon_plugin.report import finish_run
+from selcon_plugin.runs.folder import RunFolder
 
-__all__ = ["evaluate", "launch", "train"]
+__all__ = ["default_output", "evaluate", "launch", "train"]
 
 
-def train(host: Host, cfg: Any, *, resume: bool = False, source: str = "") -> RunResult:
+def train(
+    host: Host,
+    cfg: Any,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    source: str = "",
+) -> RunResult:
     """Train in this process, as ``selcon train`` does, and write ``report.html``.
 
     Args:
@@ -22,16 +31,51 @@ def train(host: Host, cfg: Any, *, resume: bool = False, source: str = "") -> Ru
         cfg: Complete config of the host.
         resume: Whether to resume from the last checkpoint in the run's folder, if there is
             one.
+        overwrite: Whether a new run may start in the folder of an earlier one, whose files
+            are moved aside. Otherwise it is refused.
         source: File from which the config was read, for the log.
 
     Returns:
         Folder and results of the run.
+
+    Raises:
+        ValueError: If both ``resume`` and ``overwrite`` are set, or the folder is taken.
     """
-    result = host.train(cfg, resume=resume, source=source)
+    if resume and overwrite:
+        raise ValueError(
+            "--resume continues the run in the folder and --overwrite starts over: give "
+            "only one of them"
+        )
+    result = host.train(cfg, resume=resume, overwrite=overwrite, source=source)
     if result.trained:
         finish_run(result.folder, host)
     host.check_expected(cfg, result)
     return result
+
+
+def default_output(
+    host: Host, images: str, *, resume: bool = False, overwrite: bool = False
+) -> str:
+    """Choose the folder of a run on a folder of images, if the user names none.
+
+    Args:
+        host: Training framework.
+        images: Folder of the images.
+        resume: Whether the run continues the last one on this folder.
+        overwrite: Whether it replaces the last one.
+
+    Returns:
+        ``logs/NAME`` for a folder of this name; with a number if that holds a run.
+    """
+    name = Path(images).expanduser().resolve().name or "images"
+    name = "".join(c if c.isprintable() and c not in "\\:" else "_" for c in name)
+    base = Path("logs") if host.name == DEFAULT_HOST else Path("logs", host.name)
+    numbered = [base / name]
+    while RunFolder(numbered[-1]).holds_run:
+        numbered.append(base / f"{name}-{len(numbered) + 1}")
+    if (resume or overwrite) and len(numbered) > 1:
+        return str(numbered[-2])
+    return str(numbered[-1])
 
 
 def evaluate(host: Host, cfg: Any, *, source: str = "") -> Mapping[str, Any]:
@@ -55,6 +99,7 @@ def launch(
     *,
     eval_only: bool = False,
     resume: bool = False,
+    overwrite: bool = False,
     source: str = "",
     imports: Sequence[str] = (),
 ) -> None:
@@ -66,6 +111,7 @@ def launch(
         processes: Number of processes and their rendezvous.
         eval_only: Whether to evaluate instead of training.
         resume: As for :func:`train`.
+        overwrite: As for :func:`train`.
         source: File from which the config was read, for the log.
         imports: Python files that each process imports first.
 
@@ -74,7 +120,7 @@ def launch(
             wrong.
         ProcessFailure: If one of several processes failed.
     """  # noqa: DOC502  (raised by the functions called here)
-    arguments = (host.name, cfg, eval_only, resume, source, tuple(imports))
+    arguments = (host.name, cfg, eval_only, resume, overwrite, source, tuple(imports))
     host.launch(_in_each_process, arguments, processes, training=None if eval_only else cfg)
 
 
@@ -83,6 +129,7 @@ def _in_each_process(
     cfg: Any,
     eval_only: bool,
     resume: bool,
+    overwrite: bool,
     source: str,
     imports: Sequence[str],
 ) -> None:
@@ -91,4 +138,4 @@ def _in_each_process(
     if eval_only:
         evaluate(host, cfg, source=source)
     else:
-        train(host, cfg, resume=resume, source=source)
+        train(host, cfg, resume=resume, overwrite=overwrite, source=source)

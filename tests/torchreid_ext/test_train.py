@@ -330,7 +330,7 @@ def test_weights_of_another_model_end_with_one_line(selcon, tmp_path, capsys):
     assert selcon(**{"data.save_dir": out, "train.max_epoch": 1}) == 0
     capsys.readouterr()
     file = out / "model" / "model.pth.tar-1"
-    for key, words in {
+    for key, message in {
         "model.load_weights": "parts: 2 in the weights, 4 in the network",
         "model.resume": "cannot resume: selcon.num_parts was 2 and is 4",
     }.items():
@@ -338,7 +338,7 @@ def test_weights_of_another_model_end_with_one_line(selcon, tmp_path, capsys):
         assert selcon(**values) == 2
         error = capsys.readouterr().err.strip().splitlines()
         assert len(error) == 1
-        assert words in error[0]
+        assert message in error[0]
 
 
 def test_nothing_to_evaluate_on(config, data_root, tmp_path, capsys):
