@@ -32,6 +32,7 @@ from selcon_plugin.datasets.reading import (
 )
 from selcon_plugin.engine.image_check import check_unreadable_ratio
 from selcon_plugin.features import check_features
+from selcon_plugin.inference.arguments import check_count, check_list
 from selcon_plugin.inference.folder_features import FolderFeatures
 from selcon_plugin.models.preprocessing import Preprocessing
 from selcon_plugin.renamed import accept_old_arguments
@@ -138,14 +139,14 @@ class Embedder:
         return cls(OnnxNetwork(file))
 
     def __call__(
-        self, images: Sequence[_Image], *, batch_size: int = 64
+        self, images: Iterable[_Image], *, batch_size: int = 64
     ) -> NDArray[np.float32]:
         """Compute the features of images.
 
         Args:
-            images: Paths, Pillow images of any mode, contents of image files as ``bytes``,
-                or arrays ``(h, w, 3)`` of RGB values 0..255, of any size. The same picture
-                has the same feature in each form; see
+            images: List of paths, Pillow images of any mode, contents of image files as
+                ``bytes``, or arrays ``(h, w, 3)`` of RGB values 0..255, of any size. The
+                same picture has the same feature in each form; see
                 ``selcon_plugin.datasets.reading.as_rgb``. Arrays of OpenCV are BGR: pass
                 ``array[..., ::-1]``.
             batch_size: Images computed together.
@@ -159,12 +160,11 @@ class Embedder:
             ValueError: If an array has another shape or type.
         """  # noqa: DOC502  (raised by the functions called here)
         _check_batch_size(batch_size)
-        if isinstance(images, (str, Path, bytes, Image.Image)):
-            raise ValueError("images must be a list: pass [image] for a single image")
+        listed = check_list("images", images, one="image")
         resize = self.backend.preprocessing.resize
         batches = (
-            np.stack([resize(as_rgb(image)) for image in images[start:][:batch_size]])
-            for start in range(0, len(images), batch_size)
+            np.stack([resize(as_rgb(image)) for image in listed[start:][:batch_size]])
+            for start in range(0, len(listed), batch_size)
         )
         return self._embed(batches)
 
@@ -322,5 +322,4 @@ def choose_device(name: str) -> torch.device:
 
 
 def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size}")
+    check_count("batch_size", batch_size)

@@ -26,14 +26,14 @@ from numpy.typing import NDArray
 
 from selcon_plugin.engine.image_check import check_unreadable_ratio
 from selcon_plugin.features import check_features
-from selcon_plugin.renamed import accept_old_arguments
-from selcon_plugin.retrieval.approximate import SearchKind, choose_kind
-from selcon_plugin.retrieval.arguments import (
+from selcon_plugin.inference.arguments import (
     check_cosine,
     check_count,
     check_folder,
     check_texts,
 )
+from selcon_plugin.renamed import accept_old_arguments
+from selcon_plugin.retrieval.approximate import SearchKind, choose_kind
 from selcon_plugin.retrieval.exact import search_exactly
 from selcon_plugin.retrieval.images import images_below
 from selcon_plugin.retrieval.nearest import Recall, find_nearest

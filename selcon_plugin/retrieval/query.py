@@ -12,16 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from selcon_plugin.datasets.reading import describe_faults, read_rgb
+from selcon_plugin.datasets.reading import as_rgb, describe_faults
 from selcon_plugin.features import check_features
-from selcon_plugin.retrieval.arguments import check_list
+from selcon_plugin.inference.arguments import check_list
 from selcon_plugin.retrieval.index import Index
 from selcon_plugin.retrieval.results import QueryResult
 from selcon_plugin.retrieval.source import ImageEmbedder
 
 logger = logging.getLogger(__name__)
 
-_Query = str | Path | Image.Image | NDArray[np.uint8]
+_Query = str | Path | bytes | Image.Image | NDArray[np.uint8]
 
 
 def search(
@@ -38,8 +38,9 @@ def search(
 
     Args:
         index: Index, or its folder.
-        queries: List of image files, Pillow images or RGB arrays ``(h, w, 3)``. A file
-            that is in the index is not one of its own results.
+        queries: List of image files, or of images in another form that
+            ``selcon_plugin.datasets.reading.as_rgb`` takes. A file that is in the index is
+            not one of its own results.
         embedder: Network of the index; None to load it from the source that the index
             names.
         top: Maximum number of results per query.
@@ -59,11 +60,9 @@ def search(
     """  # noqa: DOC502  (raised by the functions called here)
     if not isinstance(index, Index):
         index = Index.open(index)
-    asked = check_list("queries", queries)
+    asked = check_list("queries", queries, one="query")
     files = [os.fsdecode(q) if isinstance(q, (str, os.PathLike)) else "" for q in asked]
-    images = [
-        read_rgb(file) if file else query for file, query in zip(files, asked, strict=True)
-    ]
+    images = [as_rgb(query) for query in asked]
     if embedder is None:
         if index.source is None:
             raise ValueError("the index does not name its network: pass embedder")

@@ -232,3 +232,22 @@ def test_a_picture_has_one_feature_by_every_door(embedder, tmp_path):
 def test_one_image_as_bytes_is_no_list(embedder):
     with pytest.raises(ValueError, match=r"pass \[image\]"):
         embedder(b"content")
+
+
+def test_images_are_a_list_in_any_form(embedder, pixels, tmp_path):
+    right = embedder(list(pixels))
+    for form in (tuple(pixels), iter(pixels), (p for p in pixels), pixels):
+        assert np.array_equal(embedder(form), right)
+    for one in (
+        pixels[0],
+        pixels[0, 0],
+        Image.fromarray(pixels[0]),
+        "a.jpg",
+        tmp_path,
+        None,
+    ):
+        with pytest.raises(ValueError, match=r"images must be a list.*pass \["):
+            embedder(one)
+    for batch_size in (0, 1.5, "4", None):
+        with pytest.raises(ValueError, match="batch_size must be a whole number >= 1"):
+            embedder(list(pixels), batch_size=batch_size)

@@ -436,7 +436,7 @@ def test_refuses_wrong_arguments(tmp_path, embedder, draw_images):
     ):
         with pytest.raises(ValueError, match=message):
             index.search(features)
-    with pytest.raises(ValueError, match="top must be 1 or more"):
+    with pytest.raises(ValueError, match="top must be a whole number >= 1"):
         index.search(np.zeros((1, 24)), top=0)
     with pytest.raises(ValueError, match=r"matches none of the 24.*for instance not"):
         index.remove("*.gif")

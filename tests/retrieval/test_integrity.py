@@ -80,7 +80,7 @@ def test_damaged_lists_and_manifests_are_refused(tmp_path, index, embedder, fold
         file = tmp_path / "index" / name
         for position in range(0, file.stat().st_size, max(1, file.stat().st_size // 40)):
             flip(file, position)
-            with pytest.raises(ValueError, match="(damaged|version)") as raised:
+            with pytest.raises(ValueError, match=r"(damaged|version)") as raised:
                 Index.open(tmp_path / "index")
             assert "index" in str(raised.value)
             flip(file, position)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 
-def check_list(name: str, values: Any) -> list[Any]:
+def check_list(name: str, values: Any, *, one: str = "value") -> list[Any]:
     """Return the elements of a list, tuple, set, array or generator.
 
     Args:
         name: Name of the argument.
         values: The argument.
+        one: Name of one element, for the message.
 
     Returns:
         A list.
@@ -29,11 +29,10 @@ def check_list(name: str, values: Any) -> list[Any]:
     is_one = isinstance(values, (str, bytes, os.PathLike, Image.Image))
     is_one = is_one or (isinstance(values, np.ndarray) and values.ndim in (0, 2, 3))
     if is_one or not isinstance(values, Iterable):
-        shown = repr(values) if isinstance(values, (str, Path, int, float)) else ""
-        kind = type(values).__name__
+        is_short = isinstance(values, (str, os.PathLike, int, float))
+        shown = repr(values) if is_short else type(values).__name__
         raise ValueError(
-            f"{name} must be a list, got {shown or kind}: for a single one pass "
-            f"[{shown or '...'}]"
+            f"{name} must be a list, got {shown}: pass [{one}] for a single {one}"
         )
     return list(values)
 
@@ -48,7 +47,7 @@ def check_texts(name: str, values: Any) -> list[str]:
     Raises:
         ValueError: If it is no list, or contains anything else.
     """
-    texts = check_list(name, values)
+    texts = check_list(name, values, one="name")
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"{name} must be a list of texts, got {text!r}")
@@ -81,7 +80,7 @@ def check_count(name: str, value: Any) -> int:
         ValueError: If it is anything else.
     """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name} must be 1 or more, a whole number, got {value!r}")
+        raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
     return int(value)
 
 
