@@ -142,6 +142,7 @@ def collect_run(
 
     Raises:
         FileNotFoundError: If the folder does not exist, or contains no run.
+        ValueError: If all of its records are damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
