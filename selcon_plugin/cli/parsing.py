@@ -27,6 +27,12 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(prog=prog, **kwargs)
         for name in (None, "store"):
             self.register("action", name, _StoreOnce)
+        self.given: dict[str, Any] = {}  # values of the present call, by destination
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse arguments, see ``argparse``."""
+        self.given = {}
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise an error with the closest valid option or value.
@@ -72,8 +78,9 @@ class _StoreOnce(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        known = getattr(namespace, self.dest, self.default)
-        if option_string and known != self.default and known != values:
+        assert isinstance(parser, CommandParser)
+        known = parser.given.setdefault(self.dest, values)
+        if option_string and known != values:
             raise argparse.ArgumentError(
                 self, f"it is given twice, {known!r} and {values!r}: leave one of them"
             )

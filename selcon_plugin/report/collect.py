@@ -20,7 +20,7 @@ from selcon_plugin.renamed import present_settings
 from selcon_plugin.runs.embedding import EmbeddingRecord
 from selcon_plugin.runs.metrics import METRICS_FILE, read_metrics
 from selcon_plugin.runs.ranked import RankedQuery, read_ranked
-from selcon_plugin.runs.results import RESULTS_FILE
+from selcon_plugin.runs.results import RESULTS_FILE, read_results
 
 CONFIG_FILE = "config.yaml"
 
@@ -142,15 +142,18 @@ def collect_run(
 
     Raises:
         FileNotFoundError: If the folder does not exist, or contains no run.
+        ValueError: If all of its records are damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"the folder {folder} does not exist")
     reader = _Reader()
-    results = reader.read(lambda: _read_json(folder / RESULTS_FILE)) or {}
+    results = reader.read(lambda: read_results(folder / RESULTS_FILE)) or {}
     settings = reader.read(lambda: _read_settings(folder / CONFIG_FILE)) or {}
     images = reader.read(lambda: _read_images(folder / IMAGE_LIST))
     records = reader.read(lambda: read_metrics(folder / METRICS_FILE)) or []
+    if not (results or records or images) and reader.broken:
+        raise ValueError("; ".join(reader.broken))
     if not (results or records or images):
         raise FileNotFoundError(
             f"{folder} contains no run: it has neither {RESULTS_FILE} nor {METRICS_FILE} "
@@ -200,6 +203,10 @@ def cameras_of_clusters(
     return counts
 
 
+# What reading a damaged file raises.
+_DAMAGED = (ValueError, TypeError, LookupError, OverflowError, OSError, ImportError)
+
+
 class _Reader:
     """A reader of files, any of which may be missing or damaged."""
 
@@ -211,7 +218,7 @@ class _Reader:
             return function()
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, KeyError, OSError, ImportError) as error:
+        except _DAMAGED as error:
             self.broken.append(" ".join(str(error).split()))
             return None
 

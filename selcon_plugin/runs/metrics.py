@@ -15,6 +15,7 @@ from selcon_plugin.io.atomic import FileWriteError, write_atomically
 from selcon_plugin.renamed import present_metrics
 
 METRICS_FILE = "metrics.json"
+_LARGEST = 1e300  # no measurement is larger
 # Key of a line with the identity of the run that the following lines are of.
 _RUN = "run"
 
@@ -51,10 +52,15 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
             # The lines before it are of another run.
             identity = record[_RUN]
             by_iteration.clear()
+        record = {name: v for name, v in present_metrics(record).items() if _is_number(v)}
         if isinstance(record.get("iteration"), int):
-            record = present_metrics(record)
             by_iteration.setdefault(record["iteration"], {}).update(record)
     return [by_iteration[iteration] for iteration in sorted(by_iteration)]
+
+
+def _is_number(value: object) -> bool:
+    # A comparison with NaN is False.
+    return type(value) in (int, float) and -_LARGEST < value < _LARGEST  # type: ignore[operator]
 
 
 def append_metrics(folder: str | Path, step: int, measured: Mapping[str, float]) -> None:

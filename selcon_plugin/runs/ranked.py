@@ -211,7 +211,7 @@ def read_ranked(folder: str | Path) -> dict[str, list[RankedQuery]]:
             str(name): [_query(values) for values in queries]
             for name, queries in record.items()
         }
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         raise ValueError(f"{file} is broken: {error}") from error
 
 

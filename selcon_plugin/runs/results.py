@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.metadata
 import json
+import math
 import platform
 import sys
 import time
@@ -28,6 +29,11 @@ from selcon_plugin.io.atomic import write_atomically
 RESULTS_FILE = "results.json"
 
 _PROCESS_STATUS = Path("/proc/self/status")
+# Entries of the file by type.
+_WHOLE = ("seed", "num_images", "epochs", "steps", "num_processes", "num_clusters")
+_NUMBERS = ("train_seconds", "peak_memory_mib", "peak_gpu_memory_mib")
+_TEXTS = ("method", "device", "host")
+
 _CPU_INFO = Path("/proc/cpuinfo")
 _Result = TypeVar("_Result")
 
@@ -185,6 +191,59 @@ def write_results(
         "versions": _versions(host),
     }
     write_atomically(json.dumps(record, indent=2) + "\n", Path(folder) / RESULTS_FILE)
+
+
+def read_results(file: str | Path) -> dict[str, Any]:
+    """Read the results of a run, and check the types of what the package writes.
+
+    Args:
+        file: Path of ``results.json``.
+
+    Returns:
+        Content of the file.
+
+    Raises:
+        ValueError: If the file is damaged; the message names the file and the entry.
+        FileNotFoundError: If there is no such file.
+    """  # noqa: DOC502  (raised by the functions called here)
+    try:
+        record = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: it contains no JSON") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{file} is damaged: it contains no JSON object")
+    for names, fits in ((_WHOLE, _is_whole), (_NUMBERS, _is_number), (_TEXTS, _is_text)):
+        for name in names:
+            if record.get(name) is not None and not fits(record[name]):
+                raise ValueError(f"{file} is damaged: {name} is {record[name]!r}")
+    for name, group in (("metrics", _is_metrics), ("after", _is_numbers)):
+        if name in record and not group(record[name]):
+            raise ValueError(f"{file} is damaged: {name} is no mapping of numbers")
+    if not isinstance(record.get("versions", {}), dict):
+        raise ValueError(f"{file} is damaged: versions is no mapping")
+    return record
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        _is_number(entry) or isinstance(entry, str) for entry in value.values()
+    )
+
+
+def _is_metrics(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_numbers, value.values()))
 
 
 def describe_device(device: torch.device) -> str:

@@ -6,7 +6,6 @@ Separate processes keep the peak memory of the runs apart, and a crash ends one 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -21,6 +20,7 @@ from selcon_plugin.engine.progress import duration
 from selcon_plugin.hosts import get_host
 from selcon_plugin.io.locks import exclusive
 from selcon_plugin.io.streams import is_terminal
+from selcon_plugin.runs import results as runs_results
 from selcon_plugin.runs.results import RESULTS_FILE
 from selcon_plugin.workflows.bench_table import METRICS, Outcome, Run
 from selcon_plugin.workflows.terminal import echo, show_status
@@ -79,12 +79,13 @@ def read_results(file: Path) -> dict[str, Any]:
         ValueError: If the file does not have the format of a run's results.
     """
     try:
-        record: dict[str, Any] = json.loads(file.read_text())
-        record["metrics"].items()
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        record = runs_results.read_results(file)
+        if "metrics" not in record:
+            raise ValueError(f"{file} is damaged: it has no metrics")
+    except ValueError as error:
         raise ValueError(
-            f"{file} does not have the format of a run's results: {error!r}. Remove it, "
-            "and the run resumes from its last checkpoint"
+            f"{error}: this is not the format of a run's results. Remove the file, and the "
+            "run resumes from its last checkpoint"
         ) from error
     return record
 

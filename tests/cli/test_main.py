@@ -38,6 +38,7 @@ def test_versions_of_package_torch_and_hosts(word, capsys):
             ["cluster", "--images", "x", "--images", "y"],
             "--images is given twice; 'x'; 'y'",
         ),
+        (["adapt", "--epochs", "10", "--epochs", "5"], "--epochs is given twice; 10; 5"),
         (["adapt", "--epochs", "1e1x"], "--epochs must be a whole number >= 1; '1e1x'"),
         (["adapt", "--epochs", "0"], "--epochs must be a whole number >= 1, got 0"),
         (["adapt", "--learning-rate", "nan"], "--learning-rate; > 0; 'nan'; finite"),
