@@ -11,11 +11,15 @@ from multiprocessing import reduction
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch.utils.data import dataloader
 
 import selcon_plugin
 from helpers.hosts import ROOT, needs_fastreid, needs_torchreid, run_python
+from selcon_plugin.clustering.base import clustering_device
+from selcon_plugin.hosts import get_host
+from selcon_plugin.inference.embedder import choose_device
 from selcon_plugin.runs import results
 
 # Libraries that have their own code for each system come first; then Python loses what it
@@ -176,3 +180,58 @@ def test_trains_with_spawned_reading_processes(tmp_path, crops, host, backbone):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split()[-1] == "12"
+
+
+@pytest.fixture(params=[True, False], ids=["a Mac", "no Mac"])
+def has_mps(request, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: request.param)
+    return request.param
+
+
+def test_apple_gpu_is_a_device_where_there_is_one(has_mps):
+    assert choose_device("auto") == torch.device("cpu")  # mps only if it is asked for
+    if has_mps:
+        assert choose_device("mps") == torch.device("mps")
+    else:
+        with pytest.raises(ValueError, match=r"device must be .*no Apple GPU.* 'mps'"):
+            choose_device("mps")
+        with pytest.raises(ValueError, match=r"device must be .* 'mps'"):
+            selcon_plugin.fit("crops", "run", device="mps")
+
+
+@pytest.mark.parametrize(
+    ("features", "clusters"), [("mps", "cpu"), ("cpu", "cpu"), ("cuda:1", "cuda:1")]
+)
+def test_features_on_the_apple_gpu_are_clustered_on_the_cpu(features, clusters):
+    assert clustering_device(torch.device(features)) == torch.device(clusters)
+
+
+@needs_fastreid
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_fastreid_takes_the_apple_gpu(has_mps, caplog, dtype):
+    host = get_host("fastreid")
+    keys = ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", dtype]
+    if not has_mps:
+        with pytest.raises(ValueError, match=r"MODEL\.DEVICE .* 'mps'"):
+            host.load_config("", [*keys, "MODEL.DEVICE", "mps"])
+        return
+    with caplog.at_level("WARNING"):
+        cfg = host.load_config("", [*keys, "MODEL.DEVICE", "mps"])
+    assert (cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED) == ("mps", False)
+    assert "SOLVER.AMP.ENABLED needs CUDA or a CPU" in caplog.text
+    with caplog.at_level("WARNING"):
+        cfg = host.load_config("", ["MODEL.DEVICE", "cuda"])
+    assert cfg.MODEL.DEVICE == "cpu"
+    assert "for the Apple GPU set it to mps" in caplog.text
+    assert host.overrides(device="mps")["MODEL.DEVICE"] == "mps"
+
+
+@needs_torchreid
+def test_torchreid_says_that_it_trains_on_the_cpu(caplog):
+    host = get_host("torchreid")
+    with caplog.at_level("WARNING"):
+        assert host.overrides(device="mps") == {"use_gpu": False}
+    assert "torchreid trains on CUDA or on the CPU" in caplog.text
+    assert host.overrides(device="cuda:0") == {"use_gpu": True}

@@ -222,9 +222,9 @@ def test_wheel_holds_configs_templates_and_types_and_finds_them(tree, wheel, tmp
                 assert inside + file.relative_to(tree).as_posix() in names
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from selcon_plugin.config import loading\n"
+        "from selcon_plugin.config import files\n"
         "from selcon_plugin.report import page\n"
-        "print(loading.builtin_config('image_folder.yml'), page.__file__)\n"
+        "print(files.builtin_config('image_folder.yml'), page.__file__)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],

@@ -86,7 +86,7 @@ def add_network_arguments(parser: argparse.ArgumentParser, *, onnx: bool = True)
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
     """Add the argument for the device that computes features."""
     parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda or cuda:0; default: auto"
+        "--device", default="auto", help="auto, cpu, cuda, cuda:0 or mps; default: auto"
     )
 
 

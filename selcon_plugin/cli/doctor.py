@@ -217,6 +217,11 @@ def check_faiss() -> str:
 
 def check_gpu() -> str:
     """Multiply two matrices on the GPU."""
+    if torch.backends.mps.is_available():
+        ones = torch.ones(64, 64, device="mps")
+        if (ones @ ones).sum().item() != 64.0**3:
+            raise _Gap("the Apple GPU returns wrong products")
+        return "the Apple GPU multiplies correctly; it is used where mps is asked for"
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi") is None:
             raise _Gap("no NVIDIA GPU: training runs on the CPU")

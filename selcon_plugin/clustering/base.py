@@ -137,7 +137,8 @@ class Labeler(ABC):
             ``measured`` also holds the label-free quality of the filtered labels.
         """
         started = time.perf_counter()
-        features = unit_features(features)
+        features = torch.as_tensor(features)
+        features = unit_features(features.to(clustering_device(features.device)))
         camids = _checked_camids(camids, len(features))
         if self.center_cameras and camids is not None:
             features = center_cameras(features, camids)
@@ -166,6 +167,17 @@ class Labeler(ABC):
         """Restore a state returned by :meth:`state_dict`."""
         for i, label_filter in enumerate(self.filters):
             label_filter.load_state_dict(state.get(str(i), {}))
+
+
+def clustering_device(device: torch.device) -> torch.device:
+    """Return the device that clusters features of a device: the CPU for Apple's GPU.
+
+    Apple's GPU (mps) has neither float64 nor the sparse products of the Jaccard distance.
+
+    Args:
+        device: Device of the features.
+    """
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def _checked_camids(camids: Tensor | None, num_images: int) -> Tensor | None:

@@ -127,17 +127,20 @@ def check_device(key: str, device: str) -> None:
 
     Args:
         key: Full key, for the error message.
-        device: ``"cpu"``, ``"cuda"``, or ``"cuda:0"`` and so on.
+        device: ``"cpu"``, ``"cuda"``, or ``"cuda:0"`` and so on; ``"mps"`` on a Mac.
 
     Raises:
         ValueError: If the device does not exist.
     """
-    count = torch.cuda.device_count()
+    count, has_mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     known = ["cpu", "cuda", *(f"cuda:{number}" for number in range(count))]
+    if has_mps:
+        known.append("mps")
     if device not in known:
+        apple = "" if has_mps else " and no Apple GPU (mps)"
         raise ValueError(
             f"{key} must be one of {', '.join(known)} on this machine, which has {count} "
-            f"GPUs, got {device!r}"
+            f"GPUs with CUDA{apple}, got {device!r}"
         )
 
 

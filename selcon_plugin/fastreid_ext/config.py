@@ -222,7 +222,10 @@ def complete_config(cfg: CfgNode) -> CfgNode:
     _check_host_keys(cfg)
     _check_combinations(cfg)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logger.warning("MODEL.DEVICE is cuda, but CUDA is not available: using the CPU")
+        others = "; for the Apple GPU set it to mps" * torch.backends.mps.is_available()
+        logger.warning(
+            "MODEL.DEVICE is cuda, but CUDA is not available: using the CPU%s", others
+        )
         cfg.MODEL.DEVICE = "cpu"
     if cfg.SOLVER.AMP.ENABLED:
         _check_precision(cfg)
@@ -233,8 +236,12 @@ def complete_config(cfg: CfgNode) -> CfgNode:
 
 
 def _check_precision(cfg: CfgNode) -> None:
-    """Disable a precision that a CPU lacks; refuse one that a GPU lacks."""
+    """Disable a precision that a CPU or an Apple GPU lacks; refuse one that a GPU lacks."""
     dtype = cfg.SOLVER.AMP.DTYPE
+    if cfg.MODEL.DEVICE == "mps":
+        logger.warning("SOLVER.AMP.ENABLED needs CUDA or a CPU: training in float32 on mps")
+        cfg.SOLVER.AMP.ENABLED = False
+        return
     if cfg.MODEL.DEVICE == "cpu" and dtype == FLOAT16:
         logger.warning(
             "SOLVER.AMP.ENABLED in float16 needs CUDA: training in float32. On a CPU use "

@@ -305,7 +305,8 @@ def choose_device(name: str) -> torch.device:
     """Return the device to compute on.
 
     Args:
-        name: ``"auto"`` for a GPU if there is one, or a device name of PyTorch.
+        name: ``"auto"`` for a GPU with CUDA if there is one, or a device name of PyTorch:
+            ``"cpu"``, ``"cuda"``, ``"cuda:0"``, or ``"mps"`` on a Mac.
 
     Returns:
         The device.

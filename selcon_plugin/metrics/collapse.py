@@ -84,10 +84,12 @@ def _effective_rank(unit: Tensor) -> Tensor:
     # Both products have the same non-zero eigenvalues: use the smaller one.
     tall = centered.shape[0] > centered.shape[1]
     product = centered.T @ centered if tall else centered @ centered.T
+    if product.device.type == "mps":  # which has no float64
+        product = product.cpu()
     values = torch.linalg.eigvalsh(product.double()).clamp(min=0.0)
     weights = values / values.sum().clamp(min=1e-30)
     entropy: Tensor = torch.special.entr(weights).sum()
-    return entropy.exp().float()
+    return entropy.exp().float().to(unit.device)
 
 
 def _nearest_similarity(unit: Tensor, sample: Tensor) -> Tensor:

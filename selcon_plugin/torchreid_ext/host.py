@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -45,6 +46,9 @@ _COMPARABLE_NODES = {
     "selcon.": "MODEL.SELCON.",
     "synthetic_persons.": "DATASETS.SYNTHETIC_PERSONS.",
 }
+
+
+logger = logging.getLogger(__name__)
 
 
 class TorchreidHost(Host):
@@ -101,6 +105,8 @@ class TorchreidHost(Host):
         return found
 
     def _of_device(self, device: str) -> dict[str, Any]:
+        if device == "mps":
+            logger.warning("torchreid trains on CUDA or on the CPU: mps is not used")
         return {"use_gpu": device.startswith("cuda")}
 
     def _of_dataset(self, name: str) -> dict[str, Any]:
@@ -203,8 +209,8 @@ class TorchreidHost(Host):
             "selcon.keep_checkpoints": 0,
             "selcon.keep_best_by": "none",  # the adaptation scores all checkpoints
         }
-        if adaptation.device == "cpu":
-            found["use_gpu"] = False
+        if adaptation.device != "auto":
+            found |= self._of_device(adaptation.device)
         return found | (_of_foreign(adaptation) if adaptation.foreign else {})
 
     def checkpoints(self, folder: str | Path, epochs: int) -> list[tuple[int, Path]]:

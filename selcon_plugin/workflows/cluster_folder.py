@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from selcon_plugin.clustering import PseudoLabels, build_labeler, labeler_options
+from selcon_plugin.clustering.base import clustering_device
 from selcon_plugin.clustering.camera_centering import num_centered
 from selcon_plugin.clustering.remedies import fewer_outliers
 from selcon_plugin.config.checks import check_output_folder
@@ -134,7 +135,8 @@ def cluster_folder(
             echo(f"{len(found.paths):,} features of this network are reused from {output}")
             found = _with_cameras(found, items, output)
         values = {**default_options(labeler, len(found.paths)), **(options or {})}
-        labels = _cluster(found, labeler, values, str(choose_device(device)), echo)
+        place = clustering_device(choose_device(device))
+        labels = _cluster(found, labeler, values, str(place), echo)
         camera_of = {item.path: item.camera or "" for item in items}
         clusters = FolderClusters(
             found.paths,

@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from selcon_plugin.config.checks import check_name, check_output_folder
+from selcon_plugin.config.checks import check_device, check_name, check_output_folder
 from selcon_plugin.config.host_data import NetworkSettings
 from selcon_plugin.hosts import DEFAULT_HOST, get_host, host_names
 from selcon_plugin.inference.embedder import Embedder
@@ -62,7 +62,7 @@ def fit(
     batch_size: int | None = None,
     num_workers: int | None = None,
     host: str = DEFAULT_HOST,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: str = "auto",
     camera_pattern: str = "",
     config_file: str | Path = "",
     keys: Mapping[str, Any] | None = None,
@@ -90,7 +90,8 @@ def fit(
         batch_size: Images per step.
         num_workers: Number of processes that read images; 0 to read in this process.
         host: Training framework, ``"fastreid"`` or ``"torchreid"``.
-        device: Device of the training; ``"auto"`` for a GPU if there is one.
+        device: Device of the training: ``"cpu"``, ``"cuda"``, or ``"mps"`` on a Mac with
+            FastReID; ``"auto"`` for a GPU with CUDA if there is one.
         camera_pattern: How to find cameras in paths, see
             ``selcon_plugin.datasets.read_image_folder``.
         config_file: Config of the host, used instead of the package's.
@@ -111,7 +112,8 @@ def fit(
         FileNotFoundError: If the folder, config or file of weights does not exist.
     """  # noqa: DOC502  (raised by the functions called here)
     check_name("host", host, host_names())
-    check_name("device", device, ("auto", "cpu", "cuda"))
+    if device != "auto":
+        check_device("device", device)
     if input_size is not None and not (
         isinstance(input_size, (list, tuple)) and len(input_size) == 2
     ):
