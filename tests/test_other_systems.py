@@ -229,7 +229,7 @@ def test_fastreid_takes_the_apple_gpu(has_mps, caplog, dtype):
 
 
 @needs_torchreid
-def test_torchreid_says_that_it_trains_on_the_cpu(caplog):
+def test_torchreid_warns_that_it_trains_on_the_cpu(caplog):
     host = get_host("torchreid")
     with caplog.at_level("WARNING"):
         assert host.overrides(device="mps") == {"use_gpu": False}
