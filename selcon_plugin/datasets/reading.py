@@ -353,7 +353,7 @@ def _cache_file(paths: Sequence[str]) -> Path:
 def _read_cache(cache_file: Path, paths: Sequence[str]) -> Sequence[str]:
     """Return the files to check: the cached unreadable ones, or all without a cache."""
     try:
-        known = json.loads(cache_file.read_text())
+        known = json.loads(cache_file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return paths
     return known if isinstance(known, list) and set(known) <= set(paths) else paths

@@ -144,12 +144,14 @@ def available_memory() -> int | None:
     """Return how many bytes this process may still allocate; None where it is unknown."""
     if not _MEMORY_INFO.exists():
         return None
-    lines = dict(line.split(":") for line in _MEMORY_INFO.read_text().splitlines())
+    text = _MEMORY_INFO.read_text("utf-8")
+    lines = dict(line.split(":") for line in text.splitlines())
     available = int(lines["MemAvailable"].split()[0]) * 1024
     if _GROUP_LIMIT.exists() and _GROUP_USE.exists():
-        limit = _GROUP_LIMIT.read_text().strip()
+        limit = _GROUP_LIMIT.read_text("utf-8").strip()
         if limit != "max":  # the limit of a container
-            available = min(available, int(limit) - int(_GROUP_USE.read_text()))
+            used = int(_GROUP_USE.read_text("utf-8"))
+            available = min(available, int(limit) - used)
     return max(0, available)
 
 

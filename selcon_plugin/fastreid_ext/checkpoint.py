@@ -127,7 +127,8 @@ class SelConCheckpointer(Checkpointer):
         last = self.folder.last
         if not Path(self.save_dir, last or "none").is_file():  # or an earlier version
             with contextlib.suppress(OSError):
-                last = Path(self.save_dir, _TAG).read_text(errors="replace").strip()
+                named = Path(self.save_dir, _TAG)
+                last = named.read_text(encoding="utf-8", errors="replace").strip()
         return newest_first(list(Path(self.save_dir).glob("model_*.pth")), last)
 
     @property

@@ -29,7 +29,7 @@ def mark_output(folder: str | Path) -> None:
     Args:
         folder: Existing folder.
     """
-    Path(folder, MARKER).write_text(_MARKER_TEXT)
+    Path(folder, MARKER).write_text(_MARKER_TEXT, encoding="utf-8")
 
 
 def is_output(folder: str | Path) -> bool:

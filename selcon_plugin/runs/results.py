@@ -119,7 +119,7 @@ def peak_memory_mib() -> float:
     """Return the peak resident memory of this process so far, in MiB."""
     # ru_maxrss is only the fallback: on Linux a new process inherits its parent's peak.
     if _PROCESS_STATUS.exists():
-        for line in _PROCESS_STATUS.read_text().splitlines():
+        for line in _PROCESS_STATUS.read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 1024  # from KiB
     if resource is None:
@@ -256,7 +256,7 @@ def describe_device(device: torch.device) -> str:
 
 def _cpu_model() -> str:
     if _CPU_INFO.exists():
-        for line in _CPU_INFO.read_text().splitlines():
+        for line in _CPU_INFO.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

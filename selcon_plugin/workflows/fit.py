@@ -139,5 +139,5 @@ def fit(
     )
     check_output_folder("output", str(folder))
     run = train(chosen, cfg, resume=resume, overwrite=overwrite)
-    record = json.loads((run.folder / RESULTS_FILE).read_text())
+    record = json.loads((run.folder / RESULTS_FILE).read_text("utf-8"))
     return FitResult(run.folder, run.weights, record)

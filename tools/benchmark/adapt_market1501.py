@@ -104,7 +104,7 @@ def _evaluated(
 ) -> dict[str, float]:
     """Evaluate a network, unless an earlier part of the run did."""
     if file.exists():
-        found: dict[str, float] = json.loads(file.read_text())
+        found: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
         return found
     embedder = Embedder.from_checkpoint(weights, backbone=backbone)
     query = _embed(embedder, Path(market, "query"), batch_size)

@@ -317,7 +317,7 @@ def _reset_memory_peak() -> None:
     """Return freed memory to the system and reset the peak (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def _memory(field: str) -> float:
@@ -325,7 +325,7 @@ def _memory(field: str) -> float:
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    match = re.search(rf"{field}:\s+(\d+) kB", status.read_text())
+    match = re.search(rf"{field}:\s+(\d+) kB", status.read_text(encoding="utf-8"))
     assert match
     return int(match[1]) / 2**10
 

@@ -375,7 +375,7 @@ def _run_in_this_process(folder: Path, tests: tuple[str, ...], log: Path) -> Non
     # Bytecode files are compared by a time in seconds, which is too coarse here.
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     sys.dont_write_bytecode = True
-    with log.open("w") as stream:
+    with log.open("w", encoding="utf-8") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     status = pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests])

@@ -78,7 +78,7 @@ def measure() -> Sample:
     """Measure the resources of this process."""
     import torch
 
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     memory = next(line for line in status.splitlines() if line.startswith("VmRSS:"))
     on_gpu = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     return Sample(

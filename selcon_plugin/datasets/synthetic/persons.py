@@ -168,7 +168,7 @@ def _manifest_head(spec: SyntheticPersonsSpec) -> dict[str, Any]:
 def _is_complete(folder: Path, spec: SyntheticPersonsSpec) -> bool:
     """Return whether a folder holds all images of this specification."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        manifest = json.loads((folder / _MANIFEST).read_text("utf-8"))
         head = {key: manifest[key] for key in _manifest_head(spec)}
         counts = dict(manifest["num_images"])
         found = {name: len(list((folder / name).glob("*.jpg"))) for name in counts}
@@ -192,7 +192,8 @@ def _fill(
     for _ in _with_progress(done, len(groups)) if progress else done:
         pass
     manifest = {**_manifest_head(spec), "num_images": counts}
-    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    text = json.dumps(manifest, indent=2) + "\n"
+    (folder / _MANIFEST).write_text(text, encoding="utf-8")
 
 
 def _with_progress(done: Iterable[None], total: int) -> Iterable[None]:

@@ -85,7 +85,7 @@ class Variant:
     @classmethod
     def load(cls, record: Path) -> Variant:
         """Read a variant from its record."""
-        content = json.loads(record.read_text())
+        content = json.loads(record.read_text(encoding="utf-8"))
         for name in ("config", "data", "folder"):
             content[name] = Path(content[name])
         return cls(**content)
