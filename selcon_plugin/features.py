@@ -25,6 +25,8 @@ _LENGTH_TOLERANCE = 1e-2
 # Squared distances between longer vectors may be infinite in single precision.
 _MAX_LENGTH = 1e18
 
+_DEFAULT_PARTS = 8
+
 
 class BadFeaturesError(ValueError):
     """Error for features that cannot be compared; the message names the first bad row."""
@@ -161,6 +163,19 @@ def check_parts_fit(num_rows: int, num_parts: int) -> None:
             f"parts: use at most {num_rows} parts (NUM_PARTS), a smaller stride of the "
             "last stage (LAST_STRIDE 1) or a larger input"
         )
+
+
+def most_parts(num_rows: int, embedding_dim: int) -> int:
+    """Return the largest number of parts, up to 8, that map and embedding allow.
+
+    Args:
+        num_rows: Rows of the feature map; 1 where a backbone returns one vector.
+        embedding_dim: Dimension of the global feature, a multiple of the number of parts.
+    """
+    if num_rows == 1:
+        return 0
+    fitting = range(1, min(num_rows, _DEFAULT_PARTS) + 1)
+    return max(parts for parts in fitting if embedding_dim % parts == 0)
 
 
 def split_stripes(feature_map: Tensor, num_parts: int) -> list[Tensor]:

@@ -160,7 +160,11 @@ class ConfigKeys:
 
     def defaults(self) -> dict[str, Any]:
         """Return all keys with their defaults; those of clustering are in a nested dict."""
-        run = {name: option.default for name, option in self.run_options().items()}
+        # None for a key with special values, whose type yacs would not let change.
+        run = {
+            name: None if option.special_values else option.default
+            for name, option in self.run_options().items()
+        }
         clustering = {name: o.default for name, o in clustering_options().items()}
         return {
             **self._as_keys({**run, **_METHODS.defaults()}),
@@ -270,6 +274,8 @@ class ConfigKeys:
     def _check_each(self, owner: Node, label: str, options: Mapping[str, Option]) -> None:
         for name, option in options.items():
             key = self.case(name)
+            if owner[key] is None and option.special_values:
+                owner[key] = option.default
             owner[key] = option.check(owner[key], label=f"{label}.{key}")
 
     def _refuse_others(self, owner: Node, label: str, group: _Group, chosen: str) -> None:
@@ -297,6 +303,7 @@ class ConfigKeys:
                 here are ignored.
         """
         self._rename_in_node(node)
+        self._fill(node, self.run_options())
         for owner, label, group in self._groups(node):
             key = self.case(group.chooser)
             chosen = settings.get(f"{label}.{key}")

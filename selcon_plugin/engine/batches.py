@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from selcon_plugin.samplers.cluster import AUTO, STREAM_SAMPLER, ClusterSampler
 from selcon_plugin.samplers.stream import BatchStream, StreamSampler
+
+logger = logging.getLogger(__name__)
 
 
 def build_sampler(
@@ -63,6 +66,50 @@ def build_sampler(
     return ClusterSampler(
         planner=name, num_instances=num_instances, outlier_ratio=outlier_ratio, **common
     )
+
+
+def fitting_batch_size(
+    batch_size: int,
+    default: int,
+    num_images: int,
+    *,
+    sampler: str,
+    num_instances: int,
+    micro_batches: int = 1,
+    world_size: int = 1,
+    key: str,
+) -> int:
+    """Lower the default batch size to what the training images fill.
+
+    Args:
+        batch_size: Images in a batch, over all processes.
+        default: The host's default, which nobody has chosen; another value stays.
+        num_images: Training images M.
+        sampler: ``"stream"`` or the name of a planner.
+        num_instances: Images of each cluster in a batch.
+        micro_batches: Number of micro-batches.
+        world_size: Number of processes.
+        key: The host's name of the batch size, for the log.
+
+    Returns:
+        The batch size.
+    """
+    if batch_size != default or batch_size <= num_images:
+        return batch_size
+    pieces = world_size * micro_batches
+    if sampler != STREAM_SAMPLER:
+        pieces *= num_instances
+    fitting = num_images // pieces * pieces
+    if not fitting:
+        return batch_size
+    logger.info(
+        "%s is %d instead of the default %d: there are %d training images",
+        key,
+        fitting,
+        default,
+        num_images,
+    )
+    return fitting
 
 
 def check_sampler(name: str, method: str, *, needs_clusters: bool, key: str) -> None:

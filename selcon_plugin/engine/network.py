@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from selcon_plugin.features import Embeddings, check_parts_fit, fused_feature
+from selcon_plugin.engine.supervision import StepCheck, check_paths
+from selcon_plugin.features import Embeddings, check_parts_fit, fused_feature, most_parts
 from selcon_plugin.io.tensor_names import unwrapped_state
 from selcon_plugin.methods import Method, method_class
 from selcon_plugin.models.architecture import (
@@ -30,17 +31,13 @@ from selcon_plugin.models.wave_block import WaveBlockKind, insert_wave_blocks
 
 logger = logging.getLogger(__name__)
 
-_FEW = 16
-_LOOP = (
-    "Train with SelConTrainer or selcon train (FastReID), or with ImageSelConEngine "
-    "(torchreid); selcon run SCRIPT does so for a script of FastReID's"
-)
-_UNWRITTEN = f"the banks were not written after the last training step. {_LOOP}"
-SUPERVISED = f"A supervised loop trains this network, which has no identities. {_LOOP}"
-
 
 def usable_parts(
-    backbone: nn.Module, input_size: tuple[int, int], method: str, num_parts: int
+    backbone: nn.Module,
+    input_size: tuple[int, int],
+    method: str,
+    num_parts: int | str,
+    embedding_dim: int = 0,
 ) -> tuple[int, int]:
     """Return the channels of a backbone's feature map and the number of usable parts.
 
@@ -48,13 +45,17 @@ def usable_parts(
         backbone: Maps images to a feature map.
         input_size: Height and width of the images.
         method: Registered name of the method.
-        num_parts: Requested number of parts.
+        num_parts: Requested number of parts; ``"auto"`` for what fits.
+        embedding_dim: Dimension of the global feature; 0 for that of the backbone.
 
     Returns:
         Channels F, and the number of parts: 0 if the method does not use parts, and, with a
         warning, if the backbone returns one vector.
     """
     channels, rows, _ = infer_feature_shape(backbone, input_size)
+    if isinstance(num_parts, str):
+        uses_parts = method_class(method).uses_parts
+        num_parts = most_parts(rows, embedding_dim or channels) if uses_parts else 0
     if not method_class(method).uses_parts and num_parts:
         logger.info("%s does not use parts: the head has none", method)
         num_parts = 0
@@ -155,11 +156,7 @@ class EmbeddingNetwork(nn.Module):
         # The batch, or micro-batches, of the current step. This is the only queue between
         # losses(), which reads the banks, and update_banks(), which writes them.
         self._pending: list[SeenBatch] = []
-        # Batches that the open step may still see; 0 between steps, None in a loop that
-        # does not open its steps.
-        self._expected: int | None = None
-        self._weights_seen = torch.empty(0)
-        self._weights_used: Tensor | None = None
+        self._steps = StepCheck()
         # Path of each training image, to compare with those of a batch; None if unknown.
         self.training_paths: Sequence[str] | None = None
 
@@ -398,7 +395,7 @@ class EmbeddingNetwork(nn.Module):
                 "this network was built without training images and has no method: train "
                 "with the host's trainer (SelConTrainer, ImageSelConEngine), which adds it"
             )
-        self._check_step(index)
+        self._steps.check_batch(self, index, self._pending)
         index, camids = index.to(self.device), camids.to(self.device)
         losses = self.method.loss(embeddings, index, camids, *views)
         seen = SeenBatch(index, embeddings.detach(), self.method.take_memos())
@@ -413,10 +410,8 @@ class EmbeddingNetwork(nn.Module):
 
         Raises:
             RuntimeError: If the banks were not written after the step before.
-        """
-        if self._pending:
-            raise RuntimeError(_UNWRITTEN)
-        self._expected = num_batches
+        """  # noqa: DOC502  (raised by the functions called here)
+        self._steps.open(num_batches, self._pending)
 
     def check_training(self) -> None:
         """Refuse a training that takes the features but never asks for the losses.
@@ -426,14 +421,9 @@ class EmbeddingNetwork(nn.Module):
         Raises:
             RuntimeError: If the weights have changed since the last such call, without a
                 call of :meth:`method_losses`.
-        """
-        if not self.training or not torch.is_grad_enabled() or self._expected:
-            return
-        weights = self._some_weights()
-        if self._weights_used is None:
-            self._weights_used = weights
-        elif not torch.equal(weights, self._weights_used):
-            raise RuntimeError(SUPERVISED)
+        """  # noqa: DOC502  (raised by the functions called here)
+        if self.training and torch.is_grad_enabled():
+            self._steps.check_features_only(self)
 
     def check_paths(self, index: Tensor, paths: Sequence[str]) -> None:
         """Refuse a batch whose labels are not the indices of its images.
@@ -445,49 +435,8 @@ class EmbeddingNetwork(nn.Module):
         Raises:
             RuntimeError: If a label is not the index of the image at its path, or images
                 share a label.
-        """
-        own = self.training_paths
-        of_label: dict[int, str] = {}
-        for label, path in zip(index.tolist(), paths, strict=False):
-            if of_label.setdefault(label, path) != path:
-                raise RuntimeError(
-                    f"{path} and {of_label[label]} have the same label {label}, which is "
-                    f"no index of an image. {SUPERVISED}"
-                )
-            if own is not None and (not 0 <= label < len(own) or own[label] != path):
-                raise RuntimeError(
-                    f"{path} has the label {label}, which is not its index among the "
-                    f"{len(own)} training images. {SUPERVISED}"
-                )
-
-    def _check_step(self, index: Tensor) -> None:
-        """Refuse a batch that no label-free training has produced."""
-        method, self._weights_used = self.method, None
-        assert method is not None
-        if index.device.type == "cpu":  # on a GPU the check would wait for the device
-            outside = index[(index < 0) | (index >= method.num_images)]
-            if len(outside):
-                raise RuntimeError(
-                    f"{outside[0].item()} is not the index of one of the "
-                    f"{method.num_images} training images. {SUPERVISED}"
-                )
-        if self._expected is not None:
-            if not self._expected:
-                raise RuntimeError(_UNWRITTEN)
-            self._expected -= 1
-            return
-        # A loop that does not open its steps may still use micro-batches.
-        num_seen = len(index) + sum(len(batch.index) for batch in self._pending)
-        weights = self._some_weights()
-        if not self._pending:
-            self._weights_seen = weights
-        elif num_seen > method.num_images or not torch.equal(weights, self._weights_seen):
-            raise RuntimeError(_UNWRITTEN)
-
-    def _some_weights(self) -> Tensor:
-        """Return a few weights, which differ after a step of an optimizer."""
-        few = [*self.heads.parameters()][:_FEW] + [*self.backbone.parameters()][:_FEW]
-        return torch.cat([weight.detach().flatten()[:1].float() for weight in few])
+        """  # noqa: DOC502  (raised by the functions called here)
+        check_paths(index, paths, self.training_paths)
 
     def views_of(self, images: Tensor) -> list[Tensor]:
         """Generate the additional views of a batch that the method requires.
@@ -530,7 +479,7 @@ class EmbeddingNetwork(nn.Module):
     def clear_pending(self) -> None:
         """Drop the batch since the last write of the banks, because its step is skipped."""
         self._pending = []
-        self._expected = None if self._expected is None else 0
+        self._steps.close()
 
     def update_teacher(self, *, restart: bool = False) -> None:
         """Update the teacher's weights by one step; do nothing without a teacher.

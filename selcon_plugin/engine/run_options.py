@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, get_args
+from typing import Annotated, Literal, get_args
 
 from selcon_plugin.clustering import labeler_names
 from selcon_plugin.engine.best_weights import KEEP_BEST_BY, NEVER
@@ -28,7 +28,8 @@ class RunOptions:
     Attributes:
         method: Registered name of the training method.
         num_parts: Number S of horizontal parts; 0 trains on global features only. It must
-            divide the embedding dimension; methods without parts ignore it.
+            divide the embedding dimension; methods without parts ignore it. ``auto`` is 8,
+            or the largest smaller number that the feature map and the dimension allow.
         project_global: Whether a linear layer precedes the normalization of the global
             feature.
         diagnostics_period: Steps between reports of neighbor quality to log, JSON and
@@ -78,7 +79,7 @@ class RunOptions:
     """
 
     method: Annotated[str, ChoiceOf(method_names)] = "SelectiveContrastive"
-    num_parts: Annotated[int, Interval(0)] = 8
+    num_parts: Annotated[int | Literal["auto"], Interval(0)] = AUTO
     project_global: bool = True
     diagnostics_period: Annotated[int, Interval(0)] = 20
     keep_checkpoints: Annotated[int, Interval(0)] = 0

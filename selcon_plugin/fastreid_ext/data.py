@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from fastreid.config import CfgNode
+from fastreid.config import CfgNode, get_cfg
 from fastreid.data.build import build_reid_test_loader, build_reid_train_loader
 from fastreid.data.common import CommDataset
 from fastreid.data.transforms import build_transforms
@@ -16,7 +16,7 @@ from fastreid.utils import comm
 from torch import Tensor
 
 from selcon_plugin.datasets.reading import read_rgb
-from selcon_plugin.engine.batches import build_sampler
+from selcon_plugin.engine.batches import build_sampler, fitting_batch_size
 from selcon_plugin.engine.image_check import check_test_images, readable_items
 from selcon_plugin.engine.images import IndexedImages, Item, extra_items
 from selcon_plugin.engine.stopping import ignore_stop_signals
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 # FastReID's ToTensor uses a storage class that torch 2 warns about, once in every worker.
 warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
 
+_DEFAULT_BATCH_SIZE = get_cfg().SOLVER.IMS_PER_BATCH
 # FastReID's sampler that needs no identities; ours does the same and can resume.
 _LABEL_FREE_SAMPLER = "TrainingSampler"
 
@@ -164,6 +165,7 @@ def build_train_loader(cfg: CfgNode, images: IndexedDataset | None = None) -> Tr
             unreadable, or the batch cannot be split evenly.
     """  # noqa: DOC502  (raised by the functions called here)
     dataset = training_images(cfg) if images is None else images
+    cfg = _with_fitting_batch(cfg, len(dataset), comm.get_world_size())
     _warn_of_host_sampler(cfg)
     sampler = _build_sampler(cfg, len(dataset), comm.get_rank(), comm.get_world_size())
     host_loader = build_reid_train_loader(
@@ -176,6 +178,39 @@ def build_train_loader(cfg: CfgNode, images: IndexedDataset | None = None) -> Tr
     return TrainLoader(host_loader, sampler)
 
 
+def _with_fitting_batch(cfg: CfgNode, num_images: int, world_size: int) -> CfgNode:
+    return with_batch_size(
+        cfg,
+        fitting_batch_size(
+            cfg.SOLVER.IMS_PER_BATCH,
+            _DEFAULT_BATCH_SIZE,
+            num_images,
+            sampler=sampler_name(cfg),
+            num_instances=cfg.DATALOADER.NUM_INSTANCE,
+            micro_batches=cfg.MODEL.SELCON.MICRO_BATCHES,
+            world_size=world_size,
+            key="SOLVER.IMS_PER_BATCH",
+        ),
+    )
+
+
+def with_batch_size(cfg: CfgNode, batch_size: int) -> CfgNode:
+    """Return a config with another batch size, or the same one.
+
+    Args:
+        cfg: Complete config.
+        batch_size: Images in a batch, over all processes.
+    """
+    if batch_size == cfg.SOLVER.IMS_PER_BATCH:
+        return cfg
+    changed = cfg.clone()
+    changed.defrost()
+    changed.SOLVER.IMS_PER_BATCH = batch_size
+    if cfg.is_frozen():
+        changed.freeze()
+    return changed
+
+
 def check_processes(cfg: CfgNode, world_size: int) -> None:
     """Check that there are images and batches for a number of processes.
 
@@ -186,7 +221,10 @@ def check_processes(cfg: CfgNode, world_size: int) -> None:
     Raises:
         ValueError: If there are too few images, or the batch cannot be split evenly.
     """  # noqa: DOC502  (raised by the functions called here)
-    _build_sampler(cfg, len(training_items(cfg)), 0, world_size)
+    num_images = len(training_items(cfg))
+    _build_sampler(
+        _with_fitting_batch(cfg, num_images, world_size), num_images, 0, world_size
+    )
 
 
 def check_test_sets(cfg: CfgNode) -> None:

@@ -76,7 +76,7 @@ def scope_of(
     )
 
 
-def _with_strangers(
+def _with_distractors(
     distance: Any, query_pids: Any, gallery_pids: Any, query_camids: Any, camids: Any
 ) -> tuple[Any, ...]:
     """Add gallery images of nobody, farther than all others, which change no metric.
@@ -168,7 +168,7 @@ class RecordingEvaluator(ReidEvaluator):
                 )
             self._record(distance)
             if self._scope.num_images < _NUM_RANKS:
-                distance, *labels = _with_strangers(distance, *labels)
+                distance, *labels = _with_distractors(distance, *labels)
             return evaluate_rank(distance, *labels, **kwargs)
 
         rank.evaluate_rank = recorded
@@ -179,7 +179,7 @@ class RecordingEvaluator(ReidEvaluator):
         return self._within_scope(results)
 
     def _within_scope(self, results: Any) -> Any:
-        """Remove the ranks that a small gallery does not have; log what is left out."""
+        """Remove the ranks that a small gallery does not have; log the omitted queries."""
         if not results:  # not on the main process
             return results
         self._scope.report()

@@ -32,6 +32,7 @@ from selcon_plugin.fastreid_ext import config
 from selcon_plugin.fastreid_ext.data import check_processes
 from selcon_plugin.fastreid_ext.demo import FastReIDDemo
 from selcon_plugin.fastreid_ext.extract import extract_folder
+from selcon_plugin.fastreid_ext.host_values import HOST_OPTIONS
 from selcon_plugin.fastreid_ext.inference import load_network
 from selcon_plugin.fastreid_ext.launch import check_launch, launch
 from selcon_plugin.fastreid_ext.logs import begin_log, log_setup, open_log, share_host_log
@@ -119,7 +120,7 @@ class FastReIDHost(Host):
 
     def help(self) -> ConfigHelp:
         """Return the documentation of the config keys."""
-        return self._config_help(own=config.OWN_OPTIONS, checked=config.HOST_OPTIONS)
+        return self._config_help(own=config.OWN_OPTIONS, checked=HOST_OPTIONS)
 
     def default_values(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return the default config with the defaults of another config's method."""

@@ -50,7 +50,9 @@ class SelCon(EmbeddingNetwork):
         node = cfg.MODEL.SELCON
         backbone = _build_backbone(cfg)
         size = input_size(cfg)
-        channels, node.NUM_PARTS = usable_parts(backbone, size, node.METHOD, node.NUM_PARTS)
+        channels, node.NUM_PARTS = usable_parts(
+            backbone, size, node.METHOD, node.NUM_PARTS, cfg.MODEL.HEADS.EMBEDDING_DIM
+        )
         if channels != cfg.MODEL.BACKBONE.FEAT_DIM:
             logger.info(
                 "The backbone's feature map has %d channels; MODEL.BACKBONE.FEAT_DIM %d is "

@@ -30,19 +30,10 @@ from selcon_plugin.engine.image_list import images_to_resume_with, write_image_l
 from selcon_plugin.engine.ranks import check_same_on_all_ranks
 from selcon_plugin.engine.run import TrainingRun, seed_all
 from selcon_plugin.engine.stopping import StopSignals
+from selcon_plugin.fastreid_ext import checkpoint
 from selcon_plugin.fastreid_ext import data as selcon_data
-from selcon_plugin.fastreid_ext.checkpoint import (
-    FINAL,
-    STOPPED,
-    UNEVALUATED,
-    SelConCheckpointer,
-)
-from selcon_plugin.fastreid_ext.config import (
-    FLOAT16,
-    KEYS,
-    complete_config,
-    sampler_name,
-)
+from selcon_plugin.fastreid_ext.checkpoint import SelConCheckpointer
+from selcon_plugin.fastreid_ext.config import FLOAT16, KEYS, complete_config, sampler_name
 from selcon_plugin.fastreid_ext.embedding import extract_training_set, unwrap
 from selcon_plugin.fastreid_ext.evaluation import evaluator_of, has_own_evaluator
 from selcon_plugin.fastreid_ext.hook_order import arrange_hooks
@@ -110,7 +101,10 @@ class SelConTrainer(DefaultTrainer):
             loader = selcon_data.build_train_loader(cfg, images)
         selcon_data.check_label_free(loader, type(self).__name__)
         check_same_on_all_ranks(self._settings, loader.dataset)
-        cfg = self.auto_scale_hyperparams(cfg, loader.dataset.num_classes)
+        cfg = self.auto_scale_hyperparams(
+            selcon_data.with_batch_size(cfg, loader.sampler.batch_size),
+            loader.dataset.num_classes,
+        )
         # FastReID logs a random seed of its own during setup; this one replaces it.
         logger.info("Seed of this run: MODEL.SELCON.SEED %d", cfg.MODEL.SELCON.SEED)
         seed_all(cfg.MODEL.SELCON.SEED)
@@ -255,7 +249,7 @@ class SelConTrainer(DefaultTrainer):
         if resuming:
             self.start_epoch = loaded["epoch"] + 1
             self._steps_done = loaded.get("steps_done", 0)
-            rest = ("epoch", "metric", UNEVALUATED)
+            rest = ("epoch", "metric", checkpoint.UNEVALUATED)
             self._resumed = {key: loaded[key] for key in rest if key in loaded}
             self._restore_frozen_steps()
             if self.best is not None:
@@ -328,7 +322,7 @@ class SelConTrainer(DefaultTrainer):
         """Add the method's hooks to FastReID's.
 
         Returns:
-            Hooks in the order in which they run.
+            Hooks in their order.
         """
         return arrange_hooks(self, super().build_hooks(), show_progress=self._show_progress)
 
@@ -363,7 +357,7 @@ class SelConTrainer(DefaultTrainer):
         with StopSignals() as self._signals, EventStorage(self.iter) as self.storage:
             try:
                 self.before_train()
-                if self._resumed.get(UNEVALUATED):
+                if self._resumed.get(checkpoint.UNEVALUATED):
                     self._evaluate_resumed_epoch()
                 self._train_epochs()
             except OSError as error:
@@ -382,13 +376,13 @@ class SelConTrainer(DefaultTrainer):
     def _finish_complete_run(self) -> Any:
         """Evaluate a run that has done all of its epochs; write the files it lacks."""
         logger.info("The run in %s is complete: nothing to resume", self.cfg.OUTPUT_DIR)
-        if self._resumed.get(UNEVALUATED):
+        if self._resumed.get(checkpoint.UNEVALUATED):
             with EventStorage(self._first_step) as self.storage:
                 self._evaluate_resumed_epoch()
             return self._last_eval_results if comm.is_main_process() else None
-        if not (Path(self.cfg.OUTPUT_DIR) / f"{FINAL}.pth").exists():
+        if not (Path(self.cfg.OUTPUT_DIR) / f"{checkpoint.FINAL}.pth").exists():
             # The run was killed between the last epoch's best and final checkpoints.
-            self.checkpointer.save(FINAL, **self._resumed)
+            self.checkpointer.save(checkpoint.FINAL, **self._resumed)
         return self.test(self.cfg, self.model)
 
     def _evaluate_resumed_epoch(self) -> None:
@@ -432,11 +426,13 @@ class SelConTrainer(DefaultTrainer):
         evaluates it. The last one gets its final name.
         """
         last = self.epoch + 1 == self.max_epoch
-        name = FINAL if last else STOPPED
-        self.checkpointer.save(name, epoch=self.epoch, **{UNEVALUATED: True})
+        name = checkpoint.FINAL if last else checkpoint.STOPPED
+        self.checkpointer.save(name, epoch=self.epoch, **{checkpoint.UNEVALUATED: True})
 
     def _save_stopped(self, steps_done: int) -> None:
-        self.checkpointer.save(STOPPED, epoch=self.epoch - 1, steps_done=steps_done)
+        self.checkpointer.save(
+            checkpoint.STOPPED, epoch=self.epoch - 1, steps_done=steps_done
+        )
         for hook in self._hooks:
             # Metrics are flushed, if there are any.
             if isinstance(hook, host_hooks.PeriodicWriter) and self.iter > self.start_iter:

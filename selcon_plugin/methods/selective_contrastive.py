@@ -24,7 +24,7 @@ from selcon_plugin.losses import SelectiveContrastiveLoss
 from selcon_plugin.losses.camera_weights import CAMERA_WEIGHTS, CameraWeighting
 from selcon_plugin.memory.tri_bank import TriBankMemory
 from selcon_plugin.methods.base import Method, register_method
-from selcon_plugin.options import Choice, Interval
+from selcon_plugin.options import Choice, Interval, options_of
 from selcon_plugin.selection import (
     Selection,
     draw_random_negatives,
@@ -137,6 +137,7 @@ class SelectiveContrastive(Method):
         self.selection = selection
         self.num_neighbors = num_neighbors
         self.num_negatives = num_negatives
+        self._counts = self._fitting_counts()
         self.part_loss_weight = part_loss_weight
         self.global_distance_weight = global_distance_weight
         self.same_camera_penalty = same_camera_penalty
@@ -265,10 +266,7 @@ class SelectiveContrastive(Method):
             global_distance_weight=self.global_distance_weight,
             same_camera_penalty=self.same_camera_penalty,
         )
-        counts = {
-            "num_neighbors": self.num_neighbors,
-            "num_negatives": self.num_negatives,
-        }
+        counts = self._counts
         allowed = self._allowed_negatives(camids)
         # If no clusters were found, the images' own neighbors are used instead.
         if self.selection == "cluster" and not self.instance_level:
@@ -282,6 +280,17 @@ class SelectiveContrastive(Method):
         return select_among(
             ranked, chosen.positive_index, allowed, num_negatives=self.num_negatives
         )
+
+    def _fitting_counts(self) -> dict[str, int]:
+        """Return K and N; the defaults are bounded by the number of images, silently."""
+        options, others = options_of(type(self)), self.num_images - 1
+        counts: dict[str, int] = {}
+        for name in ("num_neighbors", "num_negatives"):
+            value = getattr(self, name)
+            is_default = name in options and value == options[name].default
+            counts[name] = min(value, others) if is_default else value
+            others -= min(counts[name], others)
+        return counts
 
     def _rank_by_jaccard(
         self, distance: Tensor, index: Tensor, camids: Tensor | None

@@ -15,7 +15,7 @@ from yacs.config import CfgNode
 
 from selcon_plugin.clustering import Labeler
 from selcon_plugin.config.keys import sampler_of
-from selcon_plugin.engine.batches import build_sampler, check_sampler
+from selcon_plugin.engine.batches import build_sampler, check_sampler, fitting_batch_size
 from selcon_plugin.engine.best_weights import NEVER, BestWeights
 from selcon_plugin.engine.extraction import calibrate_normalization, extract_embeddings
 from selcon_plugin.engine.image_list import write_image_list
@@ -41,6 +41,8 @@ from selcon_plugin.torchreid_ext.models import fit_to_method, with_head
 from selcon_plugin.torchreid_ext.options import EngineOptions
 
 logger = logging.getLogger(__name__)
+
+_DEFAULT_BATCH_SIZE = 32  # torchreid's
 
 
 class ImageSelConEngine(CheckpointEngine):
@@ -159,6 +161,15 @@ class ImageSelConEngine(CheckpointEngine):
             "pin_memory": host_loader.pin_memory,
         }
         sampler_name = sampler_of(self._method_name, options.sampler)
+        batch_size = fitting_batch_size(
+            batch_size,
+            _DEFAULT_BATCH_SIZE,
+            len(images),
+            sampler=sampler_name,
+            num_instances=num_instances,
+            micro_batches=options.micro_batches,
+            key="train.batch_size",
+        )
         sampler = build_sampler(
             sampler_name,
             len(images),

@@ -22,6 +22,7 @@ from selcon_plugin.features import (
     GeneralizedMeanPool,
     GlobalPartEmbedding,
     check_parts_fit,
+    most_parts,
 )
 from selcon_plugin.io.tensor_names import unwrapped_name
 from selcon_plugin.methods import method_class
@@ -51,7 +52,6 @@ _POOLS = {
     "max": lambda: nn.AdaptiveMaxPool2d(1),
     "gem": GeneralizedMeanPool,
 }
-_DEFAULT_PARTS = 8
 
 
 class SelConModel(EmbeddingNetwork):
@@ -108,7 +108,7 @@ class SelConModel(EmbeddingNetwork):
         channels, rows, _ = infer_feature_shape(backbone, input_size)
         embedding_dim = embedding_dim or channels
         if num_parts is None:
-            num_parts = _most_parts(rows, embedding_dim)
+            num_parts = most_parts(rows, embedding_dim)
         check_parts_fit(rows, num_parts)
         head = GlobalPartEmbedding(
             channels,
@@ -205,14 +205,6 @@ class SelConModel(EmbeddingNetwork):
                 for key in [key for key in own if key.startswith(name)]:
                     self._pending_state[key] = state_dict.pop(own[key])
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _most_parts(rows: int, embedding_dim: int) -> int:
-    """Return the largest number of parts, up to 8, that map and embedding allow."""
-    if rows == 1:
-        return 0
-    fitting = range(1, min(rows, _DEFAULT_PARTS) + 1)
-    return max(parts for parts in fitting if embedding_dim % parts == 0)
 
 
 def _batch_norm(channels: int, *, shift: bool) -> nn.Module:

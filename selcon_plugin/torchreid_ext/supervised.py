@@ -7,7 +7,8 @@ from typing import Any
 
 from selcon_plugin.compat.shared import PATCHED
 from selcon_plugin.compat.torchreid import import_torchreid
-from selcon_plugin.engine.network import SUPERVISED, EmbeddingNetwork
+from selcon_plugin.engine.network import EmbeddingNetwork
+from selcon_plugin.engine.supervision import SUPERVISED
 
 
 def refuse_supervised_steps() -> None:

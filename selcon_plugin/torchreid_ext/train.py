@@ -20,6 +20,7 @@ from selcon_plugin.engine.run import seed_all
 from selcon_plugin.io.safe_loading import safe_extraction
 from selcon_plugin.methods import method_class
 from selcon_plugin.runs.folder import RunFolder, owned_run
+from selcon_plugin.samplers.cluster import AUTO
 from selcon_plugin.torchreid_ext.config import KEYS, complete_config, run_arguments
 from selcon_plugin.torchreid_ext.datasets import (
     IMAGE_FOLDER,
@@ -122,6 +123,13 @@ def _name_with(name: str, options: Any) -> str:
     return f"{name}-{zlib.crc32(repr(options).encode()):08x}"
 
 
+def _num_parts(node: CfgNode) -> int | None:
+    """Return the number of parts; None for what fits the feature map."""
+    if not method_class(node.method).uses_parts:
+        return 0
+    return None if node.num_parts == AUTO else int(node.num_parts)
+
+
 def build_model(cfg: CfgNode) -> SelConModel:
     """Build the model of a config, on the GPU if the config uses one.
 
@@ -142,7 +150,7 @@ def build_model(cfg: CfgNode) -> SelConModel:
         input_size=(cfg.data.height, cfg.data.width),
         pixel_mean=[255.0 * value for value in cfg.data.norm_mean],
         pixel_std=[255.0 * value for value in cfg.data.norm_std],
-        num_parts=node.num_parts if method_class(node.method).uses_parts else 0,
+        num_parts=_num_parts(node),
         embedding_dim=node.embedding_dim,
         project_global=node.project_global,
         pool=node.pool,

@@ -1,4 +1,4 @@
-"""What can be checked before the training is refused before it, with key and value."""
+"""Invalid values and test sets are refused before the training, with key and value."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Small(SyntheticPersons):
             self._query = [(path, pid, self.camera) for path, pid, *_ in self.query]
             self._gallery = [(path, pid, self.camera) for path, pid, *_ in self.gallery]
         if self.num_gallery is not None:
-            path, pid, camid = self.query[0][:3]
+            _, pid, camid = self.query[0][:3]
             matches = [i for i in self.gallery if i[1] == pid and i[2] != camid][:1]
             others = [i for i in self.gallery if i[1] != pid]
             self._gallery = matches + others[: self.num_gallery - 1]
