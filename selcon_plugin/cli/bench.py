@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
             epochs=args.epochs,
             options=options,
             imports=args.imports,
+            supervised=args.supervised,
             command=shlex.join(["selcon", "bench", *argv]),
         )
     except KeyboardInterrupt as stop:
@@ -54,7 +55,7 @@ def _parser() -> CommandParser:
     parser = CommandParser(
         prog="selcon bench",
         description="Train and evaluate each config with each seed, and write a table "
-        "(Markdown, CSV, JSON). Repeat the command to resume an interrupted bench.",
+        "(Markdown, CSV, JSON, LaTeX). Repeat the command to resume an interrupted bench.",
     )
     parser.add_argument(
         "--configs",
@@ -87,6 +88,12 @@ def _parser() -> CommandParser:
         default="logs/bench",
         metavar="FOLDER",
         help="folder for the runs and the table; default: logs/bench",
+    )
+    parser.add_argument(
+        "--supervised",
+        action="store_true",
+        help="also train the host's own baseline with identities, as a reference row, with "
+        "the network and the budget of the host's first config",
     )
     add_import_argument(parser)
     parser.add_argument(

@@ -279,6 +279,39 @@ class Host(ABC):
                 processes.
         """
 
+    def describe_network(self, settings: Mapping[str, Any]) -> tuple[str, str]:
+        """Return backbone and input size of a config in short form, for tables.
+
+        Args:
+            settings: Effective values by full keys.
+
+        Returns:
+            For instance ``("osnet_x1_0", "256x128")``; empty where it is unknown.
+        """
+        return "", ""
+
+    def supervised_config(self, cfg: Any) -> Any:
+        """Return the config of the host's own baseline with network and budget of another.
+
+        Args:
+            cfg: Complete config of a training without identities.
+
+        Raises:
+            ValueError: If the host has no baseline with this network.
+        """
+        raise ValueError(f"there is no supervised baseline in {self.title}")
+
+    def train_supervised(self, cfg: Any) -> None:
+        """Train the host's own baseline with identities, and write ``results.json``.
+
+        Args:
+            cfg: Result of :meth:`supervised_config`.
+
+        Raises:
+            ValueError: If the host has no baseline.
+        """
+        raise ValueError(f"there is no supervised baseline in {self.title}")
+
     def demo(self, cfg: Any) -> Demo:
         """Return this host's steps of ``selcon demo``.
 

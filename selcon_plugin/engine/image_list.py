@@ -41,6 +41,7 @@ def write_image_list(folder: str | Path, images: IndexedImages) -> None:
     content = {
         "columns": ["path", "bytes", "camera", "identity", "content"],
         "images": list(zip(*columns, strict=True)),
+        "camera_names": images.camera_names,
         "num_left_out": images.num_left_out,
     }
     file = Path(folder, IMAGE_LIST)
@@ -79,7 +80,9 @@ def images_to_resume_with(folder: str | Path, images: _Images) -> _Images:
     items = [(path, pid, camid) for path, _, camid, pid, *_ in rows]
     sizes = [row[1] for row in rows]
     hashes = [row[4] if len(row) > 4 else MISSING for row in rows]
-    return images.with_items(items, sizes, listed["num_left_out"], hashes)
+    found = images.with_items(items, sizes, listed["num_left_out"], hashes)
+    found.camera_names = listed.get("camera_names", found.camera_names)
+    return found
 
 
 def _refuse_exchanged(rows: Sequence[tuple[Any, ...]], images: IndexedImages) -> None:

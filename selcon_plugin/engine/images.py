@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from selcon_plugin.datasets import read_image_folder
 from selcon_plugin.datasets.content import content_hashes
-from selcon_plugin.datasets.numbering import UNKNOWN, number_names
+from selcon_plugin.datasets.numbering import UNKNOWN, camera_name, number_names
 from selcon_plugin.datasets.reading import ImageReadError
 from selcon_plugin.distributed import rank
 from selcon_plugin.io.errors import ResourceError
@@ -80,6 +80,7 @@ class IndexedImages(Dataset[dict[str, Any]]):
     Attributes:
         paths: Path of each image.
         camids: Camera of each image as 0, 1, ...; -1 where unknown.
+        camera_names: Name of each camera as its user wrote it, for reports.
         evaluation_only_pids: Ground-truth identity of each image as 0, 1, ...; -1 where
             unknown. Only diagnostics and reports may read it; no sample carries it.
         num_left_out: Number of files that were unreadable when the run started and are not
@@ -101,6 +102,8 @@ class IndexedImages(Dataset[dict[str, Any]]):
             [item[1] for item in items], unknown=UNKNOWN
         )
         self.camids = number_names([item[2] for item in items], unknown=UNKNOWN)
+        named = dict(zip(self.camids, [item[2] for item in items], strict=True))
+        self.camera_names = [camera_name(named[i]) for i in sorted(named) if i >= 0]
         self.read = read
         self.transform = transform
         self.seed = seed

@@ -321,7 +321,7 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> tuple[Any, int]:
     Returns:
         The loader over query then gallery, and the number of queries.
     """
-    data = build_dataset(cfg, dataset_name)
+    data = build_dataset(cfg, dataset_name, splits=("query", "gallery"))
     if comm.is_main_process():
         data.show_test()
     test_set = _TestImages(

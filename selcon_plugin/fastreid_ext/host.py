@@ -29,6 +29,7 @@ from selcon_plugin.config.host_data import (
 from selcon_plugin.distributed import on_main_process
 from selcon_plugin.engine.threads import reserve_cpu_core
 from selcon_plugin.fastreid_ext import config
+from selcon_plugin.fastreid_ext.baseline import supervised_config, train_supervised
 from selcon_plugin.fastreid_ext.data import check_processes
 from selcon_plugin.fastreid_ext.demo import FastReIDDemo
 from selcon_plugin.fastreid_ext.extract import extract_folder
@@ -126,6 +127,20 @@ class FastReIDHost(Host):
         """Return the default config with the defaults of another config's method."""
         return config.default_values(settings)
 
+    def describe_network(self, settings: Mapping[str, Any]) -> tuple[str, str]:
+        """Return backbone and input size of a config."""
+        size = list(settings["INPUT.SIZE_TRAIN"])
+        name = str(settings["MODEL.BACKBONE.NAME"])
+        if name == "build_timm_backbone":
+            name = f"{TIMM_PREFIX}{settings['MODEL.BACKBONE.TIMM_NAME']}"
+        elif name == "build_torchreid_backbone":
+            name = str(settings["MODEL.BACKBONE.TORCHREID_NAME"])
+        else:
+            name = name.removeprefix("build_").removesuffix("_backbone")
+            name += f" {settings['MODEL.BACKBONE.DEPTH']}"
+            name += " IBN" if settings["MODEL.BACKBONE.WITH_IBN"] else ""
+        return name, "x".join(map(str, size * 2 if len(size) == 1 else size))
+
     def check_trainable(self, cfg: Any) -> None:
         """Refuse a supervised meta-architecture and unknown data sets."""
         SelConTrainer.check_meta_architecture(cfg)
@@ -220,6 +235,14 @@ class FastReIDHost(Host):
     def demo(self, cfg: Any) -> Demo:
         """Return the demo's steps in FastReID."""
         return FastReIDDemo(cfg)
+
+    def supervised_config(self, cfg: Any) -> Any:
+        """Return the config of the host's own baseline with network and budget of a run."""
+        return supervised_config(cfg)
+
+    def train_supervised(self, cfg: Any) -> None:
+        """Train the host's own baseline with identities, and write ``results.json``."""
+        train_supervised(cfg)
 
     def load_network(
         self, cfg: Any, weights: str | Path, device: torch.device

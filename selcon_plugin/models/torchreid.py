@@ -37,6 +37,7 @@ __all__ = [
     "MODEL_PREFIX",
     "TorchreidBackbone",
     "add_to_model_factory",
+    "build_named_model",
     "build_plain_model",
     "create_torchreid_backbone",
     "factory_name",
@@ -243,6 +244,28 @@ def build_plain_model(name: str, *, pretrained: bool = False) -> nn.Module:
     model: nn.Module = import_torchreid().models.build_model(
         name, num_classes=1, loss="triplet", pretrained=pretrained, use_gpu=False
     )
+    return model
+
+
+def build_named_model(name: str, *, num_classes: int, pretrained: bool) -> nn.Module:
+    """Build a torchreid model with a classifier, for supervised training.
+
+    Args:
+        name: Name in the factory.
+        num_classes: Number of identities.
+        pretrained: Whether to load the ImageNet weights that torchreid downloads.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If torchreid has no such model.
+    """  # noqa: DOC502  (raised by the functions called here)
+    _check_name(name)
+    with data_only():
+        model: nn.Module = import_torchreid().models.build_model(
+            name, num_classes=num_classes, pretrained=pretrained, use_gpu=False
+        )
     return model
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from selcon_plugin.config.checks import flatten_config
 from selcon_plugin.config.host import Host
+from selcon_plugin.datasets.numbering import camera_name
 from selcon_plugin.engine.image_list import IMAGE_LIST
 from selcon_plugin.renamed import present_settings
 from selcon_plugin.runs.embedding import EmbeddingRecord
@@ -40,12 +41,21 @@ class TrainingImages:
         camids: Camera of each image, -1 if unknown, ``(M,)``.
         pids: Identity of each image, -1 if unknown, ``(M,)``; for diagnostics only.
         num_left_out: Number of files that could not be read when the run started.
+        camera_names: Name of each camera; empty for a run of an earlier version.
     """
 
     paths: tuple[str, ...]
     camids: NDArray[np.int64]
     pids: NDArray[np.int64]
     num_left_out: int
+    camera_names: tuple[str, ...] = ()
+
+    def camera(self, number: int) -> str:
+        """Return the name of a camera as its user wrote it; "" for an unknown one."""
+        if number < 0:
+            return ""
+        known = number < len(self.camera_names)
+        return self.camera_names[number] if known else camera_name(number)
 
     @property
     def identities_known(self) -> bool:
@@ -248,6 +258,7 @@ def _read_images(file: Path) -> TrainingImages:
         np.array([row[2] for row in rows], dtype=np.int64),
         np.array([row[3] for row in rows], dtype=np.int64),
         int(content.get("num_left_out", 0)),
+        tuple(str(name) for name in content.get("camera_names", ())),
     )
 
 

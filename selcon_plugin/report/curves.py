@@ -124,10 +124,16 @@ class Distances:
     Attributes:
         chart: The histograms.
         reach: Largest distance that was computed, as text; empty if there is no limit.
+        of_clusters: Whether there are pairs of the same cluster.
+        of_cameras: Whether there are pairs from the same and from different cameras.
+        has_eps: Whether the clustering has a distance within which images are neighbors.
     """
 
     chart: Chart
     reach: str
+    of_clusters: bool
+    of_cameras: bool
+    has_eps: bool
 
 
 def distances(run: RunData) -> Distances | None:
@@ -169,4 +175,10 @@ def distances(run: RunData) -> Distances | None:
         return None
     # Jaccard distances are computed only for images with a common neighbor.
     is_jaccard = record.distance == "Jaccard"
-    return Distances(chart, number(round(record.reach, 2)) if is_jaccard else "")
+    return Distances(
+        chart,
+        number(round(record.reach, 2)) if is_jaccard else "",
+        of_clusters=record.clustered and bool(record.counts[SAME_CLUSTER].any()),
+        of_cameras=all(record.counts[row].any() for row in (SAME_CAMERA, OTHER_CAMERA)),
+        has_eps=rule is not None,
+    )

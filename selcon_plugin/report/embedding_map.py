@@ -11,7 +11,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from selcon_plugin.report.charts import NUM_COLORS, LegendEntry, marker_path, number
-from selcon_plugin.report.collect import RunData
+from selcon_plugin.report.collect import RunData, TrainingImages
 from selcon_plugin.report.crops import Crops, Sprite, short_paths
 
 _WIDTH, _HEIGHT, _MARGIN = 800, 560, 16
@@ -118,7 +118,10 @@ def embedding_map(run: RunData, crops: Crops) -> EmbeddingMap | None:
     sprite = crops.sprite([images.paths[i] for i in record.sample])
     names = short_paths(images.paths)
     points = [
-        [round(float(x), 1), round(float(y), 1), names[i], int(label), int(camera)]
+        [
+            *(round(float(x), 1), round(float(y), 1), names[i]),
+            *(int(label), images.camera(int(camera))),
+        ]
         for (x, y), i, label, camera in zip(
             places, record.sample, labels, cameras, strict=True
         )
@@ -133,11 +136,11 @@ def embedding_map(run: RunData, crops: Crops) -> EmbeddingMap | None:
         f"{number(count)} of {number(total)} images" if count < total else "All images",
         f"epoch {record.epoch}" if record.epoch else "the start of training",
         [
-            _view(name, groups, rest, places, shown=index == 0)
+            _view(name, groups, rest, places, images, shown=index == 0)
             for index, (name, groups, rest) in enumerate(views)
         ],
         sprite,
-        {"points": points, "sprite": layout},
+        {"points": points, "sprite": layout, "clustered": record.clustered},
     )
 
 
@@ -146,6 +149,7 @@ def _view(
     groups: NDArray[Any],
     rest: str,
     places: NDArray[np.float64],
+    images: TrainingImages,
     *,
     shown: bool,
 ) -> MapView:
@@ -169,7 +173,8 @@ def _view(
         color = f"fc{index % NUM_COLORS}"
         drawing += _marks(color, index, places[chosen], 3.2, f"{name}-{group}")
         if index < _LISTED:
-            text = f"{name} {group} ({int(chosen.sum())})"
+            label = images.camera(group) if name == "camera" else group
+            text = f"{name} {label} ({int(chosen.sum())})"
             legend.insert(index, _entry(color, index, text, f"{name}-{group}"))
     description = f"Map of {len(places)} images colored by {name}"
     return MapView(name, shown, description, drawing, legend)

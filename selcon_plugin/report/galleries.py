@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from selcon_plugin.datasets.numbering import camera_name
 from selcon_plugin.report.charts import UNKNOWN, number
 from selcon_plugin.report.collect import RunData, TrainingImages, cameras_of_clusters
 from selcon_plugin.report.crops import Crops, short_paths
@@ -130,7 +131,7 @@ class _Clusters:
                 _picture(
                     self._crops,
                     images.paths[i],
-                    _with_camera(self._names[i], images.camids[i]),
+                    _with_camera(self._names[i], images.camera(images.camids[i])),
                 )
             )
             for i in chosen.tolist()
@@ -170,25 +171,33 @@ def ranked_results(run: RunData, crops: Crops) -> RankedLists | None:
 
 
 def _query_strip(query: RankedQuery, crops: Crops) -> Strip:
-    precision = query.average_precision
-    known = "" if math.isnan(precision) else f", average precision {100 * precision:.0f} %"
-    text = f"query {Path(query.path).name}, camera {query.camid}"
+    precision, camera = query.average_precision, camera_name(query.camid)
+    known = ", no match in the gallery"
+    if not math.isnan(precision):
+        known = f", average precision {100 * precision:.0f} %"
+    text = f"query {Path(query.path).name}, camera {camera}"
     cells = [Cell(_picture(crops, query.path, text), "query", "query")]
-    cells += [
-        _result(rank, result, crops) for rank, result in enumerate(query.results, start=1)
-    ]
-    return Strip(f"Person {query.pid}, camera {query.camid}{known}", cells)
+    found = 0
+    for rank, result in enumerate(query.results, start=1):
+        found += result.right
+        # Every match of a query of 100 % comes before the first other image.
+        complete = found >= query.num_matches if query.num_matches else precision == 1.0
+        cells.append(_result(rank, result, crops, rest=complete and not result.right))
+    return Strip(f"Person {query.pid}, camera {camera}{known}", cells)
 
 
-def _result(rank: int, result: RankedImage, crops: Crops) -> Cell:
+def _result(rank: int, result: RankedImage, crops: Crops, *, rest: bool) -> Cell:
+    """Describe a result; ``rest`` if all matches come before it."""
     kind, sign, meaning = (
         ("hit", "✓", "same person") if result.right else ("miss", "✗", "different person")
     )
+    if rest:
+        kind, sign, meaning = "", "", "different person, after the last match"
     text = (
-        f"rank {rank}, {meaning}: {Path(result.path).name}, camera {result.camid}, "
-        f"distance {result.distance:.3g}"
+        f"rank {rank}, {meaning}: {Path(result.path).name}, camera "
+        f"{camera_name(result.camid)}, distance {result.distance:.3g}"
     )
-    return Cell(_picture(crops, result.path, text), f"{sign} {rank}", kind)
+    return Cell(_picture(crops, result.path, text), f"{sign} {rank}".strip(), kind)
 
 
 def nearest_neighbors(run: RunData, crops: Crops) -> RankedLists | None:
@@ -207,7 +216,7 @@ def nearest_neighbors(run: RunData, crops: Crops) -> RankedLists | None:
     names = short_paths(images.paths)
 
     def picture(i: int) -> Picture:
-        text = _with_camera(names[i], images.camids[i])
+        text = _with_camera(names[i], images.camera(images.camids[i]))
         if record.clustered:
             label = record.labels[i]
             text += f", cluster {label}" if label >= 0 else ", no cluster"
@@ -234,8 +243,8 @@ def _picture(crops: Crops, path: str, text: str) -> Picture:
     return Picture(crops.uri(path), text)
 
 
-def _with_camera(name: str, camid: int) -> str:
-    return f"{name}, camera {camid}" if camid >= 0 else name
+def _with_camera(name: str, camera: str) -> str:
+    return f"{name}, camera {camera}" if camera else name
 
 
 def _plural(count: int, noun: str, plural: str = "") -> str:

@@ -53,10 +53,9 @@ def _cluster_notes(run: RunData) -> Iterator[Note]:
     outliers = run.curve("outlier_ratio").last
     if clusters is not None and clusters <= 1:
         what = "All images are in one cluster" if clusters else "No cluster was found"
-        change = "Lower" if clusters else "Raise"
-        yield Note(
-            "warning", f"{what}.", f"{change} eps of the clustering, or set it to auto."
-        )
+        options = _labeler_options(run)
+        change = more_clusters(options) if clusters else fewer_outliers(options)
+        yield Note("warning", f"{what}.", f"For more clusters {change}.")
     if outliers is not None and outliers > _MANY_OUTLIERS:
         yield Note(
             "warning",
@@ -166,17 +165,21 @@ def _missing_record_notes(run: RunData) -> Iterator[Note]:
         yield Note(
             "info",
             "The run has not finished: the metrics are those measured so far.",
-            "Resume it with --resume, then build the report again.",
+            "Resume it (selcon train --resume; in a script of torchreid engine.resume), "
+            "then build the report again.",
         )
     elif not run.metrics:
         yield Note(
             "info",
             "The run has no test set: the ranking accuracy is unknown.",
-            "Inspect the clusters and the nearest neighbors below.",
+            "Inspect the clusters and the nearest neighbors below."
+            if run.embedding is not None and run.embedding.clustered
+            else "Inspect the nearest neighbors below.",
         )
     if run.embedding is None:
         yield Note(
             "info",
             "The run has no record of its features: neither map nor clusters are shown.",
-            "Earlier versions did not write this record.",
+            "It is written with each clustering, or at the start without one; a run that "
+            "ended before, or that an earlier version trained, has none.",
         )

@@ -22,6 +22,9 @@ from selcon_plugin.report.galleries import (
 )
 from selcon_plugin.report.notes import Note, find_notes
 
+# Names of metrics that do not explain themselves.
+_METRICS = {"metric": "Mean of mAP and Rank-1"}
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -99,7 +102,7 @@ def headline(run: RunData) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     several = len(run.metrics) > 1
     for name, metrics in run.metrics.items():
-        for metric in ("mAP", "Rank-1", "mINP"):
+        for metric in ("mAP", "Rank-1", "Rank-5", "Rank-10", "mINP"):
             if isinstance(metrics.get(metric), (int, float)):
                 label = f"{metric}, {name}" if several else metric
                 found.append((label, f"{metrics[metric]:.1f} %"))
@@ -179,7 +182,8 @@ def _about(run: RunData) -> Iterator[list[str]]:
     for name, metrics in run.metrics.items():
         for metric, value in metrics.items():
             if isinstance(value, (int, float)):
-                yield [f"{metric}, {name}", f"{value:.2f} %"]
+                label = _METRICS.get(metric, metric)
+                yield [f"{label}, {name}", f"{value:.2f} %"]
 
 
 def _costs(run: RunData) -> Iterator[list[str]]:

@@ -116,6 +116,8 @@ class RankedQuery:
         average_precision: Average precision over the whole gallery by Market-1501's
             protocol; NaN if the gallery has no image of the identity from another camera.
         results: Nearest gallery images, nearest first.
+        num_matches: Gallery images of the identity from other cameras; 0 if there are none,
+            or in a record of an earlier version.
     """
 
     path: str
@@ -123,6 +125,7 @@ class RankedQuery:
     camid: int
     average_precision: float
     results: tuple[RankedImage, ...]
+    num_matches: int = 0
 
 
 def rank_queries(
@@ -168,7 +171,8 @@ def _rank(distances: Any, item: tuple[Any, ...], gallery: LabeledImages) -> Rank
         )
         for match in order[:_RESULTS]
     )
-    return RankedQuery(str(path), int(pid), int(camid), average, results)
+    matches = int(right.sum())
+    return RankedQuery(str(path), int(pid), int(camid), average, results, matches)
 
 
 def write_ranked(folder: str | Path, name: str, queries: Sequence[RankedQuery]) -> None:
@@ -226,4 +230,5 @@ def _query(values: dict[str, Any]) -> RankedQuery:
         int(values["camid"]),
         float(values["average_precision"]),
         results,
+        int(values.get("num_matches", 0)),
     )

@@ -24,7 +24,7 @@ from selcon_plugin.datasets import (
     read_image_folder,
     read_market_splits,
 )
-from selcon_plugin.datasets.numbering import UNKNOWN, number_names
+from selcon_plugin.datasets.numbering import NamedNumber, number_names
 
 logger = logging.getLogger(__name__)
 
@@ -214,6 +214,10 @@ def _unlabeled_images(folder: str, camera_pattern: str) -> list[tuple[str, int, 
     items = read_image_folder(folder, camera_pattern=camera_pattern)
     camids = number_names([item.camera for item in items])
     return [
-        (item.path, UNKNOWN_PID, UNKNOWN_CAMERA if camid == UNKNOWN else camid)
+        (
+            item.path,
+            UNKNOWN_PID,
+            UNKNOWN_CAMERA if item.camera is None else NamedNumber(camid, item.camera),
+        )
         for item, camid in zip(items, camids, strict=True)
     ]

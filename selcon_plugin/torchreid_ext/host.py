@@ -24,6 +24,7 @@ from selcon_plugin.engine.threads import reserve_cpu_core
 from selcon_plugin.models.inference import InferenceNetwork
 from selcon_plugin.models.pretrained import read_state_dict
 from selcon_plugin.torchreid_ext import config
+from selcon_plugin.torchreid_ext.baseline import supervised_config, train_supervised
 from selcon_plugin.torchreid_ext.checkpoints import checkpoint_epoch, list_checkpoints
 from selcon_plugin.torchreid_ext.datasets import image_dataset_names
 from selcon_plugin.torchreid_ext.inference import load_network
@@ -127,6 +128,11 @@ class TorchreidHost(Host):
         result["INPUT.SIZE_TRAIN"] = result["INPUT.SIZE_TEST"] = size
         return result
 
+    def describe_network(self, settings: Mapping[str, Any]) -> tuple[str, str]:
+        """Return backbone and input size of a config."""
+        size = f"{settings['data.height']}x{settings['data.width']}"
+        return str(settings["model.name"]), size
+
     def check_trainable(self, cfg: Any) -> None:
         """Refuse data sets that torchreid does not know."""
         known = image_dataset_names()
@@ -166,6 +172,14 @@ class TorchreidHost(Host):
     def prepare_script(self, command: Sequence[str]) -> None:
         """Let a script such as torchreid's main.py train without identities."""
         prepare_script()
+
+    def supervised_config(self, cfg: Any) -> Any:
+        """Return the config of the host's own baseline with network and budget of a run."""
+        return supervised_config(cfg)
+
+    def train_supervised(self, cfg: Any) -> None:
+        """Train the host's own baseline with identities, and write ``results.json``."""
+        train_supervised(cfg)
 
     def load_network(
         self, cfg: Any, weights: str | Path, device: torch.device

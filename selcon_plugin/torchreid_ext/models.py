@@ -78,10 +78,6 @@ class SelConModel(EmbeddingNetwork):
         pixel_mean: The loader's mean per channel, on the scale 0..255.
         pixel_std: The loader's standard deviation per channel, on that scale.
 
-    Attributes:
-        architecture: Options of the plugin that describe the network, and the ``name`` of
-            its model if it is known.
-
     Raises:
         ValueError: If ``pool`` is unknown or the sizes do not match.
     """

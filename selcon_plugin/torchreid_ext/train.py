@@ -164,25 +164,21 @@ def build_model(cfg: CfgNode) -> SelConModel:
     return model.cuda() if cfg.use_gpu else model
 
 
-def build_engine(cfg: CfgNode, *, overwrite: bool = False) -> ImageSelConEngine:
-    """Build data, model, optimizer, schedule and engine.
+def build_schedule(
+    cfg: CfgNode, model: nn.Module, *, new_layers: Any
+) -> tuple[torch.optim.Optimizer, Any]:
+    """Build torchreid's optimizer and schedule.
 
     Args:
-        cfg: Config, which is checked unless it was checked before.
-        overwrite: See :class:`ImageSelConEngine`.
+        cfg: Complete config.
+        model: Model to train.
+        new_layers: Direct parts of the model with the rate of new layers, if the config has
+            staged rates.
 
     Returns:
-        The engine, ready to run.
+        Optimizer and schedule.
     """
-    cfg = complete_config(cfg)
-    torchreid, node, train = import_torchreid(), cfg.selcon, cfg.train
-    seed_all(node.seed)
-    datamanager = build_datamanager(cfg)
-    model: nn.Module = build_model(cfg)
-    if torch.cuda.device_count() > 1 and cfg.use_gpu:
-        model = nn.DataParallel(model)
-    # torchreid finds only direct parts of a model; the engine finds other names.
-    direct = train.new_layers in ("heads", ["heads"])
+    torchreid, train = import_torchreid(), cfg.train
     optimizer = torchreid.optim.build_optimizer(
         model,
         optim=train.optim,
@@ -195,7 +191,7 @@ def build_engine(cfg: CfgNode, *, overwrite: bool = False) -> ImageSelConEngine:
         adam_beta1=cfg.adam.beta1,
         adam_beta2=cfg.adam.beta2,
         staged_lr=train.staged_lr,
-        new_layers=train.new_layers if direct else [],
+        new_layers=new_layers,
         base_lr_mult=train.base_lr_mult,
     )
     scheduler = torchreid.optim.build_lr_scheduler(
@@ -204,6 +200,31 @@ def build_engine(cfg: CfgNode, *, overwrite: bool = False) -> ImageSelConEngine:
         stepsize=train.stepsize,
         gamma=train.gamma,
         max_epoch=train.max_epoch,
+    )
+    return optimizer, scheduler
+
+
+def build_engine(cfg: CfgNode, *, overwrite: bool = False) -> ImageSelConEngine:
+    """Build data, model, optimizer, schedule and engine.
+
+    Args:
+        cfg: Config, which is checked unless it was checked before.
+        overwrite: See :class:`ImageSelConEngine`.
+
+    Returns:
+        The engine, ready to run.
+    """
+    cfg = complete_config(cfg)
+    node, train = cfg.selcon, cfg.train
+    seed_all(node.seed)
+    datamanager = build_datamanager(cfg)
+    model: nn.Module = build_model(cfg)
+    if torch.cuda.device_count() > 1 and cfg.use_gpu:
+        model = nn.DataParallel(model)
+    # torchreid finds only direct parts of a model; the engine finds other names.
+    direct = train.new_layers in ("heads", ["heads"])
+    optimizer, scheduler = build_schedule(
+        cfg, model, new_layers=train.new_layers if direct else []
     )
     return ImageSelConEngine(
         datamanager,

@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,13 @@ from selcon_plugin.io.plain_yaml import read_settings
 from selcon_plugin.runs.folder import owned_run
 from selcon_plugin.runs.results import RESULTS_FILE
 from selcon_plugin.workflows.bench_runs import SETTINGS_FILE, finish
-from selcon_plugin.workflows.bench_table import Outcome, Report, Run, differences
+from selcon_plugin.workflows.bench_table import (
+    SUPERVISED,
+    Outcome,
+    Report,
+    Run,
+    differences,
+)
 from selcon_plugin.workflows.terminal import echo
 
 __all__ = ["BenchTerminated", "plan", "row_names", "run_bench"]
@@ -40,19 +45,22 @@ def run_bench(
     epochs: int | None = None,
     options: Sequence[str] = (),
     imports: Sequence[str] = (),
+    supervised: bool = False,
     command: str = "",
 ) -> list[Outcome]:
     """Train and evaluate each config with each seed, and write a table.
 
     Args:
         configs: Config files of any host.
-        output: Folder for the runs and the table, in Markdown, CSV and JSON.
+        output: Folder for the runs and the table, in Markdown, CSV, JSON and LaTeX.
         seeds: Number of seeds; they are 0 to ``seeds`` - 1.
         dataset: Data set for training and test in all configs; empty for that of each
             config.
         epochs: Epochs to train in all configs; None for those of each config.
         options: ``KEY VALUE`` pairs, which apply to the configs of the host with this key.
         imports: Python files that each run imports first.
+        supervised: Whether to train each host's own baseline with identities as well, with
+            the network and the budget of the host's first config.
         command: Command line that repeats the bench, for the table.
 
     Returns:
@@ -77,6 +85,7 @@ def run_bench(
             epochs=epochs,
             options=options,
             imports=imports,
+            supervised=supervised,
         )
         return _work(runs, output, command)
 
@@ -90,6 +99,7 @@ def plan(
     epochs: int | None = None,
     options: Sequence[str] = (),
     imports: Sequence[str] = (),
+    supervised: bool = False,
 ) -> list[Run]:
     """Read all configs, and write the settings of each run or compare them.
 
@@ -101,6 +111,7 @@ def plan(
         epochs: As for :func:`run_bench`.
         options: As for :func:`run_bench`.
         imports: As for :func:`run_bench`.
+        supervised: As for :func:`run_bench`.
 
     Returns:
         The runs, sorted by seed, so that a first comparison of all configs is early.
@@ -108,24 +119,59 @@ def plan(
     with quiet_import():
         hosts = [get_host(host_of(file)) for file in configs]
     _check_options(options, hosts)
-    runs, texts = [], []
+    rows: list[tuple[str, Path, Host, Any]] = []
     for name, file, host in zip(row_names(configs), configs, hosts, strict=True):
         overrides = host.overrides(dataset=dataset, epochs=epochs)
         cfg = _load_config(host, file, _options_of(host, options), overrides)
+        rows.append((name, output / name, host, cfg))
+    if supervised:
+        rows += _references(rows, output)
+    runs, texts = [], []
+    for name, folder, host, cfg in rows:
         for seed in range(seeds):
-            folder = output / name / f"seed{seed}"
-            place = host.overrides(output=str(folder), seed=seed)
+            place = host.overrides(output=str(folder / f"seed{seed}"), seed=seed)
             Merger(cfg, host.keys).merge_overrides(place)
             texts.append(cfg.dump())
             settings = flatten_config(yaml.safe_load(texts[-1]))
-            run = Run(name, seed, folder, settings, host.name, tuple(imports))
-            runs.append(replace(run, comparable=host.comparable_settings(settings)))
+            backbone, size = host.describe_network(settings)
+            runs.append(
+                Run(
+                    name,
+                    seed,
+                    folder / f"seed{seed}",
+                    settings,
+                    host.name,
+                    tuple(imports),
+                    host.comparable_settings(settings),
+                    backbone,
+                    size,
+                    name.startswith(SUPERVISED),
+                )
+            )
     for run in runs:
         _check_folder(run)
     for run, text in zip(runs, texts, strict=True):
         run.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(text, run.folder / SETTINGS_FILE)
     return sorted(runs, key=lambda run: run.seed)
+
+
+def _references(
+    rows: Sequence[tuple[str, Path, Host, Any]], output: Path
+) -> list[tuple[str, Path, Host, Any]]:
+    """Return a supervised reference for the first config of each host."""
+    first: dict[str, tuple[Host, Any]] = {}
+    for _, _, host, cfg in rows:
+        first.setdefault(host.name, (host, cfg))
+    return [
+        (
+            f"{SUPERVISED} ({host.title})",
+            output / f"{SUPERVISED}-{name}",
+            host,
+            host.supervised_config(cfg),
+        )
+        for name, (host, cfg) in first.items()
+    ]
 
 
 def _load_config(
@@ -233,7 +279,7 @@ def _work(runs: Sequence[Run], output: Path, command: str) -> list[Outcome]:
         if number % num_configs == 0:  # a seed is complete
             echo(f"\n{report.table()}\n")
     echo("\n".join(report.notes()))
-    echo(f"\nTable  {output / 'table.md'}, table.csv, table.json")
+    echo(f"\nTable  {output / 'table.md'}, table.csv, table.json, table.tex, runs.csv")
     return outcomes
 
 

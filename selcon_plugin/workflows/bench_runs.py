@@ -94,6 +94,9 @@ def _command(run: Run) -> list[str]:
     """Return the command that trains and evaluates a run, or resumes it."""
     # The given file may be edited while the bench runs, so the run reads a copy.
     config = str(run.folder / SETTINGS_FILE)
+    if run.supervised:
+        module = "selcon_plugin.workflows.supervised"
+        return [sys.executable, "-m", module, config, *run.imports]
     return [
         *(sys.executable, "-m", "selcon_plugin", "train"),
         *("--resume", "--config-file", config),

@@ -15,8 +15,11 @@ from typing import Any
 
 from selcon_plugin.io.atomic import write_atomically
 from selcon_plugin.io.tables import write_table
+from selcon_plugin.workflows.bench_latex import latex_table
 
-METRICS = ("mAP", "Rank-1", "mINP")
+METRICS = ("mAP", "Rank-1", "Rank-5", "Rank-10", "mINP")
+# Label of the reference that the host trains with identities.
+SUPERVISED = "supervised"
 
 # Settings that may change when a run is resumed, and that do not affect the result.
 _FREE_KEYS = (
@@ -49,6 +52,9 @@ class Run:
         imports: Python files that the run imports first.
         comparable: Settings under keys that all hosts share, as far as they exist; empty
             if ``settings`` uses these keys.
+        backbone: Name of the backbone.
+        input_size: Height and width of the input, as text.
+        supervised: Whether the host trains its own baseline with identities.
     """
 
     config: str
@@ -58,6 +64,9 @@ class Run:
     host: str = ""
     imports: Sequence[str] = ()
     comparable: Mapping[str, Any] = field(default_factory=dict)
+    backbone: str = ""
+    input_size: str = ""
+    supervised: bool = False
 
     def __str__(self) -> str:
         return f"{self.config} seed {self.seed}"
@@ -111,6 +120,9 @@ def summarize(outcomes: Sequence[Outcome], num_seeds: int) -> list[dict[str, Any
             row: dict[str, Any] = {
                 "config": config,
                 "method": records[0]["method"] if records else "",
+                "backbone": mine[0].run.backbone,
+                "input_size": mine[0].run.input_size,
+                "supervised": mine[0].run.supervised,
                 "test_set": test_set,
                 "seeds": num_seeds,
                 "finished": len(records),
@@ -196,11 +208,15 @@ class Report:
     command: str
 
     def write(self, output: Path) -> None:
-        """Write ``table.md``, ``table.csv`` and ``table.json`` into a folder."""
+        """Write the tables into a folder, in Markdown, CSV, JSON and LaTeX."""
         rows = summarize(self.outcomes, self.num_seeds)
         notes = "\n".join(self.notes())
-        write_atomically(f"{self.table()}\n\n{notes}\n", output / "table.md")
+        tables = f"{self.table()}\n\n{self.seeds_table()}"
+        write_atomically(f"{tables}\n\n{notes}\n", output / "table.md")
+        write_atomically(self.latex(), output / "table.tex")
         write_table(output / "table.csv", list(rows[0]), (row.values() for row in rows))
+        runs = self.seed_rows()
+        write_table(output / "runs.csv", list(runs[0]), (row.values() for row in runs))
         content = {
             "command": self.command,
             "date": _now(),
@@ -212,20 +228,70 @@ class Report:
 
     def table(self) -> str:
         """Format the rows as a Markdown table that is readable on a terminal as well."""
-        header = ("Config", "Method", "Test set", "Seeds", *METRICS)
+        header = ("Config", "Method", "Backbone", "Input", "Test set", "Seeds", *METRICS)
         cells = [(*header, "Minutes", "Memory (MiB)", "Clusters")]
         for row in summarize(self.outcomes, self.num_seeds):
             finished, seeds = row["finished"], row["seeds"]
+            named = ("config", "method", "backbone", "input_size", "test_set")
             cells.append(
                 (
-                    *(row["config"], row["method"] or "-", row["test_set"] or "-"),
+                    *(row[name] or "-" for name in named),
                     str(seeds) if finished == seeds else f"{finished} of {seeds}",
                     *(_mean_and_spread(row, name, 1) for name in (*METRICS, "minutes")),
                     _memory(row),
                     _mean_and_spread(row, "clusters", 0),
                 )
             )
-        return _pipe_table(cells)
+        return _pipe_table(cells, num_texts=5)
+
+    def seeds_table(self) -> str:
+        """Format the metrics of each run as a Markdown table."""
+        cells = [("Config", "Test set", "Seed", *METRICS, "Minutes", "Clusters")]
+        for row in self.seed_rows():
+            values = [row[name] for name in (*METRICS, "minutes")]
+            cells.append(
+                (
+                    *(row["config"], row["test_set"] or "-", str(row["seed"])),
+                    *("-" if value is None else f"{value:.1f}" for value in values),
+                    "-" if row["clusters"] is None else str(row["clusters"]),
+                )
+            )
+        return _pipe_table(cells, num_texts=2)
+
+    def seed_rows(self) -> list[dict[str, Any]]:
+        """Return one row per run and test set, with its metrics in percent."""
+        rows = []
+        for outcome in self.outcomes:
+            run, record = outcome.run, outcome.record or {}
+            metrics = record.get("metrics") or {"": {}}
+            for test_set, found in metrics.items():
+                seconds = record.get("train_seconds")
+                rows.append(
+                    {
+                        "config": run.config,
+                        "method": record.get("method", ""),
+                        "backbone": run.backbone,
+                        "input_size": run.input_size,
+                        "test_set": test_set,
+                        "seed": run.seed,
+                        **{name: found.get(name) for name in METRICS},
+                        "minutes": None if seconds is None else seconds / 60,
+                        "clusters": record.get("num_clusters"),
+                        "error": outcome.error,
+                    }
+                )
+        return rows
+
+    def latex(self) -> str:
+        """Format the rows as a table in LaTeX."""
+        over = f"mean and sample standard deviation over {self.num_seeds} seeds"
+        return latex_table(
+            summarize(self.outcomes, self.num_seeds),
+            metrics=METRICS,
+            caption="Accuracy in percent after the last epoch"
+            + (f", {over}." if self.num_seeds > 1 else ", one seed."),
+            comments=[line.removeprefix("* ").replace("*", "") for line in self.notes()],
+        )
 
     def notes(self) -> list[str]:
         """Return the footnotes in Markdown: how the metrics were measured, and failures."""
@@ -236,6 +302,11 @@ class Report:
             "* Minutes: training time without evaluation. Memory: largest peak of the "
             "training process, or of the GPU memory if a GPU was used.",
         ]
+        if any(outcome.run.supervised for outcome in self.outcomes):
+            lines.append(
+                "* Rows named supervised: the host's own baseline, trained with the true "
+                "identities; all other rows use none."
+            )
         if len({outcome.run.config for outcome in self.outcomes}) > 1:
             lines += budget_notes(self.differing())
         for outcome in self.outcomes:
@@ -290,17 +361,18 @@ def _memory(row: Mapping[str, Any]) -> str:
     return "-" if peak is None else f"{peak:.0f}"
 
 
-def _pipe_table(cells: Sequence[Sequence[str]]) -> str:
-    """Format a Markdown table; numbers (from the fourth column on) are right-aligned."""
+def _pipe_table(cells: Sequence[Sequence[str]], *, num_texts: int) -> str:
+    """Format a Markdown table; the columns after the texts are right-aligned."""
+    cells = [[text.replace("|", "\\|") for text in row] for row in cells]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for row in cells:
         padded = [
-            text.ljust(width) if i < 3 else text.rjust(width)
+            text.ljust(width) if i < num_texts else text.rjust(width)
             for i, (text, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append(f"| {' | '.join(padded)} |")
-    rule = ["-" * w if i < 3 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    rule = ["-" * w if i < num_texts else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     lines.insert(1, f"| {' | '.join(rule)} |")
     return "\n".join(lines)
 

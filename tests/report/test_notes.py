@@ -1,11 +1,12 @@
 """Tests of the warnings: one run for each of them, and a healthy run without any."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from selcon_plugin.report.collect import Curve, collect_run
+from selcon_plugin.report.collect import Curve, RunData, collect_run
 from selcon_plugin.report.notes import find_notes
 
 
@@ -69,3 +70,16 @@ def test_images_that_were_left_out(make_run):
     images = dataclasses.replace(run.images, num_left_out=2)
     (text,) = warnings(dataclasses.replace(run, images=images))
     assert text.startswith("2 image files")
+
+
+@pytest.mark.parametrize("labeler", ["DBSCAN", "HDBSCAN", "KMeans"])
+@pytest.mark.parametrize("clusters", [0, 1])
+def test_remedies_name_options_of_the_labeler(labeler, clusters):
+    curves = {"num_clusters": Curve((1.0,), (float(clusters),))}
+    settings = {"selcon.clustering.labeler": labeler}
+    (note,) = [
+        n
+        for n in find_notes(RunData(Path("run"), curves=curves, settings=settings))
+        if "cluster" in n.text and n.level == "warning"
+    ]
+    assert ("eps" in note.remedy) == (labeler == "DBSCAN")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html.parser
 import itertools
 import json
+import math
 import re
 from types import SimpleNamespace
 
@@ -25,7 +27,9 @@ from selcon_plugin.report.charts import Series, line_chart, ticks
 from selcon_plugin.report.crops import Crops
 from selcon_plugin.report.document import Section, Table, render_page
 from selcon_plugin.report.embedding_map import lay_out
-from selcon_plugin.runs.embedding import EmbeddingRecord
+from selcon_plugin.report.page import run_page
+from selcon_plugin.runs.embedding import OTHER_CAMERA, EmbeddingRecord
+from selcon_plugin.runs.ranked import RankedImage, RankedQuery, read_ranked, write_ranked
 
 _VOID = {"meta", "img", "input", "br", "link", "path", "circle"}
 
@@ -364,3 +368,82 @@ def test_record_is_loaded_as_it_was_saved(make_run):
     assert record.num_clusters == 6
     assert record.epoch == 2
     assert record.eps == 0.6
+
+
+# --- right sentences ----------------------------------------------------------------------
+
+
+def text_of(folder):
+    return run_page(collect_run(folder))
+
+
+def test_cameras_have_the_names_of_the_user(make_run):
+    folder = make_run(ranked=False)
+    listed = json.loads((folder / "images.json").read_text())
+    listed["camera_names"] = ["door", "hall", "yard & gate"]
+    (folder / "images.json").write_text(json.dumps(listed))
+    text = text_of(folder)
+    assert "camera door (" in text
+    assert "camera yard &amp; gate (" in text
+    assert not re.search(r"camera \d", text)
+
+
+def test_cameras_of_a_test_set_count_from_one_as_its_files_do(make_run):
+    text = text_of(make_run())
+    cameras = set(re.findall(r"[Pp]erson \d+, camera (\d+)", text))
+    assert cameras
+    assert cameras <= {"1", "2", "3"}
+
+
+def test_a_run_without_clusters_explains_none(make_run):
+    text = text_of(make_run(clustered=False))
+    visible = re.sub(r"<script>.*?</script>|<style>.*?</style>", "", text, flags=re.DOTALL)
+    for word in ("Clusters are pure", "DBSCAN", "within eps", "cluster -1"):
+        assert word not in visible, word
+    assert re.search(r'clustered\W+false', text)
+    assert "Clusters are pure" in text_of(make_run("other"))
+
+
+def test_a_run_with_one_camera_compares_none(make_run):
+    folder = make_run()
+    record = EmbeddingRecord.load(folder)
+    assert "similar distributions" in text_of(folder)
+    counts = record.counts.copy()
+    counts[OTHER_CAMERA] = 0
+    dataclasses.replace(record, counts=counts).save(folder)
+    assert "similar distributions" not in text_of(folder)
+
+
+def test_every_chart_has_a_legend(make_run):
+    text = text_of(make_run())
+    charts = re.findall(r'<figure class="chart">.*?</figure>', text, flags=re.DOTALL)
+    assert len(charts) > 3
+    assert all('<ul class="legend">' in chart for chart in charts)
+
+
+def test_no_result_after_the_last_match_is_marked_as_wrong(make_run):
+    folder = make_run()
+    shown = [
+        RankedImage("a.png", 1, 0.1, True),
+        RankedImage("b.png", 1, 0.2, False),
+        RankedImage("c.png", 1, 0.3, False),
+    ]
+    perfect = RankedQuery("q.png", 1, 0, 1.0, tuple(shown), 1)
+    partial = RankedQuery("r.png", 1, 0, 0.7, tuple(shown), 2)
+    without = RankedQuery("s.png", 1, 0, math.nan, tuple(shown[1:]), 0)
+    for query, wrong, mark in (
+        (perfect, 0, "100 %"),
+        (partial, 2, "70 %"),
+        (without, 2, "no match"),
+    ):
+        write_ranked(folder, "Small", [query])
+        text = text_of(folder)
+        assert text.count('<li class="miss">') == wrong
+        assert mark in text
+
+
+def test_matches_are_counted(make_run):
+    (queries,) = read_ranked(make_run()).values()
+    for query in queries:
+        if not math.isnan(query.average_precision):
+            assert query.num_matches > 0

@@ -450,7 +450,7 @@ def data_of(**splits):
 
 def test_test_set_without_a_match_is_refused_before_the_training():
     lonely = data_of(query=[(1, 0), (2, 0)], gallery=[(1, 0), (2, 0), (3, 1)])
-    with pytest.raises(ValueError, match=r"market.* none of its 2 queries .*data.targets"):
+    with pytest.raises(ValueError, match=r"market.* none of its 2 queries"):
         EvaluationScope.of("market", lonely)
     with pytest.raises(ValueError, match="0 gallery images"):
         EvaluationScope.of("market", data_of(query=[(1, 0)], gallery=[]))
@@ -496,7 +496,7 @@ def test_cuhk03_metric_on_fewer_persons_than_ranks(make_engine, caplog):
 
 def test_optimizer_of_another_script_is_named(make_engine, tmp_path):
     run(make_engine(iters_per_epoch=1), tmp_path, 1)
-    engine = make_engine()
+    engine = make_engine(iters_per_epoch=1)
     last = list(network_of(engine).heads.parameters())
     groups = engine.optimizer.param_groups
     groups[0]["params"] = [p for p in groups[0]["params"] if all(p is not o for o in last)]

@@ -2,10 +2,12 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from selcon_plugin.workflows.bench_latex import latex_text
 from selcon_plugin.workflows.bench_table import (
     Outcome,
     Report,
@@ -18,7 +20,7 @@ from selcon_plugin.workflows.bench_table import (
 
 
 def record(m_ap=50.0, **changes):
-    metrics = {"mAP": m_ap, "Rank-1": m_ap + 20, "mINP": m_ap - 30}
+    metrics = {"mAP": m_ap, "Rank-1": m_ap + 20, "Rank-5": m_ap + 30, "mINP": m_ap - 30}
     return {
         "method": "SelectiveContrastive",
         "steps": 100,
@@ -34,7 +36,9 @@ def record(m_ap=50.0, **changes):
 
 def run(config="scl", seed=0, **settings):
     settings = {"SOLVER.MAX_EPOCH": 20, "SOLVER.BASE_LR": 0.1} | settings
-    return Run(config, seed, Path("out") / config / f"seed{seed}", settings)
+    folder = Path("out") / config / f"seed{seed}"
+    network = {"backbone": "osnet_x1_0", "input_size": "256x128"}
+    return Run(config, seed, folder, settings, **network, supervised="superv" in config)
 
 
 # --- aggregation --------------------------------------------------------------------------
@@ -92,14 +96,17 @@ def test_table_shows_the_known_values():
     ]
     report = Report(outcomes, 2, "selcon bench")
     header, scl, cc = cells(report.table())
-    assert header[3:] == [
-        *("Seeds", "mAP", "Rank-1", "mINP"),
+    assert header[2:] == [
+        *("Backbone", "Input", "Test set", "Seeds"),
+        *("mAP", "Rank-1", "Rank-5", "Rank-10", "mINP"),
         *("Minutes", "Memory (MiB)", "Clusters"),
     ]
     # The deviation of two values is their difference over the root of 2: 3 / 1.414.
-    values = ["51.5 ± 2.1", "71.5 ± 2.1", "21.5 ± 2.1", "1.5 ± 0.0", "500", "102 ± 2"]
-    assert scl == ["scl", "SelectiveContrastive", "Market1501", "2", *values]
-    assert cc[3:] == ["1 of 2", "40.0", "60.0", "10.0", "1.5", "2048 (GPU)", "-"]
+    values = ["51.5 ± 2.1", "71.5 ± 2.1", "81.5 ± 2.1", "-", "21.5 ± 2.1", "1.5 ± 0.0"]
+    named = ["scl", "SelectiveContrastive", "osnet_x1_0", "256x128", "Market1501", "2"]
+    assert scl == [*named, *values, "500", "102 ± 2"]
+    values = ["40.0", "60.0", "70.0", "-", "10.0", "1.5", "2048 (GPU)", "-"]
+    assert cc[5:] == ["1 of 2", *values]
     assert len({len(line) for line in report.table().splitlines()}) == 1  # aligned
 
 
@@ -120,7 +127,14 @@ def test_all_files_contain_the_same_metrics(tmp_path):
     outcomes = [Outcome(run(), record(50.0)), Outcome(run(seed=1), record(53.0))]
     report = Report(outcomes, 2, "selcon bench")
     report.write(tmp_path)
-    assert report.table() in (tmp_path / "table.md").read_text(encoding="utf-8")
+    text = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert report.table() in text
+    assert report.seeds_table() in text
+    assert (tmp_path / "table.tex").read_text(encoding="utf-8") == report.latex()
+    with (tmp_path / "runs.csv").open() as stream:
+        runs = list(csv.DictReader(stream))
+    assert [(run["seed"], float(run["mAP"])) for run in runs] == [("0", 50.0), ("1", 53.0)]
+    assert runs[0]["Rank-10"] == ""
     content = json.loads((tmp_path / "table.json").read_text())
     assert content["rows"] == summarize(outcomes, 2)
     assert [row["seed"] for row in content["runs"]] == [0, 1]
@@ -178,3 +192,81 @@ def test_steps_count_once_all_configs_have_finished_a_run():
     assert Report(outcomes, 1, "").differing() == {
         "steps of training": {"scl": 100, "cc": 150}
     }
+
+
+# --- one row per seed, and LaTeX ----------------------------------------------------------
+
+
+def test_each_seed_has_its_values_and_a_failed_one_a_row():
+    outcomes = [
+        Outcome(run(seed=0), record(50.0, num_clusters=100)),
+        Outcome(run(seed=1), error="exit status 1: it broke"),
+    ]
+    header, first, failed = cells(Report(outcomes, 2, "selcon bench").seeds_table())
+    assert header == [
+        *("Config", "Test set", "Seed", "mAP", "Rank-1", "Rank-5", "Rank-10", "mINP"),
+        *("Minutes", "Clusters"),
+    ]
+    values = ["50.0", "70.0", "80.0", "-", "20.0", "1.5", "100"]
+    assert first == ["scl", "Market1501", "0", *values]
+    assert failed == ["scl", "-", "1", *["-"] * 7]
+
+
+def test_bar_in_a_name_does_not_split_a_cell():
+    table = Report([Outcome(run("a|b"), record())], 1, "").table()
+    assert len({line.replace(r"\|", "").count("|") for line in table.splitlines()}) == 1
+
+
+def latex_rows(text):
+    """Return the cells of a table in LaTeX, and check the parts around them."""
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 1
+    for rule in ("top", "bottom"):
+        assert text.count(f"\\{rule}rule") == 1
+    body = text[text.index(r"\toprule") :]
+    lines = [line.strip() for line in body.splitlines() if line.endswith(r"\\")]
+    return [[c.strip() for c in re.split(r"(?<!\\)&", line[:-2])] for line in lines]
+
+
+def test_latex_has_the_values_and_is_escaped():
+    outcomes = [
+        *(Outcome(run("50%_a&b", seed), record(50.0 + seed)) for seed in (0, 1)),
+        *(Outcome(run("cc", seed), record(40.0 + seed)) for seed in (0, 1)),
+        *(Outcome(run("supervised (X)", seed), record(80.0 + seed)) for seed in (0, 1)),
+    ]
+    text = Report(outcomes, 2, "selcon bench --configs 50%_a&b.yml").latex()
+    header, first, second, reference = latex_rows(text)
+    assert header == [
+        *("Config", "Method", "Backbone", "Input", "Test set", "Seeds"),
+        *("mAP", "Rank-1", "Rank-5", "mINP"),  # no run has Rank-10
+    ]
+    assert first[0] == r"50\%\_a\&b"
+    assert first[2:6] == [r"osnet\_x1\_0", "256x128", "Market1501", "2"]
+    assert first[6] == r"$\mathbf{50.5} \pm 0.7$"
+    assert second[6] == r"$40.5 \pm 0.7$"
+    assert reference[6] == r"$80.5 \pm 0.7$"  # not bold: it was trained with identities
+    assert text.count(r"\midrule") == 2
+    columns = re.search(r"begin\{tabular\}\{([lr]+)\}", text)[1]
+    assert len(columns) == len(header)
+    comments = [line for line in text.splitlines() if line.startswith("%")]
+    assert any("selcon bench --configs" in line for line in comments)
+
+
+def test_latex_of_one_seed_has_no_deviation():
+    text = Report([Outcome(run(), record(50.0))], 1, "").latex()
+    assert r"\pm" not in text
+    assert latex_rows(text)[1][6] == "$50.0$"
+
+
+def test_latex_text_of_every_special_character():
+    assert latex_text("\\{}~^$#") == (
+        r"\textbackslash{}\{\}\textasciitilde{}\textasciicircum{}\$\#"
+    )
+    assert latex_text("two\nlines") == "two lines"
+
+
+def test_reference_is_explained():
+    outcomes = [Outcome(run("supervised (X)"), record())]
+    assert "true identities" in "\n".join(Report(outcomes, 1, "").notes())
+    assert "true identities" not in "\n".join(
+        Report([Outcome(run(), record())], 1, "").notes()
+    )

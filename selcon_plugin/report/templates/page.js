@@ -30,8 +30,9 @@
   }
 
   function describe(point) {
-    const labels = [point[2], point[3] < 0 ? "no cluster" : "cluster " + point[3]];
-    if (point[4] >= 0) labels.push("camera " + point[4]);
+    const labels = [point[2]];
+    if (data.clustered) labels.push(point[3] < 0 ? "no cluster" : "cluster " + point[3]);
+    if (point[4]) labels.push("camera " + point[4]);
     return labels;
   }
 
