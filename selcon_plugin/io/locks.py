@@ -232,10 +232,12 @@ def _read_owner(record: Path, *, wait: bool = True) -> Owner | None:
 
 def _command_line() -> str:
     program, *arguments = sys.argv or ["python"]
-    text = " ".join([Path(program).name or "python", *arguments])
+    file = Path(program)
+    name = file.parent.name if file.name == "__main__.py" else file.name
+    text = " ".join([name or "python", *arguments])
     # Neither control characters nor bytes that are no UTF-8 may reach a terminal or JSON.
     text = text.encode("utf-8", "replace").decode()
-    return "".join(c if c.isprintable() else "?" for c in text)[:300]
+    return "".join(c if c.isprintable() else "?" for c in text)[:120]
 
 
 @contextlib.contextmanager

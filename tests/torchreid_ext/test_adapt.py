@@ -15,7 +15,8 @@ from selcon_plugin.io.safe_loading import load_data
 from selcon_plugin.metrics.label_free import LabelFreeQuality
 from selcon_plugin.models.torchreid import build_plain_model
 from selcon_plugin.workflows import adapt as adapt_module
-from selcon_plugin.workflows.adapt import AdaptSettings, Candidate, adapt, training_config
+from selcon_plugin.workflows.adapt import AdaptSettings, adapt, training_config
+from selcon_plugin.workflows.adapt_record import AdaptRecord, Candidate
 
 SMALL = ("data.height", "64", "data.width", "32", "selcon.iters_per_epoch", "2")
 
@@ -207,7 +208,7 @@ def test_another_method_than_that_of_the_config(
 
 
 def test_of_equals_the_one_trained_less_is_best() -> None:
-    record = adapt_module._Record(Path("unused.json"), {})
+    record = AdaptRecord(Path("unused.json"), {})
     record.candidates = [
         Candidate(0, "a", worth(0.5)),
         Candidate(1, "b", worth(0.5)),
