@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     """
     args = _parser().parse_args(argv)
     index = Index.open(args.index)
-    threshold, description = _threshold(index, args.threshold)
+    threshold, description, is_clear = _threshold(index, args.threshold)
     source = network_source(args) or index.source
     if source is None:
         raise ValueError(
@@ -54,6 +54,7 @@ def main(argv: list[str]) -> int:
         content = {
             "index": args.index,
             "threshold": None if threshold == -1.0 else threshold,
+            "threshold_is_clear": is_clear,
             "queries": [asdict(result) for result in results],
         }
         sys.stdout.write(json.dumps(content, indent=2) + "\n")
@@ -68,13 +69,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _threshold(index: Index, given: str) -> tuple[float, str]:
-    """Return the threshold and its description for the output."""
+def _threshold(index: Index, given: str) -> tuple[float, str, bool | None]:
+    """Return the threshold, its description, and whether it is clear; None if not auto."""
     if not given:
-        return -1.0, ""
+        return -1.0, "", None
     if given == "auto":
         found = index.suggest_threshold()
-        return found.threshold, str(found)
+        return found.threshold, str(found), found.is_clear
     try:
         value = float(given)
     except ValueError:
@@ -83,7 +84,7 @@ def _threshold(index: Index, given: str) -> tuple[float, str]:
         raise ValueError(
             f"--threshold must be auto or a cosine between -1 and 1, got {given!r}"
         )
-    return value, f"{value:g}"
+    return value, f"{value:g}", None
 
 
 def _table(results: Sequence[QueryResult]) -> str:

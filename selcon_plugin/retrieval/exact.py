@@ -13,7 +13,10 @@ _ROWS_AT_ONCE = 16_384
 class Rows(Protocol):
     """Features ``(N, D)`` in memory or on disk."""
 
-    shape: tuple[int, ...]
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """N and D."""
+        ...
 
     def __len__(self) -> int:
         """Return N."""

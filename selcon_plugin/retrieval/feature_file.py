@@ -133,7 +133,7 @@ class FeatureFile:
 
     def _is_whole(self, block: int) -> bool:
         rows = self._rows[self._starts[block] : self._ends[block]]
-        self._checked[block] = zlib.crc32(memoryview(rows).cast("B")) == self._crcs[block]
+        self._checked[block] = zlib.crc32(rows.tobytes()) == self._crcs[block]
         return bool(self._checked[block])
 
     def _check_length(self) -> None:

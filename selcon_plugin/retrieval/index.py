@@ -147,7 +147,7 @@ class Index:
     def paths(self) -> list[str]:
         """Paths of all images, in the order in which they were added."""
         state = self._store.state
-        return [state.images[row].path for row in np.flatnonzero(state.live)]
+        return [state.images[row].path for row in np.flatnonzero(state.live).tolist()]
 
     @property
     def cameras(self) -> list[str]:
@@ -327,8 +327,8 @@ class Index:
         with self._store.writing():
             state = self._store.state
             rows = [
-                int(row)
-                for row in np.flatnonzero(state.live)
+                row
+                for row in np.flatnonzero(state.live).tolist()
                 if PurePath(state.images[row].path).match(pattern)
                 or (os.path.isabs(pattern) and state.images[row].key.startswith(below))
             ]

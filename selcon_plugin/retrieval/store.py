@@ -273,7 +273,7 @@ class Store:
                 fresh = replace(fresh, approximate=known)
         # The new files are not valid until the new manifest is written.
         log = Log()
-        images = [state.images[row] for row in kept]
+        images = [state.images[row] for row in kept.tolist()]
         if not state.manifest.has_checksums:
             images = [_with_real_path(image) for image in images]
         entries: list[Any] = [list(image) for image in images]

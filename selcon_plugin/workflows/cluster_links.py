@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from selcon_plugin.clustering import OUTLIER
+from selcon_plugin.io.atomic import write_atomically
 from selcon_plugin.io.names import printable
 from selcon_plugin.io.own_output import MARKER, mark_output
 from selcon_plugin.workflows.folder_clusters import FolderClusters
@@ -17,8 +18,8 @@ __all__ = ["link_clusters"]
 
 _OUTLIERS = "outliers"
 _LONGEST_NAME = 255  # bytes, on all usual file systems
-_FOLDER = re.compile(rf"\d{{4,}}|{_OUTLIERS}")
-_LINK = re.compile(r"\d{4,}_.")
+# Records the links of the last call, which are the only files that a later one removes.
+_RECORD = ".selcon_links.json"
 
 
 def link_clusters(clusters: FolderClusters, folder: str | Path) -> None:
@@ -36,23 +37,39 @@ def link_clusters(clusters: FolderClusters, folder: str | Path) -> None:
         ValueError: If the folder contains anything else, which is not removed.
     """  # noqa: DOC502  (raised by the functions called here)
     folder = Path(folder)
-    _remove_links(folder, clusters)
+    _remove_links(folder)
     folder.mkdir(parents=True)
     mark_output(folder)
+    sources = _sources(clusters)
+    # Written first: a kill leaves no link that a later call would not know.
+    write_atomically(
+        json.dumps({name: str(sources[name]) for name in sources}), folder / _RECORD
+    )
+    for name, source in sources.items():
+        link = folder / name
+        link.parent.mkdir(exist_ok=True)
+        try:
+            link.symlink_to(_target(link, source))
+        except (OSError, ValueError):  # ValueError: another drive of Windows
+            os.link(source, link)
+
+
+def _sources(clusters: FolderClusters) -> dict[str, Path]:
+    """Return the image that each link leads to, by the link's name in the folder."""
+    sources = {}
     for cluster in range(OUTLIER, clusters.num_clusters):
-        members = clusters.members(cluster)
-        if not len(members):
-            continue
-        place = folder / (_OUTLIERS if cluster == OUTLIER else f"{cluster:04d}")
-        place.mkdir()
-        for number, image in enumerate(members):
+        place = _OUTLIERS if cluster == OUTLIER else f"{cluster:04d}"
+        for number, image in enumerate(clusters.members(cluster)):
             source = Path(clusters.paths[image]).absolute()
             # Images of several folders may have the same name.
-            link = place / _link_name(f"{number:04d}_", source.name)
-            try:
-                link.symlink_to(os.path.relpath(source, place.absolute()))
-            except (OSError, ValueError):  # ValueError: another drive of Windows
-                os.link(source, link)
+            name = _link_name(f"{number:04d}_", source.name)
+            sources[f"{place}/{name}"] = source
+    return sources
+
+
+def _target(link: Path, source: Path) -> str:
+    # The folder itself may be reached by a symbolic link, which ".." would not go back.
+    return os.path.relpath(source, os.path.realpath(link.parent))
 
 
 def _link_name(number: str, name: str) -> str:
@@ -65,24 +82,37 @@ def _link_name(number: str, name: str) -> str:
     return kept.decode(errors="ignore") + os.fsdecode(suffix)
 
 
-def _remove_links(folder: Path, clusters: FolderClusters) -> None:
+def _remove_links(folder: Path) -> None:
     """Remove the links of an earlier call; refuse to remove anything else."""
     if folder.is_symlink():
         raise ValueError(_refusal(folder, folder))
     if not folder.exists():
         return
-    images = {_identity(path) for path in clusters.paths} - {None}
+    made = _recorded(folder)
     for file in _files_below(folder):
-        is_ours = (
-            file.parent.parent == folder
-            and _FOLDER.fullmatch(file.parent.name)
-            and _LINK.match(file.name)
-            # The only name of a file must stay, as a hard link of a user must.
-            and (file.is_symlink() or _identity(file) in images)
-        )
-        if not is_ours and file != folder / MARKER:
+        name = file.relative_to(folder).as_posix()
+        if name not in (MARKER, _RECORD) and not _is_ours(file, made.get(name)):
             raise ValueError(_refusal(folder, file))
     shutil.rmtree(folder)
+
+
+def _recorded(folder: Path) -> dict[str, str]:
+    """Return the image of each link that the last call has made, by the link's name."""
+    try:
+        made = json.loads((folder / _RECORD).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return made if isinstance(made, dict) else {}
+
+
+def _is_ours(file: Path, source: str | None) -> bool:
+    """Return whether a file is the link that was made of an image."""
+    if source is None:
+        return False
+    if file.is_symlink():
+        return os.readlink(file) == _target(file, Path(source))
+    # The only name that a file has left must stay.
+    return _identity(file) == _identity(source)
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

@@ -1,9 +1,11 @@
+import pytest
 import torch
 import torch.nn.functional as F
 
 from selcon_plugin.distance import fused_distance
 from selcon_plugin.fastreid_ext import SelConTrainer
-from selcon_plugin.fastreid_ext.evaluation import append_camera_term
+from selcon_plugin.fastreid_ext.evaluation import RecordingEvaluator, append_camera_term
+from selcon_plugin.features import BadFeaturesError
 
 
 def test_cosine_ranks_by_distance_plus_camera_term():
@@ -44,3 +46,37 @@ def test_flip_test_expansion_and_reranking_are_the_hosts(tiny_cfg):
         results = SelConTrainer.test(cfg, model)
         assert results["mAP"] > 0
         assert results["mAP"] != plain["mAP"], key
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda rows: rows.index_fill(0, torch.tensor([0]), float("nan")), "not finite"),
+        (lambda rows: rows.index_fill(0, torch.tensor([0]), float("inf")), "not finite"),
+        (lambda rows: rows * 1e30, "not finite"),
+        (lambda rows: rows[:-1], r"shape \("),
+        (lambda rows: rows.flatten(), r"shape \("),
+        (lambda rows: rows.long(), "floating-point"),
+    ],
+)
+def test_wrong_features_are_refused(tiny_cfg, fault, message):
+    model = SelConTrainer.build_model(tiny_cfg).eval()
+    forward = model.forward
+    model.forward = lambda inputs: fault(forward(inputs))
+    with pytest.raises(BadFeaturesError, match=message):
+        SelConTrainer.test(tiny_cfg, model)
+
+
+def test_images_without_a_feature_are_noticed(tiny_cfg, monkeypatch):
+    tiny_cfg.TEST.IMS_PER_BATCH = 4
+    model = SelConTrainer.build_model(tiny_cfg).eval()
+    process, seen = RecordingEvaluator.process, []
+
+    def lose_one(self, inputs, outputs):
+        seen.append(inputs)
+        if len(seen) != 2:
+            process(self, inputs, outputs)
+
+    monkeypatch.setattr(RecordingEvaluator, "process", lose_one)
+    with pytest.raises(BadFeaturesError, match="queries and gallery images"):
+        SelConTrainer.test(tiny_cfg, model)

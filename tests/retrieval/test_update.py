@@ -135,17 +135,17 @@ def test_a_sub_folder_keeps_the_cameras_of_its_folder(index, folder, embedder):
     assert index.cameras == ["cam0", "cam1"]
 
 
-@pytest.mark.parametrize("spelling", ["link", "relative", "dots", "link in folder"])
-def test_other_spellings_of_a_folder_are_the_same_folder(
-    tmp_path, monkeypatch, index, folder, embedder, spelling
+@pytest.mark.parametrize("form", ["link", "relative", "dots", "link in folder"])
+def test_other_names_of_a_folder_are_the_same_folder(
+    tmp_path, monkeypatch, index, folder, embedder, form
 ):
     other = tmp_path / "other"
-    if spelling == "link":
+    if form == "link":
         other.symlink_to(folder)
-    elif spelling == "link in folder":
+    elif form == "link in folder":
         other.mkdir()
         (other / "crops").symlink_to(folder)
-    elif spelling == "relative":
+    elif form == "relative":
         monkeypatch.chdir(tmp_path)
         other = folder.name
     else:

@@ -10,6 +10,7 @@ from PIL import Image
 from helpers.engines import BATCH, checkpoints_in, network_of, run, state_of
 from selcon_plugin.compat.torchreid import import_torchreid
 from selcon_plugin.datasets import SyntheticPersonsSpec
+from selcon_plugin.features import BadFeaturesError
 from selcon_plugin.torchreid_ext import (
     register_synthetic_persons,
 )
@@ -170,3 +171,21 @@ def test_weight_of_the_global_feature_holds_without_training(make_engine):
         feature = network(torch.rand(2, 3, 64, 32))
     squares = feature[:, : network.heads.global_dim].square().sum(dim=1)
     assert torch.allclose(squares, torch.full((2,), 0.2), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda rows: rows.index_fill(0, torch.tensor([0]), float("nan")), "not finite"),
+        (lambda rows: rows.index_fill(0, torch.tensor([0]), float("inf")), "not finite"),
+        (lambda rows: rows[:-1], r"shape \("),
+        (lambda rows: rows.flatten(), r"shape \("),
+        (lambda rows: rows.long(), "floating-point"),
+    ],
+)
+def test_wrong_features_are_refused(make_engine, tmp_path, fault, message):
+    engine = make_engine()
+    forward = engine.model.forward
+    engine.model.forward = lambda images: fault(forward(images))
+    with pytest.raises(BadFeaturesError, match=message):
+        run(engine, tmp_path, test_only=True)

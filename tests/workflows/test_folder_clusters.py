@@ -177,3 +177,46 @@ def test_other_files_are_never_removed(clusters: FolderClusters, tmp_path: Path)
     with pytest.raises(ValueError, match=r"notes\.txt"):
         link_clusters(clusters, tmp_path / "links")
     assert own.read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["hard link", "symbolic link", "hard link to an image"])
+@pytest.mark.parametrize("place", ["0000/mine.png", "0000/0009_mine.png", "mine.png"])
+def test_links_of_a_user_stay(
+    clusters: FolderClusters, tmp_path: Path, kind: str, place: str
+) -> None:
+    links = tmp_path / "links"
+    link_clusters(clusters, links)
+    mine = tmp_path / "mine.png"
+    mine.write_text("mine")
+    target = clusters.paths[0] if kind == "hard link to an image" else mine
+    (os.symlink if kind == "symbolic link" else os.link)(target, links / place)
+    before = sorted(str(file) for file in links.rglob("*"))
+    with pytest.raises(ValueError, match=r"mine\.png"):
+        link_clusters(clusters, links)
+    assert sorted(str(file) for file in links.rglob("*")) == before
+    (links / place).unlink()
+    link_clusters(clusters, links)
+
+
+def test_a_link_that_a_user_has_changed_stays(
+    clusters: FolderClusters, tmp_path: Path
+) -> None:
+    links, mine = tmp_path / "links", tmp_path / "mine.png"
+    link_clusters(clusters, links)
+    mine.write_text("mine")
+    (links / "0000/0001_x.png").unlink()
+    os.link(mine, links / "0000/0001_x.png")
+    with pytest.raises(ValueError, match=r"0001_x\.png"):
+        link_clusters(clusters, links)
+    assert mine.stat().st_nlink == 2
+
+
+def test_links_lead_to_the_images_where_the_folder_is_reached_by_a_link(
+    clusters: FolderClusters, tmp_path: Path
+) -> None:
+    (tmp_path / "deep/real").mkdir(parents=True)
+    (tmp_path / "short").symlink_to(tmp_path / "deep/real")
+    for _ in range(2):
+        link_clusters(clusters, tmp_path / "short/links")
+    link = tmp_path / "short/links/0000/0001_x.png"
+    assert link.resolve() == Path(clusters.paths[1]).resolve()
