@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Callable
 
 from selcon_plugin.io.errors import ResourceError
+from selcon_plugin.io.names import printable
 
 # Errors in arguments, configs, data and files. A message names the remedy, which a
 # traceback would hide. SELCON_TRACEBACK=1 shows where the error was raised.
@@ -103,11 +104,6 @@ def message_of(error: BaseException) -> str:
     else:
         text = str(error) or type(error).__name__
     return printable(" ".join(line.strip() for line in text.splitlines()))
-
-
-def printable(text: str) -> str:
-    """Replace characters that a terminal would obey or cannot show by escapes."""
-    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
 
 
 def _prepare_output() -> None:

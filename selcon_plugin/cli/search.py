@@ -14,6 +14,7 @@ from selcon_plugin.cli.arguments import (
 )
 from selcon_plugin.cli.parsing import CommandParser, whole_number
 from selcon_plugin.datasets.reading import ImageReadError
+from selcon_plugin.io.names import printable
 from selcon_plugin.retrieval import Index, QueryResult, search
 from selcon_plugin.retrieval.page import write_page
 
@@ -90,17 +91,16 @@ def _threshold(index: Index, given: str) -> tuple[float, str, bool | None]:
 def _table(results: Sequence[QueryResult]) -> str:
     lines = []
     for result in results:
-        lines.append(f"{result.query}")
+        lines.append(printable(result.query))
         lines.append("  rank  cosine  camera      image")
         lines.extend(
-            f"  {rank:4d}  {match.similarity:6.3f}  {match.camera or '-':10s}  {match.path}"
+            f"  {rank:4d}  {match.similarity:6.3f}  {printable(match.camera or '-'):10s}  "
+            f"{printable(match.path)}"
             for rank, match in enumerate(result.matches, start=1)
         )
         if not result.matches:
             lines.append("  no image reaches the threshold")
-    text = "\n".join(lines) + "\n"
-    # A terminal may be unable to show a file name that is not valid text.
-    return text.encode("utf-8", "backslashreplace").decode()
+    return "\n".join(lines) + "\n"
 
 
 def _parser() -> CommandParser:

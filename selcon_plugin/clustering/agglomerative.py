@@ -27,7 +27,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from selcon_plugin.clustering.base import Labeler, register_labeler
-from selcon_plugin.clustering.jaccard import jaccard_distance
+from selcon_plugin.clustering.copies import distances_with_copies
 from selcon_plugin.clustering.pseudo_labels import OUTLIER, PseudoLabels
 from selcon_plugin.options import Interval
 
@@ -177,7 +177,7 @@ class AgglomerativeLabeler(Labeler):
         Returns:
             The labels and the graph, which stores every distance below 1.
         """
-        distance = jaccard_distance(features, k1=self.k1, k2=self.k2)
+        distance = distances_with_copies(features, k1=self.k1, k2=self.k2)
         labels = average_linkage_labels(distance, self.threshold)
         labels[np.bincount(labels)[labels] < self.min_cluster_size] = OUTLIER
         return PseudoLabels.numbered(labels, distance=distance)

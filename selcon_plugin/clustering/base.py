@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from selcon_plugin.clustering.camera_centering import center_cameras
+from selcon_plugin.clustering.copies import copy_groups, unite_copies
 from selcon_plugin.clustering.jaccard import unit_features
 from selcon_plugin.clustering.pseudo_labels import PseudoLabels
 from selcon_plugin.clustering.quality import cluster_quality
@@ -93,6 +94,18 @@ class Labeler(ABC):
         found: int = getattr(self, "k1", getattr(self, "k", 0))
         return found
 
+    def smallest_cluster(self, num_images: int) -> int:
+        """Return the number of copies of one image that are a cluster of their own.
+
+        Args:
+            num_images: Number of images M.
+
+        Returns:
+            The option min_cluster_size or min_samples; 2 for a labeler that has neither.
+        """
+        found: int = getattr(self, "min_cluster_size", getattr(self, "min_samples", 2))
+        return max(2, found)
+
     def check_reach(self, eps_change: float) -> None:
         """Refuse a change of eps that :meth:`labels_at` cannot follow.
 
@@ -127,6 +140,8 @@ class Labeler(ABC):
     ) -> PseudoLabels:
         """Cluster the images, filter the labels, measure their quality and log it.
 
+        Images with equal features, such as copies of a file, get the same label.
+
         Args:
             features: Features of images 0..M-1, shape ``(M, C)``, on any device; they are
                 L2-normalized here.
@@ -143,6 +158,12 @@ class Labeler(ABC):
         if self.center_cameras and camids is not None:
             features = center_cameras(features, camids)
         found = self.cluster(features)
+        labels = unite_copies(
+            found.labels.numpy(),
+            copy_groups(features),
+            self.smallest_cluster(len(features)),
+        )
+        found = replace(found, labels=PseudoLabels.numbered(labels).labels)
         for label_filter in self.filters:
             found = label_filter(found, features, camids, self)
         found = replace(found, measured={**found.measured, **cluster_quality(found)})

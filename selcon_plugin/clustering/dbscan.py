@@ -15,7 +15,7 @@ from torch import Tensor
 
 from selcon_plugin.clustering.auto_eps import EPS_GRID, choose_eps
 from selcon_plugin.clustering.base import Labeler, register_labeler
-from selcon_plugin.clustering.jaccard import jaccard_distance
+from selcon_plugin.clustering.copies import distances_with_copies
 from selcon_plugin.clustering.neighborhood import NeighborhoodSizes
 from selcon_plugin.clustering.pseudo_labels import OUTLIER, PseudoLabels
 from selcon_plugin.options import Interval
@@ -136,7 +136,7 @@ class DBSCANLabeler(Labeler):
         """
         reach = self.graph_margin + (EPS_GRID[-1] if self.eps == "auto" else self.eps)
         sizes = self._sizes(len(features))
-        distance = jaccard_distance(
+        distance = distances_with_copies(
             features, k1=sizes.k1, k2=sizes.k2, max_distance=reach if reach < 1 else None
         )
         eps, labels_at = self.eps, partial(self._labels_at, distance)
@@ -155,6 +155,14 @@ class DBSCANLabeler(Labeler):
             The option k1, or its "auto" value for that many images.
         """
         return self._sizes(num_images).k1
+
+    def smallest_cluster(self, num_images: int) -> int:
+        """Return min_samples, or its "auto" value for that many images, at least 2.
+
+        Args:
+            num_images: Number of images M.
+        """
+        return max(2, self._sizes(num_images).min_samples)
 
     def check_reach(self, eps_change: float) -> None:
         """Refuse a change of eps that exceeds the graph margin.

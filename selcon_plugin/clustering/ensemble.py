@@ -27,8 +27,8 @@ from torch import Tensor
 
 from selcon_plugin.clustering.auto_eps import EPS_GRID, choose_eps
 from selcon_plugin.clustering.base import Labeler, register_labeler
+from selcon_plugin.clustering.copies import distances_with_copies
 from selcon_plugin.clustering.dbscan import dbscan_labels
-from selcon_plugin.clustering.jaccard import jaccard_distance
 from selcon_plugin.clustering.pseudo_labels import OUTLIER, PseudoLabels
 from selcon_plugin.options import Interval
 
@@ -208,7 +208,7 @@ class EnsembleLabeler(Labeler):
             The labels, the graph, the three clusterings in ``labelings``, and ``eps`` and
             ``agreement`` in ``measured``.
         """
-        distance: Any = jaccard_distance(
+        distance: Any = distances_with_copies(
             features,
             k1=self.k1,
             k2=self.k2,

@@ -24,7 +24,7 @@ from sklearn.cluster import HDBSCAN
 from torch import Tensor
 
 from selcon_plugin.clustering.base import Labeler, register_labeler
-from selcon_plugin.clustering.jaccard import jaccard_distance
+from selcon_plugin.clustering.copies import distances_with_copies
 from selcon_plugin.clustering.pseudo_labels import OUTLIER, PseudoLabels
 from selcon_plugin.options import Choice, Interval
 
@@ -153,7 +153,7 @@ class HDBSCANLabeler(Labeler):
         Returns:
             The labels and the graph.
         """
-        distance = jaccard_distance(features, k1=self.k1, k2=self.k2)
+        distance = distances_with_copies(features, k1=self.k1, k2=self.k2)
         labels = hdbscan_labels(
             distance,
             min_cluster_size=self.min_cluster_size,

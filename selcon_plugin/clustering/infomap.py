@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from selcon_plugin.clustering.base import Labeler, register_labeler
+from selcon_plugin.clustering.copies import copy_groups
 from selcon_plugin.clustering.knn import nearest_neighbors
 from selcon_plugin.clustering.neighbors import Neighbors
 from selcon_plugin.clustering.pseudo_labels import OUTLIER, PseudoLabels
@@ -147,9 +149,18 @@ class InfomapLabeler(Labeler):
         Returns:
             The labels, without distances.
         """
+        groups = copy_groups(features)
+        first, number = np.unique(groups, return_inverse=True)
+        if np.bincount(groups).max(initial=0) < self.k:
+            first = number = np.arange(len(features))
+        else:  # so many copies have only each other as neighbors
+            features = features[torch.from_numpy(first).to(features.device)]
         labels = infomap_labels(
             nearest_neighbors(features, self.k),
             min_similarity=self.min_similarity,
-            min_cluster_size=self.min_cluster_size,
-        )
-        return PseudoLabels.numbered(labels)
+            min_cluster_size=1,
+        )[number]
+        inside = labels != OUTLIER
+        sizes = np.bincount(labels[inside])
+        inside[inside] = sizes[labels[inside]] >= self.min_cluster_size
+        return PseudoLabels.numbered(np.where(inside, labels, OUTLIER))

@@ -26,6 +26,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from selcon_plugin.clustering.base import Labeler, register_labeler
+from selcon_plugin.clustering.copies import copy_groups
 from selcon_plugin.clustering.pseudo_labels import PseudoLabels
 from selcon_plugin.options import Interval
 
@@ -82,7 +83,8 @@ class KMeansLabeler(Labeler):
     labels. Empty clusters are dropped; there are no outliers.
 
     Args:
-        num_clusters: Number of clusters; clamped, with a warning, to the number of images.
+        num_clusters: Number of clusters; clamped, with a warning, to the number of
+            different images.
     """
 
     def __init__(self, *, num_clusters: Annotated[int, Interval(1)] = 750) -> None:
@@ -97,21 +99,25 @@ class KMeansLabeler(Labeler):
         Returns:
             The labels, without distances.
         """
-        num_images = len(features)
-        if num_images < self.num_clusters:
+        array = np.ascontiguousarray(features.detach().cpu().numpy(), dtype=np.float32)
+        first, number = np.unique(copy_groups(features), return_inverse=True)
+        if len(first) >= self.num_clusters:  # copies have the same nearest center
+            first = number = np.arange(len(features))
+        else:
             logger.warning(
-                "%d images cannot form %d clusters (num_clusters): using %d clusters",
-                num_images,
+                "%d images cannot form %d clusters (num_clusters): using %d clusters%s",
+                len(first),
                 self.num_clusters,
-                num_images,
+                len(first),
+                ", as copies count once" if len(first) < len(features) else "",
             )
-        num_clusters = min(self.num_clusters, num_images)
+        array = array[first]
+        num_clusters = min(self.num_clusters, len(first))
         if not num_clusters:
             return PseudoLabels.numbered([])
-        array = np.ascontiguousarray(features.detach().cpu().numpy(), dtype=np.float32)
         centers = _start_centers(array, num_clusters)
         if importlib.util.find_spec("faiss") is not None:
             labels = _faiss_labels(array, centers, gpu=features.is_cuda)
         else:
             labels = _sklearn_labels(array, centers)
-        return PseudoLabels.numbered(labels)
+        return PseudoLabels.numbered(np.asarray(labels)[number])

@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from selcon_plugin.datasets.slow_reads import watch
 from selcon_plugin.io.atomic import write_atomically
 from selcon_plugin.io.names import printable
 
@@ -90,7 +91,7 @@ def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
         OSError: If the machine is out of memory or file handles.
     """
     try:
-        with _open_file(path) as stream, _open_image(stream) as image:
+        with watch.reading(path), _open_file(path) as stream, _open_image(stream) as image:
             return _convert(image)
     except MemoryError:
         raise

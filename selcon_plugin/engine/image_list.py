@@ -16,6 +16,7 @@ from selcon_plugin.distributed import rank
 from selcon_plugin.engine.images import IndexedImages
 from selcon_plugin.io.atomic import make_folder, write_atomically
 from selcon_plugin.io.integrity import sealed_json, unsealed_json
+from selcon_plugin.io.names import printable
 
 IMAGE_LIST = "images.json"
 
@@ -75,7 +76,7 @@ def images_to_resume_with(folder: str | Path, images: _Images) -> _Images:
         "keep their rows: %s",
         len(then - now),
         len(then),
-        ", ".join(sorted(row[0] for row in then - now)[:10]),
+        ", ".join(sorted(printable(row[0]) for row in then - now)[:10]),
     )
     items = [(path, pid, camid) for path, _, camid, pid, *_ in rows]
     sizes = [row[1] for row in rows]

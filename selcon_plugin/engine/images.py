@@ -146,7 +146,11 @@ class IndexedImages(Dataset[dict[str, Any]]):
         """Short hash of names, sizes and cameras, to compare two lists of images."""
         digest = hashlib.sha256()
         for path, size, camid in zip(self.paths, self.sizes, self.camids, strict=True):
-            digest.update(f"{PurePath(path).name}\0{size}\0{camid}\n".encode())
+            digest.update(
+                f"{PurePath(path).name}\0{size}\0{camid}\n".encode(
+                    "utf-8", "surrogateescape"
+                )
+            )
         return digest.hexdigest()[:16]
 
     @property

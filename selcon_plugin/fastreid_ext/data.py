@@ -16,6 +16,7 @@ from fastreid.utils import comm
 from torch import Tensor
 
 from selcon_plugin.datasets.reading import read_rgb
+from selcon_plugin.datasets.slow_reads import hung_readers_named, loader_timeout
 from selcon_plugin.engine.batches import build_sampler, fitting_batch_size
 from selcon_plugin.engine.image_check import check_test_images, readable_items
 from selcon_plugin.engine.images import IndexedImages, Item, extra_items
@@ -93,7 +94,8 @@ class TrainLoader:
         with torch.random.fork_rng(devices=[]):
             batches = iter(self._host_loader)
         try:
-            yield from batches
+            with hung_readers_named():
+                yield from batches
         finally:
             self._host_loader.shutdown()  # stops the thread that copies to a GPU
             vars(self._host_loader).pop("iter", None)  # the iterator owns the workers
@@ -175,6 +177,7 @@ def build_train_loader(cfg: CfgNode, images: IndexedDataset | None = None) -> Tr
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
     host_loader.worker_init_fn = ignore_stop_signals
+    host_loader.timeout = loader_timeout(cfg.DATALOADER.NUM_WORKERS)
     return TrainLoader(host_loader, sampler)
 
 
@@ -299,6 +302,7 @@ def build_extraction_loader(cfg: CfgNode, dataset: IndexedDataset) -> Any:
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
     loader.worker_init_fn = ignore_stop_signals
+    loader.timeout = loader_timeout(cfg.DATALOADER.NUM_WORKERS)
     return loader
 
 
@@ -334,4 +338,5 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> tuple[Any, int]:
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
     loader.worker_init_fn = ignore_stop_signals
+    loader.timeout = loader_timeout(cfg.DATALOADER.NUM_WORKERS)
     return loader, num_query

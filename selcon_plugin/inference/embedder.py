@@ -30,6 +30,7 @@ from selcon_plugin.datasets.reading import (
     describe_faults,
     read_rgb,
 )
+from selcon_plugin.datasets.slow_reads import hung_readers_named, loader_timeout
 from selcon_plugin.engine.image_check import check_unreadable_ratio
 from selcon_plugin.features import check_features
 from selcon_plugin.inference.arguments import check_count, check_list
@@ -237,7 +238,11 @@ class Embedder:
         _check_batch_size(batch_size)
         reader = _FolderReader([item.path for item in items], self.backend.preprocessing)
         loader: Iterable[list[NDArray[np.uint8] | str]] = DataLoader(
-            reader, batch_size, num_workers=num_workers, collate_fn=list
+            reader,
+            batch_size,
+            num_workers=num_workers,
+            collate_fn=list,
+            timeout=loader_timeout(num_workers),
         )
         bar = tqdm(loader, desc="features", unit="batch", disable=not show_progress)
         faults: list[str] = []
@@ -254,7 +259,8 @@ class Embedder:
                 if pixels:
                     yield np.stack(pixels)
 
-        features = self._embed(batches())
+        with hung_readers_named():
+            features = self._embed(batches())
         if faults:
             logger.warning(
                 "%d of %d images cannot be read and are left out:\n%s",

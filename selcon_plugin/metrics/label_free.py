@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from selcon_plugin.clustering import dbscan_labels, jaccard_distance
+from selcon_plugin.clustering import dbscan_labels
 from selcon_plugin.clustering.auto_eps import EPS_GRID, best_trial, try_eps
+from selcon_plugin.clustering.copies import distances_with_copies
 from selcon_plugin.clustering.jaccard import unit_features
 from selcon_plugin.clustering.neighborhood import NeighborhoodSizes
 from selcon_plugin.metrics.collapse import find_collapse_signs, measure_spread
@@ -80,7 +81,7 @@ def label_free_quality(
     if len(features) > 1:
         collapse = str(find_collapse_signs(measure_spread(features), len(features)))
     sizes = sizes or NeighborhoodSizes.for_images(len(features))
-    distance = jaccard_distance(
+    distance = distances_with_copies(
         features, k1=sizes.k1, k2=sizes.k2, max_distance=_MAX_DISTANCE
     )
     labels_at = partial(dbscan_labels, distance, min_samples=sizes.min_samples)

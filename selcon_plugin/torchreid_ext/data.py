@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from selcon_plugin.datasets.numbering import UNKNOWN
 from selcon_plugin.datasets.reading import read_rgb
+from selcon_plugin.datasets.slow_reads import hung_readers_named, loader_timeout
 from selcon_plugin.engine.image_check import check_test_images, readable_items
 from selcon_plugin.engine.images import IndexedImages, Item, extra_items
 from selcon_plugin.engine.stopping import ignore_stop_signals
@@ -138,12 +139,14 @@ class EpochLoader:
             batch_size=self.batch_size,
             sampler=keys,
             worker_init_fn=ignore_stop_signals,
+            timeout=loader_timeout(int(self._options["num_workers"])),
             **self._options,  # type: ignore[arg-type]
         )
         # A loader that starts draws a seed, which must not change the training's stream.
         with torch.random.fork_rng(devices=[]):
             batches = iter(loader)
-        yield from batches
+        with hung_readers_named():
+            yield from batches
 
 
 class ExtractionLoader:
@@ -170,11 +173,13 @@ class ExtractionLoader:
             num_workers=num_workers,
             pin_memory=pin_memory,
             worker_init_fn=ignore_stop_signals,
+            timeout=loader_timeout(num_workers),
         )
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in self._loader:
-            yield batch["img"], batch["pid"]
+        with hung_readers_named():
+            for batch in self._loader:
+                yield batch["img"], batch["pid"]

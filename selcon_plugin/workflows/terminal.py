@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 
+from selcon_plugin.io.names import printable
 from selcon_plugin.io.streams import is_terminal
 
 __all__ = ["echo", "show_status"]
@@ -13,7 +14,8 @@ __all__ = ["echo", "show_status"]
 def echo(text: str) -> None:
     """Print text, which replaces the status line if there is one."""
     show_status("")
-    sys.stdout.write(f"{text}\n")
+    lines = [printable(line) for line in text.split("\n")]
+    sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
 
 
