@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from selcon_plugin import _moved
 from selcon_plugin._version import __version__
-from selcon_plugin.features import Embeddings
 
 if TYPE_CHECKING:
+    from selcon_plugin.features import Embeddings
     from selcon_plugin.inference.embedder import Embedder
     from selcon_plugin.inference.folder_features import FolderFeatures
     from selcon_plugin.retrieval import Index, search
@@ -32,6 +32,7 @@ _moved.install()
 
 _MODULES = {
     "Embedder": "selcon_plugin.inference.embedder",
+    "Embeddings": "selcon_plugin.features",
     "FitResult": "selcon_plugin.workflows.fit",
     "FolderFeatures": "selcon_plugin.inference.folder_features",
     "Index": "selcon_plugin.retrieval",

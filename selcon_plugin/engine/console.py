@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from selcon_plugin.distributed import rank
 
@@ -64,20 +64,18 @@ class ShortOutput(logging.Filter):
         return record.name in self._shown if of_host else record.name not in _DETAILS
 
 
-def log_summary(
-    method: str, labeler: str, network: nn.Module, num_images: int, num_cameras: int
-) -> None:
+def log_summary(method: str, labeler: str, network: nn.Module, camera_ids: Tensor) -> None:
     """Log one line about a run that begins: method, data and network.
 
     Args:
         method: Name of the method.
         labeler: Name of the labeler; empty for a method without clusters.
         network: Network to train.
-        num_images: Number of training images.
-        num_cameras: Number of known cameras.
+        camera_ids: Camera of each training image, int64 ``(M,)``; -1 if it is unknown.
     """
     if rank() > 0:
         return
+    num_cameras = len({camera for camera in camera_ids.tolist() if camera >= 0})
     parameters = list(network.parameters())
     size = sum(parameter.numel() for parameter in parameters) / 1e6
     device = parameters[0].device if parameters else "cpu"
@@ -85,5 +83,5 @@ def log_summary(
     cameras = f" of {num_cameras} cameras" if num_cameras else ", cameras unknown"
     logger.info(
         "Method: %s%s. Data: %d images%s. Network: %.1f M parameters on %s",
-        *(method, clusters, num_images, cameras, size, device),
+        *(method, clusters, len(camera_ids), cameras, size, device),
     )

@@ -142,13 +142,8 @@ class TrainingRun:
             ValueError: If there is too little memory to cluster the images.
         """  # noqa: DOC502  (raised by the functions called here)
         check_state(self.network, self.dataset.paths, when="before training")
-        log_summary(
-            self.options.method,
-            self.clustering.labeler if self.labeler is not None else "",
-            self.network,
-            len(self.dataset),
-            len({int(camid) for camid in self._camids() if camid >= 0}),
-        )
+        labeler = self.clustering.labeler if self.labeler is not None else ""
+        log_summary(self.options.method, labeler, self.network, self.dataset.camera_ids)
         self._check_clustering()
         if self.method.prepared:
             return
@@ -284,7 +279,7 @@ class TrainingRun:
             return measured
         remedies = []
         if signs.clusters and self.labeler is not None:
-            remedies = [f"for the clusters {more_clusters(options_of(type(self.labeler)))}"]
+            remedies.append(more_clusters(options_of(type(self.labeler))))
         if self.method.step == 0:
             logger.warning(
                 "Before training the network hardly discriminates the images: %s. Start "

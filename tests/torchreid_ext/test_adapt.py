@@ -226,7 +226,7 @@ def test_of_equals_the_one_trained_less_is_best() -> None:
         (["--images", ".", "--weights", __file__, "--epochs", "0"], "epochs must be"),
         (
             ["--images", ".", "--weights", __file__, "--learning-rate", "nan"],
-            "learning_rate must be",
+            "--learning-rate must be",
         ),
     ],
 )

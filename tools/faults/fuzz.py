@@ -333,12 +333,14 @@ def _begin_training(*_: object, **__: object) -> None:
 @contextlib.contextmanager
 def training_replaced() -> Iterator[None]:
     """Replace the training by the end of the command, in both hosts and in the bench."""
+    from selcon_plugin.datasets.synthetic import persons
     from selcon_plugin.fastreid_ext import SelConTrainer
     from selcon_plugin.torchreid_ext import ImageSelConEngine
     from selcon_plugin.workflows import bench
 
     _import_backbone()
     targets = [(SelConTrainer, "train"), (ImageSelConEngine, "train"), (bench, "_work")]
+    targets.append((persons, "_fill"))  # rendering takes long
     earlier = [getattr(owner, name) for owner, name in targets]
     for owner, name in targets:
         setattr(owner, name, _begin_training)
