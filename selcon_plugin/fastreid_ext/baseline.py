@@ -8,6 +8,7 @@ import torch
 from fastreid.config import CfgNode
 from fastreid.data.build import build_reid_train_loader
 from fastreid.data.common import CommDataset
+from fastreid.data.transforms import build_transforms
 from fastreid.engine.defaults import DefaultTrainer
 from fastreid.modeling.backbones import build_backbone
 
@@ -50,7 +51,7 @@ class _Baseline(DefaultTrainer):
     """FastReID's trainer with the plugin's data sets and number of steps."""
 
     def __init__(self, cfg: CfgNode) -> None:
-        self._steps = cfg.MODEL.SELCON.ITERS_PER_EPOCH
+        self._steps: int = cfg.MODEL.SELCON.ITERS_PER_EPOCH
         super().__init__(cfg)
 
     @property
@@ -69,7 +70,7 @@ class _Baseline(DefaultTrainer):
         for name in cfg.DATASETS.NAMES:
             options = {"splits": ("train",), "combineall": cfg.DATASETS.COMBINEALL}
             items += build_dataset(cfg, name, **options).train
-        transform = selcon_data.build_transforms(cfg, is_train=True)
+        transform = build_transforms(cfg, is_train=True)
         return build_reid_train_loader(
             cfg, train_set=CommDataset(items, transform, relabel=True)
         )

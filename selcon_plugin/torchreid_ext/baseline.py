@@ -79,7 +79,8 @@ class _Baseline(EvaluationEngine):
             label_smooth=cfg.loss.softmax.label_smooth,
         )
         if cfg.selcon.iters_per_epoch:
-            self.train_loader = _Steps(self.train_loader, cfg.selcon.iters_per_epoch)
+            loader = datamanager.train_loader
+            self.train_loader: Any = _Steps(loader, cfg.selcon.iters_per_epoch)
         self.meter = RunMeter()
 
     def train(self, *args: Any, **kwargs: Any) -> None:

@@ -198,6 +198,11 @@ HOST_OPTIONS = (
     ),
     *(replace(option, name=CONFIG_KEYS[option.name]) for option in RUN_OPTIONS),
 )
+# Keys that only torchreid's supervised training, or its training on videos, reads.
+_UNUSED = (
+    *("loss.", "video.", "sampler.train_sampler", "sampler.num_cams"),
+    *("sampler.num_datasets", "data.load_train_targets"),
+)
 _DEFAULT_SEED = _HOST_KEYS["train"]["seed"]
 # torchreid's layers to keep trainable in a model with a classifier.
 _CLASSIFIER = ["classifier"]
@@ -275,6 +280,23 @@ def _check_host_keys(cfg: CfgNode) -> None:
             "selcon.ghost_batch_size must be 0 (off) or at least 2, got 1: one image has "
             "no batch statistics"
         )
+
+
+def keys_without_effect(cfg: CfgNode) -> list[str]:
+    """Return keys of supervised training and of videos that are not at their defaults.
+
+    Args:
+        cfg: Complete config.
+
+    Returns:
+        Full keys.
+    """
+    defaults = flatten_config(_HOST_KEYS)
+    return [
+        key
+        for key, value in defaults.items()
+        if key.startswith(_UNUSED) and value_of(cfg, key) != value
+    ]
 
 
 def run_arguments(cfg: CfgNode) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from selcon_plugin.features import check_features
 from selcon_plugin.runs.metrics import append_metrics
 from selcon_plugin.runs.ranked import rank_queries, write_ranked
 from selcon_plugin.torchreid_ext.data import check_test_sets
+from selcon_plugin.torchreid_ext.datasets import plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -77,16 +78,17 @@ class EvaluationEngine(_Engine):
         ranks = arguments.get("ranks", _RANKS)
         level = logging.INFO if tuple(ranks) == _RANKS else logging.WARNING
         for scope in self._scopes.values():
-            last = scope.last_rank(arguments.get("use_metric_cuhk03", False))
+            by_person = bool(arguments.get("use_metric_cuhk03", False))
+            last = scope.last_rank(by_person)
             beyond = [rank for rank in ranks if rank > last]
             if beyond:
                 logger.log(
                     level,
-                    "Rank %s of %s is not reported: a query is compared with %d gallery "
-                    "images or persons only",
+                    "Rank %s of %s is not reported: a query is compared with only %d %s",
                     ", ".join(map(str, beyond)),
-                    scope.name,
+                    plain_name(scope.name),
                     last,
+                    "persons" if by_person else "gallery images",
                 )
 
     def test(self, *args: Any, **kwargs: Any) -> float:

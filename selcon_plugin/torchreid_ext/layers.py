@@ -49,14 +49,13 @@ def find_layers(
 
 
 def _find(network: SelConModel, name: str, key: str) -> nn.Module:
-    own = {"heads": network.heads, "backbone": network.backbone}
+    own: dict[str, nn.Module] = {"heads": network.heads, "backbone": network.backbone}
     model = getattr(network.backbone, "model", network.backbone)
-    layers = dict(model.named_children())
+    layers: dict[str, nn.Module] = dict(model.named_children())
     if name in own:
-        found: nn.Module = own[name]
-        return found
+        return own[name]
     if name == _CLASSIFIER or isinstance(layers.get(name), nn.Identity):
-        return network.heads
+        return own["heads"]
     if name in layers:
         return layers[name]
     known = [*own, *dict.fromkeys([_CLASSIFIER, *layers])]

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -19,9 +20,12 @@ from yacs.config import CfgNode
 
 from selcon_plugin.compat.torchreid import import_torchreid
 from selcon_plugin.config.checks import flatten_config
+from selcon_plugin.models.pretrained import read_network_file
+from selcon_plugin.torchreid_ext.checkpoints import read_run
 from selcon_plugin.torchreid_ext.config import KEYS
 from selcon_plugin.torchreid_ext.engine import ImageSelConEngine
 from selcon_plugin.torchreid_ext.models import SelConModel
+from selcon_plugin.torchreid_ext.weights import load_network
 
 _REPLACED = ("ImageSoftmaxEngine", "ImageTripletEngine")
 _REFUSED = ("VideoSoftmaxEngine", "VideoTripletEngine")
@@ -32,6 +36,10 @@ _OF_HEAD = (
 )
 
 _given: dict[str, Any] = {}  # the plugin's options in the script's config, by name
+# Checkpoints of the plugin that the script loads into a model without our head, by the name
+# of torchreid's function. The engine loads them into the network with the head.
+_to_load: dict[str, str] = {}
+_LOAD, _RESUME = "load_pretrained_weights", "resume_from_checkpoint"
 
 
 class ScriptSelConEngine(ImageSelConEngine):
@@ -82,6 +90,10 @@ class ScriptSelConEngine(ImageSelConEngine):
             **options,
             **supervised,
         )
+        if _LOAD in _to_load:
+            load_network(self._network, _to_load.pop(_LOAD))
+        if _RESUME in _to_load:
+            self.resume(_to_load.pop(_RESUME))
 
 
 def _schedule_in(args: tuple[Any, ...]) -> Any:
@@ -93,6 +105,7 @@ def prepare_script() -> None:
     """Let a script of torchreid train without identities."""
     torchreid = import_torchreid()
     _given.clear()
+    _to_load.clear()
     root = f"{torchreid.__name__}.engine"
     modules = [m for name, m in sys.modules.items() if name.startswith(root)]
     for module in modules:
@@ -101,7 +114,38 @@ def prepare_script() -> None:
                 setattr(
                     module, name, ScriptSelConEngine if name in _REPLACED else _refuse_video
                 )
+    for module in (torchreid.utils, torchreid.utils.torchtools):
+        for name in (_LOAD, _RESUME):
+            setattr(module, name, _loader(name, getattr(module, name)))
     _take_options_from_configs()
+
+
+def _loader(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep checkpoints of the plugin for the engine, which a script builds later."""
+
+    def load_pretrained_weights(model: nn.Module, weight_path: str) -> None:
+        if not _is_for_engine(model, weight_path):
+            original(model, weight_path)
+            return
+        _to_load[name] = weight_path
+
+    def resume_from_checkpoint(
+        fpath: str, model: nn.Module, optimizer: Any = None, scheduler: Any = None
+    ) -> int:
+        if not _is_for_engine(model, fpath):
+            return int(original(fpath, model, optimizer, scheduler))
+        _to_load[name] = fpath
+        return int(read_run(Path(fpath).expanduser())[1]["epoch"])
+
+    return load_pretrained_weights if name == _LOAD else resume_from_checkpoint
+
+
+def _is_for_engine(model: nn.Module, file: str) -> bool:
+    inner = model.module if isinstance(model, nn.DataParallel) else model
+    if isinstance(inner, SelConModel):
+        return False
+    state = read_network_file(Path(file).expanduser()).state
+    return any(name.startswith("backbone.") for name in state)
 
 
 def _refuse_video(*_args: Any, **_kwargs: Any) -> None:

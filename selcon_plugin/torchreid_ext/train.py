@@ -21,7 +21,12 @@ from selcon_plugin.io.safe_loading import safe_extraction
 from selcon_plugin.methods import method_class
 from selcon_plugin.runs.folder import RunFolder, owned_run
 from selcon_plugin.samplers.cluster import AUTO
-from selcon_plugin.torchreid_ext.config import KEYS, complete_config, run_arguments
+from selcon_plugin.torchreid_ext.config import (
+    KEYS,
+    complete_config,
+    keys_without_effect,
+    run_arguments,
+)
 from selcon_plugin.torchreid_ext.datasets import (
     IMAGE_FOLDER,
     SYNTHETIC_PERSONS,
@@ -277,6 +282,13 @@ def run_config(
 
 
 def _run(cfg: CfgNode, *, resume: bool, overwrite: bool) -> ImageSelConEngine:
+    unused = keys_without_effect(cfg)
+    if unused and not cfg.test.evaluate:
+        logger.warning(
+            "No effect in a training without identities: %s. The method has its own loss "
+            "(selcon.method) and sampler (selcon.sampler)",
+            ", ".join(unused),
+        )
     engine = build_engine(cfg, overwrite=overwrite)
     if cfg.test.evaluate and not engine.test_loader:
         raise ValueError("data.targets has no test images: there is nothing to evaluate on")

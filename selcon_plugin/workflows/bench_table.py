@@ -229,7 +229,7 @@ class Report:
     def table(self) -> str:
         """Format the rows as a Markdown table that is readable on a terminal as well."""
         header = ("Config", "Method", "Backbone", "Input", "Test set", "Seeds", *METRICS)
-        cells = [(*header, "Minutes", "Memory (MiB)", "Clusters")]
+        cells: list[tuple[str, ...]] = [(*header, "Minutes", "Memory (MiB)", "Clusters")]
         for row in summarize(self.outcomes, self.num_seeds):
             finished, seeds = row["finished"], row["seeds"]
             named = ("config", "method", "backbone", "input_size", "test_set")
@@ -246,7 +246,8 @@ class Report:
 
     def seeds_table(self) -> str:
         """Format the metrics of each run as a Markdown table."""
-        cells = [("Config", "Test set", "Seed", *METRICS, "Minutes", "Clusters")]
+        header = ("Config", "Test set", "Seed", *METRICS, "Minutes", "Clusters")
+        cells: list[tuple[str, ...]] = [header]
         for row in self.seed_rows():
             values = [row[name] for name in (*METRICS, "minutes")]
             cells.append(

@@ -13,7 +13,12 @@ from selcon_plugin.config.keys import clustering_options, own_method_options
 from selcon_plugin.engine.run_options import RunOptions
 from selcon_plugin.hosts import host_of, load_config
 from selcon_plugin.methods import build_method, method_names
-from selcon_plugin.torchreid_ext.config import KEYS, complete_config, get_default_config
+from selcon_plugin.torchreid_ext.config import (
+    KEYS,
+    complete_config,
+    get_default_config,
+    keys_without_effect,
+)
 from selcon_plugin.torchreid_ext.options import EngineOptions
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -275,3 +280,12 @@ def test_engine_takes_former_names():
         EngineOptions.of_arguments(
             "O2CAP", None, {"on_bad_numbers": "skip", "on_nonfinite": "skip"}
         )
+
+
+def test_keys_of_supervised_training_are_listed():
+    cfg = get_default_config()
+    assert keys_without_effect(complete_config(cfg)) == []
+    cfg.loss.name, cfg.sampler.train_sampler = "triplet", "RandomIdentitySampler"
+    cfg.data.load_train_targets = True
+    found = keys_without_effect(complete_config(cfg))
+    assert set(found) == {"data.load_train_targets", "sampler.train_sampler", "loss.name"}

@@ -153,7 +153,7 @@ def test_teacher_is_evaluated(make_engine, tmp_path):
 @pytest.mark.parametrize("by_torchreid", [False, True])
 def test_teacher_of_a_checkpoint_is_evaluated(make_engine, tmp_path, by_torchreid):
     trained = run(make_engine(ema_decay=0.9, iters_per_epoch=2), tmp_path)
-    engine = make_engine(ema_decay=0.9)
+    engine = make_engine(ema_decay=0.9, iters_per_epoch=2)
     file = tmp_path / "model" / "model.pth.tar-2"
     if by_torchreid:
         torchreid.utils.resume_from_checkpoint(str(file), engine.model)

@@ -1,5 +1,6 @@
 """Scripts written for torchreid train with the engine, with the settings of its configs."""
 
+import json
 import sys
 from types import SimpleNamespace
 
@@ -189,6 +190,22 @@ scheduler = reid.optim.build_lr_scheduler(optimizer)
 engine = reid.engine.{engine}(data, model, optimizer, {arguments}label_smooth=True)
 engine.run(save_dir=option("--out"), max_epoch=1, fixbase_epoch=1, open_layers="classifier")
 """
+# The same for a trained network, as torchreid's script does it before it builds the engine.
+LOAD = """
+from {utils} import load_pretrained_weights, resume_from_checkpoint
+start_epoch = 0
+if "load" == option("--way"):
+    load_pretrained_weights(model, option("--weights"))
+else:
+    start_epoch = resume_from_checkpoint(option("--weights"), model, optimizer, scheduler)
+"""
+RUN = """
+engine.run(save_dir=option("--out"), max_epoch=2, start_epoch=start_epoch,
+           test_only="load" == option("--way"))
+if "load" == option("--way"):
+    import json, pathlib
+    pathlib.Path(option("--out") + ".json").write_text(json.dumps(engine.results))
+"""
 
 
 @pytest.fixture
@@ -196,16 +213,18 @@ def selcon_run(tmp_path, data_root, monkeypatch):
     """Run a script with ``selcon run``, and undo afterwards what that changes."""
     for name in ("merge_from_list", "merge_from_other_cfg"):
         monkeypatch.setattr(CfgNode, name, getattr(CfgNode, name))
+    changed = ("Engine", "load_pretrained_weights", "resume_from_checkpoint")
     for module in [m for n, m in sys.modules.items() if n.startswith("torchreid")]:
-        for name in [n for n in vars(module) if n.endswith("Engine")]:
+        for name in [n for n in vars(module) if n.endswith(changed)]:
             monkeypatch.setattr(module, name, getattr(module, name))
 
-    def run_script(text, *arguments):
+    def run_script(text, *arguments, before=()):
         file = tmp_path / "main.py"
         file.write_text(text)
         config = tmp_path / "config.yaml"
         config.write_text("train: {lr: 0.01}\nselcon: {iters_per_epoch: 1, num_parts: 2}\n")
         words = ("--config-file", config, "--root", data_root, "--out", tmp_path / "out")
+        words += tuple(before)
         return run_command([str(w) for w in (file, *words, "--", *arguments)])
 
     return run_script
@@ -247,6 +266,26 @@ def test_wrong_key_of_an_unedited_script(selcon_run, words, named):
     )
     with pytest.raises((ValueError, KeyError, AssertionError), match=named):
         selcon_run(text, *words)
+
+
+@pytest.mark.parametrize("way", ["load", "resume"])
+def test_unedited_script_loads_its_own_checkpoint(selcon_run, tmp_path, way):
+    text = SCRIPT.format(
+        engine="ImageSoftmaxEngine", arguments="scheduler=scheduler, use_gpu=False, "
+    )
+    assert selcon_run(text) == 0
+    out = tmp_path / "out"
+    trained = json.loads((out / "results.json").read_text())["metrics"]
+    head, _, run = text.partition("engine = ")
+    load = LOAD.format(utils=f"{torchreid.__name__}.utils")
+    text = head + load + "engine = " + run.partition("engine.run(")[0] + RUN
+    weights = ("--way", way, "--weights", out / "model" / "model.pth.tar-1")
+    assert selcon_run(text, before=weights) == 0
+    if way == "load":
+        found = json.loads((tmp_path / "out.json").read_text())
+        assert found["few"] == pytest.approx(trained["few"])
+    else:
+        assert checkpoints_in(out) == ["model.pth.tar-1", "model.pth.tar-2"]
 
 
 def test_script_for_videos_is_refused(selcon_run):
