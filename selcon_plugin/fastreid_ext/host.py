@@ -152,7 +152,6 @@ class FastReIDHost(Host):
                 )
 
     def _set_up(self, cfg: Any, *, source: str) -> None:
-        check_output_folder("OUTPUT_DIR", cfg.OUTPUT_DIR)
         begin_log()
         share_host_log()
         log_setup(cfg, source)
@@ -163,7 +162,7 @@ class FastReIDHost(Host):
     ) -> RunResult:
         """Train in this process, one of possibly several."""
         folder = Path(cfg.OUTPUT_DIR)
-        with owned_run(folder):
+        with owned_run(check_output_folder("OUTPUT_DIR", cfg.OUTPUT_DIR)):
             if not resume:
                 run = RunFolder(folder, overwrite=overwrite)
                 on_main_process(run.check_new)
@@ -184,6 +183,7 @@ class FastReIDHost(Host):
             raise ValueError("DATASETS.TESTS is empty: there is nothing to evaluate on")
         if not cfg.MODEL.WEIGHTS:
             raise ValueError("MODEL.WEIGHTS must name the checkpoint to evaluate")
+        check_output_folder("OUTPUT_DIR", cfg.OUTPUT_DIR)
         self._set_up(cfg, source=source)
         model = load_trained_model(cfg)
         open_log(cfg.OUTPUT_DIR)

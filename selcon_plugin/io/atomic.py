@@ -41,9 +41,9 @@ class FileWriteError(OSError):
         reason = cause.strerror or str(cause) or os.strerror(number)
         if "requested and" in reason:
             reason = os.strerror(number)
+        reason = f"{reason}. {_REMEDIES.get(number, _REMEDY)}"
         super().__init__(number, reason, str(file))
-        remedy = _REMEDIES.get(number, _REMEDY)
-        self._text = f"cannot {what} {file}: {reason}. {remedy}"
+        self._text = f"cannot {what} {file}: {reason}"
 
     def __str__(self) -> str:
         return self._text

@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-from selcon_plugin.io.atomic import write_atomically
+from selcon_plugin.io.atomic import FileWriteError, make_folder, write_atomically
 
 __all__ = ["LOCK_NAMES", "InUseError", "Owner", "exclusive", "owned_file", "owned_folder"]
 
@@ -84,8 +84,7 @@ def owned_folder(folder: str | Path) -> Iterator[None]:
             the remedy.
         OSError: If the folder cannot be written.
     """  # noqa: DOC502  (raised by the functions called here)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(folder)
     with _owned(str(folder), folder / _LOCK, folder / _OWNER):
         yield
 
@@ -105,7 +104,7 @@ def owned_file(file: str | Path) -> Iterator[None]:
         OSError: If the folder cannot be written.
     """  # noqa: DOC502  (raised by the functions called here)
     file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     hidden = f".{file.name}"
     with _owned(
         str(file),
@@ -150,6 +149,8 @@ def _take(output: str, lock_file: Path, record: Path) -> BaseFileLock:
         raise InUseError(
             _in_use(output, _read_owner(record), Path(lock.lock_file))
         ) from None
+    except OSError as error:
+        raise FileWriteError(output, error, "write to") from error
     return lock
 
 

@@ -114,7 +114,7 @@ def test_full_disk_is_named_and_leaves_no_half_file(tmp_path, kind):
         write()
     assert failed.value.errno in (errno.EFBIG, errno.ENOSPC)
     assert failed.value.filename == str(file)
-    for part in (f"cannot write {file}: {failed.value.strerror}. ", "Free some space"):
+    for part in (f"cannot write {file}: {failed.value.strerror}", "Free some space"):
         assert part in str(failed.value)
     assert [f.name for f in tmp_path.iterdir()] == ["a.bin"]
     assert file.read_text() == "earlier"

@@ -1,6 +1,7 @@
 """``selcon adapt`` on a small real network: real training, in seconds."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from selcon_plugin.cli.main import main
 from selcon_plugin.hosts import find_network
 from selcon_plugin.inference.embedder import Embedder
+from selcon_plugin.io.locks import InUseError, owned_folder
 from selcon_plugin.io.safe_loading import load_data
 from selcon_plugin.metrics.label_free import LabelFreeQuality
 from selcon_plugin.models.torchreid import build_plain_model
@@ -243,3 +245,53 @@ def test_mistakes_are_said_in_a_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_missing_or_damaged_result_is_written_again(
+    settings: AdaptSettings, tmp_path: Path, scripted
+) -> None:
+    scripted(0.2, 0.4, 0.3)
+    result = adapt(settings, tmp_path / "out")
+    whole = result.file.read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(damaged) // 2] ^= 8
+    for content in (None, b"", bytes(damaged)):
+        result.file.unlink()
+        if content is not None:
+            result.file.write_bytes(content)
+        said: list[str] = []
+        assert adapt(settings, tmp_path / "out", echo=said.append) == result
+        assert result.file.read_bytes() == whole
+        assert f"{result.file} is missing or damaged" in said[0]
+    record = tmp_path / "out" / "adapt.json"
+    record.write_text(record.read_text().replace("0.4", "0.1"))
+    with pytest.raises(ValueError, match=r"adapt\.json is damaged"):
+        adapt(settings, tmp_path / "out")
+
+
+def test_mistakes_are_found_before_any_image_is_measured_and_block_nothing(
+    settings: AdaptSettings, tmp_path: Path, scripted
+) -> None:
+    seen = scripted(0.2, 0.2, 0.4)
+    output = tmp_path / "out"
+    for change, message in (
+        ({"method": "SpCLL"}, "--method 'SpCLL' is unknown"),
+        ({"options": (*SMALL, "selcon.temperatur", "1")}, r"selcon\.temperatur"),
+        ({"images": str(tmp_path / "nowhere")}, "nowhere"),
+        ({"batch_size": 64}, "64"),
+    ):
+        wrong = AdaptSettings(**{**vars(settings), **change})
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            adapt(wrong, output)
+        if "batch_size" not in change:
+            assert not seen
+            assert not output.exists()
+    right = AdaptSettings(**{**vars(settings), "epochs": 1})
+    assert adapt(right, output).best.epochs == 1
+
+
+def test_second_adaptation_at_once_is_refused(
+    settings: AdaptSettings, tmp_path: Path
+) -> None:
+    with owned_folder(tmp_path / "out"), pytest.raises(InUseError, match=str(os.getpid())):
+        adapt(settings, tmp_path / "out")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from selcon_plugin.datasets import ImageItem
 from selcon_plugin.datasets.numbering import number_names
 from selcon_plugin.inference.embedder import Embedder
 from selcon_plugin.inference.folder_features import FolderFeatures
+from selcon_plugin.io.locks import InUseError, owned_folder
 from selcon_plugin.models.torchreid import build_plain_model
 from selcon_plugin.workflows.cluster_folder import cluster_folder
 
@@ -131,6 +133,51 @@ def test_features_are_kept_for_the_same_network_and_images_only(
     cluster("b")
     assert embedder.folders == 4
     assert json.loads((output / "features.json").read_text())["network"] == "b"
+
+
+def test_saved_features_follow_the_content_of_images_and_damage(
+    folder: Path, tmp_path: Path
+) -> None:
+    embedder, output = _Counted(), tmp_path / "out"
+    options = {"eps": 0.6, "k1": 4, "k2": 1, "min_samples": 3}
+    said: list[str] = []
+
+    def cluster(**other: object) -> int:
+        options_now = {**options, **other}
+        arguments = {"network_key": "a", "options": options_now, "echo": said.append}
+        cluster_folder(lambda: embedder, folder, output, **arguments)
+        return embedder.folders
+
+    assert (cluster(), cluster()) == (1, 1)
+    # Another picture behind the same name, size and time.
+    file = folder / "cam0" / "0_0.png"
+    status, pixels = file.stat(), bytearray(file.read_bytes())
+    other = Image.new("RGB", (24, 48), (9, 9, 9))
+    other.save(file)
+    file.write_bytes(file.read_bytes().ljust(len(pixels), b"\0"))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert file.stat().st_size == status.st_size
+    assert (cluster(), cluster()) == (2, 2)
+    for name in ("features.npz", "features.json"):
+        damaged = bytearray((output / name).read_bytes())
+        start = damaged.index(b'": "') if name.endswith("json") else 100
+        damaged[start + 5] ^= 4
+        (output / name).write_bytes(damaged)
+        said.clear()
+        before = embedder.folders
+        assert cluster() == before + 1
+        assert name in said[0]
+        assert "damaged" in said[0]
+    # A wrong option is found before the features are computed again.
+    file.unlink()
+    with pytest.raises(ValueError, match="min_samples"):
+        cluster(min_samples=0)
+    assert cluster() == before + 2
+
+
+def test_second_clustering_at_once_is_refused(folder: Path, tmp_path: Path) -> None:
+    with owned_folder(tmp_path), pytest.raises(InUseError, match=str(os.getpid())):
+        cluster_folder(_Counted, folder, tmp_path, network_key="a")
 
 
 def test_large_cameras_are_centered_and_it_is_reported(
