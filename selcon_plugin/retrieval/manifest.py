@@ -63,7 +63,7 @@ class Manifest:
 
     @property
     def files(self) -> set[str]:
-        """Names of all files that the index consists of, besides ``index.json``."""
+        """Names of all files of the index other than ``index.json``."""
         names = {self.features_file, self.images_file}
         return names | ({self.approximate["file"]} if self.approximate else set())
 

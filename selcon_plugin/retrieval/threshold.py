@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 # Ashman's D: above 2 a mixture of two equal Gaussians has two peaks.
 CLEAR_SEPARATION = 2.0
-# Among the cosines of strangers alone, the statistic of the dip test is below 0.5, and from
+# If every image shows another person, the statistic of the dip test is below 0.5, and from
 # 12 images on Ashman's D is below 6 (1,000 simulated sets of images, of 8 to 512 values).
 _CLEAR_DIP, _WIDE_SEPARATION = 0.5, 6.0
 # Three cosines always fall into two groups; fewer images than these prove nothing.

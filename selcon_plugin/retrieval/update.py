@@ -50,7 +50,7 @@ def plan_update(state: Snapshot, found: FoundImages, *, default_cameras: bool) -
     Args:
         state: The index.
         found: The images.
-        default_cameras: Whether cameras were found by the default rule; then an image
+        default_cameras: Whether cameras were found by the default rule; then a file
             without a camera keeps the one that it has in the index.
 
     Returns:
@@ -63,8 +63,11 @@ def plan_update(state: Snapshot, found: FoundImages, *, default_cameras: bool) -
         row = rows.pop(image.key, None)
         if row is None:
             unknown.append(image)
-        elif _is_same(state.images[row], image):
-            _keep(update, row, state.images[row], image, default_cameras)
+            continue
+        if default_cameras and image.camera is None:
+            image = image._replace(camera=state.images[row].camera)
+        if _is_same(state.images[row], image):
+            _keep(update, row, state.images[row], image)
         else:
             update.to_read.append(image)
             update.instead_of[image.key] = row
@@ -79,7 +82,7 @@ def plan_update(state: Snapshot, found: FoundImages, *, default_cameras: bool) -
         if row is None:
             update.to_read.append(image)
         else:
-            _keep(update, row, state.images[row], image, default_cameras)
+            _keep(update, row, state.images[row], image)
             del gone[row]
     update.vanished = sorted((*gone, *repeated))
     update.to_read.sort()
@@ -93,11 +96,7 @@ def _is_same(before: IndexedImage, now: IndexedImage) -> bool:
     return (before.size, before.changed) == (now.size, now.changed)
 
 
-def _keep(
-    update: Update, row: int, before: IndexedImage, now: IndexedImage, default: bool
-) -> None:
-    if default and now.camera is None:
-        now = now._replace(camera=before.camera)
+def _keep(update: Update, row: int, before: IndexedImage, now: IndexedImage) -> None:
     moved, relabeled = before.path != now.path, before.camera != now.camera
     update.num_moved += moved
     update.num_relabeled += relabeled and not moved

@@ -212,7 +212,7 @@ def onnx_file(file, values, **metadata):
     onnx = pytest.importorskip("onnx")
     helper, types = onnx.helper, onnx.TensorProto
     images = helper.make_tensor_value_info("images", types.FLOAT, ["b", 3, 8, 4])
-    features = helper.make_tensor_value_info("features", types.FLOAT, None)
+    features = helper.make_tensor_value_info("features", types.FLOAT, ["b", len(values)])
     row = onnx.numpy_helper.from_array(values.astype(np.float32), "row")
     axes = onnx.numpy_helper.from_array(np.array([1, 2, 3]), "axes")
     zero = onnx.numpy_helper.from_array(np.float32([0.0]), "zero")

@@ -170,7 +170,7 @@ def test_features_cut_off_while_open_do_not_end_the_process(
         results(index, embedder, folder)
 
 
-def test_index_of_the_first_format_is_read_and_renewed(tmp_path, index, embedder, folder):
+def test_index_of_the_first_format_is_read_and_upgraded(tmp_path, index, embedder, folder):
     right = results(index, embedder, folder)
     old = tmp_path / "index"
     content = json.loads((old / "index.json").read_text())

@@ -69,7 +69,7 @@ def recall(index, features, queries, allowed, **options):
 
 @pytest.fixture(params=["always approximate", "as delivered"])
 def few(request, monkeypatch):
-    """Whether subsets of few rows are searched exactly, as they are by default."""
+    """Search small subsets of the rows by the approximate search as well, or exactly."""
     if request.param == "always approximate":
         monkeypatch.setattr(nearest, "_FEW_ROWS", 0)
         monkeypatch.setattr(nearest, "_FEW_RATIO", 0.0)
@@ -121,7 +121,7 @@ def test_recall_does_not_depend_on_the_filter(tmp_path, few, kind, spread, clust
 def test_recall_after_removals(tmp_path, few, kind, removed, clustered):
     features, cameras = clustered
     index = made(tmp_path / "index", features, cameras, kind)
-    # First the rows nearest to the queries: what is left is far away in the graph.
+    # First the rows nearest to the queries: the others are far away in the graph.
     queries = features[:6]
     order = np.argsort(-(features @ queries.T).max(axis=1))
     gone = order[: int(removed * len(features))]

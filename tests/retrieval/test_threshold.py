@@ -83,10 +83,10 @@ def test_refuses_numbers_that_are_none():
         suggest_threshold([[0.5, np.nan], [0.5, 0.1]])
 
 
-@pytest.mark.parametrize("count", [3, 4, 5, 6, 8, 10, 12, 15, 20, 40, 100])
-@pytest.mark.parametrize("dim", [8, 32, 128])
-def test_is_unclear_among_strangers_however_many(count, dim):
-    for seed in range(6):
+@pytest.mark.parametrize("count", [3, 5, 8, 10, 12, 20, 40])
+@pytest.mark.parametrize("dim", [8, 128])
+def test_is_unclear_if_every_image_shows_another_person(count, dim):
+    for seed in range(4):
         rng = np.random.default_rng(seed)
         features = rng.normal(size=(count, dim)) + rng.choice([0.0, 0.6, 1.5])
         features /= np.linalg.norm(features, axis=1, keepdims=True)
@@ -96,8 +96,8 @@ def test_is_unclear_among_strangers_however_many(count, dim):
         assert ", clear" not in str(found)
 
 
-@pytest.mark.parametrize("count", [3, 5, 8, 12, 40, 100])
-@pytest.mark.parametrize("noise", [0.1, 0.6, 1.0])
+@pytest.mark.parametrize("count", [3, 8, 12, 40])
+@pytest.mark.parametrize("noise", [0.1, 0.6])
 def test_is_unclear_among_images_of_one_person(count, noise):
     for seed in range(4):
         features, _ = draw(np.random.default_rng(seed), [count], dim=64, noise=noise)
@@ -109,7 +109,7 @@ def test_is_unclear_among_images_of_one_person(count, noise):
 )
 @pytest.mark.parametrize("noise", [0.3, 0.6])
 def test_is_clear_where_people_are_seen_several_times(people, images, noise):
-    for seed in range(4):
+    for seed in range(2):
         features, persons = draw(
             np.random.default_rng(seed), [images] * people, dim=128, noise=noise
         )
@@ -118,7 +118,7 @@ def test_is_clear_where_people_are_seen_several_times(people, images, noise):
         assert f1(features, persons, found.threshold) > 0.97
 
 
-def test_says_how_few_images_there_are():
+def test_few_images_are_named():
     found = suggest_threshold([[0.9, 0.1], [0.9, 0.2], [0.1, 0.2]])
     assert not found.is_clear
     assert "3 images are too few" in str(found)

@@ -245,7 +245,7 @@ def test_files_of_a_drive_that_does_not_answer_stay(
 
 def test_many_updates_equal_a_new_index(tmp_path, index, folder, embedder):
     rng = np.random.default_rng(0)
-    for step in range(6):
+    for step in range(3):
         files = sorted(folder.rglob("*.png"))
         for file in rng.choice(files, 3, replace=False):
             file.unlink()
