@@ -23,14 +23,15 @@ def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
         "--images",
         metavar="FOLDER",
         default="",
-        help="folder of jpg, png, webp or bmp images; no labels or structure are needed",
+        help="folder of jpg, png, webp, bmp, tif or gif images; no labels are needed",
     )
     parser.add_argument(
         "--camera-pattern",
         metavar="REGEX",
         default="",
-        help="regular expression for the camera in a file's path: the first group or the "
-        "whole match; default: the first subfolder; none: no cameras",
+        help="regular expression for the camera: the first group or the whole match in the "
+        "name of a file or folder, or with a slash in the path; folders: the first "
+        "subfolder; none: no cameras; default: folders if they look like cameras",
     )
 
 

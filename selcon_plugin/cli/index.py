@@ -119,8 +119,9 @@ def _parser() -> CommandParser:
         "--camera-pattern",
         metavar="REGEX",
         default="",
-        help="regular expression for the camera in a file's path: the first group or the "
-        "whole match; default: the first subfolder; none: no cameras",
+        help="regular expression for the camera: the first group or the whole match in the "
+        "name of a file or folder, or with a slash in the path; folders: the first "
+        "subfolder; none: no cameras; default: folders if they look like cameras",
     )
     parser.add_argument(
         "--search",

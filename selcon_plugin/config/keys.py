@@ -34,8 +34,9 @@ _OptionsOf = Callable[[str], Mapping[str, Option]]
 
 # Meanings of keys that both hosts have.
 CAMERA_PATTERN = (
-    "regular expression whose first group, or whole match, is the camera in a path below "
-    'the folder; "" uses the first subfolder, "none" uses no cameras'
+    "regular expression whose first group, or whole match, is the camera in a file or "
+    'folder name, or with a slash in the path below the folder; "folders" uses the first '
+    'subfolder, "" does so if the subfolders look like cameras, "none" uses no cameras'
 )
 EMBEDDING_DIM = "dimension of the global feature; 0 uses that of the backbone"
 

@@ -183,8 +183,7 @@ class Embedder:
         """Compute the features of all images below a folder.
 
         Args:
-            folder: Folder, which is searched recursively for jpg, jpeg, png, webp and bmp
-                files.
+            folder: Folder, which is searched recursively for images.
             camera_pattern: Pattern that finds the camera in a file's path, as for ``selcon
                 train``; see ``selcon_plugin.datasets.read_image_folder``.
             batch_size: Images computed together.
