@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from selcon_plugin.config.checks import flatten_config
+from selcon_plugin.config.checks import check_output_folder, flatten_config
 from selcon_plugin.config.host import Host
 from selcon_plugin.config.loading import Merger, pairs_of
 from selcon_plugin.hosts import get_host, host_of, quiet_import
@@ -74,7 +74,7 @@ def run_bench(
     for name, value in (("--seeds", seeds), ("--epochs", epochs)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be 1 or more, got {value}")
-    output = Path(output)
+    output = Path(check_output_folder("--output", str(output)))
     # An interrupted bench leaves its last run, which the next bench waits for.
     with owned_run(output), _interrupted_by_sigterm():
         runs = plan(
