@@ -161,8 +161,9 @@ class FastReIDHost(Host):
         self, cfg: Any, *, resume: bool = False, overwrite: bool = False, source: str = ""
     ) -> RunResult:
         """Train in this process, one of possibly several."""
-        folder = Path(cfg.OUTPUT_DIR)
-        with owned_run(check_output_folder("OUTPUT_DIR", cfg.OUTPUT_DIR)):
+        # Before the lock, which creates the folder.
+        folder = Path(check_output_folder("OUTPUT_DIR", cfg.OUTPUT_DIR))
+        with owned_run(folder):
             if not resume:
                 run = RunFolder(folder, overwrite=overwrite)
                 on_main_process(run.check_new)

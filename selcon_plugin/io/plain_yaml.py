@@ -247,6 +247,7 @@ class _Reader:
             self._check_tag(node, _TAGS["seq"])
             with _Inside(self, node):
                 return [self._item(entry) for entry in node.value]
+        assert isinstance(node, yaml.ScalarNode)
         return self._text(node)
 
     def _item(self, node: yaml.Node) -> Raw:

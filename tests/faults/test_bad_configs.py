@@ -70,7 +70,11 @@ FASTREID_CASES = [
     ("test-batch", {"TEST.IMS_PER_BATCH": 0}, "TEST.IMS_PER_BATCH; >= 1; 0"),
     ("workers", {"DATALOADER.NUM_WORKERS": -2}, "DATALOADER.NUM_WORKERS; >= 0; -2"),
     ("instances", {"DATALOADER.NUM_INSTANCE": 0}, "DATALOADER.NUM_INSTANCE; >= 1; 0"),
-    ("image-size", {"INPUT.SIZE_TRAIN": "[64]"}, "INPUT.SIZE_TRAIN; [64]; height; width"),
+    (
+        "image-size",
+        {"INPUT.SIZE_TRAIN": "[64,2,1]"},
+        "SIZE_TRAIN; [64, 2, 1]; width",
+    ),
     ("image-size-0", {"INPUT.SIZE_TEST": "[0,32]"}, "INPUT.SIZE_TEST; [0, 32]; >= 1"),
     ("drawn-cameras", {D + "SYNTHETIC_PERSONS.NUM_CAMERAS": 1}, "num_cameras; 1"),
     # --- unknown names

@@ -74,8 +74,12 @@ KEYS = [
 ]
 # Values that only cost time, or would start real work.
 SLOW = {"9" * 30, "1_000"}
-# What a run writes when it begins, before the last of its checks.
-_BEGUN = re.compile(r"log\.txt|config\.yaml|\.lock|adapt\.json|events\.out.*")
+# What a run writes when it begins, before the last of its checks; and an index of the
+# former format, which is converted when it is opened for writing.
+_BEGUN = re.compile(
+    r"log\.txt|config\.yaml|\.lock|adapt\.json|events\.out.*"
+    r"|features-\d\.bin|images-\d\.jsonl|index\.json"
+)
 
 
 @dataclass
