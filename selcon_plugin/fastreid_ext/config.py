@@ -29,6 +29,7 @@ from selcon_plugin.config.checks import (
     value_of,
 )
 from selcon_plugin.config.keys import CAMERA_PATTERN, ConfigKeys, sampler_of
+from selcon_plugin.config.recording import unrecorded
 from selcon_plugin.datasets import SyntheticPersonsSpec
 from selcon_plugin.fastreid_ext.host_values import check_host_values
 from selcon_plugin.methods import method_options
@@ -218,9 +219,10 @@ def complete_config(cfg: CfgNode) -> CfgNode:
     cfg.defrost()
     if "SELCON" not in cfg.MODEL:
         add_selcon_config(cfg)
-    KEYS.check(cfg.MODEL.SELCON)
-    _check_host_keys(cfg)
-    _check_combinations(cfg)
+    with unrecorded(cfg):
+        KEYS.check(cfg.MODEL.SELCON)
+        _check_host_keys(cfg)
+        _check_combinations(cfg)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         others = "; for the Apple GPU set it to mps" * torch.backends.mps.is_available()
         logger.warning(

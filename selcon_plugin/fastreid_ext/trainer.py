@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from selcon_plugin.clustering import Labeler
 from selcon_plugin.config.checks import check_output_folder
+from selcon_plugin.config.recording import record_reads
 from selcon_plugin.datasets.content import list_hash
 from selcon_plugin.engine.batches import check_sampler
 from selcon_plugin.engine.best_weights import BEST_FILE, NEVER, BestWeights
@@ -34,6 +35,7 @@ from selcon_plugin.fastreid_ext import checkpoint
 from selcon_plugin.fastreid_ext import data as selcon_data
 from selcon_plugin.fastreid_ext.checkpoint import SelConCheckpointer
 from selcon_plugin.fastreid_ext.config import FLOAT16, KEYS, complete_config, sampler_name
+from selcon_plugin.fastreid_ext.effects import bound_cosine, report_effects
 from selcon_plugin.fastreid_ext.embedding import extract_training_set, unwrap
 from selcon_plugin.fastreid_ext.evaluation import evaluator_of, has_own_evaluator
 from selcon_plugin.fastreid_ext.hook_order import arrange_hooks
@@ -124,6 +126,7 @@ class SelConTrainer(DefaultTrainer):
         self._trainer = self._build_steps(cfg, model, loader, self.training_run.guard)
         optimizer = self._trainer.optimizer
         self.scheduler = self.build_lr_scheduler(cfg, optimizer, self.iters_per_epoch)
+        bound_cosine(self.scheduler)
         self.checkpointer = self._build_checkpointer(cfg, model, optimizer, loader)
         self.start_epoch, self._steps_done = 0, 0  # steps of the epoch to start with
         self._resumed: dict[str, Any] = {}
@@ -140,7 +143,7 @@ class SelConTrainer(DefaultTrainer):
         if cfg.OUTPUT_DIR and comm.is_main_process():
             check_output_folder("OUTPUT_DIR", cfg.OUTPUT_DIR)
         self._settings = flat_settings(cfg)
-        return cfg
+        return record_reads(cfg)
 
     @staticmethod
     def check_meta_architecture(cfg: CfgNode) -> None:
@@ -352,6 +355,7 @@ class SelConTrainer(DefaultTrainer):
             return self._train()
 
     def _train(self) -> Any:
+        report_effects(self)
         logger.info("Starting training from epoch %d", self.start_epoch)
         self.iter = self.start_iter = self._first_step
         with StopSignals() as self._signals, EventStorage(self.iter) as self.storage:
