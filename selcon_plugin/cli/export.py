@@ -1,8 +1,11 @@
-"""``selcon export``: write a trained network as ONNX or TorchScript."""
+"""``selcon export``: write a trained network for use without this package."""
 
 from __future__ import annotations
 
+import argparse
 import sys
+
+from PIL import Image
 
 from selcon_plugin.cli.arguments import (
     add_import_argument,
@@ -11,6 +14,7 @@ from selcon_plugin.cli.arguments import (
 )
 from selcon_plugin.cli.parsing import CommandParser, number
 from selcon_plugin.config.loading import import_files
+from selcon_plugin.hosts import find_network
 from selcon_plugin.inference.embedder import Embedder
 from selcon_plugin.inference.export import (
     LICENSE_NOTE,
@@ -19,6 +23,7 @@ from selcon_plugin.inference.export import (
     export_onnx,
     export_torchscript,
 )
+from selcon_plugin.inference.plain import export_plain
 from selcon_plugin.models.inference import InferenceNetwork
 from selcon_plugin.options import Interval
 
@@ -39,11 +44,20 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     if not args.weights:
         raise ValueError("export needs --weights FILE")
-    if not (args.onnx or args.torchscript):
-        raise ValueError("export needs --onnx FILE, --torchscript FILE or both")
+    if not (args.onnx or args.torchscript or args.fastreid or args.torchreid):
+        raise ValueError(
+            "export needs --onnx FILE, --torchscript FILE, --fastreid FOLDER or "
+            "--torchreid FOLDER"
+        )
     if args.fp16 and not args.onnx:
         raise ValueError("--fp16 applies only to --onnx: leave it out")
     import_files(args.imports)
+    crops = check_crops(args.images)
+    for host in ("fastreid", "torchreid"):
+        if getattr(args, host):
+            _export_plain(args, host, crops)
+    if not (args.onnx or args.torchscript):
+        return 0
     network = Embedder.from_checkpoint(
         args.weights,
         config_file=args.config_file,
@@ -53,7 +67,7 @@ def main(argv: list[str]) -> int:
     ).backend
     assert isinstance(network, InferenceNetwork)
     options = {
-        "crops": check_crops(args.images),
+        "crops": crops,
         "preprocess": args.preprocess,
         "max_difference": args.max_difference,
         "license": args.license,
@@ -78,6 +92,23 @@ def _parser() -> CommandParser:
     )
     parser.add_argument(
         "--torchscript", default="", metavar="FILE.pt", help="TorchScript file to write"
+    )
+    parser.add_argument(
+        "--fastreid",
+        default="",
+        metavar="FOLDER",
+        help="folder for a checkpoint and a config that FastReID uses without this plugin",
+    )
+    parser.add_argument(
+        "--torchreid",
+        default="",
+        metavar="FOLDER",
+        help="folder for a checkpoint and a config that torchreid uses without this plugin",
+    )
+    parser.add_argument(
+        "--global-only",
+        action="store_true",
+        help="with --fastreid: leave out the parts, which FastReID does not have",
     )
     parser.add_argument(
         "--preprocess",
@@ -112,6 +143,34 @@ def _parser() -> CommandParser:
     add_network_arguments(parser, onnx=False)
     add_options(parser)
     return parser
+
+
+def _export_plain(args: argparse.Namespace, host: str, crops: list[Image.Image]) -> None:
+    done = export_plain(
+        find_network(args.weights, args.config_file, args.backbone),
+        host,
+        getattr(args, host),
+        crops=crops,
+        global_only=args.global_only,
+        options=args.opts,
+    )
+    lines = [
+        f"{done.weights}, {done.config}: {done.plain.network.dim}-dimensional features. "
+        f"{host} compared with the trained network on {done.check.num_images} crops: "
+        f"largest difference {done.check.max_difference:.2e}"
+    ]
+    lines += [f"note: {note}" for note in done.plain.notes]
+    if not done.plain.whole:
+        lines += [
+            f"global branch only: mAP {now:.4f} on {name}, of the whole network {whole:.4f}"
+            for name, (whole, now) in done.measured.items()
+        ]
+        if done.unmeasured:
+            lines.append(
+                "global branch only: its mAP differs from that of the whole network, and "
+                f"was not measured: {done.unmeasured}"
+            )
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 def _report(file: str, runtime: str, dim: int, check: ExportCheck) -> None:

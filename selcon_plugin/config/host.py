@@ -21,6 +21,7 @@ from selcon_plugin.config.help import ConfigHelp
 from selcon_plugin.config.host_data import (
     Adaptation,
     NetworkSettings,
+    PlainNetwork,
     Processes,
     RunFiles,
     RunKeys,
@@ -379,6 +380,33 @@ class Host(ABC):
         if found.architecture:
             content[RECORD] = found.architecture
         save_atomically(content, target)
+
+    def plain_network(
+        self, cfg: Any, weights: str | Path, *, global_only: bool = False
+    ) -> PlainNetwork:
+        """Convert a network to one that the host builds and evaluates without the plugin.
+
+        Args:
+            cfg: Complete config of the network.
+            weights: Its checkpoint.
+            global_only: Whether to leave out its parts.
+
+        Raises:
+            ValueError: If the host's own models cannot express the network.
+        """
+        raise ValueError(f"{self.title} has no plain form of a network")
+
+    def measure(self, cfg: Any, network: InferenceNetwork) -> Mapping[str, Any]:
+        """Evaluate a network on the test sets of a config.
+
+        Args:
+            cfg: Complete config.
+            network: Network on the CPU.
+
+        Returns:
+            Metrics by test set; empty if the host does not support this.
+        """
+        return {}
 
     def extract(self, cfg: Any, output: str | Path) -> tuple[int, int]:
         """Extract the features of a config's images with its weights into a file.

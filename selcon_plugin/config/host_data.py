@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from selcon_plugin.models.inference import InferenceNetwork
+
 __all__ = [
     "Adaptation",
     "NetworkSettings",
+    "PlainNetwork",
     "ProcessFailure",
     "Processes",
     "RunFiles",
@@ -95,6 +98,31 @@ class Adaptation:
     device: str = "auto"
     clustering: Mapping[str, Any] = field(default_factory=dict)
     foreign: bool = False
+
+
+@dataclass(frozen=True)
+class PlainNetwork:
+    """A trained network in the form of its host, which needs no plugin.
+
+    Attributes:
+        network: The host's own model with the weights.
+        trained: The trained network that it must equal.
+        checkpoint: Content of its checkpoint.
+        config: Config of the host that builds and evaluates it.
+        weights_key: Key of the config that names the checkpoint.
+        output_key: Key of the config that names the folder of a run.
+        whole: Whether it is the whole trained network, not only a branch of it.
+        notes: What differs from the config of the training, one sentence each.
+    """
+
+    network: InferenceNetwork
+    trained: InferenceNetwork
+    checkpoint: dict[str, Any]
+    config: Any
+    weights_key: str
+    output_key: str
+    whole: bool
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

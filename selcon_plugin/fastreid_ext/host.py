@@ -21,6 +21,7 @@ from selcon_plugin.config.host import Host
 from selcon_plugin.config.host_data import (
     Adaptation,
     NetworkSettings,
+    PlainNetwork,
     Processes,
     RunFiles,
     RunKeys,
@@ -37,6 +38,7 @@ from selcon_plugin.fastreid_ext.host_values import HOST_OPTIONS
 from selcon_plugin.fastreid_ext.inference import load_network
 from selcon_plugin.fastreid_ext.launch import check_launch, launch
 from selcon_plugin.fastreid_ext.logs import begin_log, log_setup, open_log, share_host_log
+from selcon_plugin.fastreid_ext.plain import measure, plain_network
 from selcon_plugin.fastreid_ext.results import results_by_test_set, write_results
 from selcon_plugin.fastreid_ext.scripts import prepare_script
 from selcon_plugin.fastreid_ext.trained_model import load_trained_model
@@ -250,6 +252,16 @@ class FastReIDHost(Host):
     ) -> InferenceNetwork:
         """Build the network of a config, trained with or without labels."""
         return load_network(cfg, weights, device)
+
+    def plain_network(
+        self, cfg: Any, weights: str | Path, *, global_only: bool = False
+    ) -> PlainNetwork:
+        """Convert a network to FastReID's ``Baseline`` with its ``EmbeddingHead``."""
+        return plain_network(cfg, weights, global_only=global_only)
+
+    def measure(self, cfg: Any, network: InferenceNetwork) -> Mapping[str, Any]:
+        """Evaluate a network on ``DATASETS.TESTS``."""
+        return measure(cfg, network)
 
     def adaptation_overrides(self, adaptation: Adaptation) -> dict[str, Any]:
         """Return the settings to fine-tune a trained network."""

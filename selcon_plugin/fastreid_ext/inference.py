@@ -19,14 +19,34 @@ from selcon_plugin.models.pretrained import read_network_file
 from selcon_plugin.models.state_keys import network_weights
 
 
-class _Baseline(nn.Module):
-    """Backbone and head of FastReID's own meta-architectures, without losses."""
+class HostNetwork(nn.Module):
+    """Backbone and head of FastReID's own meta-architectures, without losses.
+
+    Args:
+        model: Model of FastReID with one backbone and one head.
+
+    Raises:
+        ValueError: If it has several heads.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
+        if not (hasattr(model, "backbone") and hasattr(model, "heads")):
+            raise ValueError(
+                f"MODEL.META_ARCHITECTURE {type(model).__name__} has no single head, from "
+                "which features can be taken: use FastReID's own tools"
+            )
         self.backbone, self.heads = model.backbone, model.heads
 
     def forward(self, images: Tensor) -> Tensor:
+        """Compute the features of images that are normalized.
+
+        Args:
+            images: Shape ``(B, 3, H, W)``.
+
+        Returns:
+            Features, shape ``(B, C)``.
+        """
         features: Tensor = self.heads(self.backbone(images))
         return features
 
@@ -78,7 +98,7 @@ def load_network(
         model.check_record(file.architecture, str(weights))
         state = to_own_head(state, model.heads)
     else:
-        model = _Baseline(model)
+        model = HostNetwork(model)
     load_all_tensors(model, state, source=str(weights), ignore_prefixes=CLASSIFIERS)
     preprocessing = Preprocessing(
         size=tuple(cfg.INPUT.SIZE_TEST),

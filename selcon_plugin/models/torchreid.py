@@ -69,17 +69,22 @@ class TorchreidBackbone(ModelBackbone):
         has_feature_map: Whether the map is accessible.
     """
 
-    def __init__(self, model: nn.Module, preprocessing: Preprocessing) -> None:
+    def __init__(
+        self, model: nn.Module, preprocessing: Preprocessing, *, own_feature: bool = False
+    ) -> None:
         """Wrap ``model`` and run it on one image of zeros.
 
         Args:
             model: A model of ``torchreid.models.build_model``, with ``loss="triplet"`` if
                 its map is not accessible. It is changed as ``ModelBackbone`` describes.
             preprocessing: Size of the images, and how the host normalizes them.
+            own_feature: Whether to return the model's own feature, as torchreid evaluates
+                it, in the form ``(B, C, 1, 1)``.
         """
+        self.own_feature = own_feature
         super().__init__(model, preprocessing)
-        self.has_feature_map: bool = _map_of(model) is not _vector
-        if not self.has_feature_map:
+        self.has_feature_map: bool = not own_feature and _map_of(model) is not _vector
+        if not self.has_feature_map and not own_feature:
             logger.warning(
                 "the feature map of %s cannot be reached: there are only global features. "
                 "Leave parts out (NUM_PARTS 0), or give its class a method featuremaps",
@@ -95,7 +100,8 @@ class TorchreidBackbone(ModelBackbone):
         Returns:
             The feature map, shape ``(B, C, h, w)``.
         """
-        return as_feature_map(_map_of(self.model)(self.model, images), images.shape[2:])
+        compute = _vector if self.own_feature else _map_of(self.model)
+        return as_feature_map(compute(self.model, images), images.shape[2:])
 
 
 def create_torchreid_backbone(
@@ -105,6 +111,7 @@ def create_torchreid_backbone(
     pretrained: bool = False,
     weights: str = "",
     last_stride: int = 1,
+    own_feature: bool = False,
     pixel_mean: Sequence[float] = IMAGENET_PIXEL_MEAN,
     pixel_std: Sequence[float] = IMAGENET_PIXEL_STD,
 ) -> TorchreidBackbone:
@@ -121,6 +128,8 @@ def create_torchreid_backbone(
         last_stride: 1 keeps the resolution in the last stage of the ResNets and their
             variants, so that 256x128 gives a map of 16x8. With 2 the model is as torchreid
             defines it.
+        own_feature: Whether the backbone returns the model's own feature in place of the
+            map; its strides are then torchreid's.
         pixel_mean: The host's mean per channel, on the scale 0..255.
         pixel_std: The host's standard deviation per channel, on the scale 0..255.
 
@@ -135,18 +144,20 @@ def create_torchreid_backbone(
     """
     _check_name(name)
     model = _download(name) if pretrained and not weights else build_plain_model(name)
-    if last_stride == 1:
+    if last_stride == 1 and not own_feature:
         _keep_last_resolution(model)
     try:
         backbone = TorchreidBackbone(
-            model, Preprocessing.in_training(input_size, pixel_mean, pixel_std)
+            model,
+            Preprocessing.in_training(input_size, pixel_mean, pixel_std),
+            own_feature=own_feature,
         )
     except (RuntimeError, IndexError, AssertionError, TypeError, ValueError) as error:
         raise ValueError(
             f"torchreid's {name} gives no feature map of images of "
             f"{input_size[0]}x{input_size[1]}: {error}. Use larger images or another model"
         ) from error
-    if last_stride == 1:
+    if last_stride == 1 and not own_feature:
         warn_of_fixed_stride(backbone, f"torchreid's {name}")
     if pretrained and weights:
         load_weights(backbone.model, read_state_dict(Path(weights).expanduser()), weights)

@@ -27,7 +27,7 @@ from selcon_plugin.config.checks import (
 from selcon_plugin.config.keys import CAMERA_PATTERN, EMBEDDING_DIM, ConfigKeys
 from selcon_plugin.datasets import SyntheticPersonsSpec
 from selcon_plugin.options import Choice, Interval, option_table, options_of
-from selcon_plugin.torchreid_ext.models import Pool
+from selcon_plugin.torchreid_ext.models import Feature, Pool
 from selcon_plugin.torchreid_ext.run_arguments import (
     CONFIG_KEYS,
     RUN_OPTIONS,
@@ -52,6 +52,13 @@ KEYS = ConfigKeys(
                 False,
                 None,
                 "whether the last normalization has no bias, as in the usual BN neck",
+            ),
+            "feature": (
+                "head",
+                Choice(get_args(Feature)),
+                "feature that is trained: of the plugin's head, or `model` for the "
+                "feature of torchreid's own model, which torchreid evaluates without the "
+                "plugin after `selcon export --torchreid`",
             ),
             "weights": (
                 "",

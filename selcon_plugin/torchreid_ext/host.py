@@ -16,6 +16,7 @@ from selcon_plugin.config.host import Host
 from selcon_plugin.config.host_data import (
     Adaptation,
     NetworkSettings,
+    PlainNetwork,
     RunFiles,
     RunKeys,
     RunResult,
@@ -28,6 +29,7 @@ from selcon_plugin.torchreid_ext.baseline import supervised_config, train_superv
 from selcon_plugin.torchreid_ext.checkpoints import checkpoint_epoch, list_checkpoints
 from selcon_plugin.torchreid_ext.datasets import image_dataset_names
 from selcon_plugin.torchreid_ext.inference import load_network
+from selcon_plugin.torchreid_ext.plain import plain_network
 from selcon_plugin.torchreid_ext.scripts import prepare_script
 from selcon_plugin.torchreid_ext.train import run_config
 from selcon_plugin.torchreid_ext.weights import feature_layer_width
@@ -186,6 +188,12 @@ class TorchreidHost(Host):
     ) -> InferenceNetwork:
         """Build the network of a config, or a plain model, and load its weights."""
         return load_network(cfg, weights, device)
+
+    def plain_network(
+        self, cfg: Any, weights: str | Path, *, global_only: bool = False
+    ) -> PlainNetwork:
+        """Convert a network to the model of torchreid's own factory."""
+        return plain_network(cfg, weights)
 
     def inference_overrides(self, backbone: str = "") -> dict[str, Any]:
         """Return the settings to load a trained network without download or missing GPU."""

@@ -46,6 +46,7 @@ from selcon_plugin.models.torchreid import (
 logger = logging.getLogger(__name__)
 
 Pool = Literal["avg", "max", "gem"]
+Feature = Literal["head", "model"]
 
 _POOLS = {
     "avg": lambda: nn.AdaptiveAvgPool2d(1),
@@ -72,6 +73,8 @@ class SelConModel(EmbeddingNetwork):
         project_global: Whether the global branch has a linear layer.
         pool: ``"avg"``, ``"max"`` or ``"gem"``.
         bn_neck: Whether the normalization has no bias, as in the usual BN neck.
+        feature: ``"head"``; or ``"model"`` for a backbone that returns the model's own
+            feature, which is then only normalized to unit length.
         ghost_batch_size: Images that batch normalization sees together; 0 for all.
         wave_block: ``"none"``, ``"plain"`` or ``"attentive"``; see
             :mod:`selcon_plugin.models.wave_block`.
@@ -92,6 +95,7 @@ class SelConModel(EmbeddingNetwork):
         project_global: bool = True,
         pool: Pool = "avg",
         bn_neck: bool = False,
+        feature: Feature = "head",
         ghost_batch_size: int = 0,
         wave_block: str = "none",
         pixel_mean: Sequence[float] = IMAGENET_PIXEL_MEAN,
@@ -102,6 +106,9 @@ class SelConModel(EmbeddingNetwork):
                 f"pool must be one of {', '.join(get_args(Pool))}, got {pool!r}"
             )
         channels, rows, _ = infer_feature_shape(backbone, input_size)
+        own = feature == "model"
+        if own:
+            num_parts, embedding_dim, project_global = 0, channels, False
         embedding_dim = embedding_dim or channels
         if num_parts is None:
             num_parts = most_parts(rows, embedding_dim)
@@ -112,7 +119,7 @@ class SelConModel(EmbeddingNetwork):
             num_parts,
             project_global=project_global,
             pool=_POOLS[pool],
-            norm=functools.partial(_batch_norm, shift=not bn_neck),
+            norm=nn.Identity if own else functools.partial(_batch_norm, shift=not bn_neck),
         )
         super().__init__(
             backbone,
@@ -128,6 +135,7 @@ class SelConModel(EmbeddingNetwork):
             "project_global": project_global,
             "pool": pool,
             "bn_neck": bn_neck,
+            "feature": feature,
             "ghost_batch_size": ghost_batch_size,
             "wave_block": wave_block,
         }
@@ -239,9 +247,19 @@ def build_selcon_model(
 
     Returns:
         The model.
+
+    Raises:
+        ValueError: If torchreid's own feature of a timm model is requested.
     """
     own_name = name.removeprefix(MODEL_PREFIX)
-    create: Callable[..., nn.Module] = create_torchreid_backbone
+    own_feature = head.get("feature") == "model"
+    create: Callable[..., nn.Module] = functools.partial(
+        create_torchreid_backbone, own_feature=own_feature
+    )
+    if own_feature and own_name.startswith(TIMM_PREFIX):
+        raise ValueError(
+            f"feature is 'model', but {own_name} is not torchreid's model: use 'head'"
+        )
     if own_name.startswith(TIMM_PREFIX):
         own_name, create = own_name.removeprefix(TIMM_PREFIX), create_timm_backbone
     backbone = create(

@@ -160,6 +160,7 @@ def build_model(cfg: CfgNode) -> SelConModel:
         project_global=node.project_global,
         pool=node.pool,
         bn_neck=node.bn_neck,
+        feature=node.feature,
         ghost_batch_size=node.ghost_batch_size,
         wave_block=node.wave_block,
     )
