@@ -400,7 +400,7 @@ def test_a_run_without_clusters_explains_none(make_run):
     visible = re.sub(r"<script>.*?</script>|<style>.*?</style>", "", text, flags=re.DOTALL)
     for word in ("Clusters are pure", "DBSCAN", "within eps", "cluster -1"):
         assert word not in visible, word
-    assert re.search(r'clustered\W+false', text)
+    assert re.search(r"clustered\W+false", text)
     assert "Clusters are pure" in text_of(make_run("other"))
 
 
