@@ -188,7 +188,12 @@ class SelConCheckpointer(Checkpointer):
         # This check precedes the weights: those of another run would fail on their shapes,
         # without a clear reason.
         then = {"settings": written_settings(self.save_dir), **checkpoint.pop("run")}
-        self.checkpointables["run"].load_state_dict(then)
+        try:
+            self.checkpointables["run"].load_state_dict(then)
+        except ValueError:
+            if self.save_to_disk:
+                self.folder.restore_config()
+            raise
         # FastReID skips tensors of another shape with a warning, but a cluster memory has
         # as many rows as there were clusters. In addition, no entry may be missing here.
         if isinstance(self.model, SelCon):

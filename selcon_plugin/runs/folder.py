@@ -114,7 +114,7 @@ class RunFolder:
     def __init__(self, path: str | Path, *, overwrite: bool = False) -> None:
         self.path = Path(path) if str(path) else None
         self._overwrite = overwrite
-        self._last = ""
+        self._last, self._config = "", ""
         self.identity = ""
 
     @property
@@ -130,6 +130,7 @@ class RunFolder:
         """
         found = [] if self._overwrite else self._results()
         if found:
+            self.restore_config()
             some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
             raise RunExistsError(
                 f"{self.path} holds a run ({some}). Continue it with --resume (in Python "
@@ -137,6 +138,18 @@ class RunFolder:
                 f"--overwrite (overwrite=True), which moves its files to "
                 f"{self.path}/{_ASIDE.format('...')}"
             )
+
+    def restore_config(self) -> None:
+        """Write the config of the run in the folder again, if it is another one now.
+
+        FastReID's scripts write their config before the trainer can refuse it.
+        """
+        text = self._content().get("config")
+        if self.path is None or not isinstance(text, str) or not text:
+            return
+        file = self.path / CONFIG_FILE
+        if not file.is_file() or file.read_bytes() != text.encode():
+            write_atomically(text, file)
 
     @contextlib.contextmanager
     def running(self, *, resumed: bool, config: str = "") -> Iterator[None]:
@@ -162,6 +175,9 @@ class RunFolder:
 
     def _start(self, resumed: bool, config: str) -> None:
         assert self.path is not None
+        if not resumed:
+            self.check_new()
+        self._config = config
         if resumed:
             self.identity = self.recorded_identity or _new_identity()
             self._last = self.last
@@ -169,7 +185,6 @@ class RunFolder:
             end_last_line(self.path)
             delete_results(self.path)  # those of a shorter training
         else:
-            self.check_new()
             self._begin()
         if config:
             write_atomically(config, self.path / CONFIG_FILE)
@@ -218,7 +233,7 @@ class RunFolder:
 
     def _record(self, **more: Any) -> None:
         assert self.path is not None
-        content = {"id": self.identity, "last": self._last, **more}
+        content = {"id": self.identity, "last": self._last, "config": self._config, **more}
         write_atomically(sealed_json(content), self.path / RUN_FILE)
 
     @property

@@ -17,6 +17,7 @@ from selcon_plugin.renamed import present_settings
 __all__ = [
     "CHANGEABLE",
     "differing_settings",
+    "fixed_settings",
     "flat_settings",
     "plain_settings",
     "shown_settings",
@@ -109,10 +110,21 @@ def differing_settings(
     return {
         key: (then[key], value)
         for key, value in now.items()
-        if key in then
-        and not _equal(then[key], value)
-        and not any(fnmatch.fnmatchcase(key.lower(), pattern) for pattern in free)
+        if key in then and not _equal(then[key], value) and not _matches(key, free)
     }
+
+
+def fixed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that must not change when a run resumes.
+
+    Args:
+        settings: All settings by full keys.
+
+    Returns:
+        Those that :data:`CHANGEABLE` does not list. They name no place on this machine.
+    """
+    plain = plain_settings(settings)
+    return {key: value for key, value in plain.items() if not _matches(key, _PATTERNS)}
 
 
 def shown_settings(differing: Mapping[str, tuple[Any, Any]], then: str, now: str) -> str:
@@ -132,6 +144,10 @@ def shown_settings(differing: Mapping[str, tuple[Any, Any]], then: str, now: str
     ]
     more = len(differing) - len(shown)
     return "; ".join([*shown, *([f"and {more} more"] if more else [])])
+
+
+def _matches(key: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(key.lower(), pattern) for pattern in patterns)
 
 
 def _plain(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from selcon_plugin.runs.settings import differing_settings, plain_settings, shown_settings
+from selcon_plugin.runs.settings import differing_settings, fixed_settings, shown_settings
 
 _SETTINGS = "settings"
 
@@ -29,7 +29,7 @@ class RunState:
         settings: Mapping[str, Any] | None = None,
         **metadata: str | int,
     ) -> None:
-        self.settings = plain_settings(settings or {})
+        self.settings = fixed_settings(settings or {})
         self.metadata = metadata
 
     def state_dict(self) -> dict[str, Any]:

@@ -128,6 +128,15 @@ def test_resumed_run_keeps_its_identity_and_files(tmp_path):
     assert not list(tmp_path.glob("old-*"))
 
 
+def test_config_that_a_script_wrote_before_it_was_refused_is_restored(tmp_path):
+    with RunFolder(tmp_path).running(resumed=False, config="A: 1\n"):
+        (tmp_path / "model_0000.pth").write_text("x")
+    (tmp_path / "config.yaml").write_text("A: 2\n")
+    with pytest.raises(RunExistsError):
+        RunFolder(tmp_path).check_new()
+    assert (tmp_path / "config.yaml").read_text() == "A: 1\n"
+
+
 def test_run_of_an_earlier_version_gets_an_identity_when_it_resumes(old):
     run = RunFolder(old)
     assert run.has_begun

@@ -67,6 +67,10 @@ def test_long_lists_of_differences_are_counted():
 
 def test_checkpoint_of_other_settings_is_refused_and_an_old_one_is_not():
     state = RunState(SETTINGS, num_images=40).state_dict()
+    assert state["settings"].keys() == {
+        *("SOLVER.BASE_LR", "INPUT.SIZE_TRAIN", "MODEL.SELCON.TEMPERATURE"),
+        *("MODEL.SELCON.CLUSTERING.EPS", "selcon.temperature", "train.lr"),
+    }
     RunState(SETTINGS, num_images=40).load_state_dict(state)
     now = RunState({**SETTINGS, "SOLVER.BASE_LR": 0.1}, num_images=41)
     with pytest.raises(
