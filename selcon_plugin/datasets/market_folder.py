@@ -5,6 +5,9 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from selcon_plugin.datasets.folder_files import is_foreign
+from selcon_plugin.io.names import printable
+
 logger = logging.getLogger(__name__)
 
 TRAIN_FOLDER = "bounding_box_train"
@@ -13,6 +16,28 @@ GALLERY_FOLDER = "bounding_box_test"
 
 _NAME = re.compile(r"([-\d]+)_c(\d)")
 _IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp"})
+
+
+def check_folders_above(root: str, path: str) -> None:
+    """Refuse a root whose path holds what data sets read from the names of their files.
+
+    The hosts' data sets search for identity and camera in the whole path of an image: below
+    a folder ``2020_c1`` every image would be of person 2020 and camera 1.
+
+    Args:
+        root: Root of the data sets, as it was given, for the message.
+        path: The part of the paths of the images that the root adds.
+
+    Raises:
+        ValueError: If the path looks like the name of an image.
+    """
+    match = _NAME.search(path)
+    if match:
+        raise ValueError(
+            f"the folder of the data sets {root!r} has {match[0]!r} in its path, which a "
+            f"data set would read as person {match[1]} and camera {match[2]} of every "
+            "image: rename that folder, or move the data sets"
+        )
 
 
 class MarketSplits(NamedTuple):
@@ -69,8 +94,10 @@ def read_market_folder(folder: str | Path) -> list[tuple[str, int, int]]:
         raise FileNotFoundError(f"no such folder: {folder}")
     entries: list[tuple[str, int, int]] = []
     for path in sorted(folder.iterdir(), key=lambda path: path.name):
+        if is_foreign(path.name):
+            continue
         if path.suffix.lower() not in _IMAGE_SUFFIXES:
-            logger.warning("%s is not an image and is skipped", path)
+            logger.warning("%s is not an image and is skipped", printable(path))
             continue
         match = _NAME.match(path.name)
         if match is None or match[2] == "0":
