@@ -78,7 +78,8 @@ def copy_groups(features: Tensor) -> NDArray[np.int64]:
     component = connected_components(graph, directed=False)[1]
     leader = np.full(num_images, num_images, dtype=np.int64)
     np.minimum.at(leader, component, np.arange(num_images))
-    return leader[component]
+    groups: NDArray[np.int64] = leader[component]
+    return groups
 
 
 def _are_equal(
