@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from selcon_plugin.io.atomic import write_atomically
 from selcon_plugin.io.integrity import DamagedFileError, sealed_json, unsealed_json
 
@@ -129,6 +131,9 @@ class Manifest:
             value = getattr(self, item.name)
             if item.name in ("network", "approximate") and not isinstance(value, dict):
                 raise ValueError(f"{item.name} is no mapping")
+        probe = np.array(self.probe, dtype=np.float32)
+        if probe.ndim != 2 or not np.isfinite(probe).all():
+            raise ValueError("probe is no table of numbers")
         if self.approximate:
             name = self.approximate["file"]
             if not _APPROXIMATE_FILE.fullmatch(name):
