@@ -152,12 +152,16 @@ def training_images(cfg: CfgNode) -> IndexedDataset:
     return dataset
 
 
-def build_train_loader(cfg: CfgNode, images: IndexedDataset | None = None) -> TrainLoader:
+def build_train_loader(
+    cfg: CfgNode, images: IndexedDataset | None = None, *, lower_default: bool = False
+) -> TrainLoader:
     """Build the label-free train loader from FastReID's own.
 
     Args:
         cfg: Complete config.
         images: Images to train on; None for the readable ones of the config.
+        lower_default: Whether FastReID's default batch size is lowered where the images do
+            not fill one batch.
 
     Returns:
         Loader of FastReID batches whose ``targets`` are image indices.
@@ -167,7 +171,8 @@ def build_train_loader(cfg: CfgNode, images: IndexedDataset | None = None) -> Tr
             unreadable, or the batch cannot be split evenly.
     """  # noqa: DOC502  (raised by the functions called here)
     dataset = training_images(cfg) if images is None else images
-    cfg = _with_fitting_batch(cfg, len(dataset), comm.get_world_size())
+    if lower_default:
+        cfg = _with_fitting_batch(cfg, len(dataset), comm.get_world_size())
     _warn_of_host_sampler(cfg)
     sampler = _build_sampler(cfg, len(dataset), comm.get_rank(), comm.get_world_size())
     host_loader = build_reid_train_loader(

@@ -100,7 +100,7 @@ class SelConTrainer(DefaultTrainer):
                 selcon_data.check_test_sets(cfg)
             loader = self.build_train_loader(cfg)
         else:
-            loader = selcon_data.build_train_loader(cfg, images)
+            loader = selcon_data.build_train_loader(cfg, images, lower_default=True)
         selcon_data.check_label_free(loader, type(self).__name__)
         check_same_on_all_ranks(self._settings, loader.dataset)
         cfg = self.auto_scale_hyperparams(
@@ -459,7 +459,7 @@ class SelConTrainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> selcon_data.TrainLoader:
         """Build the label-free train loader."""
-        return selcon_data.build_train_loader(cfg)
+        return selcon_data.build_train_loader(cfg, lower_default=True)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> tuple[Any, Any]:
