@@ -5,6 +5,7 @@ import math
 import pytest
 
 from selcon_plugin.engine.best_weights import BestWeights
+from selcon_plugin.io.atomic import save_atomically
 
 
 @pytest.mark.parametrize(
@@ -12,7 +13,7 @@ from selcon_plugin.engine.best_weights import BestWeights
 )
 def test_weights_are_saved_when_the_criterion_improves(criterion, sign):
     saved = []
-    best = BestWeights(criterion, saved.append)
+    best = BestWeights(criterion, lambda epochs, _: saved.append(epochs))
     values = [0.2, 0.1, 0.2, math.nan, None, 0.3, -1.0, 0.4]
     for epochs, value in enumerate(values, start=1):
         measured = {} if value is None else {criterion: sign * value}
@@ -23,14 +24,28 @@ def test_weights_are_saved_when_the_criterion_improves(criterion, sign):
 
 def test_resumed_run_knows_its_best():
     saved = []
-    first = BestWeights("outlier_ratio", saved.append)
-    second = BestWeights("outlier_ratio", saved.append)
+    first = BestWeights("outlier_ratio", lambda epochs, _: saved.append(epochs))
+    second = BestWeights("outlier_ratio", lambda epochs, _: saved.append(epochs))
     second.load_state_dict(first.state_dict())  # of a run that has none yet
     first.offer({"outlier_ratio": 0.5}, 1)
     second.load_state_dict(first.state_dict())
     second.offer({"outlier_ratio": 0.6}, 2)
     assert saved == [1]
-    other = BestWeights("stability", saved.append)
+    other = BestWeights("stability", lambda epochs, _: saved.append(epochs))
     other.load_state_dict(first.state_dict())  # of another figure: not comparable
     other.offer({"stability": 0.1}, 3)
     assert saved == [1, 3]
+
+
+def test_file_of_the_best_weights_knows_a_better_value_than_the_checkpoint(tmp_path):
+    file = tmp_path / "best_without_labels.pth"
+    best = BestWeights("silhouette", lambda *_: None)
+    best.restore_from(file)  # there is none
+    for value, expected in ((0.5, 0.5), (0.3, 0.5), (0.7, 0.7)):
+        state = {"figure": "silhouette", "value": value}  # allow-phrase (a key)
+        save_atomically({"model": {}, "best": state}, file)
+        best.restore_from(file)
+        assert best.value == expected
+    file.write_bytes(file.read_bytes()[:100])
+    best.restore_from(file)
+    assert best.value == 0.7
