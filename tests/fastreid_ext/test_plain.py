@@ -98,7 +98,7 @@ def test_only_fastreid_evaluates_the_export_to_the_same_map(
     (expected,) = measure(cfg, load_network(cfg, weights, torch.device("cpu"))).values()
     market = as_market(synthetic_persons, tmp_path / "market")
     found = map_by_host_only("fastreid", folder, market)
-    assert found == pytest.approx(expected["mAP"], abs=1e-6)
+    assert found == pytest.approx(expected["mAP"], abs=1e-4)  # in percent
     assert "SELCON" not in yaml.safe_load((folder / "config.yaml").read_text())["MODEL"]
 
 

@@ -1,4 +1,4 @@
-"""FastReID's shipped configs: trained by one line, resumed bit-identical, exported to FastReID.
+"""FastReID's shipped configs train by one line, resume bit-identical and are exported.
 
 The wheel of FastReID has no configs. Here are their settings that decide the network, the
 optimizer and the schedule, with tiny inputs and two epochs.
@@ -154,4 +154,4 @@ def test_shipped_config_trains_resumes_and_leaves(
     (metrics,) = measure(unbroken, network).values()
     market = as_market(synthetic_persons, tmp_path / "market")
     by_host = map_by_host_only("fastreid", folder, market)
-    assert by_host == pytest.approx(metrics["mAP"], abs=1e-6)
+    assert by_host == pytest.approx(metrics["mAP"], abs=1e-4)  # in percent

@@ -72,7 +72,7 @@ def test_only_torchreid_evaluates_the_export_to_the_same_map(
     cfg.model.load_weights, cfg.data.save_dir = str(weights), str(tmp_path / "eval")
     (expected,) = get_host("torchreid").evaluate(cfg).values()
     found = map_by_host_only("torchreid", folder, market)
-    assert found == pytest.approx(expected["mAP"], abs=1e-6)
+    assert found == pytest.approx(expected["mAP"], abs=1e-4)  # in percent
     assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["name"] == name
 
 
