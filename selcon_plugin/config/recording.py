@@ -119,7 +119,8 @@ def _attach(node: Any, prefix: str, reads: ReadKeys) -> None:
         if isinstance(value, type(node)):
             _attach(value, f"{prefix}{name}.", reads)
     # yacs takes every other assignment for one of a key.
-    object.__setattr__(node, "__class__", _recording(type(node)))
+    kind: Any = type(node)
+    object.__setattr__(node, "__class__", _recording(kind))
     node.__dict__[_ATTRIBUTE] = (reads, prefix)
 
 

@@ -79,7 +79,7 @@ class RunOptions:
     """
 
     method: Annotated[str, ChoiceOf(method_names)] = "SelectiveContrastive"
-    num_parts: Annotated[int | Literal["auto"], Interval(0)] = AUTO
+    num_parts: Annotated[int | Literal["auto"], Interval(0)] = "auto"
     project_global: bool = True
     diagnostics_period: Annotated[int, Interval(0)] = 20
     keep_checkpoints: Annotated[int, Interval(0)] = 0

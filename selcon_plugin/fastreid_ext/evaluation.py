@@ -168,7 +168,7 @@ class RecordingEvaluator(ReidEvaluator):
                 )
             self._record(distance)
             if self._scope.num_images < _NUM_RANKS:
-                distance, *labels = _with_distractors(distance, *labels)
+                return evaluate_rank(*_with_distractors(distance, *labels), **kwargs)
             return evaluate_rank(distance, *labels, **kwargs)
 
         rank.evaluate_rank = recorded

@@ -44,7 +44,8 @@ def register_trainer() -> None:
     @functools.wraps(test)
     def tested(cls: Any, cfg: Any, model: Any) -> Any:
         if _selects_selcon(cfg) and not issubclass(cls, SelConTrainer):
-            return _label_free(cls).test(complete_config(cfg), model)
+            trainer: Any = _label_free(cls)
+            return trainer.test(complete_config(cfg), model)
         return test(cls, cfg, model)
 
     setattr(__new__, PATCHED, True)

@@ -54,7 +54,7 @@ class Entry:
 class _Loader(yaml.SafeLoader):
     """Loader of nodes whose plain texts have no type."""
 
-    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}  # type: ignore[misc]
 
 
 def read_yaml(file: str | Path) -> Group:

@@ -407,7 +407,7 @@ def test_metadata_that_older_checkpoints_lack_is_no_difference():
 
 def clustered_run(make_run, saved, criterion="stability"):
     labeler = Scripted(torch.tensor(LABELS))
-    best = BestWeights(criterion, saved.append)
+    best = BestWeights(criterion, lambda epochs, _state: saved.append(epochs))
     run = make_run(Recorded(clusters=True), labeler, planner="shuffle", best=best)
     run.before_training()
     return run, labeler

@@ -167,9 +167,7 @@ def test_the_code_of_the_documentation_runs_unchanged(tmp_path, crops, monkeypat
     assert len([line for line in code.splitlines() if line]) <= 10
     monkeypatch.chdir(tmp_path)
     shutil.copytree(crops, "crops")
-    files = sorted(Path("crops").iterdir())
-    for name, file in zip(("a.jpg", "b.jpg", "query.jpg"), files, strict=False):
-        shutil.copy(file, name)
+    first = min(Path("crops").iterdir())
     fit = functools.partial(
         selcon_plugin.fit, backbone="timm:test_resnet", **{**TINY, "epochs": 1}
     )
@@ -179,7 +177,7 @@ def test_the_code_of_the_documentation_runs_unchanged(tmp_path, crops, monkeypat
     exec(compile(code, "docs/python.md", "exec"), {})
     printed = capsys.readouterr().out
     assert re.search(r"^cosine -?\d", printed, re.MULTILINE)
-    # The query is a copy of an image that is in the index.
+    # The query is the first image of the index.
     path, similarity = printed.splitlines()[-1].split()
-    assert Path(path) == tmp_path / files[2]
+    assert Path(path) == tmp_path / first
     assert float(similarity) == pytest.approx(1.0, abs=1e-5)
