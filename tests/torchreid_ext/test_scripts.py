@@ -421,47 +421,6 @@ def test_model_returns_its_feature_map(make_engine):
 # --- before the training ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("wrong", "named"),
-    [
-        ({"start_epoch": 99}, ["start_epoch", "99", "resume"]),
-        ({"start_epoch": 1}, ["start_epoch", "1", "not trained"]),
-        ({"start_epoch": -1}, ["start_epoch", "-1"]),
-        ({"max_epoch": 0}, ["max_epoch", "0"]),
-        ({"print_freq": 0}, ["print_freq", "0"]),
-        ({"fixbase_epoch": -1}, ["fixbase_epoch", "-1"]),
-        ({"eval_freq": "often"}, ["eval_freq", "often"]),
-        ({"start_eval": None}, ["start_eval", "None"]),
-        ({"ranks": ["a"]}, ["ranks", "'a'"]),
-        ({"ranks": [0]}, ["ranks", "0"]),
-        ({"ranks": 5}, ["ranks", "5"]),
-        ({"ranks": "1,5"}, ["ranks", "1,5"]),
-        ({"ranks": [1.5]}, ["ranks", "1.5"]),
-        ({"dist_metric": "cosin"}, ["dist_metric", "cosine"]),
-        ({"visrank": True}, ["visrank", "test_only"]),
-        ({"visrank_topk": 0}, ["visrank_topk", "0"]),
-        ({"rerank": "yes"}, ["rerank", "yes"]),
-    ],
-    ids=str,
-)
-def test_wrong_arguments_are_refused_before_anything_is_written(
-    make_engine, tmp_path, wrong, named
-):
-    folder = tmp_path / "run"
-    with pytest.raises(ValueError, match=named[0]) as caught:
-        make_engine().run(**{"save_dir": str(folder), "max_epoch": 3} | wrong)
-    assert all(word in str(caught.value) for word in named)
-    assert not folder.exists()
-
-
-def test_resumed_run_is_not_longer_than_asked(make_engine, tmp_path):
-    run(make_engine(iters_per_epoch=1), tmp_path, 2)
-    engine = make_engine(iters_per_epoch=1)
-    engine.resume(tmp_path)
-    with pytest.raises(ValueError, match=r"start_epoch is 2, beyond .* max_epoch 1"):
-        run(engine, tmp_path / "shorter", 1)
-
-
 def test_weights_are_written_before_they_are_evaluated(make_engine, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("no evaluation today")
