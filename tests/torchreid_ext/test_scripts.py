@@ -14,7 +14,6 @@ from yacs.config import CfgNode
 from helpers.engines import (
     CLUSTERING,
     NETWORK,
-    assert_equal_states,
     checkpoints_in,
     network_of,
     run,
@@ -292,42 +291,6 @@ def test_script_for_videos_is_refused(selcon_run):
     text = SCRIPT.format(engine="VideoSoftmaxEngine", arguments="")
     with pytest.raises(ValueError, match="video"):
         selcon_run(text)
-
-
-# --- arguments of torchreid's engines -----------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "given",
-    [{"label_smooth": False}, {"margin": 0.3, "weight_t": 1.0, "weight_x": 0.0}],
-    ids=["softmax", "triplet"],
-)
-def test_arguments_of_supervised_engines_have_no_effect(make_engine, caplog, given):
-    assert_equal_states(make_engine(), make_engine(**given))
-    (line,) = [r.message for r in caplog.records if "supervised" in r.message]
-    assert all(name in line for name in given)
-
-
-def test_option_of_the_method_is_not_taken_for_an_argument_of_torchreid(
-    make_engine, caplog
-):
-    engine = make_engine(method="DCMIP", margin=0.4)
-    assert "supervised" not in caplog.text
-    assert engine._method_options["margin"] == 0.4
-
-
-@pytest.mark.parametrize(
-    ("wrong", "right"),
-    [
-        ("label_smoth", None),
-        ("temprature", "temperature"),
-        ("iters_per_epok", "iters_per_epoch"),
-    ],
-)
-def test_typo_gets_a_suggestion(make_engine, wrong, right):
-    with pytest.raises(ValueError, match=wrong) as caught:
-        make_engine(**{wrong: 1})
-    assert right is None or f"did you mean {right}?" in str(caught.value)
 
 
 # --- layers -------------------------------------------------------------------------------
