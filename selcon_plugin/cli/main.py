@@ -20,7 +20,7 @@ usage: selcon COMMAND [ARGUMENTS]
 
   train     train without identity labels
   eval      evaluate a checkpoint
-  run       run FastReID's own training script without identity labels
+  run       train with an unedited script of FastReID or torchreid, without labels
   bench     train and evaluate several configs over several seeds; write a table
   report    write an HTML report of a run, or compare several runs
   cluster   cluster a folder of images by pseudo identity
@@ -29,7 +29,7 @@ usage: selcon COMMAND [ARGUMENTS]
   extract   write the features of a folder of images to a file
   index     build a searchable index of the features of many images
   search    find the person of a query image in an index
-  export    write a trained network as ONNX or TorchScript
+  export    write a trained network as ONNX, TorchScript or a plain host checkpoint
   config    explain a config key, list all keys, or copy a config of the package
   demo      render synthetic persons, train and evaluate in minutes on a CPU
   doctor    report what is installed, what works and how to fix the rest

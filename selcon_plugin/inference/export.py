@@ -1,7 +1,7 @@
 """Export of trained networks to ONNX and TorchScript, which run without this package.
 
 Each exported network is compared with PyTorch on crops before it is written. Both formats
-use tracing: PyTorch's TorchScript-based ONNX exporter behaves the same on torch 2.2 to 2.13
+use tracing: PyTorch's TorchScript-based ONNX exporter behaves the same on torch 2.4 to 2.13
 and needs no further package.
 """
 
