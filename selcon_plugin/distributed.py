@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -129,24 +130,38 @@ def on_main_process(function: Callable[[], _Result]) -> _Result | None:
             result = function()
         except Exception as raised:
             error = raised
-    shared = [None if error is None else (isinstance(error, OSError), str(error))]
-    dist.broadcast_object_list(shared, src=0)
+    failure = None if error is None else (isinstance(error, OSError), str(error))
+    shared = gather_values(failure)[0]
     if error is not None:
         raise error
-    if shared[0] is not None:
-        from_system, message = shared[0]
+    if shared is not None:
+        from_system, message = shared
         raise OSError(message) if from_system else ValueError(message)
     return result
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_values(value: Any) -> list[Any]:
     """Return a value of each process, in order of rank, on every process.
 
+    The processes exchange JSON, not pickles, which could run code.
+
     Args:
-        value: Value of this process, which can be pickled.
+        value: Value of this process: numbers, text, lists and mappings with text as keys.
+            Anything else arrives as its text.
+
+    Returns:
+        The values as JSON returns them: a tuple is a list.
     """
     if world_size() == 1:
         return [value]
-    found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, value)
-    return found
+    text = json.dumps(value, default=str).encode()
+    own = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(group_device())
+    length = torch.tensor([len(own)], device=own.device)
+    lengths = [torch.zeros_like(length) for _ in range(world_size())]
+    dist.all_gather(lengths, length)
+    content = gather_batch(own).cpu().numpy().tobytes()
+    values, start = [], 0
+    for count in map(int, lengths):
+        values.append(json.loads(content[start : start + count]))
+        start += count
+    return values

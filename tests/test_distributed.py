@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from helpers.ddp import join_group, run_ranks, saved_by_ranks
-from selcon_plugin.distributed import gather_batch, rank, world_size
+from selcon_plugin.distributed import gather_batch, gather_values, rank, world_size
 from selcon_plugin.features import Embeddings
 from selcon_plugin.methods import build_method
 from selcon_plugin.methods.selective_contrastive import SelectiveContrastive
@@ -69,6 +69,7 @@ def work(process: int, folder: Path) -> None:
         "last empty": gather_batch(numbers.tensor_split([6])[process]),
         "both empty": gather_batch(numbers[:0]),
         "integers": gather_batch(torch.arange(7).tensor_split([4])[process]),
+        "values": gather_values({"rank": process, "names": ["\udce9" * process, "b"]}),
         "state": train(process, 2),
     }
     torch.save(results, folder / f"{process}.pt")
@@ -98,6 +99,10 @@ def test_gathered_batch_is_the_ranks_slices_in_order(
             assert torch.equal(results[name], numbers), name
         assert results["both empty"].shape == (0, 2)
         assert torch.equal(results["integers"], torch.arange(7))
+        assert results["values"] == [
+            {"rank": 0, "names": ["", "b"]},
+            {"rank": 1, "names": ["\udce9", "b"]},
+        ]
 
 
 def test_two_ranks_hold_the_banks_of_one_process(two_ranks: list[dict[str, Any]]) -> None:

@@ -370,6 +370,17 @@ class ConfigKeys:
 
     # --- merging --------------------------------------------------------------------------
 
+    def optional_keys(self) -> set[str]:
+        """Return the full keys whose default is None: a later file may set them to null."""
+        keys = self.defaults()
+        own = {f"{self.path}.{key}" for key, value in keys.items() if value is None}
+        clustering = keys[self.clustering_key]
+        return own | {
+            f"{self.clustering_path}.{key}"
+            for key, value in clustering.items()
+            if value is None
+        }
+
     def options_by_key(self) -> dict[str, list[Option]]:
         """Return the options that each key of the plugin stands for.
 

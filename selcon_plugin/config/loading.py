@@ -83,6 +83,7 @@ class Merger:
         self._cfg, self._keys = cfg, keys
         self._defaults = flatten_config(cfg)
         self._options = keys.options_by_key()
+        self._optional = keys.optional_keys()
         self._places: dict[str, str] = {}
 
     def merge_file(self, file: str) -> None:
@@ -215,7 +216,7 @@ class Merger:
 
     def _read(self, key: str, raw: Raw, place: str) -> Any:
         options, default = self._options.get(key, []), self._defaults.get(key)
-        if default is None and is_empty(raw):
+        if is_empty(raw) and (default is None or key in self._optional):
             return None
         special = {text for option in options for text in option.special_values}
         if isinstance(raw, Written) and raw.text in special:

@@ -18,28 +18,6 @@ _NAME = re.compile(r"([-\d]+)_c(\d)")
 _IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp"})
 
 
-def check_folders_above(root: str, path: str) -> None:
-    """Refuse a root whose path holds what data sets read from the names of their files.
-
-    The hosts' data sets search for identity and camera in the whole path of an image: below
-    a folder ``2020_c1`` every image would be of person 2020 and camera 1.
-
-    Args:
-        root: Root of the data sets, as it was given, for the message.
-        path: The part of the paths of the images that the root adds.
-
-    Raises:
-        ValueError: If the path looks like the name of an image.
-    """
-    match = _NAME.search(path)
-    if match:
-        raise ValueError(
-            f"the folder of the data sets {root!r} has {match[0]!r} in its path, which a "
-            f"data set would read as person {match[1]} and camera {match[2]} of every "
-            "image: rename that folder, or move the data sets"
-        )
-
-
 class MarketSplits(NamedTuple):
     """Data set in the layout of Market-1501; each entry is ``(path, pid, camid)``.
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import selcon_plugin._version as own_version
-from selcon_plugin.distributed import gather_objects, world_size
+from selcon_plugin.distributed import gather_values, world_size
 from selcon_plugin.engine.images import IndexedImages
 from selcon_plugin.runs.settings import differing_settings, shown_settings
 
@@ -44,7 +44,7 @@ def check_same_on_all_ranks(settings: Mapping[str, Any], images: IndexedImages) 
     code = f"{own_version.__version__} {_code_hash()}, torch {torch.__version__}"
     names = [Path(path).name for path in images.paths]
     properties = {"settings": dict(settings), "code": code, "images": names}
-    all_properties = gather_objects({**properties, "content": list(images.hashes)})
+    all_properties = gather_values({**properties, "content": list(images.hashes)})
     first = all_properties[0]
     for number, other in enumerate(all_properties[1:], start=1):
         found = _differences(first, other)

@@ -18,7 +18,6 @@ from selcon_plugin.datasets import (
     read_market_splits,
 )
 from selcon_plugin.datasets.list_files import DatasetReading
-from selcon_plugin.datasets.market_folder import check_folders_above
 
 UNKNOWN_PID = -1
 UNKNOWN_CAMERA = -1
@@ -62,7 +61,6 @@ def build_dataset(
         kwargs["spec"] = synthetic_persons_spec(cfg)
     if issubclass(cls, (ImageFolderReID, SyntheticPersons)):
         return cls(root=root, **kwargs)  # they have their own messages
-    check_folders_above(root, root)
     reading = DatasetReading(
         name,
         f"DATASETS, in {os.path.abspath(root)}",

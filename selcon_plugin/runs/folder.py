@@ -178,6 +178,8 @@ class RunFolder:
         if not resumed:
             self.check_new()
         self._config = config
+        for folder in (self.path, self.path / "model"):
+            remove_partial_files(folder)
         if resumed:
             self.identity = self.recorded_identity or _new_identity()
             self._last = self.last
@@ -196,8 +198,6 @@ class RunFolder:
         old = self._files()
         # From here on what is there belongs to no run.
         self._record(beginning=True)
-        for folder in (self.path, self.path / "model"):
-            remove_partial_files(folder)
         if old:
             self._move_aside(old)
         begin_metrics(self.path, self.identity)

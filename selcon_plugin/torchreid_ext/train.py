@@ -16,7 +16,6 @@ from selcon_plugin.compat.torchreid import import_torchreid
 from selcon_plugin.config.checks import check_name, check_output_folder
 from selcon_plugin.datasets import SyntheticPersonsSpec
 from selcon_plugin.datasets.list_files import DatasetReading
-from selcon_plugin.datasets.market_folder import check_folders_above
 from selcon_plugin.engine.run import seed_all
 from selcon_plugin.io.safe_loading import safe_extraction
 from selcon_plugin.methods import method_class
@@ -84,8 +83,6 @@ def build_datamanager(cfg: CfgNode) -> Any:
 
 def _build_datamanager(cfg: CfgNode) -> Any:
     data = cfg.data
-    if not {*data.sources, *data.targets} <= {"imagefolderreid", "syntheticpersons"}:
-        check_folders_above(data.root, os.path.abspath(os.path.expanduser(data.root)))
     return import_torchreid().data.ImageDataManager(
         root=data.root,
         sources=_bound_names(cfg, data.sources),

@@ -31,6 +31,7 @@ from selcon_plugin.losses import cluster_contrastive_loss
 from selcon_plugin.memory import ClusterMemory, cluster_means
 from selcon_plugin.models.inference import InferenceNetwork, Preprocessing
 from selcon_plugin.models.pretrained import read_state_dict
+from selcon_plugin.runs.folder import RunFolder
 from selcon_plugin.runs.results import RunMeter, write_results
 
 SIZE = (8, 4)
@@ -101,8 +102,17 @@ class ToyHost(Host):
         if not cfg.Run.Images:
             raise ValueError("Run.Images is empty")
 
-    def train(self, cfg: CfgNode, *, resume: bool = False, source: str = "") -> RunResult:
+    def train(
+        self,
+        cfg: CfgNode,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        source: str = "",
+    ) -> RunResult:
         run, folder = cfg.Run, Path(cfg.Run.Folder)
+        if not resume:
+            RunFolder(folder, overwrite=overwrite).check_new()
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(cfg.dump())
         torch.manual_seed(cfg.Selcon.Seed)

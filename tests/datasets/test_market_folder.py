@@ -3,7 +3,6 @@
 import pytest
 
 from selcon_plugin.datasets import read_market_folder, read_market_splits
-from selcon_plugin.datasets.market_folder import check_folders_above
 
 
 def test_splits_are_read_from_their_folders(tmp_path):
@@ -39,19 +38,6 @@ def test_names_without_identity_and_camera_are_refused(tmp_path, caplog):
     (tmp_path / "0001_c0s1.jpg").touch()  # cameras count from 1
     with pytest.raises(ValueError, match=r"0001_c0s1\.jpg: expected a name like"):
         read_market_folder(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "path", ["/data/2020_c1/sets", "/data/-1_c3", "7_c2", "/12_c5s1/x"]
-)
-def test_folders_above_that_look_like_an_image_are_refused(path):
-    with pytest.raises(ValueError, match=r"as person .* and camera \d of every image"):
-        check_folders_above("sets", path)
-
-
-@pytest.mark.parametrize("path", ["datasets", "/data/market_c1", "/a-b/c1", "/x_c/1", ""])
-def test_other_folders_above_are_accepted(path):
-    check_folders_above(path, path)
 
 
 def test_resource_forks_of_macos_are_skipped(tmp_path):

@@ -25,7 +25,7 @@ def check(images, monkeypatch):
         monkeypatch.setattr(ranks, "world_size", lambda: 2)
         monkeypatch.setattr(
             ranks,
-            "gather_objects",
+            "gather_values",
             lambda properties: [properties, {**properties, **other}],
         )
         check_same_on_all_ranks(SETTINGS, images)

@@ -334,9 +334,8 @@ def test_micro_batches_equal_the_ghost_batches_of_a_whole_one(tiny_cfg, tmp_path
 )
 def test_wrong_settings_end_before_training(tiny_cfg, key, value, fragments):
     cfg = with_method(tiny_cfg, "ClusterContrast")
-    cfg = configured(cfg, {key: value})
     with pytest.raises(ValueError, match=fragments):
-        SelConTrainer(cfg)
+        SelConTrainer(configured(cfg, {key: value}))
 
 
 def test_sampler_of_clusters_needs_a_method_that_clusters(tiny_cfg):

@@ -120,7 +120,7 @@ def test_schedule_that_cannot_take_the_head_in_is_refused(manager):
 
 def test_without_a_schedule(adopt, tmp_path):
     run(adopt(scheduler=None, iters_per_epoch=1), tmp_path, 1)
-    assert adopt(scheduler=None).resume(tmp_path) == 1
+    assert adopt(scheduler=None, iters_per_epoch=1).resume(tmp_path) == 1
 
 
 @pytest.mark.parametrize("parallel", [False, True])
