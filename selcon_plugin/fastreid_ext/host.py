@@ -132,6 +132,8 @@ class FastReIDHost(Host):
     def describe_network(self, settings: Mapping[str, Any]) -> tuple[str, str]:
         """Return backbone and input size of a config."""
         size = list(settings["INPUT.SIZE_TRAIN"])
+        if not any(size):  # only cropped
+            size = list(settings["INPUT.CROP.SIZE"])
         name = str(settings["MODEL.BACKBONE.NAME"])
         if name == "build_timm_backbone":
             name = f"{TIMM_PREFIX}{settings['MODEL.BACKBONE.TIMM_NAME']}"
