@@ -86,7 +86,7 @@ def build_head(cfg: CfgNode, backbone: nn.Module, input_size: tuple[int, int]) -
     _describe(built, embeddings)
     for name, weight in built.named_parameters():
         if name in unused:
-            weight.requires_grad_(requires_grad=False)
+            weight.requires_grad = False
     if embeddings.part_features is None:
         more = f", the first of the {others + 1} tensors that it returns" * bool(others)
         logger.info(
@@ -110,6 +110,8 @@ def head_embeddings(head: nn.Module, feature_map: Tensor) -> Any:
     """
     if isinstance(head, GlobalPartEmbedding):
         return head(feature_map)
+    # FastReID's pooling layers change the shape of a map only if it is contiguous.
+    feature_map = feature_map.contiguous()
     if not head.training:
         return _as_embeddings(head(feature_map))
     # Only the head itself changes its mode: its layers, such as batch normalization, keep

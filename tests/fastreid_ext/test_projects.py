@@ -218,6 +218,8 @@ def test_head_that_flattens_the_map_gets_all_of_it(tiny_cfg: CfgNode) -> None:
     model: Any = build_model(with_head(tiny_cfg, "PlainHead"))
     assert model.heads.global_dim == 16
     assert model.heads.bottleneck[0].in_channels == 96 * 4 * 2
+    maps = torch.rand(2, 96, 4, 2).to(memory_format=torch.channels_last)
+    assert model.apply_head(model.heads, maps).global_features.shape == (2, 16)
 
 
 def test_head_of_embeddings_is_described(tiny_cfg: CfgNode) -> None:
