@@ -101,7 +101,14 @@ class ToyHost(Host):
         if not cfg.Run.Images:
             raise ValueError("Run.Images is empty")
 
-    def train(self, cfg: CfgNode, *, resume: bool = False, source: str = "") -> RunResult:
+    def train(
+        self,
+        cfg: CfgNode,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        source: str = "",
+    ) -> RunResult:
         run, folder = cfg.Run, Path(cfg.Run.Folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(cfg.dump())
