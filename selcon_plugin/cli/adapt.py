@@ -13,7 +13,7 @@ from selcon_plugin.cli.arguments import (
     check_network_arguments,
 )
 from selcon_plugin.cli.parsing import CommandParser, number, whole_number
-from selcon_plugin.config.loading import import_files
+from selcon_plugin.config.importing import import_files
 from selcon_plugin.options import Interval
 from selcon_plugin.workflows.adapt import AdaptSettings, adapt
 from selcon_plugin.workflows.terminal import echo

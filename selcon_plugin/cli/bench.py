@@ -8,7 +8,7 @@ import shlex
 
 from selcon_plugin.cli.arguments import add_import_argument
 from selcon_plugin.cli.parsing import CommandParser, whole_number
-from selcon_plugin.config.loading import import_files
+from selcon_plugin.config.importing import import_files
 from selcon_plugin.workflows.bench import BenchTerminated, run_bench
 from selcon_plugin.workflows.terminal import echo
 

@@ -20,7 +20,8 @@ from selcon_plugin.cli.arguments import (
 from selcon_plugin.cli.parsing import CommandParser, whole_number
 from selcon_plugin.clustering import labeler_names, labeler_options
 from selcon_plugin.config.checks import check_name
-from selcon_plugin.config.loading import import_files, pairs_of, read_option
+from selcon_plugin.config.importing import import_files
+from selcon_plugin.config.loading import pairs_of, read_option
 from selcon_plugin.values import from_command_line
 from selcon_plugin.workflows.cluster_folder import cluster_folder
 from selcon_plugin.workflows.terminal import echo

@@ -8,7 +8,7 @@ import sys
 from selcon_plugin.cli.arguments import add_import_argument
 from selcon_plugin.cli.parsing import CommandParser
 from selcon_plugin.config.files import builtin_configs, copy_builtin_config
-from selcon_plugin.config.loading import import_files
+from selcon_plugin.config.importing import import_files
 from selcon_plugin.hosts import DEFAULT_HOST, get_host, host_names, host_of_keys
 
 

@@ -13,7 +13,7 @@ from selcon_plugin.cli.arguments import (
     add_options,
 )
 from selcon_plugin.cli.parsing import CommandParser, number
-from selcon_plugin.config.loading import import_files
+from selcon_plugin.config.importing import import_files
 from selcon_plugin.hosts import find_network
 from selcon_plugin.inference.embedder import Embedder
 from selcon_plugin.inference.export import (

@@ -17,7 +17,7 @@ from selcon_plugin.cli.arguments import (
 )
 from selcon_plugin.cli.parsing import CommandParser
 from selcon_plugin.config.checks import check_output_folder
-from selcon_plugin.config.loading import import_files
+from selcon_plugin.config.importing import import_files
 from selcon_plugin.hosts import get_host, host_of
 from selcon_plugin.io.locks import owned_file
 

@@ -6,7 +6,7 @@ import sys
 
 from selcon_plugin.cli.arguments import add_import_argument
 from selcon_plugin.cli.parsing import CommandParser
-from selcon_plugin.config.loading import import_files
+from selcon_plugin.config.importing import import_files
 from selcon_plugin.hosts import host_of_settings
 from selcon_plugin.report import write_comparison, write_report
 

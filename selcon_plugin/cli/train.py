@@ -14,7 +14,7 @@ from selcon_plugin.cli.arguments import (
 from selcon_plugin.cli.parsing import CommandParser, config_file, number, whole_number
 from selcon_plugin.config.host import Host
 from selcon_plugin.config.host_data import Processes, ProcessFailure
-from selcon_plugin.config.loading import import_files
+from selcon_plugin.config.importing import import_files
 from selcon_plugin.engine.console import verbose_output
 from selcon_plugin.hosts import get_host, host_names, host_of
 from selcon_plugin.options import Interval

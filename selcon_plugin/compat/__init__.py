@@ -25,8 +25,11 @@ from selcon_plugin.compat.torchreid import (
     prepare_torchreid,
 )
 
+PREPARATIONS = {"fastreid": prepare_fastreid, "torchreid": prepare_torchreid}
+
 __all__ = [
     "FASTREID_INSTALL",
+    "PREPARATIONS",
     "TORCHREID_INSTALL",
     "HostMissingError",
     "HostNeedsError",

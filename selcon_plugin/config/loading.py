@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib.util
 import logging
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from selcon_plugin.compat.shared import prepare_torchvision
 from selcon_plugin.config.checks import flatten_config
 from selcon_plugin.config.files import Setting, read_chain, settings_of
 from selcon_plugin.config.keys import ConfigKeys, describe_all
@@ -37,36 +33,6 @@ _ITEMS: dict[type | None, str] = {
     float: " of numbers",
     str: " of texts",
 }
-
-
-def import_files(files: Sequence[str]) -> None:
-    """Import Python files, each only once per process.
-
-    Args:
-        files: Paths of files; the name of a file is that of its module.
-
-    Raises:
-        FileNotFoundError: If a file does not exist.
-        ValueError: If a file is not a Python file.
-    """
-    for file in files:
-        path = Path(file).resolve()
-        if not path.is_file():
-            raise FileNotFoundError(f"--import {file!r} does not exist")
-        if path.suffix != ".py":
-            raise ValueError(
-                f"--import {file!r} is not a Python file: its name must end in .py"
-            )
-        loaded = sys.modules.get(path.stem)
-        if loaded is not None and getattr(loaded, "__file__", None) == str(path):
-            continue
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module
-        prepare_torchvision()  # the file may import timm before any host is prepared
-        spec.loader.exec_module(module)
 
 
 class Merger:
@@ -312,4 +278,10 @@ def _unknown_key(key: str, place: str, known: Iterable[str]) -> ValueError:
     close = same or difflib.get_close_matches(key.lower(), by_lower, n=3, cutoff=0.6)
     close = [by_lower[name] for name in close]
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    if key.isupper() and not same:  # FastReID's projects add keys
+        hint += (
+            " A key of your own needs --import FILE.py with its add_..._config(cfg)"
+            if hint
+            else "; a key of your own needs --import FILE.py with its add_..._config(cfg)"
+        )
     return ValueError(f"unknown config key {key} in {place}{hint}")

@@ -22,6 +22,7 @@ from selcon_plugin.datasets.content import content_hashes
 from selcon_plugin.datasets.numbering import UNKNOWN, camera_name, number_names
 from selcon_plugin.datasets.reading import ImageReadError
 from selcon_plugin.distributed import rank
+from selcon_plugin.engine.patches import transformed
 from selcon_plugin.io.errors import ResourceError
 from selcon_plugin.samplers.stream import SampleKey
 
@@ -304,7 +305,11 @@ class IndexedImages(Dataset[dict[str, Any]]):
         np.random.seed(seed)  # noqa: NPY002
         torch.default_generator.manual_seed(seed)
         assert self.transform is not None
-        return self.transform(image)
+        return transformed(self.transform, image, self._read_random)
+
+    def _read_random(self) -> Any:
+        """Read the image that the random stream of Python selects; None if unreadable."""
+        return self._read(random.randrange(len(self)))
 
 
 def _size_of(path: str) -> int:

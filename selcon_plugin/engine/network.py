@@ -173,7 +173,7 @@ class EmbeddingNetwork(DescribedNetwork):
             TypeError: If the head does not return embeddings.
         """
         _, heads = self._parts(student)
-        embeddings = heads(self.feature_map(images, student=student))
+        embeddings = self.apply_head(heads, self.feature_map(images, student=student))
         if not isinstance(embeddings, Embeddings):
             raise TypeError(
                 "the head must return selcon_plugin.Embeddings, as GlobalPartEmbedding "
@@ -181,6 +181,18 @@ class EmbeddingNetwork(DescribedNetwork):
                 f"{type(self.heads).__name__} returned {type(embeddings).__name__}"
             )
         return embeddings
+
+    def apply_head(self, head: nn.Module, feature_map: Tensor) -> Any:
+        """Apply the head; a host may adapt what its own heads return.
+
+        Args:
+            head: The network's head, or its teacher's.
+            feature_map: Shape ``(B, F, h, w)``.
+
+        Returns:
+            Embeddings; :meth:`embed` refuses anything else.
+        """
+        return head(feature_map)
 
     def feature_map(self, images: Tensor, *, student: bool = False) -> Tensor:
         """Compute the map of which the head computes the embeddings.

@@ -15,6 +15,7 @@ from fastreid.modeling.backbones import build_backbone
 from selcon_plugin.engine.run import seed_all
 from selcon_plugin.fastreid_ext import data as selcon_data
 from selcon_plugin.fastreid_ext.datasets import build_dataset
+from selcon_plugin.fastreid_ext.host_values import input_size
 from selcon_plugin.fastreid_ext.results import results_by_test_set
 from selcon_plugin.models.feature_map import infer_feature_shape
 from selcon_plugin.runs.results import RunMeter, write_results
@@ -91,7 +92,7 @@ def train_supervised(cfg: CfgNode) -> None:
     cfg.defrost()
     seed_all(cfg.MODEL.SELCON.SEED)
     # FastReID's head needs the channels of the map.
-    shape = infer_feature_shape(build_backbone(cfg), tuple(cfg.INPUT.SIZE_TRAIN))
+    shape = infer_feature_shape(build_backbone(cfg), input_size(cfg))
     cfg.MODEL.BACKBONE.FEAT_DIM = shape[0]
     seed_all(cfg.MODEL.SELCON.SEED)
     selcon_data.check_test_sets(cfg)

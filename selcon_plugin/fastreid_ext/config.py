@@ -28,6 +28,7 @@ from selcon_plugin.config.checks import (
     mark_checked,
     value_of,
 )
+from selcon_plugin.config.importing import add_imported_keys
 from selcon_plugin.config.keys import CAMERA_PATTERN, ConfigKeys, sampler_of
 from selcon_plugin.config.recording import unrecorded
 from selcon_plugin.datasets import SyntheticPersonsSpec
@@ -128,6 +129,11 @@ def add_selcon_config(cfg: CfgNode) -> CfgNode:
             node = node.setdefault(part, CfgNode())
         node[name] = copy.copy(option.default)
     return cfg
+
+
+def default_config() -> CfgNode:
+    """Return FastReID's defaults with the keys of imported files and of the plugin."""
+    return add_selcon_config(add_imported_keys(get_cfg()))
 
 
 def selected_method_options(cfg: CfgNode) -> dict[str, Any]:
@@ -271,6 +277,6 @@ def default_values(settings: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         Defaults by full keys.
     """
-    cfg = add_selcon_config(get_cfg())
+    cfg = default_config()
     KEYS.fill_defaults(cfg.MODEL.SELCON, settings)
     return flatten_config(yaml.safe_load(cfg.dump()))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastreid.config import get_cfg
 from fastreid.data.datasets import DATASET_REGISTRY
 from fastreid.evaluation.testing import verify_results
 
@@ -81,8 +80,8 @@ class FastReIDHost(Host):
     checkpoint_key = "model"
 
     def default_config(self) -> Any:
-        """Return FastReID's default config with the plugin's keys."""
-        return config.add_selcon_config(get_cfg())
+        """Return FastReID's default config with the keys of imports and of the plugin."""
+        return config.default_config()
 
     def complete_config(self, cfg: Any) -> Any:
         """Return a checked copy of a config."""
@@ -132,6 +131,8 @@ class FastReIDHost(Host):
     def describe_network(self, settings: Mapping[str, Any]) -> tuple[str, str]:
         """Return backbone and input size of a config."""
         size = list(settings["INPUT.SIZE_TRAIN"])
+        if not any(size):  # only cropped
+            size = list(settings["INPUT.CROP.SIZE"])
         name = str(settings["MODEL.BACKBONE.NAME"])
         if name == "build_timm_backbone":
             name = f"{TIMM_PREFIX}{settings['MODEL.BACKBONE.TIMM_NAME']}"

@@ -253,6 +253,9 @@ def input_size(cfg: CfgNode) -> tuple[int, int]:
 def check_sizes(cfg: CfgNode) -> None:
     """Refuse sizes of images that are neither one whole number nor two.
 
+    FastReID does not resize images to ``[0]`` or ``[0, 0]``. That is legal here where a
+    crop gives them one size.
+
     Raises:
         ValueError: If a size is invalid; the message names its key.
     """  # noqa: DOC502  (raised by the functions called here)
@@ -260,8 +263,29 @@ def check_sizes(cfg: CfgNode) -> None:
         "INPUT.SIZE_TRAIN": cfg.INPUT.SIZE_TRAIN,
         "INPUT.SIZE_TEST": cfg.INPUT.SIZE_TEST,
     }
+    for key, size in list(sizes.items()):
+        if isinstance(size, list | tuple) and list(size) in ([0], [0, 0]):
+            _check_own_sizes(cfg, key)
+            del sizes[key]
     if cfg.INPUT.CROP.ENABLED:
         sizes["INPUT.CROP.SIZE"] = cfg.INPUT.CROP.SIZE
     for key, size in sizes.items():
         is_list = isinstance(size, list | tuple)
         check_size(key, [*size, *size] if is_list and len(size) == 1 else size)
+
+
+def _check_own_sizes(cfg: CfgNode, key: str) -> None:
+    """Refuse images in their own size where nothing else gives them one size."""
+    inputs, size = cfg.INPUT, list(cfg.INPUT[key.rpartition(".")[2]])
+    if not inputs.CROP.ENABLED:
+        raise ValueError(
+            f"{key} {size} leaves each image in its own size, and images of several sizes "
+            "make no batch: set it to height and width, such as [256, 128], or set "
+            "INPUT.CROP.ENABLED to True and INPUT.CROP.SIZE to height and width"
+        )
+    if inputs.PADDING.ENABLED and key == "INPUT.SIZE_TRAIN":
+        raise ValueError(
+            f"{key} {size} cannot be combined with INPUT.PADDING, after which FastReID "
+            "crops images to this size: set INPUT.PADDING.ENABLED to False, or the size to "
+            "height and width, such as [256, 128]"
+        )

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from fastreid.config import CfgNode
 from fastreid.modeling.backbones import build_backbone
-from fastreid.modeling.heads import build_heads
 from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from selcon_plugin.engine.network import EmbeddingNetwork, usable_parts
 from selcon_plugin.fastreid_ext.config import complete_config, selected_method_options
+from selcon_plugin.fastreid_ext.host_heads import build_head, head_embeddings, select_head
 from selcon_plugin.fastreid_ext.host_values import input_size
 from selcon_plugin.io.safe_loading import MIN_LOADED_RATIO, data_only, loading_noted
 from selcon_plugin.methods import method_class
@@ -21,10 +21,6 @@ from selcon_plugin.models.preprocessing import Preprocessing
 from selcon_plugin.models.timm import TIMM_PREFIX
 
 logger = logging.getLogger(__name__)
-
-# FastReID's default head classifies identities; ours replaces it.
-_HOST_DEFAULT_HEAD = "EmbeddingHead"
-
 
 _OWN_BACKBONES = ("build_timm_backbone", "build_torchreid_backbone")
 
@@ -50,6 +46,7 @@ class SelCon(EmbeddingNetwork):
         node = cfg.MODEL.SELCON
         backbone = _build_backbone(cfg)
         size = input_size(cfg)
+        select_head(cfg)
         channels, node.NUM_PARTS = usable_parts(
             backbone, size, node.METHOD, node.NUM_PARTS, cfg.MODEL.HEADS.EMBEDDING_DIM
         )
@@ -61,11 +58,9 @@ class SelCon(EmbeddingNetwork):
                 cfg.MODEL.BACKBONE.FEAT_DIM,
             )
             cfg.MODEL.BACKBONE.FEAT_DIM = channels
-        if cfg.MODEL.HEADS.NAME == _HOST_DEFAULT_HEAD:
-            cfg.MODEL.HEADS.NAME = "GlobalPartHead"
         super().__init__(
             backbone,
-            build_heads(cfg),
+            build_head(cfg, backbone, size),
             Preprocessing.in_training(size, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD),
             images_normalized=False,
             ghost_batch_size=node.GHOST_BATCH_SIZE,
@@ -87,6 +82,10 @@ class SelCon(EmbeddingNetwork):
                 self.heads.part_dim,
                 **options,
             )
+
+    def apply_head(self, head: nn.Module, feature_map: Tensor) -> Any:
+        """Apply the head, which may be one of FastReID's kind."""
+        return head_embeddings(head, feature_map)
 
     def forward(
         self, batched_inputs: dict[str, Any] | Tensor

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from selcon_plugin.features import GlobalPartEmbedding
+
 __all__ = ["CLASSIFIERS", "to_own_head"]
 
 # Prefixes of what only a training on identities needs.
@@ -29,14 +31,15 @@ def to_own_head(state: Mapping[str, Tensor], head: nn.Module) -> dict[str, Tenso
 
     Args:
         state: Weights of a FastReID network, or of this plugin, which are not changed.
-        head: The plugin's head.
+        head: Head of the network that gets them; another one than the plugin's keeps the
+            names.
 
     Returns:
         Weights by the names of the plugin.
     """
-    if any(name.startswith("heads.global_") for name in state) or not any(
-        name.startswith("heads.") for name in state
-    ):
+    heads = [name for name in state if name.startswith("heads.")]
+    is_own = any(name.startswith("heads.global_") for name in heads)
+    if is_own or not heads or not isinstance(head, GlobalPartEmbedding):
         return dict(state)
     neck = {k.removeprefix(_NECK): v for k, v in state.items() if k.startswith(_NECK)}
     own = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from selcon_plugin.config.loading import import_files
+from selcon_plugin.config.importing import import_files
 from selcon_plugin.hosts import get_host, host_of, quiet_import
 
 __all__ = ["main"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from selcon_plugin.config.host import Host
 from selcon_plugin.config.host_data import Processes, RunResult
-from selcon_plugin.config.loading import import_files
+from selcon_plugin.config.importing import import_files
 from selcon_plugin.hosts import DEFAULT_HOST, get_host
 from selcon_plugin.report import finish_run
 from selcon_plugin.runs.folder import RunFolder

@@ -11,7 +11,7 @@ import torch
 from helpers.hosts import ROOT
 from selcon_plugin import compat
 from selcon_plugin.cli import doctor
-from selcon_plugin.config.loading import import_files
+from selcon_plugin.config.importing import import_files
 
 MISSING = "raise RuntimeError('operator torchvision::{} does not exist')"
 

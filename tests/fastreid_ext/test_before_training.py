@@ -15,10 +15,12 @@ from fastreid.config import CfgNode
 from fastreid.data.datasets import DATASET_REGISTRY
 from fastreid.evaluation import ReidEvaluator
 
+from selcon_plugin.config.checks import flatten_config
 from selcon_plugin.fastreid_ext import SelConTrainer, SyntheticPersons
 from selcon_plugin.fastreid_ext.config import complete_config
 from selcon_plugin.fastreid_ext.data import check_test_sets
 from selcon_plugin.fastreid_ext.evaluation import evaluator_of
+from selcon_plugin.fastreid_ext.host import FastReIDHost
 from selcon_plugin.fastreid_ext.host_values import input_size, with_fitting_neighbors
 
 
@@ -227,3 +229,25 @@ def test_one_number_is_a_legal_size(tiny_cfg: CfgNode, tmp_path: Path) -> None:
     cropped.INPUT.CROP.SIZE = [0]
     with pytest.raises(ValueError, match=r"INPUT\.CROP\.SIZE.*0"):
         complete_config(cropped)
+
+
+@pytest.mark.parametrize("size", [[0], [0, 0]])
+def test_images_in_their_own_size_need_a_crop(tiny_cfg: CfgNode, size: list[int]) -> None:
+    inputs = tiny_cfg.INPUT
+    inputs.SIZE_TRAIN, inputs.SIZE_TEST = size, size
+    inputs.CROP.SIZE = [48, 24]
+    with pytest.raises(ValueError, match=r"SIZE_TRAIN \[0.*CROP\.ENABLED to True"):
+        complete_config(tiny_cfg)
+    inputs.CROP.ENABLED = True
+    with pytest.raises(ValueError, match=r"SIZE_TRAIN \[0.*PADDING\.ENABLED to False"):
+        complete_config(tiny_cfg)
+    inputs.PADDING.ENABLED = False
+    assert input_size(complete_config(tiny_cfg)) == (48, 24)
+    described = FastReIDHost().describe_network(flatten_config(tiny_cfg))
+    assert described[1] == "48x24"
+    trainer = SelConTrainer(tiny_cfg, show_progress=False)
+    trainer.resume_or_load(False)
+    assert trainer.train()["mAP"] > 0
+    inputs.CROP.ENABLED, inputs.SIZE_TRAIN = False, [64, 32]
+    with pytest.raises(ValueError, match=r"SIZE_TEST \[0"):
+        complete_config(tiny_cfg)

@@ -49,6 +49,7 @@ FEATURES: dict[str, dict[str, Any]] = {
         "SOLVER.HEADS_LR_FACTOR": 10.0,
         "SOLVER.BIAS_LR_FACTOR": 2.0,
     },
+    "random patches": {"INPUT.RPT.ENABLED": True, "INPUT.RPT.PROB": 1.0},
     "teacher, bfloat16, freeze longer than the run, precise statistics": {
         **FREEZE,
         "SOLVER.FREEZE_ITERS": 1000,

@@ -3,8 +3,10 @@
 import logging
 
 import pytest
+import torch
 
 from helpers.engines import IMAGES, Scalars, checkpoints_in, network_of, run
+from selcon_plugin.samplers.stream import SampleKey
 
 
 @pytest.mark.parametrize("targets", [None, []])
@@ -38,6 +40,22 @@ def test_query_and_gallery_may_join_the_training(make_engine, manager, tmp_path)
     engine = run(make_engine(datamanager=data, iters_per_epoch=1), tmp_path, 1)
     query, gallery = data.fetch_test_loaders("few")
     assert len(engine.train_loader.dataset) == IMAGES + len(query) + len(gallery)
+
+
+def test_random_patches_do_not_depend_on_the_images_before(make_engine, manager):
+    data = manager(transforms=["random_flip", "random_patch"])
+    images = make_engine(datamanager=data).train_loader.dataset
+
+    def patched(positions):
+        samples = [images[SampleKey(number % IMAGES, number)] for number in positions]
+        return torch.stack([sample["img"] for sample in samples])
+
+    unbroken = patched(range(120))  # torchreid's own pool pastes from 100 images on
+    assert torch.equal(patched(range(110, 120)), unbroken[110:])
+    images.transform.transforms.pop(2)
+    plain = patched(range(120))
+    changed = (plain != unbroken).flatten(1).any(1).float().mean()
+    assert 0.3 < changed < 0.7  # the probability is one half
 
 
 def test_manager_of_videos_is_refused(make_engine, manager):
