@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -100,11 +101,14 @@ class FastReIDDemo(Demo):
         cfg.MODEL.HEADS.EMBEDDING_DIM = 0  # no projection
         cfg.MODEL.HEADS.WITH_BNNECK = False
         cfg.MODEL.HEADS.NUM_CLASSES = 1  # size of the classifier, unused in evaluation
-        return self._rank(build_model(cfg))
+        # Its ranked results are not of the run, which begins later in its own folder.
+        with tempfile.TemporaryDirectory() as folder:
+            cfg.OUTPUT_DIR = folder
+            return self._rank(build_model(cfg), cfg)
 
     def rank_trained(self) -> Ranking:
         """Evaluate the trained model."""
-        return self._rank(self._trainer.model)
+        return self._rank(self._trainer.model, self._cfg)
 
     @property
     def schedule(self) -> tuple[int, int]:
@@ -116,9 +120,8 @@ class FastReIDDemo(Demo):
         """Write ``results.json`` with the metrics of the trained model."""
         write_results(self._trainer, {self.test_set: metrics})
 
-    def _rank(self, model: nn.Module) -> Ranking:
+    def _rank(self, model: nn.Module, cfg: CfgNode) -> Ranking:
         """Evaluate a model with FastReID's evaluator, and return the distances as well."""
-        cfg = self._cfg
         with _redirect_output(self._log):  # the first evaluator compiles its ranking
             loader, evaluator = SelConTrainer.build_evaluator(cfg, self.test_set)
         metrics = inference_on_dataset(
