@@ -31,6 +31,8 @@ from selcon_plugin.values import (
 
 logger = logging.getLogger(__name__)
 
+# Names of the modules of imported files: another file of such a name replaces it.
+_imported: set[str] = set()
 _COMMAND_LINE = "the command line"
 _ITEMS: dict[type | None, str] = {
     int: " of whole numbers",
@@ -47,7 +49,7 @@ def import_files(files: Sequence[str]) -> None:
 
     Raises:
         FileNotFoundError: If a file does not exist.
-        ValueError: If a file is not a Python file.
+        ValueError: If a file is not a Python file, or has the name of another module.
     """
     for file in files:
         path = Path(file).resolve()
@@ -60,6 +62,7 @@ def import_files(files: Sequence[str]) -> None:
         loaded = sys.modules.get(path.stem)
         if loaded is not None and getattr(loaded, "__file__", None) == str(path):
             continue
+        _check_module_name(file, path.stem)
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None
         assert spec.loader is not None
@@ -67,6 +70,20 @@ def import_files(files: Sequence[str]) -> None:
         sys.modules[path.stem] = module
         prepare_torchvision()  # the file may import timm before any host is prepared
         spec.loader.exec_module(module)
+        _imported.add(path.stem)
+
+
+def _check_module_name(file: str, name: str) -> None:
+    """Refuse a file that would replace a module on which others depend, such as random."""
+    is_taken = name in sys.stdlib_module_names or name in sys.modules
+    if not is_taken and name.isidentifier():
+        found = importlib.util.find_spec(name)
+        is_taken = found is not None and "-packages" in str(found.origin)
+    if is_taken and name not in _imported:
+        raise ValueError(
+            f"--import {file!r} has the name of the Python module {name}, which it would "
+            "replace: rename the file"
+        )
 
 
 class Merger:
