@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from selcon_plugin.cli.parsing import config_file, number, whole_number
+from selcon_plugin.config.checks import check_network_file
 from selcon_plugin.hosts import find_config
 from selcon_plugin.options import Interval
 from selcon_plugin.retrieval import NetworkSource
@@ -147,14 +147,14 @@ def check_network_arguments(args: argparse.Namespace) -> None:
 
     Raises:
         ValueError: If neither or both of ``--weights`` and ``--onnx`` are given.
-        FileNotFoundError: If the file does not exist.
+            ``FileNotFoundError`` if the file does not exist.
     """
     onnx = getattr(args, "onnx", "")
     if bool(args.weights) == bool(onnx):
         raise ValueError("give one network: --weights FILE or --onnx FILE")
     for name, file in (("--weights", args.weights), ("--onnx", onnx)):
-        if file and not Path(file).expanduser().is_file():
-            raise FileNotFoundError(f"{name} {file!r} does not exist")
+        if file:
+            check_network_file(name, file)
 
 
 def load_embedder(args: argparse.Namespace, options: Sequence[str] = ()) -> Embedder:

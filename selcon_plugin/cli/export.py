@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from PIL import Image
@@ -24,6 +25,7 @@ from selcon_plugin.inference.export import (
     export_torchscript,
 )
 from selcon_plugin.inference.plain import export_plain
+from selcon_plugin.io.output_files import check_output_apart, check_output_file
 from selcon_plugin.models.inference import InferenceNetwork
 from selcon_plugin.options import Interval
 
@@ -51,6 +53,7 @@ def main(argv: list[str]) -> int:
         )
     if args.fp16 and not args.onnx:
         raise ValueError("--fp16 applies only to --onnx: leave it out")
+    _check_output(args)
     import_files(args.imports)
     crops = check_crops(args.images)
     for host in ("fastreid", "torchreid"):
@@ -79,6 +82,25 @@ def main(argv: list[str]) -> int:
         check = export_torchscript(network, args.torchscript, **options)
         _report(args.torchscript, "TorchScript", network.dim, check)
     return 0
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    """Refuse output that would replace what is read, before the network is built."""
+    inputs = [args.weights, args.config_file]
+    if args.onnx:
+        check_output_file(args.onnx, name="--onnx", kinds=(".onnx",), inputs=inputs)
+    if args.torchscript:
+        check_output_file(
+            args.torchscript, name="--torchscript", kinds=(".pt", ".pth"), inputs=inputs
+        )
+    files = [os.path.realpath(file) for file in (args.onnx, args.torchscript) if file]
+    if len(set(files)) < len(files):
+        raise ValueError(
+            f"--onnx and --torchscript both name {args.onnx}: give each its own file"
+        )
+    for host in ("fastreid", "torchreid"):
+        if folder := getattr(args, host):
+            check_output_apart(folder, args.weights, name=f"--{host}")
 
 
 def _parser() -> CommandParser:

@@ -20,6 +20,7 @@ from selcon_plugin.config.checks import check_output_folder
 from selcon_plugin.config.importing import import_files
 from selcon_plugin.hosts import get_host, host_of
 from selcon_plugin.io.locks import owned_file
+from selcon_plugin.io.output_files import check_output_file
 
 
 def main(argv: list[str]) -> int:
@@ -42,10 +43,8 @@ def main(argv: list[str]) -> int:
     if args.backbone and not args.weights:
         raise ValueError(f"--backbone {args.backbone} needs --weights FILE")
     import_files(args.imports)
-    if Path(args.output).is_dir():
-        raise ValueError(
-            f"--output {args.output} is a folder: give the name of a file in it"
-        )
+    inputs = (args.weights, args.config_file, args.onnx)
+    check_output_file(args.output, name="--output", kinds=(".npz",), inputs=inputs)
     check_output_folder("the folder of --output", str(Path(args.output).parent))
     with owned_file(args.output):
         count, dim = (_embed if args.onnx or args.weights else _extract_by_config)(args)

@@ -15,6 +15,7 @@ from selcon_plugin.cli.arguments import (
 from selcon_plugin.cli.parsing import CommandParser, whole_number
 from selcon_plugin.datasets.reading import ImageReadError
 from selcon_plugin.io.names import printable
+from selcon_plugin.io.output_files import check_output_file
 from selcon_plugin.retrieval import Index, QueryResult, search
 from selcon_plugin.retrieval.page import write_page
 
@@ -32,6 +33,9 @@ def main(argv: list[str]) -> int:
         ValueError: If a query cannot be read.
     """
     args = _parser().parse_args(argv)
+    if args.html:
+        kinds = (".html", ".htm")
+        check_output_file(args.html, name="--html", kinds=kinds, inputs=args.queries)
     index = Index.open(args.index)
     threshold, description, is_clear = _threshold(index, args.threshold)
     source = network_source(args) or index.source
@@ -61,7 +65,9 @@ def main(argv: list[str]) -> int:
         sys.stdout.write(json.dumps(content, indent=2) + "\n")
     else:
         note = f"threshold {description}\n" if description else ""
-        sys.stdout.write(_table(results) + note)
+        # Without a threshold, the cameras or the query itself leave none.
+        reason = "reaches the threshold" if description else "is left to compare with"
+        sys.stdout.write(_table(results, f"no image {reason}") + note)
     if args.html:
         note = f" Threshold {description}." if description else ""
         summary = f"{args.index}: {index}.{note}"
@@ -88,7 +94,8 @@ def _threshold(index: Index, given: str) -> tuple[float, str, bool | None]:
     return value, f"{value:g}", None
 
 
-def _table(results: Sequence[QueryResult]) -> str:
+def _table(results: Sequence[QueryResult], empty: str) -> str:
+    """Return a table per query; ``empty`` states why one has no result."""
     lines = []
     for result in results:
         lines.append(printable(result.query))
@@ -99,7 +106,7 @@ def _table(results: Sequence[QueryResult]) -> str:
             for rank, match in enumerate(result.matches, start=1)
         )
         if not result.matches:
-            lines.append("  no image reaches the threshold")
+            lines.append(f"  {empty}")
     return "\n".join(lines) + "\n"
 
 

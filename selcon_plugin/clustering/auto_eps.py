@@ -40,7 +40,8 @@ class EpsTrial:
             since two of them that share no neighbor are at distance 1.
         stability: The smaller of the adjusted mutual information with the clusterings at
             the next smaller and the next larger eps of the grid, with each outlier as a
-            singleton cluster. It falls before clusters collapse into one.
+            singleton cluster; 1 for the only eps. It falls before clusters collapse into
+            one.
     """
 
     eps: float
@@ -170,6 +171,11 @@ def _coverage(distance: scipy.sparse.csr_array, labels: NDArray[np.int64]) -> fl
 
 
 def _stability(labelings: list[NDArray[np.int64]]) -> NDArray[np.float64]:
-    """Return each labeling's agreement with its neighbors, the smaller one of two."""
+    """Return each labeling's agreement with its neighbors, the smaller one of two.
+
+    A single labeling, of the only eps with enough core images, has nothing to differ from.
+    """
+    if len(labelings) == 1:
+        return np.ones(1)
     agreement = [adjusted_mutual_info(a, b) for a, b in itertools.pairwise(labelings)]
     return np.minimum([*agreement[:1], *agreement], [*agreement, *agreement[-1:]])

@@ -144,6 +144,28 @@ def check_device(key: str, device: str) -> None:
         )
 
 
+def check_network_file(name: str, file: str) -> None:
+    """Check that a file of weights, or an exported network, is a file.
+
+    Args:
+        name: Name of the option, for the error message.
+        file: Path of the file; ``~`` is the home folder.
+
+    Raises:
+        ValueError: If it is a folder, or no regular file.
+        FileNotFoundError: If it does not exist.
+    """
+    path = Path(file).expanduser()
+    if path.is_dir():
+        weights = sorted(str(found.name) for found in path.glob("*.pth"))[:3]
+        there = f", for instance {weights[0]}" if weights else ""
+        raise ValueError(f"{name} {file!r} is a folder: name a file in it{there}")
+    if not path.exists():
+        raise FileNotFoundError(f"{name} {file!r} does not exist")
+    if not path.is_file():
+        raise ValueError(f"{name} {file!r} is a device or a pipe: name a file")
+
+
 def make_output_folder(key: str, folder: str) -> None:
     """Create the folder of a run, and check that it is writable.
 

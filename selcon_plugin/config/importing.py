@@ -21,6 +21,8 @@ _ADDS_KEYS = re.compile(r"add_\w*(config|cfg)")
 _IMPORTS = re.compile(r"^\s*(?:from|import)\s+(\w+)", re.MULTILINE)
 # Modules by the path that was given.
 _imported: dict[str, ModuleType] = {}
+# Names of these modules: another file of such a name replaces it.
+_names: set[str] = set()
 
 
 def import_files(files: Sequence[str]) -> None:
@@ -34,7 +36,7 @@ def import_files(files: Sequence[str]) -> None:
 
     Raises:
         FileNotFoundError: If a file does not exist.
-        ValueError: If a file is not a Python file.
+        ValueError: If a file is not a Python file, or has the name of another module.
     """
     for file in files:
         path = Path(file).resolve()
@@ -55,6 +57,7 @@ def _import(path: Path) -> ModuleType:
     loaded = sys.modules.get(name)
     if loaded is not None and getattr(loaded, "__file__", None) == str(path):
         return loaded
+    _check_name(path, name)
     spec = importlib.util.spec_from_file_location(
         name,
         path,
@@ -69,7 +72,21 @@ def _import(path: Path) -> ModuleType:
         sys.path.append(beside)  # last, so that it hides no installed package
     _prepare(path)
     spec.loader.exec_module(module)
+    _names.add(name)
     return module
+
+
+def _check_name(path: Path, name: str) -> None:
+    """Refuse a file that would replace a module on which others depend, such as random."""
+    is_taken = name in sys.stdlib_module_names or name in sys.modules
+    if not is_taken and name.isidentifier():
+        found = importlib.util.find_spec(name)
+        is_taken = found is not None and "-packages" in str(found.origin)
+    if is_taken and name not in _names:
+        raise ValueError(
+            f"--import {str(path)!r} has the name of the Python module {name}, which it "
+            "would replace: rename the file"
+        )
 
 
 def _prepare(path: Path) -> None:

@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from selcon_plugin.config.checks import check_device
+from selcon_plugin.config.checks import check_device, check_network_file
 from selcon_plugin.datasets import ImageItem, read_image_folder
 from selcon_plugin.datasets.numbering import number_names
 from selcon_plugin.datasets.reading import (
@@ -109,8 +109,7 @@ class Embedder:
             ValueError: If there is no config, or the weights belong to another network.
         """  # noqa: DOC502  (raised by the functions called here)
         file = Path(weights).expanduser()
-        if not file.is_file():
-            raise FileNotFoundError(f"there is no checkpoint {str(weights)!r}")
+        check_network_file("the checkpoint", str(weights))
         place = choose_device(device)
         # Imported late, because an exported model needs neither hosts nor methods.
         from selcon_plugin.hosts import find_network

@@ -46,6 +46,7 @@ from selcon_plugin.inference.onnx import (
     import_extra,
 )
 from selcon_plugin.io.atomic import replacing
+from selcon_plugin.io.output_files import check_output_file
 from selcon_plugin.models.inference import InferenceNetwork
 from selcon_plugin.models.pillow_resize import PillowResize
 from selcon_plugin.renamed import accept_old_arguments
@@ -220,9 +221,10 @@ def export_onnx(
     Raises:
         ExportMismatchError: If the difference is larger; nothing is written.
         ImportError: If onnx or onnxruntime is not installed.
-        ValueError: If ONNX lacks an operation of the network, or this PyTorch lacks it in
-            half precision.
+        ValueError: If ONNX lacks an operation of the network, this PyTorch lacks it in
+            half precision, or an existing file of this name is of another kind.
     """  # noqa: DOC502  (raised by the functions called here)
+    check_output_file(file, name="file", kinds=(".onnx",))
     onnx = import_extra("onnx")
     traced = _in_half_precision(network) if fp16 else network
     model = onnx.load_model_from_string(_traced_onnx(traced, preprocess))
@@ -267,7 +269,9 @@ def export_torchscript(
 
     Raises:
         ExportMismatchError: If the difference is larger; nothing is written.
+        ValueError: If an existing file of this name is of another kind.
     """  # noqa: DOC502  (raised by the functions called here)
+    check_output_file(file, name="file", kinds=(".pt", ".pth"))
     module, example = _module_and_example(network, preprocess)
     metadata = _metadata(network, preprocess=preprocess, fp16=False, license=license)
     stream = io.BytesIO()

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from selcon_plugin.features import BadFeaturesError, check_features
 from selcon_plugin.io.atomic import make_folder, replacing
 from selcon_plugin.io.integrity import DamagedFileError, verify_zip
+from selcon_plugin.io.output_files import check_output_file
 
 _REMEDY = "Create one with selcon extract"
 # What NumPy raises for other files and for damaged ones.
@@ -54,7 +55,11 @@ class FolderFeatures:
 
         Args:
             file: File to write or replace; its folder is created.
-        """
+
+        Raises:
+            ValueError: If an existing file of this name is not a ``.npz`` file.
+        """  # noqa: DOC502  (raised by the functions called here)
+        check_output_file(file, name="file", kinds=(".npz",))
         make_folder(Path(file).parent)
         with replacing(file) as stream:
             np.savez_compressed(

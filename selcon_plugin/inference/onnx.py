@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from selcon_plugin.config.checks import check_network_file
 from selcon_plugin.inference.onnx_safety import check_onnx
 from selcon_plugin.installing import install_command
 from selcon_plugin.models.pillow_resize import PILLOW_FILTERS
@@ -71,8 +72,8 @@ class OnnxNetwork:
 
     def __init__(self, file: str | Path | bytes) -> None:
         name = "the exported network" if isinstance(file, bytes) else str(file)
-        if not isinstance(file, bytes) and not Path(file).is_file():
-            raise FileNotFoundError(f"there is no file {name}")
+        if not isinstance(file, bytes):
+            check_network_file("the exported network", str(file))
         runtime = import_extra("onnxruntime")
         content = file if isinstance(file, bytes) else Path(file).read_bytes()
         check_onnx(import_extra("onnx"), content, name)

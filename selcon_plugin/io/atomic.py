@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +20,7 @@ _REMEDIES = {
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,
     errno.EFBIG: _FULL,
+    errno.EINVAL: "Choose the name of a file",
     errno.EISDIR: "It is a folder: choose another name, or move the folder",
     errno.ENOTDIR: "Part of its path is a file: choose another place, or move that file",
     errno.EEXIST: "A file has this name: choose another name, or move the file",
@@ -103,6 +105,7 @@ def replacing(file: str | Path) -> Iterator[IO[bytes]]:
     """  # noqa: DOC502  (raised by the functions called here)
     partial = f"{file}{_PARTIAL}"
     with _named_errors(file, partial) as streams:
+        _refuse_device(file)
         try:
             # A link of this name would let its target be overwritten.
             with contextlib.suppress(FileNotFoundError):
@@ -119,6 +122,17 @@ def replacing(file: str | Path) -> Iterator[IO[bytes]]:
                 os.unlink(partial)
             raise
     _sync_folder(os.path.dirname(os.path.abspath(file)))
+
+
+def _refuse_device(file: str | Path) -> None:
+    """Refuse /dev/stdout and the like, which an administrator's rename would replace."""
+    try:
+        mode = os.stat(file).st_mode
+    except OSError:
+        return
+    is_file = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+    if not is_file or os.path.dirname(os.path.abspath(file)) in ("/dev", "/dev/fd"):
+        raise FileWriteError(file, OSError(errno.EINVAL, "It is a device or a pipe"))
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 from selcon_plugin.config.host import Host
 from selcon_plugin.distributed import rank
 from selcon_plugin.io.atomic import write_atomically
+from selcon_plugin.io.output_files import check_output_file
 from selcon_plugin.report.collect import FindHost, RunData, collect_run
 from selcon_plugin.report.compare import comparison_page
 from selcon_plugin.report.page import run_page
@@ -20,6 +21,7 @@ from selcon_plugin.report.page import run_page
 __all__ = ["RunData", "collect_run", "finish_run", "write_comparison", "write_report"]
 
 REPORT_FILE = "report.html"
+_PAGES = (".html", ".htm")
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,10 @@ def write_report(
 
     Raises:
         FileNotFoundError: If the folder holds no run.
+        ValueError: If an existing file named ``output`` is not a page.
     """  # noqa: DOC502  (raised by the functions called here)
+    if output:
+        check_output_file(output, name="output", kinds=_PAGES)
     run = collect_run(folder, find_host=find_host)
     if images is None:
         images = run.setting("report_images") is not False
@@ -71,9 +76,11 @@ def write_comparison(
         The file.
 
     Raises:
-        ValueError: If fewer than two folders are given, or one of them twice.
+        ValueError: If fewer than two folders are given, or one of them twice, or an
+            existing file named ``output`` is not a page.
             ``FileNotFoundError`` if a folder contains no run.
     """
+    check_output_file(output, name="output", kinds=_PAGES)
     resolved = [Path(folder).resolve() for folder in folders]
     if len(set(resolved)) < max(2, len(resolved)):
         raise ValueError("a comparison needs at least two runs, each given once")

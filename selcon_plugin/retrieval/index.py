@@ -391,8 +391,9 @@ class Index:
             state, check_texts("camera", camera), check_texts("not_camera", not_camera)
         )
         search = self._search.get(state)
-        # One more result, because one may be left out.
-        count = top + bool(leave_out)
+        # One more result, because one may be left out. There are no more than images, and
+        # the memory of the search grows with the number.
+        count = min(top, max(state.num_live, 1)) + bool(leave_out)
         similarity, rows = find_nearest(state, search, queries, allowed, count)
         results = []
         for number in range(len(queries)):

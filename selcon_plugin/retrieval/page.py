@@ -12,6 +12,7 @@ from PIL import Image
 
 from selcon_plugin.datasets.reading import ImageReadError, read_rgb
 from selcon_plugin.io.atomic import write_atomically
+from selcon_plugin.io.output_files import check_output_file
 from selcon_plugin.report.document import Picture, Section, render_page
 from selcon_plugin.retrieval.results import QueryResult
 
@@ -53,7 +54,11 @@ def write_page(
         summary: Sentence at the top, such as the index and the threshold.
         show_images: Whether to embed thumbnails of the images; otherwise the page contains
             only paths.
-    """
+
+    Raises:
+        ValueError: If an existing file of this name is not a page.
+    """  # noqa: DOC502  (raised by the functions called here)
+    check_output_file(file, name="file", kinds=(".html", ".htm"))
     title = (
         f"Search results of {len(results)} {'query' if len(results) == 1 else 'queries'}"
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from selcon_plugin.config.checks import check_network_file
 from selcon_plugin.features import check_features
 
 if TYPE_CHECKING:
@@ -84,10 +85,12 @@ class NetworkSource:
 
         Raises:
             FileNotFoundError: If the file does not exist.
-        """
+            ValueError: If it is a folder.
+        """  # noqa: DOC502  (raised by the function called here)
         file = Path(self.weights or self.onnx).expanduser()
-        if not file.is_file():
+        if not file.exists():
             raise FileNotFoundError(f"there is no network at {str(file)!r}")
+        check_network_file("the network", str(file))
         return hash_files(file)
 
     def load(self, device: str = "auto") -> Embedder:

@@ -19,7 +19,12 @@ from typing import Any
 
 import yaml
 
-from selcon_plugin.config.checks import check_name, check_output_folder, value_of
+from selcon_plugin.config.checks import (
+    check_name,
+    check_network_file,
+    check_output_folder,
+    value_of,
+)
 from selcon_plugin.config.files import read_config_file
 from selcon_plugin.config.host import Host
 from selcon_plugin.config.host_data import Adaptation
@@ -31,6 +36,7 @@ from selcon_plugin.inference.embedder import Embedder, choose_device
 from selcon_plugin.inference.folder_features import FolderFeatures
 from selcon_plugin.io.atomic import replacing, write_atomically
 from selcon_plugin.io.integrity import file_checksum
+from selcon_plugin.io.output_files import check_output_apart
 from selcon_plugin.io.streams import is_terminal
 from selcon_plugin.methods import method_names
 from selcon_plugin.metrics.label_free import LabelFreeQuality, label_free_quality
@@ -131,11 +137,11 @@ def adapt(
         FileNotFoundError: If a file or folder does not exist.
         RunStopped: If a signal stopped the training; it is a ``SystemExit``.
     """  # noqa: DOC502  (raised by the functions called here)
-    if not Path(settings.weights).expanduser().is_file():
-        raise FileNotFoundError(f"--weights {settings.weights!r} does not exist")
+    check_network_file("--weights", settings.weights)
     if settings.method:
         check_name("--method", settings.method, method_names())
     check_output_folder("--output", str(output))
+    check_output_apart(output, settings.weights, name="--output")
     output = Path(output)
     items = read_image_folder(settings.images, camera_pattern=settings.camera_pattern)
     network = find_network(settings.weights, settings.config_file, settings.backbone)

@@ -49,6 +49,11 @@ def test_versions_of_package_torch_and_hosts(word, capsys):
         (["train", "--config-file", "scl.yml"], "'scl.yml'; did you mean SyntheticPersons"),
         (["train", "SOLVER.MAX_EPOCH", "3", "--resume"], "--resume must stand before"),
         (["report", "\x1b[31m"], "\\x1b[31m"),
+        (["cluster", "--weights", "/", "--images", "x"], "--weights '/' is a folder: name"),
+        (["index", "--onnx", "/", "--images", "x", "--output", "y"], "'/' is a folder"),
+        (["adapt", "--weights", "/", "--images", "x"], "--weights '/' is a folder: name a"),
+        (["extract", "--weights", "/", "--images", "x", "--output", "y"], "is a folder"),
+        (["cluster", "--weights", "/dev/null", "--images", "x"], "a device or a pipe"),
     ],
 )
 def test_mistake_is_one_line_with_a_hint(argv, parts, capsys, tmp_path, monkeypatch):
@@ -60,6 +65,15 @@ def test_mistake_is_one_line_with_a_hint(argv, parts, capsys, tmp_path, monkeypa
     assert output.err.startswith(name)
     assert [part for part in parts.split("; ") if part not in output.err] == []
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["random", "json", "torch", "sklearn"])
+def test_import_does_not_replace_a_module(name, capsys, tmp_path):
+    before = sys.modules.get(name)
+    (tmp_path / f"{name}.py").write_text("x = 1")
+    assert main(["report", "x", "--import", str(tmp_path / f"{name}.py")]) == 2
+    assert f"the name of the Python module {name}" in capsys.readouterr().err
+    assert sys.modules.get(name) is before
 
 
 def raising(error):

@@ -142,6 +142,12 @@ def test_an_eps_without_core_images_is_not_tried() -> None:
     assert asked == [eps for eps in EPS_GRID if eps >= 0.45]
 
 
+def test_the_only_eps_with_core_images_is_taken() -> None:
+    """Enough core images may appear only at the last eps, as with a large min_samples."""
+    graph = two_groups(0.8, 1.0)
+    assert choose_eps(graph, partial(dbscan_labels, graph, min_samples=4), 4) == 0.8
+
+
 @pytest.mark.parametrize(
     "graph",
     [

@@ -81,6 +81,17 @@ def test_search_writes_a_table(made, capsys):
     assert lines[2].split()[0] == "1"
 
 
+def test_query_without_a_result_states_the_reason(made, capsys):
+    index, images = made
+    search = ("search", "--index", index, images / "cam0/p2_0.png")
+    names = {path.name for path in images.iterdir()}
+    cameras = (word for name in names for word in ("--not-camera", name))
+    status, said, _ = run(capsys, *search, *cameras)
+    assert (status, said.splitlines()[-1]) == (0, "  no image is left to compare with")
+    status, said, _ = run(capsys, *search, "--threshold", "1")
+    assert (status, said.splitlines()[-2]) == (0, "  no image reaches the threshold")
+
+
 def test_search_writes_json_for_scripts(made, capsys):
     index, images = made
     query = images / "cam0/p2_0.png"

@@ -85,6 +85,8 @@ def test_flat_search_is_the_sort_of_all_cosines(tmp_path, monkeypatch, rows_at_o
         "/crops/150.jpg",
     ]
     assert len(index.search(queries, top=999)[4]) == 200
+    # As much memory as for all images, not as for ten trillion.
+    assert len(index.search(queries, top=10**13)[4]) == 200
     assert index.kind == "flat"
 
 
