@@ -86,7 +86,6 @@ def _parser() -> CommandParser:
     )
     parser.add_argument(
         "--eps",
-        default="",
         metavar="X",
         help="largest Jaccard distance of neighbors, or auto for unsupervised selection; "
         "default: auto",
@@ -121,12 +120,12 @@ def _parser() -> CommandParser:
     return parser
 
 
-def _labeler_options(labeler: str, eps: str, opts: Sequence[str]) -> dict[str, Any]:
+def _labeler_options(labeler: str, eps: str | None, opts: Sequence[str]) -> dict[str, Any]:
     """Parse the options of the labeler; others are chosen by the number of images."""
     check_name("--labeler", labeler, labeler_names())
     known = labeler_options(labeler)
     pairs = pairs_of(opts)
-    if eps:
+    if eps is not None:  # an empty text, of an unset variable, is no number
         pairs.append(("eps", eps))
     options: dict[str, Any] = {}
     for name, text in pairs:

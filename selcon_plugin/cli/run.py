@@ -45,6 +45,8 @@ def main(argv: list[str]) -> int:
     """
     args = _parser().parse_args(argv)
     script = Path(args.script)
+    if script.is_dir():
+        raise ValueError(f"SCRIPT {args.script!r} is a folder: name a Python file in it")
     if not script.is_file():
         raise FileNotFoundError(f"SCRIPT {args.script!r} does not exist")
     if script.suffix != ".py":

@@ -138,6 +138,8 @@ def check_device(key: str, device: str) -> None:
         known.append("mps")
     if device not in known:
         apple = "" if has_mps else " and no Apple GPU (mps)"
+        if not count:
+            known.remove("cuda")  # it is accepted, but is no advice
         raise ValueError(
             f"{key} must be one of {', '.join(known)} on this machine, which has {count} "
             f"GPUs with CUDA{apple}, got {device!r}"

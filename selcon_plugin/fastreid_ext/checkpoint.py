@@ -11,6 +11,7 @@ from typing import Any
 
 from fastreid.utils.checkpoint import Checkpointer
 
+from selcon_plugin.config.checks import check_network_file
 from selcon_plugin.engine.best_weights import BEST_FILE
 from selcon_plugin.engine.network import EmbeddingNetwork
 from selcon_plugin.fastreid_ext.meta_arch import SelCon
@@ -160,11 +161,12 @@ class SelConCheckpointer(Checkpointer):
 
         Raises:
             FileNotFoundError: If ``path`` does not exist.
-        """
+            ValueError: If it is a folder.
+        """  # noqa: DOC502  (raised by the functions called here)
         if resume and self.has_checkpoint():
             return self._resume()
-        if path and not os.path.isfile(path):
-            raise FileNotFoundError(f"MODEL.WEIGHTS {path!r} does not exist")
+        if path:
+            check_network_file("MODEL.WEIGHTS", path)
         loaded: dict[str, Any] = self.load(path, checkpointables=[])
         return loaded
 

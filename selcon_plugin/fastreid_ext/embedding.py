@@ -25,11 +25,11 @@ def unwrap(model: nn.Module) -> SelCon:
         The SelCon model.
 
     Raises:
-        TypeError: If the model has another meta-architecture.
+        ValueError: If the model has another meta-architecture.
     """
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     if not isinstance(inner, SelCon):
-        raise TypeError(
+        raise ValueError(
             "SelConTrainer trains the meta-architecture SelCon: set "
             f"MODEL.META_ARCHITECTURE to SelCon, not {type(inner).__name__}"
         )

@@ -13,7 +13,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from selcon_plugin.compat.torchreid import import_torchreid
-from selcon_plugin.config.checks import check_name, check_output_folder
+from selcon_plugin.config.checks import check_name, check_network_file, check_output_folder
 from selcon_plugin.datasets import SyntheticPersonsSpec
 from selcon_plugin.datasets.list_files import DatasetReading
 from selcon_plugin.engine.run import seed_all
@@ -274,6 +274,8 @@ def run_config(
         file = cfg.model[key]
         if file and not Path(file).expanduser().exists():
             raise FileNotFoundError(f"model.{key}: there is no checkpoint {file}")
+        if file:
+            check_network_file(f"model.{key}", file)
     if cfg.test.evaluate:
         return _run(cfg, resume=False, overwrite=overwrite)
     with owned_run(check_output_folder("data.save_dir", cfg.data.save_dir)):

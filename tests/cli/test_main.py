@@ -49,6 +49,7 @@ def test_versions_of_package_torch_and_hosts(word, capsys):
         (["train", "--config-file", "scl.yml"], "'scl.yml'; did you mean SyntheticPersons"),
         (["train", "SOLVER.MAX_EPOCH", "3", "--resume"], "--resume must stand before"),
         (["report", "\x1b[31m"], "\\x1b[31m"),
+        (["run", "/"], "SCRIPT '/' is a folder"),
         (["cluster", "--weights", "/", "--images", "x"], "--weights '/' is a folder: name"),
         (["index", "--onnx", "/", "--images", "x", "--output", "y"], "'/' is a folder"),
         (["adapt", "--weights", "/", "--images", "x"], "--weights '/' is a folder: name a"),
@@ -65,6 +66,26 @@ def test_mistake_is_one_line_with_a_hint(argv, parts, capsys, tmp_path, monkeypa
     assert output.err.startswith(name)
     assert [part for part in parts.split("; ") if part not in output.err] == []
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("host", "key"), [("fastreid", "MODEL.WEIGHTS"), ("torchreid", "model.load_weights")]
+)
+def test_weights_of_a_config_that_are_a_folder_are_named(host, key, capsys, tmp_path):
+    pytest.importorskip(host)
+    output = "OUTPUT_DIR" if host == "fastreid" else "data.save_dir"
+    drawn = "SyntheticPersons" if host == "fastreid" else "syntheticpersons"
+    data = (
+        [
+            *("DATASETS.NAMES", f"('{drawn}',)", "DATASETS.TESTS", f"('{drawn}',)"),
+            *("MODEL.META_ARCHITECTURE", "SelCon"),
+        ]
+        if host == "fastreid"
+        else ["data.sources", f"['{drawn}']", "data.targets", f"['{drawn}']"]
+    )
+    settings = [key, str(tmp_path), output, str(tmp_path / "out"), *data]
+    assert main(["eval", "--host", host, *settings]) == 2
+    assert f"{key} '{tmp_path}' is a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["random", "json", "torch", "sklearn"])

@@ -224,6 +224,7 @@ def test_too_little_memory_is_refused_before_anything_is_computed(
         (["--images", ".", "--weights", "none.pth"], "'none.pth' does not exist"),
         (["--images", ".", "--weights", __file__, "--labeler", "DBSCN"], "mean DBSCAN"),
         (["--images", ".", "--weights", __file__, "--eps", "2"], "eps must be"),
+        (["--images", ".", "--weights", __file__, "--eps", ""], "eps must be"),
         (["--images", ".", "--weights", __file__, "k3", "2"], "did you mean k2 or k1"),
         (["--images", ".", "--weights", __file__, "k1"], "k1 has no value"),
         (["--images", ".", "--weights", __file__, "--contact-sheet", "-1"], "draws 1 to"),
