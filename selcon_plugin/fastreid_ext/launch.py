@@ -252,8 +252,11 @@ def _worker(
         )
     except Exception as error:
         # Reported before this process ends: after that the others lose the connection.
-        is_user_error = isinstance(error, _USER_ERRORS)
-        failures.put((rank, is_user_error, str(error), traceback.format_exc()))
+        # A lack of time or space is no mistake of the user, and needs no traceback.
+        is_resource = isinstance(error, ResourceError)
+        is_user_error = isinstance(error, _USER_ERRORS) and not is_resource
+        trace = str(error) if is_resource else traceback.format_exc()
+        failures.put((rank, is_user_error, str(error), trace))
         raise
 
 

@@ -181,7 +181,10 @@ def test_commands_from_a_run_to_features_without_it(
         (["export"], "--weights"),
         (["export", "--weights", "w.pth"], "--onnx FILE, --torchscript FILE"),
         (["export", "--weights", "w.pth", "--torchscript", "x", "--fp16"], "--fp16"),
-        (["export", "--weights", "w.pth", "--onnx", "x"], "no checkpoint 'w.pth'"),
+        (
+            ["export", "--weights", "w.pth", "--onnx", "x"],
+            "the checkpoint 'w.pth' does not exist",
+        ),
         (["extract", "--images", "i", "--output", "o.npz", "--backbone", "b"], "--weights"),
         (
             ["extract", "--images", "i", "--output", "o.npz", "--onnx", "n", "A", "1"],

@@ -20,6 +20,7 @@ from selcon_plugin.fastreid_ext.config import KEYS
 from selcon_plugin.fastreid_ext.embedding import unwrap
 from selcon_plugin.fastreid_ext.launch import launch
 from selcon_plugin.runs.checkpoints import BadCheckpointError
+from selcon_plugin.runs.folder import RunExistsError
 
 STEPS = 3  # of an epoch
 CLUSTERED = {
@@ -199,10 +200,9 @@ def test_best_model_of_an_earlier_part_is_remembered(cfg, tmp_path):
 
 def test_what_a_longer_run_left_is_not_taken_for_the_newest(cfg, tmp_path):
     (tmp_path / "model_0050.pth").write_text("earlier")
-    cfg.MODEL.SELCON.KEEP_CHECKPOINTS = 1
-    train(cfg, tmp_path, resume=False)
-    names = sorted(file.name for file in tmp_path.glob("model_[0-9]*.pth"))
-    assert names == ["model_0001.pth", "model_0050.pth"]
+    with pytest.raises(RunExistsError, match=r"model_0050\.pth"):
+        train(cfg, tmp_path, resume=False)
+    assert [file.name for file in tmp_path.glob("*.pth")] == ["model_0050.pth"]
 
 
 def _train_and_signal_the_second(cfg, folder, step):

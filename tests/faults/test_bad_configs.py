@@ -103,7 +103,7 @@ FASTREID_CASES = [
     ("schedule", {"SOLVER.SCHED": "cosine"}, "SOLVER.SCHED; cosine; CosineAnnealingLR"),
     ("host-network", {"MODEL.META_ARCHITECTURE": "Baseline"}, "META_ARCHITECTURE; SelCon"),
     ("network", {"MODEL.META_ARCHITECTURE": "Selcon"}, "META_ARCHITECTURE; Selcon; SelCon"),
-    ("device", {"MODEL.DEVICE": "gpu"}, "MODEL.DEVICE; gpu; cuda; cpu"),
+    ("device", {"MODEL.DEVICE": "gpu"}, "MODEL.DEVICE; gpu; CUDA; cpu"),
     ("data-set", {D + "NAMES": "('Market',)"}, "DATASETS.NAMES; Market; Market1501"),
     ("test-set", {D + "TESTS": "('Duke',)"}, "DATASETS.TESTS; Duke; DukeMTMC"),
     # --- options that contradict each other

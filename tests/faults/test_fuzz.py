@@ -33,6 +33,7 @@ def tool() -> ModuleType:
     return module
 
 
+@pytest.mark.filterwarnings("ignore:Overwriting")  # a file that another test imported
 def test_commands_succeed_or_end_with_one_line(
     tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
