@@ -50,7 +50,14 @@ SBS = BAGTRICKS | {
     "SOLVER.FREEZE_ITERS": 3,
 }
 IBN = {"MODEL.BACKBONE.WITH_IBN": True}
-R101 = IBN | {"MODEL.BACKBONE.DEPTH": "101x"}
+# So deep a network of random weights gives all images one feature, and equal distances rank
+# in any order: with statistics of the images themselves its features differ.
+R101 = IBN | {
+    "MODEL.BACKBONE.DEPTH": "101x",
+    "TEST.PRECISE_BN.ENABLED": True,
+    "TEST.PRECISE_BN.DATASET": "SyntheticPersons",
+    "TEST.PRECISE_BN.NUM_ITER": 4,
+}
 S50 = {"MODEL.BACKBONE.NAME": "build_resnest_backbone"}
 NETWORKS = {"R50": {}, "R50-ibn": IBN, "R101-ibn": R101, "S50": S50}
 KINDS = {"bagtricks": BAGTRICKS, "AGW": AGW, "sbs": SBS}
