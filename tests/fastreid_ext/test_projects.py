@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from helpers.checkpoints import assert_equal
 from helpers.programs import environment, run_program
+from helpers.trainers import trained
 from selcon_plugin.cli.main import main
 from selcon_plugin.config import importing
 from selcon_plugin.config.importing import add_imported_keys, import_files
@@ -136,13 +137,6 @@ def with_head(cfg: CfgNode, name: str) -> CfgNode:
     cfg.MODEL.HEADS.NORM = "BN"
     cfg.MODEL.HEADS.WITH_BNNECK = True
     return cfg
-
-
-def trained(cfg: CfgNode, *, resume: bool = False) -> SelConTrainer:
-    trainer = SelConTrainer(cfg, show_progress=False)
-    trainer.resume_or_load(resume)
-    trainer.train()
-    return trainer
 
 
 @pytest.mark.parametrize("name", GLOBAL_HEADS)

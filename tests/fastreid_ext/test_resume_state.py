@@ -12,6 +12,7 @@ from fastreid.config import CfgNode
 from fastreid.engine.train_loop import HookBase
 
 from helpers.checkpoints import assert_equal
+from helpers.trainers import trained
 from selcon_plugin.engine.stopping import RunStopped
 from selcon_plugin.fastreid_ext import SelConTrainer
 from selcon_plugin.fastreid_ext.embedding import unwrap
@@ -87,13 +88,6 @@ def configured(cfg: CfgNode, values: dict[str, Any], folder: Path) -> CfgNode:
     for key, value in {**values, "SOLVER.MAX_EPOCH": 3, "OUTPUT_DIR": folder}.items():
         cfg.merge_from_list([key, str(value) if key == "OUTPUT_DIR" else value])
     return cfg
-
-
-def trained(cfg: CfgNode, *, resume: bool = False) -> SelConTrainer:
-    trainer = SelConTrainer(cfg, show_progress=False)
-    trainer.resume_or_load(resume)
-    trainer.train()
-    return trainer
 
 
 @pytest.mark.parametrize("name", FEATURES)

@@ -6,10 +6,9 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch import nn
 
+from helpers.networks import RowMeans
 from selcon_plugin.cli.search import _table
 from selcon_plugin.datasets import read_image_folder
 from selcon_plugin.datasets.reading import read_rgb
@@ -49,20 +48,10 @@ def folder(tmp_path):
     return tmp_path / "crops"
 
 
-class Means(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1))
-
-    def forward(self, images):
-        upper = images[:, :, : images.shape[2] // 2]
-        return torch.cat([images.mean((2, 3)), upper.mean((2, 3))], dim=1) * self.weight
-
-
 @pytest.fixture
 def embedder():
     preprocessing = Preprocessing((8, 4), "bicubic", (120.0,) * 3, (60.0,) * 3)
-    return Embedder(InferenceNetwork(Means(), preprocessing, host="fastreid"))
+    return Embedder(InferenceNetwork(RowMeans(), preprocessing, host="fastreid"))
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from helpers.networks import RowMeans
 from selcon_plugin.datasets.reading import ImageReadError, read_rgb
 from selcon_plugin.engine.image_check import BadImagesError
 from selcon_plugin.hosts import find_config
@@ -19,18 +20,6 @@ from selcon_plugin.models.preprocessing import Preprocessing
 
 MEAN, STD = (10.0, 20.0, 30.0), (2.0, 4.0, 5.0)
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-
-
-class RowMeans(nn.Module):
-    """Each channel's mean, and its mean in the upper half: 6 values known by hand."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1))
-
-    def forward(self, images):
-        upper = images[:, :, : images.shape[2] // 2]
-        return torch.cat([images.mean((2, 3)), upper.mean((2, 3))], dim=1) * self.weight
 
 
 @pytest.fixture

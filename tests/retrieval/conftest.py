@@ -52,3 +52,8 @@ def draw_images(tmp_path):
         return Path(root)
 
     return draw
+
+
+@pytest.fixture
+def folder(draw_images):
+    return draw_images("crops")

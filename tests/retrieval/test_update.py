@@ -12,11 +12,6 @@ from selcon_plugin.retrieval import Index, search
 
 
 @pytest.fixture
-def folder(draw_images):
-    return draw_images("crops")
-
-
-@pytest.fixture
 def index(tmp_path, embedder, folder):
     index = Index.create(tmp_path / "index", embedder)
     added = index.add(folder, embedder)
