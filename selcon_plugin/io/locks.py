@@ -23,6 +23,7 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from selcon_plugin.io.atomic import FileWriteError, make_folder, write_atomically
+from selcon_plugin.io.names import printable
 
 __all__ = ["LOCK_NAMES", "InUseError", "Owner", "exclusive", "owned_file", "owned_folder"]
 
@@ -63,7 +64,14 @@ class Owner:
     command: str = field(default_factory=lambda: _command_line())
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}, since {self.started} ({self.command})"
+        started, command = printable(self.started), printable(self.command)
+        return f"process {self.place}, since {started} ({command})"
+
+    @property
+    def place(self) -> str:
+        """Process id and machine, as they are shown in messages."""
+        # Anything may be in a record that was read: it is a file in a shared folder.
+        return f"{printable(self.pid)} on {printable(self.host)}"
 
 
 @contextlib.contextmanager
@@ -235,10 +243,7 @@ def _command_line() -> str:
     program, *arguments = sys.argv or ["python"]
     file = Path(program)
     name = file.parent.name if file.name == "__main__.py" else file.name
-    text = " ".join([name or "python", *arguments])
-    # Neither control characters nor bytes that are no UTF-8 may reach a terminal or JSON.
-    text = text.encode("utf-8", "replace").decode()
-    return "".join(c if c.isprintable() else "?" for c in text)[:120]
+    return " ".join([name or "python", *arguments])[:120]
 
 
 @contextlib.contextmanager
@@ -306,7 +311,7 @@ def _acquire(
         return
     except Timeout:
         owner = _read_owner(path.with_name(f"{path.name}.owner"))
-    who = "Another process" if owner is None else f"Process {owner.pid} on {owner.host}"
+    who = "Another process" if owner is None else f"Process {owner.place}"
     if on_wait is not None:
         on_wait()
     else:

@@ -273,9 +273,19 @@ def test_owner_refreshes_its_record(tmp_path, monkeypatch):
         assert record.stat().st_mtime > 0
 
 
-def test_command_of_an_owner_is_safe_to_print(monkeypatch):
+def test_owner_is_safe_to_print(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/a/selcon", "train", "a\x1b[31m\udcff\n", "b"])
-    assert locks.Owner().command == "selcon train a?[31m?? b"
+    with (
+        owned_folder(tmp_path),
+        pytest.raises(InUseError) as refused,
+        owned_folder(tmp_path),
+    ):
+        pass
+    # Its record was written and read in between.
+    assert r"(selcon train a\x1b[31m\udcff\x0a b)" in str(refused.value)
+    odd = locks.Owner("7\n", "\u202ehost", "\x1b[2J", "\u2028")
+    assert str(odd) == r"process 7\x0a on \u202ehost, since \x1b[2J (\u2028)"
+    assert odd.place == r"7\x0a on \u202ehost"
 
 
 def test_wait_ends_after_its_time_with_the_owner(tmp_path):
