@@ -148,6 +148,18 @@ class SelConCheckpointer(Checkpointer):
             return None
         return float(content["metric"])
 
+    def holds_final(self, epochs: int) -> bool:
+        """Return whether the final checkpoint is readable and of so many epochs.
+
+        Args:
+            epochs: Number of epochs that it must have been trained for, or more.
+        """
+        try:
+            content = read_checkpoint(Path(self.save_dir, f"{FINAL}.pth"), _REQUIRED)
+        except (FileNotFoundError, BadCheckpointError):
+            return False
+        return int(content["epoch"]) + 1 >= epochs
+
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Resume from the last checkpoint, or load network weights from ``path``.
 

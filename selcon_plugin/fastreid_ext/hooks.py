@@ -12,6 +12,7 @@ from fastreid.engine.train_loop import HookBase
 
 from selcon_plugin.engine.progress import TrainingProgress
 from selcon_plugin.engine.run import TrainingRun
+from selcon_plugin.fastreid_ext.checkpoint import BEST, FINAL
 
 
 class MethodHook(HookBase):
@@ -190,6 +191,25 @@ class CheckpointHook(PeriodicCheckpointer):
         # FastReID uses the name of the first test set, but here is none.
         self.max_epoch = self.trainer.max_epoch
         self.metric_name = "metric"
+
+    def step(self, epoch: int, **kwargs: Any) -> None:
+        """Save the epoch if it is due, after the best model if it is that.
+
+        FastReID's own method saves the last epoch with the metric of an earlier best model.
+
+        Args:
+            epoch: Index of the finished epoch, counted from 0.
+            **kwargs: Entries of the checkpoint; ``metric`` selects the best model.
+        """
+        is_last = epoch + 1 >= self.max_epoch
+        if not is_last and (epoch + 1) % self.period:
+            return
+        entries = {"epoch": epoch, **kwargs}
+        if entries["metric"] > self.best_metric:
+            self.best_metric = entries["metric"]
+            self.checkpointer.save(BEST, **entries)
+        name = FINAL if is_last else f"model_{epoch:04d}"
+        self.checkpointer.save(name, **entries)
 
     def after_epoch(self) -> None:
         """Save every ``period`` epochs, then delete checkpoints that are too old."""

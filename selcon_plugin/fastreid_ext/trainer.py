@@ -384,8 +384,9 @@ class SelConTrainer(DefaultTrainer):
             with EventStorage(self._first_step) as self.storage:
                 self._evaluate_resumed_epoch()
             return self._last_eval_results if comm.is_main_process() else None
-        if not (Path(self.cfg.OUTPUT_DIR) / f"{checkpoint.FINAL}.pth").exists():
-            # The run was killed between the last epoch's best and final checkpoints.
+        if not self.checkpointer.holds_final(self.max_epoch):
+            # It was killed between the last epoch's best and final checkpoints, or the
+            # final one is damaged: what was resumed is the best one, of the same state.
             self.checkpointer.save(checkpoint.FINAL, **self._resumed)
         return self.test(self.cfg, self.model)
 

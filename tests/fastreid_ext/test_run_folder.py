@@ -1,6 +1,8 @@
 """A run in FastReID: nothing of another run is mixed in, lost, or taken for its own."""
 
+import os
 import random
+import shutil
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from helpers.checkpoints import assert_equal
 from selcon_plugin.cli import main
 from selcon_plugin.fastreid_ext import SelConTrainer
 from selcon_plugin.fastreid_ext.checkpoint import SelConCheckpointer
+from selcon_plugin.io.atomic import save_atomically
 from selcon_plugin.runs.folder import RunExistsError
 from selcon_plugin.runs.metrics import read_metrics
 
@@ -117,6 +120,30 @@ def test_flipped_bit_in_the_last_checkpoint_falls_back_with_a_line(
         else:  # a bit between the records
             assert_equal(trainer.model.state_dict(), expected["model"])
     assert noticed > 6
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "of an epoch less"])
+def test_last_checkpoint_of_a_complete_run_is_restored_from_the_best(
+    tiny_cfg, folder, damage
+):
+    """The best model is a whole checkpoint, here that of the last epoch."""
+    last = folder / "model_final.pth"
+    expected = torch.load(last, weights_only=True)
+    best = torch.load(folder / "model_best.pth", weights_only=True)
+    if best["epoch"] < 1:
+        save_atomically(expected, folder / "model_best.pth")
+    if damage == "cut":
+        os.truncate(last, last.stat().st_size // 2)
+    elif damage == "gone":
+        last.unlink()
+    else:  # of the shorter training that this run extends
+        shutil.copy(folder / "model_0000.pth", last)
+        (folder / "run.json").unlink()
+        (folder / "last_checkpoint").write_text("model_best.pth")
+    trainer = train(tiny_cfg, resume=True)
+    assert trainer.start_epoch == 2
+    assert_equal(torch.load(last, weights_only=True), expected)
+    assert trainer.checkpointer.folder.last == "model_final.pth"
 
 
 def test_best_model_survives_a_kill_next_to_its_checkpoint(tiny_cfg, tmp_path, monkeypatch):
