@@ -206,6 +206,36 @@ def test_failed_run_is_reported_and_does_not_end_the_others(tiny_values, tmp_pat
     assert (output / "good" / "seed0" / "results.json").exists()
 
 
+def test_second_bench_in_a_folder_is_refused_and_the_first_one_ends_unharmed(
+    tiny_values, tmp_path, monkeypatch
+):
+    config = write_config(tmp_path / "a.yml", tiny_values | {"SOLVER.MAX_EPOCH": 1})
+    output = tmp_path / "out"
+    arguments = ["--configs", config, "--seeds", 1, "--output", output]
+    seconds = []
+
+    def begin_a_second_one(_text):
+        if not seconds:
+            before = content(output)
+            seconds.append(programs.run_program("-m", "selcon_plugin", "bench", *arguments))
+            assert content(output) == before
+
+    def content(folder):
+        return {file: file.read_bytes() for file in folder.glob("**/bench.yaml")}
+
+    monkeypatch.setattr(bench_runs, "_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(bench_runs, "show_status", begin_a_second_one)
+    status, text = run_bench(*arguments)
+    assert seconds[0].returncode == 2
+    error = seconds[0].stderr.strip().splitlines()[-1]
+    for part in (f"{output} is in use by", f"process {os.getpid()} ", "another output"):
+        assert part in error
+    assert (status, "[1/1] a seed 0: in " in text) == (0, True)
+    assert "1 of 1" not in (output / "table.md").read_text()  # none failed
+    assert (output / "a" / "seed0" / "results.json").exists()
+    assert not list(output.glob(".*"))
+
+
 @pytest.mark.parametrize(
     ("log", "text"),
     [

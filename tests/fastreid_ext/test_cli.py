@@ -43,6 +43,14 @@ def results_of(folder):
     return json.loads((Path(folder) / "results.json").read_text())
 
 
+def wait_until(reached, process):
+    deadline = time.monotonic() + 120
+    while not reached():
+        assert process.poll() is None, process.output()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
 def test_killed_run_resumes_to_the_weights_of_the_unbroken_one(
     selcon, tiny_values, tmp_path
 ):
@@ -52,11 +60,7 @@ def test_killed_run_resumes_to_the_weights_of_the_unbroken_one(
     broken = tmp_path / "broken"
     command = [*SELCON, "train", *options(tiny_values | epochs | {"OUTPUT_DIR": broken})]
     process = Program(*command)
-    deadline = time.monotonic() + 120
-    while not (broken / "model_0002.pth").exists():
-        assert process.poll() is None, process.output()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_until((broken / "model_0002.pth").exists, process)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not (broken / "model_final.pth").exists(), "the run ended before it was killed"
@@ -156,6 +160,45 @@ def test_folder_without_structure_trains_and_gives_features(selcon, tmp_path, me
     assert len(written["paths"]) == 15
     assert (written["camids"] == -1).all()
     assert np.allclose(np.linalg.norm(written["features"], axis=1), 1, atol=1e-5)
+
+
+def test_second_extraction_to_a_file_is_refused_and_the_first_one_ends_unharmed(
+    selcon, tiny_values, tmp_path, messy_folder
+):
+    values = {"MODEL.SELCON.MAX_UNREADABLE_RATIO": 0.2, "MODEL.BACKBONE.PRETRAIN": False}
+    run = tmp_path / "run"
+    trained = selcon("train", "--images", messy_folder, **values, OUTPUT_DIR=run)
+    assert trained.returncode == 0, trained.stderr
+    values["MODEL.WEIGHTS"] = run / "model_final.pth"
+
+    def command(name):
+        words = ["extract", "--images", messy_folder, "--output", tmp_path / name]
+        return [*words, *options(tiny_values | values)]
+
+    expected = run_program(*SELCON, *command("alone.npz"))
+    assert expected.returncode == 0, expected.stderr
+    first = Program(*SELCON, *command("out.npz"))
+    record = tmp_path / ".out.npz.in_use.json"
+    wait_until(record.exists, first)
+    first.send_signal(signal.SIGSTOP)  # it holds the file for as long as the second one runs
+    try:
+        second = run_program(*SELCON, *command("out.npz"))
+        other = run_program(*SELCON, *command("other.npz"))
+    finally:
+        first.send_signal(signal.SIGCONT)
+    assert second.returncode == 2
+    error = second.stderr.strip().splitlines()[-1]
+    for part in (str(tmp_path / "out.npz"), f"process {first.pid} ", "another output"):
+        assert part in error
+    assert other.returncode == 0, other.stderr  # another file of the same folder is free
+    assert first.wait(120) == 0, first.output()
+    arrays = [dict(np.load(tmp_path / f"{name}.npz")) for name in ("alone", "out", "other")]
+    for name, value in arrays[0].items():
+        assert all(np.array_equal(value, found[name]) for found in arrays[1:]), name
+    assert sorted(file.name for file in tmp_path.glob("*.npz*")) == [
+        *("alone.npz", "other.npz", "out.npz")
+    ]
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_two_processes_under_torchrun(tiny_values, tmp_path):
