@@ -13,6 +13,7 @@ from fastreid.engine.train_loop import HookBase
 from selcon_plugin.engine.progress import TrainingProgress
 from selcon_plugin.engine.run import TrainingRun
 from selcon_plugin.fastreid_ext.checkpoint import BEST, FINAL
+from selcon_plugin.fastreid_ext.writers import write_metrics
 
 
 class MethodHook(HookBase):
@@ -204,6 +205,7 @@ class CheckpointHook(PeriodicCheckpointer):
         is_last = epoch + 1 >= self.max_epoch
         if not is_last and (epoch + 1) % self.period:
             return
+        write_metrics(self.trainer._hooks)
         entries = {"epoch": epoch, **kwargs}
         if entries["metric"] > self.best_metric:
             self.best_metric = entries["metric"]

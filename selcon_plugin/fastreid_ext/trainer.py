@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from fastreid.config import CfgNode
-from fastreid.engine import hooks as host_hooks
 from fastreid.engine.defaults import DefaultTrainer
 from fastreid.engine.train_loop import HookBase, TrainerBase
 from fastreid.evaluation import ReidEvaluator
@@ -48,7 +47,7 @@ from selcon_plugin.fastreid_ext.train_step import (
     AccumulatingTrainer,
     distribute,
 )
-from selcon_plugin.fastreid_ext.writers import build_writers
+from selcon_plugin.fastreid_ext.writers import build_writers, write_metrics
 from selcon_plugin.features import Embeddings
 from selcon_plugin.io.atomic import named_write_error
 from selcon_plugin.models.finite import check_state
@@ -248,6 +247,8 @@ class SelConTrainer(DefaultTrainer):
             images = images_to_resume_with(self.cfg.OUTPUT_DIR, present)
             if images is not present:
                 self._rebuild(images)
+        elif resume:
+            self.checkpointer.folder.resume_from_start()
         loaded = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if resuming:
             self.start_epoch = loaded["epoch"] + 1
@@ -385,8 +386,8 @@ class SelConTrainer(DefaultTrainer):
                 self._evaluate_resumed_epoch()
             return self._last_eval_results if comm.is_main_process() else None
         if not self.checkpointer.holds_final(self.max_epoch):
-            # It was killed between the last epoch's best and final checkpoints, or the
-            # final one is damaged: what was resumed is the best one, of the same state.
+            # The best one was resumed; the run was killed before the final one, or that
+            # one is damaged.
             self.checkpointer.save(checkpoint.FINAL, **self._resumed)
         return self.test(self.cfg, self.model)
 
@@ -430,18 +431,16 @@ class SelConTrainer(DefaultTrainer):
         An epoch before the last one is saved as a stopped run: a run that resumes from it
         evaluates it. The last one gets its final name.
         """
+        write_metrics(self._hooks)
         last = self.epoch + 1 == self.max_epoch
         name = checkpoint.FINAL if last else checkpoint.STOPPED
         self.checkpointer.save(name, epoch=self.epoch, **{checkpoint.UNEVALUATED: True})
 
     def _save_stopped(self, steps_done: int) -> None:
-        self.checkpointer.save(
-            checkpoint.STOPPED, epoch=self.epoch - 1, steps_done=steps_done
-        )
-        for hook in self._hooks:
-            # Metrics are flushed, if there are any.
-            if isinstance(hook, host_hooks.PeriodicWriter) and self.iter > self.start_iter:
-                hook.after_epoch()
+        if self.iter > self.start_iter:  # there are metrics
+            write_metrics(self._hooks, everywhere=True)
+        done = {"epoch": self.epoch - 1, "steps_done": steps_done}
+        self.checkpointer.save(checkpoint.STOPPED, **done)
 
     def before_train(self) -> None:
         """Call the hooks before the training."""

@@ -45,9 +45,10 @@ logger = logging.getLogger(__name__)
 
 RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
 # What nobody can train again in a moment. A folder with one of these holds a run.
+_BEST = ("best_without_labels.pth", "model/best_without_labels.pth")
 _RESULTS = (
-    *("results.json", "best_without_labels.pth", "model_*.pth"),
-    *("model/model.pth.tar-*", "model/model-*.pth.tar", "model/best_without_labels.pth"),
+    *("results.json", "model_*.pth", "model/model.pth.tar-*", "model/model-*.pth.tar"),
+    *_BEST,
 )
 # All files of a run; those of the host's log are continued.
 _FILES = (
@@ -114,6 +115,7 @@ class RunFolder:
     def __init__(self, path: str | Path, *, overwrite: bool = False) -> None:
         self.path = Path(path) if str(path) else None
         self._overwrite = overwrite
+        self._resumes = False
         self._last, self._config = "", ""
         self.identity = ""
 
@@ -121,6 +123,13 @@ class RunFolder:
     def holds_run(self) -> bool:
         """Return whether there are results or checkpoints of an earlier run."""
         return bool(self._results())
+
+    def resume_from_start(self) -> None:
+        """Let a run that is to resume start over, as it has no checkpoint yet.
+
+        The best weights of its first epochs are moved aside then.
+        """
+        self._resumes = True
 
     def check_new(self) -> None:
         """Refuse to begin a new run where another one is.
@@ -262,7 +271,8 @@ class RunFolder:
     def _results(self) -> list[str]:
         if self.path is None or not self.has_begun:
             return []
-        return _found(self.path, _RESULTS)
+        ignored = _BEST if self._resumes else ()
+        return _found(self.path, tuple(name for name in _RESULTS if name not in ignored))
 
     def _files(self) -> list[Path]:
         assert self.path is not None

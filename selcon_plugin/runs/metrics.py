@@ -81,6 +81,8 @@ def append_metrics(folder: str | Path, step: int, measured: Mapping[str, float])
     try:
         with file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"iteration": step, **finite}, sort_keys=True) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())  # before a checkpoint, after which nothing repeats it
     except OSError as error:
         raise FileWriteError(file, error) from error
 

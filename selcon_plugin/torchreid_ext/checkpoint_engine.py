@@ -69,6 +69,7 @@ class CheckpointEngine(ScriptEngine):
         self._overwrite, self._config = overwrite, config
         self._folder = RunFolder("")
         self._resumed_in: Path | None = None  # folder of the run that was resumed
+        self._to_resume_in: Path | None = None  # folder of a run without a checkpoint
 
     def _build_run(self, images: IndexedReIDImages) -> TrainingRun:
         raise NotImplementedError
@@ -80,6 +81,8 @@ class CheckpointEngine(ScriptEngine):
         """Own the folder of the run, and begin or continue the run in it."""
         save_dir = arguments["save_dir"]
         self._folder = RunFolder(save_dir, overwrite=self._overwrite)
+        if self._to_resume_in == Path(save_dir).resolve():
+            self._folder.resume_from_start()
         resumed = bool(arguments["start_epoch"] or self._steps_done)
         if self._resumed_in is not None:
             # A run that resumes from the checkpoint of another folder is new in this one.
@@ -163,6 +166,7 @@ class CheckpointEngine(ScriptEngine):
                     for name, part in self._stateful().items()
                 },
                 "steps_done": steps_done,
+                "unevaluated": self._unevaluated,
             },
         }
         if self.scheduler is not None:
@@ -180,11 +184,15 @@ class CheckpointEngine(ScriptEngine):
             The epoch to resume with, for ``run(start_epoch=...)``.
 
         Raises:
+            FileNotFoundError: If there is no checkpoint.
             ValueError: If the checkpoint is not from this engine, is unreadable, or belongs
                 to a run with other settings, images or another model.
-                ``FileNotFoundError`` if there is none.
         """  # noqa: DOC502  (raised by the functions called here)
-        file, checkpoint = read_run(Path(path).expanduser())
+        try:
+            file, checkpoint = read_run(Path(path).expanduser())
+        except FileNotFoundError:
+            self._to_resume_in = Path(path).expanduser().resolve()
+            raise
         entry = checkpoint[RUN_ENTRY]
         run_folder = file.parent.parent
         present = self.train_loader.dataset
@@ -207,5 +215,6 @@ class CheckpointEngine(ScriptEngine):
         self._resumed_in = run_folder.resolve()
         self.start_epoch = self._epochs_trained = int(checkpoint["epoch"])
         self._steps_done = entry.get("steps_done", 0)
+        self._unevaluated = entry.get("unevaluated", False)
         logger.info("Resumed from %s, at epoch %d", file, self.start_epoch + 1)
         return self.start_epoch

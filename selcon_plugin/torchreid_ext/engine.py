@@ -264,7 +264,8 @@ class ImageSelConEngine(CheckpointEngine):
         self.check_run(call.arguments)
         self._save_dir = self._training.folder = save_dir
         if call.arguments["start_epoch"] != self.start_epoch:
-            self._steps_done = 0  # they belong to another epoch
+            # They belong to another epoch.
+            self._steps_done, self._unevaluated = 0, False
         with messages_shown():
             if call.arguments.get("test_only"):
                 super().run(*call.args, **call.kwargs)
@@ -274,7 +275,14 @@ class ImageSelConEngine(CheckpointEngine):
                 self.write_results(save_dir, max_epoch)
 
     def _run_or_test(self, call: inspect.BoundArguments, max_epoch: int) -> None:
-        if max_epoch <= call.arguments["start_epoch"]:
+        is_complete = max_epoch <= call.arguments["start_epoch"]
+        if self._unevaluated:
+            self._prepare_network()
+            with self._signals:
+                self._evaluate_resumed_epoch(call.arguments)
+            if is_complete:
+                return
+        if is_complete:
             # torchreid would save the end of the run as its first epoch.
             logger.info("The run is complete: nothing to train")
             call.arguments |= {"test_only": True, "rerank": False}
@@ -320,6 +328,7 @@ class ImageSelConEngine(CheckpointEngine):
                 self._end_of_training()
         done, period = self.epoch + 1, self._checkpoint_period
         self._epochs_trained, self._unsaved = done, True
+        self._unevaluated = self._is_evaluated(done)
         if period and done % period == 0 and done < self.max_epoch:
             self.save_model(self.epoch, 0.0, self._save_dir)
 

@@ -65,6 +65,7 @@ class EvaluationEngine(_Engine):
         self.results: dict[str, dict[str, float]] = {}
         self._save_dir = ""
         self._step = 0  # optimizer steps done; 0 for an evaluation without a run
+        self._unevaluated = False  # whether the evaluation of the trained epoch is due
 
     def _before_evaluation(self) -> None:
         """Prepare the network for evaluation; the base class does nothing."""
@@ -106,6 +107,7 @@ class EvaluationEngine(_Engine):
             return 0.0
         self._before_evaluation()
         rank1: float = super().test(*args, **kwargs)
+        self._unevaluated = False
         return rank1
 
     def extract_features(self, input: Tensor) -> Tensor:

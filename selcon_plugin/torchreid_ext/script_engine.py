@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from selcon_plugin.runs.results import RunMeter, write_results
+from selcon_plugin.torchreid_ext.data import EpochLoader
 from selcon_plugin.torchreid_ext.datasets import plain_name
 from selcon_plugin.torchreid_ext.evaluation import EvaluationEngine
 from selcon_plugin.torchreid_ext.layers import find_layers, open_only
@@ -34,6 +36,7 @@ class ScriptEngine(EvaluationEngine):
     _network: SelConModel
     _engine_options: EngineOptions
     _num_instances: int
+    train_loader: EpochLoader
     meter: RunMeter
     num_clusters: int | None
 
@@ -77,6 +80,26 @@ class ScriptEngine(EvaluationEngine):
             find_layers(
                 self._network, layers, key=(keys or {}).get("open_layers", "open_layers")
             )
+
+    def _is_evaluated(self, epochs: int) -> bool:
+        """Return whether torchreid's ``run`` evaluates after so many epochs."""
+        given = self._checked
+        period = given.get("eval_freq", -1)
+        due = period > 0 and epochs >= given.get("start_eval", 0) and not epochs % period
+        return bool(self.test_loader) and (due or epochs == self.max_epoch)
+
+    def _evaluate_resumed_epoch(self, arguments: Mapping[str, Any]) -> None:
+        """Evaluate the epoch whose evaluation was killed after it was saved.
+
+        Args:
+            arguments: Arguments of :meth:`run` by name.
+        """
+        self.epoch = self.start_epoch - 1
+        self._step = self.start_epoch * len(self.train_loader)
+        # What torchreid's run passes on.
+        names = set(inspect.signature(super().test).parameters) - {"rerank"}
+        rank1 = self.test(**{name: arguments[name] for name in names & arguments.keys()})
+        self.save_model(self.epoch, rank1, arguments["save_dir"])
 
     def two_stepped_transfer_learning(
         self, epoch: int, fixbase_epoch: int, open_layers: Any, model: Any = None

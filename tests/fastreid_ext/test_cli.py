@@ -180,7 +180,9 @@ def test_second_extraction_to_a_file_is_refused_and_the_first_one_ends_unharmed(
     first = Program(*SELCON, *command("out.npz"))
     record = tmp_path / ".out.npz.in_use.json"
     wait_until(record.exists, first)
-    first.send_signal(signal.SIGSTOP)  # it holds the file for as long as the second one runs
+    first.send_signal(
+        signal.SIGSTOP
+    )  # it holds the file for as long as the second one runs
     try:
         second = run_program(*SELCON, *command("out.npz"))
         other = run_program(*SELCON, *command("other.npz"))

@@ -122,6 +122,17 @@ def test_flipped_bit_in_the_last_checkpoint_falls_back_with_a_line(
     assert noticed > 6
 
 
+def test_run_without_a_checkpoint_resumes_from_its_start(tiny_cfg, tmp_path):
+    best = tmp_path / "out" / "best_without_labels.pth"
+    best.parent.mkdir()
+    best.write_text("of a run that was killed before its first checkpoint")
+    with pytest.raises(RunExistsError, match=rf"holds a run .{best.name}"):
+        train(tiny_cfg)
+    assert train(tiny_cfg, resume=True).start_epoch == 0
+    assert not best.exists()
+    assert list(best.parent.glob(f"old-*/{best.name}"))
+
+
 @pytest.mark.parametrize("damage", ["cut", "gone", "of an epoch less"])
 def test_last_checkpoint_of_a_complete_run_is_restored_from_the_best(
     tiny_cfg, folder, damage

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from fastreid.config import CfgNode
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from helpers.checkpoints import assert_equal
 from selcon_plugin.fastreid_ext import SelConTrainer
@@ -34,6 +36,30 @@ def run(cfg: CfgNode, kind: type[SelConTrainer], *, resume: bool = False) -> Sel
 
 def entries(folder: Path, name: str) -> dict:
     return torch.load(folder / name, weights_only=True)
+
+
+def scalars_of(folder: Path) -> dict[str, list[int]]:
+    """Return the steps of each scalar in TensorBoard's files."""
+    found = EventAccumulator(str(folder)).Reload()
+    return {
+        name: [event.step for event in found.Scalars(name)]
+        for name in found.Tags()["scalars"]
+    }
+
+
+def test_metrics_and_tensorboard_hold_each_evaluation_once(tiny_cfg: CfgNode) -> None:
+    """The last one too, and that of an epoch at whose last step all is written anyway."""
+    tiny_cfg.TEST.EVAL_PERIOD = 1
+    tiny_cfg.MODEL.SELCON.ITERS_PER_EPOCH = 3
+    trainer = run(tiny_cfg, SelConTrainer)
+    folder = Path(tiny_cfg.OUTPUT_DIR)
+    lines = [json.loads(line) for line in (folder / "metrics.json").open()]
+    steps = [line["iteration"] for line in lines if "mAP" in line]
+    assert steps == [2, 5]
+    assert [line["iteration"] for line in lines if "total_loss" in line] == [2, 5]
+    assert lines[-1]["mAP"] == pytest.approx(trainer.results["mAP"])
+    written = scalars_of(folder)
+    assert written["mAP"] == written["total_loss"] == [2, 5]
 
 
 @pytest.mark.parametrize("period", [2, 0, 1, 5])

@@ -54,6 +54,26 @@ def test_each_result_counts_as_a_run(tmp_path, name):
         RunFolder(tmp_path).check_new()
 
 
+@pytest.mark.parametrize(
+    "name", ["best_without_labels.pth", "model/best_without_labels.pth"]
+)
+def test_best_weights_are_moved_aside_where_a_run_resumes_from_its_start(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("x")
+    run = RunFolder(tmp_path)
+    run.resume_from_start()
+    with run.running(resumed=False):
+        assert not (tmp_path / name).exists()
+    (aside,) = tmp_path.glob("old-*")
+    assert (aside / name).read_text() == "x"
+    # Whatever else a run has left is still in the way.
+    for other in ("results.json", "model_best.pth"):
+        (tmp_path / other).write_text("x")
+        with pytest.raises(RunExistsError, match=f"holds a run .{other}"):
+            run.check_new()
+        (tmp_path / other).unlink()
+
+
 def test_what_is_no_run_is_no_obstacle(tmp_path):
     for name in (
         "config.yaml",

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 
+from helpers.checkpoints import assert_equal
 from helpers.engines import CLUSTERING, NETWORK, assert_equal_states, checkpoints_in, run
 from selcon_plugin.compat.torchreid import import_torchreid
 from selcon_plugin.io.locks import InUseError
@@ -242,6 +243,65 @@ def test_script_that_changed_is_refused_with_what_changed(
     # What changes no weight of the past may change.
     free = {"keep_checkpoints": 2, "diagnostics_period": 1, "on_nonfinite": "stop"}
     assert make_engine(iters_per_epoch=1, **method, **free).resume(tmp_path) == 1
+
+
+def test_run_without_a_checkpoint_resumes_from_its_start(make_engine, tmp_path):
+    best = tmp_path / "model" / "best_without_labels.pth"
+    best.parent.mkdir()
+    best.write_text("of a run that was killed before its first checkpoint")
+    with pytest.raises(RunExistsError, match=rf"holds a run .model/{best.name}"):
+        run(make_engine(iters_per_epoch=1), tmp_path, 1)
+    engine = make_engine(iters_per_epoch=1)
+    with pytest.raises(FileNotFoundError):
+        engine.resume(tmp_path)
+    run(engine, tmp_path, 1)
+    assert not best.exists()
+    assert list(tmp_path.glob(f"old-*/model/{best.name}"))
+
+
+@pytest.mark.parametrize("period", [1, 0])
+def test_evaluation_that_was_killed_is_caught_up_on(
+    make_engine, tmp_path, monkeypatch, period
+):
+    """Of an epoch in between, and of the last one."""
+    options = {"iters_per_epoch": 1, "checkpoint_period": period}
+    whole = run(make_engine(**options), tmp_path / "whole", 2, eval_freq=1)
+
+    def fail(*_, **__):
+        raise MemoryError("evaluation")
+
+    for epoch in (1, 2):
+        engine = make_engine(**options)
+        if epoch > 1:
+            assert engine.resume(tmp_path / "broken") == epoch - 1
+        with monkeypatch.context() as patch:
+            patch.setattr(ImageSelConEngine, "_evaluate", fail)
+            with pytest.raises(MemoryError):
+                run(engine, tmp_path / "broken", 2, eval_freq=1)
+        engine = make_engine(**options)
+        assert engine.resume(tmp_path / "broken") == epoch
+        if epoch == 1:
+            # What it catches up on is saved, whatever happens next.
+            with monkeypatch.context() as patch:
+                patch.setattr(ImageSelConEngine, "train", fail)
+                with pytest.raises(MemoryError):
+                    run(engine, tmp_path / "broken", 2, eval_freq=1)
+        else:
+            run(engine, tmp_path / "broken", 2, eval_freq=1)
+    evaluated = [
+        {line["iteration"]: line["mAP"] for line in read_metrics(file) if "mAP" in line}
+        for file in (tmp_path / "whole/metrics.json", tmp_path / "broken/metrics.json")
+    ]
+    assert evaluated[0] == evaluated[1]
+    assert list(evaluated[0]) == [0, 1]
+    assert engine.results == whole.results
+    for epoch in (1, 2):
+        name = f"model/model.pth.tar-{epoch}"
+        ends = [
+            torch.load(tmp_path / place / name, weights_only=True)
+            for place in ("whole", "broken")
+        ]
+        assert_equal(*ends, name)
 
 
 def test_second_run_in_the_same_folder_at_once_is_refused(make_engine, tmp_path):
