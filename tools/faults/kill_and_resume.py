@@ -484,7 +484,10 @@ def truncate_newest(folder: Path, host: str, fraction: float) -> int:
 def compare(whole: Path, broken: Path, host: str) -> list[str]:
     """List the differences between the final states of two runs."""
     name = f"model/model.pth.tar-{EPOCHS}" if host == "torchreid" else "model_final.pth"
-    ends = [torch.load(run / name, weights_only=True) for run in (whole, broken)]
+    try:
+        ends = [torch.load(run / name, weights_only=True) for run in (whole, broken)]
+    except Exception as error:  # of whatever kind a damaged file raises
+        return [f"the last checkpoint cannot be read: {error}"]
     results = [json.loads((run / "results.json").read_text()) for run in (whole, broken)]
     for key in ("metrics", "num_clusters", "steps"):
         for end, result in zip(ends, results, strict=True):
