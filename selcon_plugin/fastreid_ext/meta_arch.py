@@ -15,6 +15,7 @@ from selcon_plugin.engine.network import EmbeddingNetwork, usable_parts
 from selcon_plugin.fastreid_ext.config import complete_config, selected_method_options
 from selcon_plugin.fastreid_ext.host_heads import build_head, head_embeddings, select_head
 from selcon_plugin.fastreid_ext.host_values import input_size
+from selcon_plugin.io.responses import close_responses
 from selcon_plugin.io.safe_loading import MIN_LOADED_RATIO, data_only, loading_noted
 from selcon_plugin.methods import method_class
 from selcon_plugin.models.preprocessing import Preprocessing
@@ -134,6 +135,7 @@ def _build_backbone(cfg: CfgNode) -> nn.Module:
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         if node.NAME in _OWN_BACKBONES:
             raise  # the error names the keys already
+        close_responses(error)  # FastReID downloads some weights
         raise ValueError(
             f"MODEL.BACKBONE.NAME {node.NAME} with DEPTH {node.DEPTH!r}, PRETRAIN "
             f"{node.PRETRAIN} and PRETRAIN_PATH {node.PRETRAIN_PATH!r} cannot be built: "

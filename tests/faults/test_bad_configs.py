@@ -18,6 +18,7 @@ from selcon_plugin.cli.main import main
 from selcon_plugin.datasets import generate_synthetic_persons
 from selcon_plugin.fastreid_ext import SelConTrainer
 from selcon_plugin.torchreid_ext import ImageSelConEngine
+from selcon_plugin.torchreid_ext.datasets import image_datasets
 
 # CPU time of this process. A case takes a fraction of 1; the first imports packages.
 SECONDS = 20
@@ -332,6 +333,13 @@ TORCHREID_CASES = [
         "other.pth; checkpoint of a run",
     ),
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_download(monkeypatch):
+    """Nothing answers at the address from which torchreid downloads a missing data set."""
+    market = image_datasets()["market1501"]
+    monkeypatch.setattr(market, "dataset_url", "http://127.0.0.1:9/market.zip")
 
 
 @pytest.fixture(scope="module")
