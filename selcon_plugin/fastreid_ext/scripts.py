@@ -21,10 +21,12 @@ from fastreid.config import CfgNode
 from fastreid.engine.defaults import DefaultTrainer
 from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
 
+from selcon_plugin.compat.faiss import offer_gpu_names
 from selcon_plugin.compat.shared import PATCHED
 from selcon_plugin.fastreid_ext.config import add_selcon_config, complete_config
 from selcon_plugin.fastreid_ext.launch import launch, under_torchrun
 from selcon_plugin.fastreid_ext.meta_arch import SelCon
+from selcon_plugin.fastreid_ext.own_evaluators import register_inference
 from selcon_plugin.fastreid_ext.trainer import SelConTrainer
 
 _ADDRESS = re.compile(r"tcp://(\S+):(\d+)")
@@ -51,6 +53,7 @@ def register_trainer() -> None:
     setattr(__new__, PATCHED, True)
     host.__new__ = __new__
     host.test = classmethod(tested)
+    register_inference()
 
 
 def _selects_selcon(cfg: Any) -> bool:
@@ -75,13 +78,14 @@ def _label_free(trainer: type) -> type:
 def prepare_script(command: Sequence[str]) -> None:
     """Prepare FastReID for a script that does not know the plugin.
 
-    FastReID's default config gets the plugin's keys, and its ``launch`` starts several
-    processes on CPUs as well.
+    FastReID's default config gets the plugin's keys, its ``launch`` starts several
+    processes on CPUs as well, and faiss for CPUs has the names that a project uses.
 
     Args:
         command: Arguments of Python that run the script under the plugin, with its
             arguments; every process runs them.
     """
+    offer_gpu_names()
     add_selcon_config(fastreid.config.defaults._C)
     vars(fastreid.engine)["launch"] = _launcher(command)
 
