@@ -162,6 +162,11 @@ FASTREID_CASES = [
     ("output-kernel", {"OUTPUT_DIR": "/proc/selcon"}, "OUTPUT_DIR; /proc/selcon; writ"),
     ("extra-images", {S + "EXTRA_IMAGES": "{place}/nowhere"}, "EXTRA_IMAGES; nowhere"),
     ("data-missing", {D + "NAMES": "('Market1501',)"}, "Market1501; FASTREID_DATASETS"),
+    (
+        "default-data-missing",
+        {D + "TESTS": "('Market1501',)"},
+        "Market1501; default; DATASETS.TESTS may be ()",
+    ),
     ("no-data", {D + "NAMES": "()"}, "DATASETS.NAMES; empty"),
     ("no-folder", {D + "NAMES": "('ImageFolderReID',)"}, "IMAGE_FOLDER.ROOT; --images"),
     ("weights-missing", {"MODEL.WEIGHTS": "{place}/no.pth"}, "MODEL.WEIGHTS; no.pth"),
