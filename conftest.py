@@ -7,11 +7,15 @@ import os
 import pytest
 import torch
 
+from helpers.network import REFUSED, forbid_network
+
 os.environ.setdefault("MPLBACKEND", "Agg")  # pictures are written, never shown
 # The tests' tensors are small: on a busy machine several threads wait for each other, and
 # one thread adds up in one order. For this process and for those that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+forbid_network()
 
 _MISSING_HOSTS = [
     host for host in ("fastreid", "torchreid") if importlib.util.find_spec(host) is None
@@ -54,6 +58,14 @@ def pytest_collection_modifyitems(config, items):
 def device(request):
     """Each device that a test of the core runs on."""
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def _no_network():
+    """Fail a test that asks for another machine, even if the error was handled."""
+    REFUSED.clear()
+    yield
+    assert not REFUSED, "a test must not reach the network"
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from selcon_plugin.io.responses import close_responses
+
 logger = logging.getLogger(__name__)
 
 _IMAGE_SUFFIXES = frozenset(
@@ -85,6 +87,8 @@ class DatasetReading:
             else:
                 space[name] = value
         self._saved = []
+        if error is not None:
+            close_responses(error)  # torchreid downloads some data sets
         explained = self._explained(error) if isinstance(error, Exception) else None
         if explained is not None:
             raise explained from error

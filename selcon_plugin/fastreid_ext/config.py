@@ -32,13 +32,14 @@ from selcon_plugin.config.importing import add_imported_keys
 from selcon_plugin.config.keys import CAMERA_PATTERN, ConfigKeys, sampler_of
 from selcon_plugin.config.recording import unrecorded
 from selcon_plugin.datasets import SyntheticPersonsSpec
-from selcon_plugin.fastreid_ext.host_values import check_host_values
+from selcon_plugin.fastreid_ext.host_values import check_host_values, follow_training_data
 from selcon_plugin.methods import method_options
 from selcon_plugin.options import Choice, option_table, options_of
 
 logger = logging.getLogger(__name__)
 
 
+_DEFAULT_DATASET = get_cfg().TEST.PRECISE_BN.DATASET
 FLOAT16, BFLOAT16 = "float16", "bfloat16"
 
 
@@ -128,6 +129,8 @@ def add_selcon_config(cfg: CfgNode) -> CfgNode:
         for part in nodes:
             node = node.setdefault(part, CfgNode())
         node[name] = copy.copy(option.default)
+    if cfg.TEST.PRECISE_BN.DATASET == _DEFAULT_DATASET:
+        cfg.TEST.PRECISE_BN.DATASET = ""  # follows DATASETS.NAMES
     return cfg
 
 
@@ -225,6 +228,7 @@ def complete_config(cfg: CfgNode) -> CfgNode:
     cfg.defrost()
     if "SELCON" not in cfg.MODEL:
         add_selcon_config(cfg)
+    follow_training_data(cfg)
     with unrecorded(cfg):
         KEYS.check(cfg.MODEL.SELCON)
         _check_host_keys(cfg)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -320,12 +320,17 @@ class _TestImages(CommDataset):
         return {"images": image, "targets": pid, "camids": camid, "img_paths": path}
 
 
-def build_test_loader(cfg: CfgNode, dataset_name: str) -> tuple[Any, int]:
+def build_test_loader(
+    cfg: CfgNode,
+    dataset_name: str,
+    choose: Callable[[list[Any], list[Any]], tuple[list[Any], list[Any]]] | None = None,
+) -> tuple[Any, int]:
     """Build FastReID's test loader for a registered data set.
 
     Args:
         cfg: Complete config.
         dataset_name: Registered name.
+        choose: Function that returns some of the queries and gallery images; None for all.
 
     Returns:
         The loader over query then gallery, and the number of queries.
@@ -333,13 +338,16 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> tuple[Any, int]:
     data = build_dataset(cfg, dataset_name, splits=("query", "gallery"))
     if comm.is_main_process():
         data.show_test()
+    query, gallery = data.query, data.gallery
+    if choose is not None:
+        query, gallery = choose(query, gallery)
     test_set = _TestImages(
-        data.query + data.gallery, build_transforms(cfg, is_train=False), relabel=False
+        query + gallery, build_transforms(cfg, is_train=False), relabel=False
     )
     loader, num_query = build_reid_test_loader(
         test_set,
         test_batch_size=cfg.TEST.IMS_PER_BATCH,
-        num_query=len(data.query),
+        num_query=len(query),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
     loader.worker_init_fn = ignore_stop_signals

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from fastreid.config import CfgNode
+from fastreid.config import CfgNode, get_cfg
 from fastreid.data.datasets import DATASET_REGISTRY
 from fastreid.data.datasets.bases import ImageDataset
 
@@ -21,6 +21,7 @@ from selcon_plugin.datasets.list_files import DatasetReading
 
 UNKNOWN_PID = -1
 UNKNOWN_CAMERA = -1
+_DEFAULT_DATASETS = get_cfg().DATASETS.NAMES
 
 
 def dataset_root() -> str:
@@ -61,13 +62,17 @@ def build_dataset(
         kwargs["spec"] = synthetic_persons_spec(cfg)
     if issubclass(cls, (ImageFolderReID, SyntheticPersons)):
         return cls(root=root, **kwargs)  # they have their own messages
-    reading = DatasetReading(
-        name,
-        f"DATASETS, in {os.path.abspath(root)}",
+    remedy = (
         "Put it there, or set the environment variable FASTREID_DATASETS to the folder "
-        "that contains the data sets",
-        [cls],
+        "that contains the data sets"
     )
+    if name in _DEFAULT_DATASETS:
+        remedy += (
+            f", or name another data set: {name} is FastReID's default of both "
+            "DATASETS.NAMES and DATASETS.TESTS, and DATASETS.TESTS may be ()"
+        )
+    place = f"DATASETS, in {os.path.abspath(root)}"
+    reading = DatasetReading(name, place, remedy, [cls])
     with warnings.catch_warnings(), reading:
         # Some data sets warn of an old structure where the folder does not exist.
         warnings.filterwarnings("ignore", "The current data structure is deprecated")

@@ -40,9 +40,11 @@ from selcon_plugin.fastreid_ext.logs import begin_log, log_setup, open_log, shar
 from selcon_plugin.fastreid_ext.plain import measure, plain_network
 from selcon_plugin.fastreid_ext.results import results_by_test_set, write_results
 from selcon_plugin.fastreid_ext.scripts import prepare_script
+from selcon_plugin.fastreid_ext.supervised import projection_width
 from selcon_plugin.fastreid_ext.trained_model import load_trained_model
 from selcon_plugin.fastreid_ext.trainer import SelConTrainer
 from selcon_plugin.models.inference import InferenceNetwork
+from selcon_plugin.models.pretrained import read_state_dict
 from selcon_plugin.models.timm import TIMM_PREFIX
 from selcon_plugin.runs.folder import RunFolder, owned_run
 from selcon_plugin.values import listed
@@ -92,6 +94,7 @@ class FastReIDHost(Host):
             cfg.DATASETS.IMAGE_FOLDER.CAMERA_PATTERN = camera_pattern
         if images:
             cfg.DATASETS.NAMES, cfg.DATASETS.TESTS = ("ImageFolderReID",), ()
+            cfg.TEST.PRECISE_BN.DATASET = ""  # follows DATASETS.NAMES
             cfg.DATASETS.IMAGE_FOLDER.ROOT = str(Path(images).expanduser())
             if cfg.MODEL.META_ARCHITECTURE == "Baseline":
                 cfg.MODEL.META_ARCHITECTURE = "SelCon"
@@ -118,7 +121,12 @@ class FastReIDHost(Host):
         return {"MODEL.DEVICE": device}
 
     def _of_dataset(self, name: str) -> dict[str, Any]:
-        return {"DATASETS.NAMES": (name,), "DATASETS.TESTS": (name,)}
+        names = (name,)
+        return {
+            "DATASETS.NAMES": names,
+            "DATASETS.TESTS": names,
+            "TEST.PRECISE_BN.DATASET": "",
+        }
 
     def help(self) -> ConfigHelp:
         """Return the documentation of the config keys."""
@@ -311,9 +319,11 @@ def _of_foreign(adaptation: Adaptation) -> dict[str, Any]:
         f"MODEL.SELCON.CLUSTERING.{name.upper()}": value
         for name, value in adaptation.clustering.items()
     }
+    width = projection_width(read_state_dict(Path(adaptation.weights).expanduser()))
     return {
         "MODEL.SELCON.NUM_PARTS": 0,
-        "MODEL.SELCON.PROJECT_GLOBAL": False,
+        "MODEL.SELCON.PROJECT_GLOBAL": width > 0,
         "MODEL.SELCON.CLUSTERING.LABELER": "DBSCAN",
+        "MODEL.HEADS.EMBEDDING_DIM": width,
         **clustering,
     }

@@ -26,6 +26,11 @@ logger = logging.getLogger(__name__)
 # FastReID's default head classifies identities; ours replaces it.
 _HOST_DEFAULT_HEAD = "EmbeddingHead"
 _OWN_HEAD = "GlobalPartHead"
+_TRIED_CLASSES = (3, 5)  # any two numbers, to see whether the output follows them
+_FAULTS = (
+    *(ArithmeticError, AssertionError, AttributeError, IndexError, KeyError),
+    *(RuntimeError, TypeError, ValueError),
+)
 
 
 def select_head(cfg: CfgNode) -> None:
@@ -66,23 +71,30 @@ def build_head(cfg: CfgNode, backbone: nn.Module, input_size: tuple[int, int]) -
     label = f"MODEL.HEADS.NAME {cfg.MODEL.HEADS.NAME}"
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.HEADS.NUM_CLASSES = 0  # there are no identities to classify
     feature_shape = infer_feature_shape(backbone, input_size)
     if cfg.MODEL.HEADS.POOL_LAYER == "Flatten":  # which keeps each value of the map
         cfg.MODEL.BACKBONE.FEAT_DIM = math.prod(feature_shape)
     try:
-        built = build_heads(cfg)
-        embeddings, unused, others = _probe(built, feature_shape)
-    except (
-        *(ArithmeticError, AssertionError, AttributeError, IndexError, KeyError),
-        *(RuntimeError, TypeError, ValueError),
-    ) as error:
-        size = "x".join(map(str, feature_shape))
-        raise ValueError(
-            f"{label} does not return features of a {size} feature map: "
-            f"{type(error).__name__}: {' '.join(str(error).split())}. Check its keys, "
-            f"MODEL.HEADS and INPUT.SIZE_TRAIN, or set it to {_OWN_HEAD}"
-        ) from error
+        # There are no identities to classify.
+        built, embeddings, unused, others = _build_with_classes(cfg, 0, feature_shape)
+    except _FAULTS as error:
+        widths = _widths(cfg, feature_shape)
+        if widths == _TRIED_CLASSES:
+            raise ValueError(
+                f"{label} returns a score of each class (MODEL.HEADS.NUM_CLASSES), such as "
+                "an identity or an attribute, and no feature of the image, which a "
+                "training without labels needs: use a head that returns its feature in "
+                f"evaluation mode, or set it to {_OWN_HEAD}"
+            ) from error
+        if len(set(widths)) != 1:
+            size = "x".join(map(str, feature_shape))
+            raise ValueError(
+                f"{label} does not return features of a {size} feature map: "
+                f"{type(error).__name__}: {' '.join(str(error).split())}. Check its keys, "
+                f"MODEL.HEADS and INPUT.SIZE_TRAIN, or set it to {_OWN_HEAD}"
+            ) from error
+        # It returns a feature, but some layer of its classifier needs a class.
+        built, embeddings, unused, others = _build_with_classes(cfg, 1, feature_shape)
     _describe(built, embeddings)
     for name, weight in built.named_parameters():
         if name in unused:
@@ -96,6 +108,43 @@ def build_head(cfg: CfgNode, backbone: nn.Module, input_size: tuple[int, int]) -
             more,
         )
     return built
+
+
+def _build_with_classes(
+    cfg: CfgNode, num_classes: int, feature_shape: tuple[int, int, int]
+) -> tuple[nn.Module, Embeddings, set[str], int]:
+    """Build a head with a number of classes; return it, and what :func:`_probe` does."""
+    cfg.MODEL.HEADS.NUM_CLASSES = num_classes
+    built: nn.Module = build_heads(cfg)
+    return built, *_probe(built, feature_shape)
+
+
+def _widths(cfg: CfgNode, feature_shape: tuple[int, int, int]) -> tuple[int, ...]:
+    """Return the size of a head's output by its number of classes; empty if it fails."""
+    try:
+        return tuple(
+            _build_with_classes(cfg, number, feature_shape)[1].global_features.shape[1]
+            for number in _TRIED_CLASSES
+        )
+    except _FAULTS:
+        return ()
+
+
+def head_output(head: nn.Module, feature_map: Tensor) -> Any:
+    """Return what a head of FastReID's kind returns in evaluation mode, as it is.
+
+    Args:
+        head: Result of :func:`build_head`, or a copy, in evaluation mode.
+        feature_map: Shape ``(B, F, h, w)``.
+
+    Returns:
+        Its outputs if it has several; None for one vector of each image, as of the heads of
+        this plugin.
+    """
+    if isinstance(head, GlobalPartEmbedding):
+        return None
+    output = head(feature_map.contiguous())
+    return None if isinstance(output, Tensor | Embeddings) else output
 
 
 def head_embeddings(head: nn.Module, feature_map: Tensor) -> Any:

@@ -125,6 +125,20 @@ def check_host_values(cfg: CfgNode, own: Sequence[Option]) -> None:
     _check_expected(cfg)
 
 
+def follow_training_data(cfg: CfgNode) -> None:
+    """Name the data set of the precise statistics after the one that is trained on.
+
+    FastReID's default is Market1501, whichever data set is trained on. The plugin's is an
+    empty name, which stands for the first of ``DATASETS.NAMES``.
+
+    Args:
+        cfg: Config with the plugin's keys, which is changed in place.
+    """
+    precise, names = cfg.TEST.PRECISE_BN, cfg.DATASETS.NAMES
+    if precise.ENABLED and not precise.DATASET and _are(str, names) and names:
+        precise.DATASET = names[0]
+
+
 def _check_names(cfg: CfgNode) -> None:
     for key in ("NAMES", "TESTS"):
         names = cfg.DATASETS[key]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,8 +15,14 @@ from torch import Tensor, nn
 
 from selcon_plugin.engine.network import EmbeddingNetwork, usable_parts
 from selcon_plugin.fastreid_ext.config import complete_config, selected_method_options
-from selcon_plugin.fastreid_ext.host_heads import build_head, head_embeddings, select_head
+from selcon_plugin.fastreid_ext.host_heads import (
+    build_head,
+    head_embeddings,
+    head_output,
+    select_head,
+)
 from selcon_plugin.fastreid_ext.host_values import input_size
+from selcon_plugin.io.responses import close_responses
 from selcon_plugin.io.safe_loading import MIN_LOADED_RATIO, data_only, loading_noted
 from selcon_plugin.methods import method_class
 from selcon_plugin.models.preprocessing import Preprocessing
@@ -39,6 +47,8 @@ class SelCon(EmbeddingNetwork):
     The method's banks have one row per training image: ``MODEL.HEADS.NUM_CLASSES`` rows, a
     number that the trainer sets. With 0 there is no method; evaluation does not need one.
     """
+
+    _returns_all = False
 
     def __init__(self, cfg: CfgNode) -> None:
         cfg = complete_config(cfg)
@@ -87,9 +97,7 @@ class SelCon(EmbeddingNetwork):
         """Apply the head, which may be one of FastReID's kind."""
         return head_embeddings(head, feature_map)
 
-    def forward(
-        self, batched_inputs: dict[str, Any] | Tensor
-    ) -> dict[str, Tensor] | Tensor:
+    def forward(self, batched_inputs: dict[str, Any] | Tensor) -> Any:
         """Compute losses (training) or test features (evaluation).
 
         Args:
@@ -98,13 +106,14 @@ class SelCon(EmbeddingNetwork):
                 themselves.
 
         Returns:
-            Losses by name, or features of shape ``(B, C + S*D)``.
+            Losses by name, or features of shape ``(B, C + S*D)``; inside
+            :meth:`returning_all_outputs`, all outputs of a head that has several.
         """
         images: Tensor = (
             batched_inputs["images"] if isinstance(batched_inputs, dict) else batched_inputs
         )
         if not self.training:
-            return self.test_feature(self.embed(images))
+            return self._evaluated(images)
         if not torch.is_grad_enabled():
             # FastReID's PreciseBN runs this pass to update the running statistics.
             self.embed(images)
@@ -113,6 +122,23 @@ class SelCon(EmbeddingNetwork):
         index = batched_inputs["targets"]
         self.check_paths(index, batched_inputs.get("img_paths", ()))
         return self.losses(images, index, batched_inputs["camids"])
+
+    @contextlib.contextmanager
+    def returning_all_outputs(self) -> Iterator[None]:
+        """Let evaluation return all that a head returns, for an evaluator of a project."""
+        self._returns_all = True
+        try:
+            yield
+        finally:
+            self._returns_all = False
+
+    def _evaluated(self, images: Tensor) -> Any:
+        if self._returns_all:
+            _, head = self._parts(student=False)
+            outputs = head_output(head, self.feature_map(images))
+            if outputs is not None:
+                return outputs
+        return self.test_feature(self.embed(images))
 
 
 def _backbone_label(cfg: CfgNode) -> str:
@@ -134,6 +160,7 @@ def _build_backbone(cfg: CfgNode) -> nn.Module:
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         if node.NAME in _OWN_BACKBONES:
             raise  # the error names the keys already
+        close_responses(error)  # FastReID downloads some weights
         raise ValueError(
             f"MODEL.BACKBONE.NAME {node.NAME} with DEPTH {node.DEPTH!r}, PRETRAIN "
             f"{node.PRETRAIN} and PRETRAIN_PATH {node.PRETRAIN_PATH!r} cannot be built: "

@@ -151,6 +151,9 @@ def _plain_config(cfg: CfgNode, model: SelCon) -> tuple[CfgNode, list[str]]:
         if len(own) < len(plain.DATASETS[key]):
             notes.append(f"DATASETS.{key} has none of this plugin's data sets: set yours")
         plain.DATASETS[key] = tuple(own) or ("Market1501",)
+    precise = plain.TEST.PRECISE_BN
+    if not precise.DATASET or _is_of_plugin(precise.DATASET):
+        precise.DATASET = plain.DATASETS.NAMES[0]
     return plain, notes
 
 

@@ -18,13 +18,16 @@ from typing import Any
 import fastreid.config.defaults
 import fastreid.engine
 from fastreid.config import CfgNode
-from fastreid.engine.defaults import DefaultTrainer
+from fastreid.engine.defaults import DefaultTrainer, default_setup
 from fastreid.modeling.meta_arch import META_ARCH_REGISTRY
 
+from selcon_plugin.compat.faiss import offer_gpu_names
 from selcon_plugin.compat.shared import PATCHED
 from selcon_plugin.fastreid_ext.config import add_selcon_config, complete_config
+from selcon_plugin.fastreid_ext.host_values import follow_training_data
 from selcon_plugin.fastreid_ext.launch import launch, under_torchrun
 from selcon_plugin.fastreid_ext.meta_arch import SelCon
+from selcon_plugin.fastreid_ext.own_evaluators import register_inference
 from selcon_plugin.fastreid_ext.trainer import SelConTrainer
 
 _ADDRESS = re.compile(r"tcp://(\S+):(\d+)")
@@ -51,6 +54,7 @@ def register_trainer() -> None:
     setattr(__new__, PATCHED, True)
     host.__new__ = __new__
     host.test = classmethod(tested)
+    register_inference()
 
 
 def _selects_selcon(cfg: Any) -> bool:
@@ -75,15 +79,29 @@ def _label_free(trainer: type) -> type:
 def prepare_script(command: Sequence[str]) -> None:
     """Prepare FastReID for a script that does not know the plugin.
 
-    FastReID's default config gets the plugin's keys, and its ``launch`` starts several
-    processes on CPUs as well.
+    FastReID's default config gets the plugin's keys, its ``launch`` starts several
+    processes on CPUs as well, and faiss for CPUs has the names that a project uses. The
+    data set of the precise statistics (``TEST.PRECISE_BN``) is the one that is trained on,
+    unless the script names another.
 
     Args:
         command: Arguments of Python that run the script under the plugin, with its
             arguments; every process runs them.
     """
+    offer_gpu_names()
     add_selcon_config(fastreid.config.defaults._C)
     vars(fastreid.engine)["launch"] = _launcher(command)
+    vars(fastreid.engine)["default_setup"] = _set_up
+
+
+def _set_up(cfg: CfgNode, args: Any) -> None:
+    """Set up FastReID, with the config that a script has merged and goes on to use."""
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    follow_training_data(cfg)
+    if frozen:
+        cfg.freeze()
+    default_setup(cfg, args)
 
 
 def _launcher(command: Sequence[str]) -> Callable[..., Any]:

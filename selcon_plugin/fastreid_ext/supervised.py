@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from selcon_plugin.features import GlobalPartEmbedding
 
-__all__ = ["CLASSIFIERS", "to_own_head"]
+__all__ = ["CLASSIFIERS", "projection_width", "to_own_head"]
 
 # Prefixes of what only a training on identities needs.
 CLASSIFIERS = ("heads.weight", "heads.classifier.", "heads.cls_layer.")
@@ -62,6 +62,16 @@ def to_own_head(state: Mapping[str, Tensor], head: nn.Module) -> dict[str, Tenso
     norm = {k.removeprefix(place): v for k, v in neck.items() if k.startswith(place)}
     norm = norm or _identity_norm(head)
     return own | {f"heads.global_norm.{name}": tensor for name, tensor in norm.items()}
+
+
+def projection_width(state: Mapping[str, Tensor]) -> int:
+    """Return the width of the projection in FastReID's ``EmbeddingHead``; 0 for none.
+
+    Args:
+        state: Weights of a FastReID network.
+    """
+    weight = state.get(f"{_NECK}0.weight")
+    return len(weight) if weight is not None and weight.dim() == 4 else 0
 
 
 def _projection(weight: Tensor) -> dict[str, Tensor]:

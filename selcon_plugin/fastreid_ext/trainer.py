@@ -42,6 +42,7 @@ from selcon_plugin.fastreid_ext.hooks import CheckpointHook, EvaluationHook
 from selcon_plugin.fastreid_ext.logs import open_log, share_host_log
 from selcon_plugin.fastreid_ext.meta_arch import SelCon
 from selcon_plugin.fastreid_ext.optimizer import build_optimizer
+from selcon_plugin.fastreid_ext.own_evaluators import rehearse_evaluation
 from selcon_plugin.fastreid_ext.train_step import (
     AccumulatingAMPTrainer,
     AccumulatingTrainer,
@@ -323,11 +324,9 @@ class SelConTrainer(DefaultTrainer):
         self.storage.put_scalars(smoothing_hint=False, **measured)
 
     def build_hooks(self) -> list[HookBase]:
-        """Add the method's hooks to FastReID's.
-
-        Returns:
-            Hooks in their order.
-        """
+        """Add the method's hooks to FastReID's, and return them in their order."""
+        if has_own_evaluator(type(self), SelConTrainer):
+            rehearse_evaluation(self, SelConTrainer)
         return arrange_hooks(self, super().build_hooks(), show_progress=self._show_progress)
 
     def build_writers(self) -> list[EventWriter]:

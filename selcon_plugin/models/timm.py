@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from selcon_plugin.compat.shared import prepare_torchvision
 from selcon_plugin.installing import pip_install
 from selcon_plugin.io.errors import ResourceError
+from selcon_plugin.io.responses import close_responses
 from selcon_plugin.models.backbone import (
     REID_STRIDE,
     ModelBackbone,
@@ -213,6 +214,7 @@ def _create_model(
         )
     except Exception as error:
         # The network, the hub's client and timm each raise their own errors.
+        close_responses(error)
         raise ResourceError(
             f"timm could not load its pre-trained weights of {name}: {error}. Run once "
             "with access to huggingface.co (weights are stored in HF_HOME), or set weights "

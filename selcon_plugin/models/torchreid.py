@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from selcon_plugin.compat.torchreid import import_torchreid
 from selcon_plugin.io.errors import ResourceError
+from selcon_plugin.io.responses import close_responses
 from selcon_plugin.io.safe_loading import data_only
 from selcon_plugin.models.backbone import (
     ModelBackbone,
@@ -290,6 +291,7 @@ def _download(name: str) -> nn.Module:
             model = build_plain_model(name, pretrained=True)
     except Exception as error:
         # gdown, the network and torch.load each raise their own errors.
+        close_responses(error)
         raise ResourceError(
             f"torchreid could not load its pre-trained weights of {name}: {error}. Run "
             "once with access to the network (weights are stored in TORCH_HOME), or set "

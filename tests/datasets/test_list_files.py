@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from helpers.hosts import needs_fastreid, needs_torchreid
+from helpers.network import message_of, nothing_left_open, refusing_server
 from helpers.tiny import SPEC
 from selcon_plugin.datasets import generate_synthetic_persons
 
@@ -89,21 +90,28 @@ def msmt17(read):
 # --- absent -------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def download_from_server(monkeypatch):
+    """Let torchreid ask a server that refuses for a data set that it downloads."""
+    with refusing_server() as url:
+
+        def at_server(name):
+            from selcon_plugin.torchreid_ext.datasets import image_datasets
+
+            cls = image_datasets()[name]
+            if cls.dataset_url is not None:
+                monkeypatch.setattr(cls, "dataset_url", f"{url}/{name}.zip")
+
+        yield at_server
+
+
 @pytest.mark.parametrize("name", ["MSMT17", "CUHK03", "DukeMTMC"])
-def test_absent_data_set_is_named_with_folder_and_remedy(read, name, monkeypatch):
+def test_absent_data_set_is_named_with_folder_and_remedy(read, name, download_from_server):
     if read.torchreid:
         name = {"DukeMTMC": "dukemtmcreid"}.get(name, name)
-        import selcon_plugin.torchreid_ext  # noqa: F401
-        from selcon_plugin.compat.torchreid import import_torchreid
-
-        def refused(*_):
-            raise OSError("no network")
-
-        module = import_torchreid().data.datasets.dataset
-        monkeypatch.setattr(module, "download_url", refused)
-    with pytest.raises(FileNotFoundError) as caught:
-        read(name)
-    text = str(caught.value)
+        download_from_server(name.lower())
+    with nothing_left_open():
+        text = message_of(FileNotFoundError, read, name)
     assert "\n" not in text
     assert name.lower() in text.lower()
     assert str(read.root) in text

@@ -10,9 +10,11 @@ import yaml
 from fastreid.config import CfgNode
 from fastreid.modeling.meta_arch import build_model
 
+from selcon_plugin.fastreid_ext import SelConTrainer
+from selcon_plugin.hosts import find_network
 from selcon_plugin.inference.embedder import Embedder
 from selcon_plugin.metrics.label_free import LabelFreeQuality
-from selcon_plugin.workflows.adapt import AdaptSettings, adapt
+from selcon_plugin.workflows.adapt import AdaptSettings, adapt, training_config
 
 
 def test_network_trained_with_labels_is_adapted(
@@ -58,3 +60,52 @@ def test_network_trained_with_labels_is_adapted(
     )
     images = sorted(folder.glob("*.jpg"))[:4]
     np.testing.assert_array_equal(adapted(images), trained(images))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "head"),
+    [
+        ({}, {"WITH_BNNECK": True}),
+        ({}, {"WITH_BNNECK": False}),
+        ({}, {"WITH_BNNECK": True, "EMBEDDING_DIM": 32, "NECK_FEAT": "before"}),
+        ({}, {"EMBEDDING_DIM": 32, "POOL_LAYER": "GeneralizedMeanPooling"}),
+        (
+            {"NAME": "build_resnet_backbone", "DEPTH": "18x", "FEAT_DIM": 512},
+            {"WITH_BNNECK": True, "EMBEDDING_DIM": 48, "NORM": "syncBN"},
+        ),
+    ],
+    ids=["neck", "plain", "projection-neck", "projection", "resnet"],
+)
+def test_adaptation_begins_with_the_features_that_are_extracted(
+    tiny_cfg: CfgNode, dataset_root: Path, tmp_path: Path, backbone: dict, head: dict
+) -> None:
+    cfg = tiny_cfg.clone()
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.HEADS.NAME = "Baseline", "EmbeddingHead"
+    cfg.MODEL.BACKBONE.PRETRAIN, cfg.MODEL.HEADS.NUM_CLASSES = False, 8
+    cfg.MODEL.BACKBONE.FEAT_DIM = 96
+    for node, values in ((cfg.MODEL.BACKBONE, backbone), (cfg.MODEL.HEADS, head)):
+        node.update(values)
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.1)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 2)
+    weights = tmp_path / "supervised.pth"
+    torch.save({"model": model.state_dict()}, weights)
+    content = yaml.safe_load(cfg.dump())
+    del content["MODEL"]["SELCON"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    folder = next(dataset_root.rglob("bounding_box_train"))
+    settings = AdaptSettings(str(weights), str(folder), batch_size=8, device="cpu")
+    network = find_network(weights)
+    trainer = SelConTrainer(training_config(network, settings, 40, tmp_path / "out"))
+    trainer.resume_or_load(False)
+    images = sorted(folder.glob("*.jpg"))[:8]
+    extracted = Embedder.from_checkpoint(weights, device="cpu")(images)
+    state = tmp_path / "start.pth"
+    torch.save({"model": trainer.model.state_dict()}, state)
+    started = network.host.load_network(trainer.cfg, state, torch.device("cpu"))
+    np.testing.assert_allclose(Embedder(started)(images), extracted, atol=1e-5)
+    assert extracted.shape[1] == head.get("EMBEDDING_DIM", 96)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.network import message_of, nothing_left_open, refusing_server
 from selcon_plugin.compat.fastreid import prepare_fastreid
 from selcon_plugin.compat.shared import HostMissingError
 from selcon_plugin.compat.torchreid import import_torchreid
@@ -15,8 +16,8 @@ except HostMissingError as error:
     pytest.skip(str(error), allow_module_level=True)
 
 from fastreid.config import CfgNode, get_cfg
-from fastreid.modeling.backbones import build_backbone
-from fastreid.modeling.meta_arch import Baseline
+from fastreid.modeling.backbones import build_backbone, resnest
+from fastreid.modeling.meta_arch import Baseline, build_model
 
 from selcon_plugin.fastreid_ext import add_selcon_config
 from selcon_plugin.fastreid_ext.backbones import build_timm_backbone
@@ -148,6 +149,16 @@ def test_bad_weights_are_explained(tmp_path) -> None:
         build_backbone(cfg)
     cfg.MODEL.BACKBONE.PRETRAIN = False  # as FastReID sets it to evaluate or resume
     build_backbone(cfg)
+
+
+def test_refused_download_leaves_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = config(NAME="build_resnest_backbone", DEPTH="50x", PRETRAIN=True)
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DEVICE = "SelCon", "cpu"
+    with refusing_server() as url, nothing_left_open():
+        monkeypatch.setitem(resnest.model_urls, "resnest50", f"{url}/resnest50-0.pth")
+        message = message_of(ValueError, build_model, cfg)
+    assert "403" in message
+    assert "MODEL.BACKBONE.NAME build_resnest_backbone" in message
 
 
 # --- torchreid's models ------------------------------------------------------------------

@@ -260,3 +260,13 @@ def test_training_checks_each_key_once(tiny_cfg, monkeypatch):
     assert "MODEL.SELCON.CLUSTERING.PERIOD" in checks
     twice = {name for name in checks if checks.count(name) > 1}
     assert not twice
+
+
+@pytest.mark.parametrize("add", [add_selcon_config, lambda cfg: cfg], ids=["added", "not"])
+def test_precise_statistics_follow_the_training_data(add) -> None:
+    cfg = add(get_cfg())
+    cfg.merge_from_list(["DATASETS.NAMES", "('DukeMTMC', 'MSMT17')"])
+    cfg.TEST.PRECISE_BN.ENABLED = True
+    assert complete_config(cfg).TEST.PRECISE_BN.DATASET == "DukeMTMC"
+    cfg.TEST.PRECISE_BN.DATASET = "MSMT17"  # as a person chooses
+    assert complete_config(cfg).TEST.PRECISE_BN.DATASET == "MSMT17"

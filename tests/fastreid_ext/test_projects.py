@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from fastreid.config import CfgNode, get_cfg
+from fastreid.layers.weight_init import weights_init_kaiming
 from fastreid.modeling.heads import REID_HEADS_REGISTRY, EmbeddingHead
 from fastreid.modeling.meta_arch import META_ARCH_REGISTRY, build_model
 from torch import Tensor, nn
@@ -97,6 +98,35 @@ class AttributesHead(EmbeddingHead):
         return {"cls_outputs": scores} if self.training else scores.sigmoid()
 
 
+class OfOneClassHead(EmbeddingHead):
+    """A head with a layer of its classifier that needs a class, as in FastAttr."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__(cfg)
+        self.bnneck = nn.BatchNorm1d(cfg.MODEL.HEADS.NUM_CLASSES)
+        self.bnneck.apply(weights_init_kaiming)
+
+    def scores(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        feature = self.bottleneck(self.pool_layer(features))[..., 0, 0]
+        return feature, self.bnneck(F.linear(feature, self.weight))
+
+
+@REID_HEADS_REGISTRY.register()
+class NormalizedAttributesHead(OfOneClassHead):
+    """A head whose output is a score of each class, with a normalization of the scores."""
+
+    def forward(self, features: Tensor, targets: Any = None) -> Any:
+        return self.scores(features)[1].sigmoid()
+
+
+@REID_HEADS_REGISTRY.register()
+class NormalizedScoresHead(OfOneClassHead):
+    """A head that normalizes its scores, but returns the feature."""
+
+    def forward(self, features: Tensor, targets: Any = None) -> Any:
+        return self.scores(features)[0]
+
+
 @REID_HEADS_REGISTRY.register()
 class MapHead(FromScratchHead):
     """A head that returns a map."""
@@ -129,6 +159,7 @@ GLOBAL_HEADS = {
     "SeveralHead": 12,
     "FromScratchHead": 20,
     "NamedOutputsHead": 20,
+    "NormalizedScoresHead": 96,
 }
 
 
@@ -225,7 +256,8 @@ def test_head_of_embeddings_is_described(tiny_cfg: CfgNode) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("AttributesHead", r"AttributesHead.*\(2, 0\).*GlobalPartHead"),
+        ("AttributesHead", r"AttributesHead.*score.*NUM_CLASSES.*GlobalPartHead"),
+        ("NormalizedAttributesHead", r"score.*NUM_CLASSES.*GlobalPartHead"),
         ("MapHead", r"MapHead.*shape \(2, 20, \d+, \d+\)"),
         ("OwnKeysHead", r"OwnKeysHead.*OWN"),
         ("ClasHead", r"ClasHead.*GlobalPartHead"),

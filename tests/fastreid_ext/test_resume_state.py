@@ -58,7 +58,6 @@ FEATURES: dict[str, dict[str, Any]] = {
         "SOLVER.AMP.ENABLED": True,
         "SOLVER.AMP.DTYPE": "bfloat16",
         "TEST.PRECISE_BN.ENABLED": True,
-        "TEST.PRECISE_BN.DATASET": "SyntheticPersons",
         "TEST.PRECISE_BN.NUM_ITER": 2,
     },
 }

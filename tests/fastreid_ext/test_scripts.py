@@ -198,6 +198,25 @@ def test_script_trains_and_evaluates_unedited(
     assert "SOLVER.BASE_LR" in done.stderr.splitlines()[-1]
 
 
+def test_precise_statistics_of_a_supervised_script_follow_its_data(
+    tiny_values: dict, tmp_path: Path, dataset_root: Path
+) -> None:
+    script, config, folder = (tmp_path / n for n in ("train_net.py", "own.yml", "out"))
+    script.write_text(SCRIPT)
+    config.write_text(
+        "MODEL:\n  HEADS:\n    NAME: EmbeddingHead\n    NORM: BN\n"
+        "  BACKBONE:\n    FEAT_DIM: 96\n    PRETRAIN: False\n"
+    )
+    own = {"MODEL.META_ARCHITECTURE": "Baseline", "DATALOADER.NUM_INSTANCE": 2}
+    own |= {"TEST.PRECISE_BN.ENABLED": True, "TEST.PRECISE_BN.NUM_ITER": 2}
+    options = arguments({**tiny_values, **own}, folder)
+    run = ["-m", "selcon_plugin", "run", script, "--config-file", config]
+    done = run_program(*run, *options)
+    assert done.returncode == 0, done.stderr
+    text = (folder / "log.txt").read_text()
+    assert "Running precise-BN" in done.stdout + text
+
+
 @pytest.mark.slow
 def test_script_trains_in_two_processes(tiny_values: dict, tmp_path: Path) -> None:
     script = tmp_path / "train_net.py"

@@ -55,7 +55,6 @@ IBN = {"MODEL.BACKBONE.WITH_IBN": True}
 R101 = IBN | {
     "MODEL.BACKBONE.DEPTH": "101x",
     "TEST.PRECISE_BN.ENABLED": True,
-    "TEST.PRECISE_BN.DATASET": "SyntheticPersons",
     "TEST.PRECISE_BN.NUM_ITER": 4,
 }
 S50 = {"MODEL.BACKBONE.NAME": "build_resnest_backbone"}

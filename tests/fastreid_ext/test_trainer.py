@@ -279,7 +279,6 @@ def test_config_with_bag_of_tricks_needs_one_line(tiny_cfg, caplog):
         "SOLVER__SCHED": "CosineAnnealingLR",
         "SOLVER__WARMUP_ITERS": 3,
         "TEST__PRECISE_BN__ENABLED": True,
-        "TEST__PRECISE_BN__DATASET": "SyntheticPersons",
         "TEST__PRECISE_BN__NUM_ITER": 2,
         "DATASETS__COMBINEALL": True,
     }

@@ -18,6 +18,7 @@ from selcon_plugin.cli.main import main
 from selcon_plugin.datasets import generate_synthetic_persons
 from selcon_plugin.fastreid_ext import SelConTrainer
 from selcon_plugin.torchreid_ext import ImageSelConEngine
+from selcon_plugin.torchreid_ext.datasets import image_datasets
 
 # CPU time of this process. A case takes a fraction of 1; the first imports packages.
 SECONDS = 20
@@ -161,6 +162,11 @@ FASTREID_CASES = [
     ("output-kernel", {"OUTPUT_DIR": "/proc/selcon"}, "OUTPUT_DIR; /proc/selcon; writ"),
     ("extra-images", {S + "EXTRA_IMAGES": "{place}/nowhere"}, "EXTRA_IMAGES; nowhere"),
     ("data-missing", {D + "NAMES": "('Market1501',)"}, "Market1501; FASTREID_DATASETS"),
+    (
+        "default-data-missing",
+        {D + "TESTS": "('Market1501',)"},
+        "Market1501; default; DATASETS.TESTS may be ()",
+    ),
     ("no-data", {D + "NAMES": "()"}, "DATASETS.NAMES; empty"),
     ("no-folder", {D + "NAMES": "('ImageFolderReID',)"}, "IMAGE_FOLDER.ROOT; --images"),
     ("weights-missing", {"MODEL.WEIGHTS": "{place}/no.pth"}, "MODEL.WEIGHTS; no.pth"),
@@ -332,6 +338,13 @@ TORCHREID_CASES = [
         "other.pth; checkpoint of a run",
     ),
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_download(monkeypatch):
+    """Nothing answers at the address from which torchreid downloads a missing data set."""
+    market = image_datasets()["market1501"]
+    monkeypatch.setattr(market, "dataset_url", "http://127.0.0.1:9/market.zip")
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,12 @@ import gc
 import importlib
 import sys
 
+from helpers.network import forbid_network
 from selcon_plugin.compat import prepare_torchvision
 
 PATH = sys.path[1:]  # without the first entry, which belongs to the program
 
+forbid_network()
 prepare_torchvision()
 for _name in (
     *("pytest", "timm", "torch.distributed.run", "torch.utils.tensorboard"),

@@ -1,12 +1,14 @@
 import contextlib
 import importlib
 import logging
+import urllib.request
 from types import ModuleType
 
 import pytest
 import torch
 from torch import nn
 
+from helpers.network import message_of, nothing_left_open, refusing_server
 from selcon_plugin.compat.fastreid import prepare_fastreid
 from selcon_plugin.compat.shared import HostMissingError
 from selcon_plugin.compat.torchreid import prepare_torchreid
@@ -314,6 +316,20 @@ def test_error_of_a_failed_download_includes_remedies(
     monkeypatch.setattr(builder, "load_custom_from_hf", fail)
     with pytest.raises(RuntimeError, match=r"resnet18: no network.*PRETRAIN_PATH.*pypi:"):
         create_timm_backbone("resnet18", input_size=SIZE, pretrained=True)
+
+
+def test_refused_download_leaves_no_connection(
+    timm: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builder = importlib.import_module("timm.models._builder")
+
+    def create() -> None:
+        create_timm_backbone("resnet18", input_size=SIZE, pretrained=True)
+
+    with refusing_server() as url, nothing_left_open():
+        for name in ("load_state_dict_from_hf", "load_state_dict_from_url"):
+            monkeypatch.setattr(builder, name, lambda *_, **__: urllib.request.urlopen(url))
+        assert "403" in message_of(RuntimeError, create)
 
 
 def test_timm_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

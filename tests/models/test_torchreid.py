@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from helpers.network import message_of, nothing_left_open, refusing_server
 from selcon_plugin.compat.shared import HostMissingError
 from selcon_plugin.compat.torchreid import import_torchreid
 from selcon_plugin.models.preprocessing import Preprocessing
@@ -423,6 +424,20 @@ def test_error_of_a_failed_download_includes_remedies(
     monkeypatch.setattr(importlib.import_module("gdown"), "download", fail)
     with pytest.raises(RuntimeError, match=r"osnet_x0_25: no network.*PRETRAIN_PATH"):
         create_torchreid_backbone("osnet_x0_25", input_size=SIZE, pretrained=True)
+
+
+def test_refused_download_leaves_no_connection(
+    models: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = sys.modules[type(build(models, "resnet18")).__module__]
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def create() -> None:
+        create_torchreid_backbone("resnet18", input_size=SIZE, pretrained=True)
+
+    with refusing_server() as url, nothing_left_open():
+        monkeypatch.setitem(source.model_urls, "resnet18", f"{url}/resnet18.pth")
+        assert "403" in message_of(RuntimeError, create)
 
 
 def test_model_without_weights_to_download() -> None:
