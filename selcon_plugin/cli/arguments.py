@@ -21,7 +21,7 @@ def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
         "--images",
         metavar="FOLDER",
         default="",
-        help="folder of jpg, png, webp, bmp, tif or gif images; no labels are needed",
+        help="folder of jpg, png, webp, avif, bmp, tif or gif images; no labels are needed",
     )
     parser.add_argument(
         "--camera-pattern",
