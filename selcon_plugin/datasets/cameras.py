@@ -283,11 +283,11 @@ def _is_camera_name(name: str) -> bool:
 
 def _is_only_camera(name: str) -> bool:
     """Return whether a name is that of a camera without a further number or a place."""
-    words = _WORDS.findall(name)
-    numbers = sum(word.isdigit() for word in words)
+    parts = _WORDS.findall(name)
+    numbers: int = sum(part.isdigit() for part in parts)
     if _ADDRESS.fullmatch(name):
         return numbers == 4
-    return numbers <= 1 and not _CAMERA_WORDS.isdisjoint(words)
+    return numbers <= 1 and not _CAMERA_WORDS.isdisjoint(parts)
 
 
 def _fields(paths: Sequence[str], folders: Sequence[str | None]) -> dict[str, set[str]]:

@@ -114,7 +114,7 @@ def load_network(
 
 
 def _is_plain_timm(cfg: CfgNode, state: Mapping[str, Tensor]) -> bool:
-    """Return whether weights are those of the timm model alone, without a head."""
+    """Return whether weights are those of the timm model without a head."""
     is_timm = cfg.MODEL.BACKBONE.NAME == "build_timm_backbone"
     return is_timm and not any(name.startswith("backbone.") for name in state)
 
