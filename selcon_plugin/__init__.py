@@ -15,15 +15,19 @@ if TYPE_CHECKING:
     from selcon_plugin.inference.embedder import Embedder
     from selcon_plugin.inference.folder_features import FolderFeatures
     from selcon_plugin.retrieval import Index, search
+    from selcon_plugin.workflows.cluster_folder import cluster
     from selcon_plugin.workflows.fit import FitResult, fit
+    from selcon_plugin.workflows.folder_clusters import FolderClusters
 
 __all__ = [
     "Embedder",
     "Embeddings",
     "FitResult",
+    "FolderClusters",
     "FolderFeatures",
     "Index",
     "__version__",
+    "cluster",
     "fit",
     "search",
 ]
@@ -34,8 +38,10 @@ _MODULES = {
     "Embedder": "selcon_plugin.inference.embedder",
     "Embeddings": "selcon_plugin.features",
     "FitResult": "selcon_plugin.workflows.fit",
+    "FolderClusters": "selcon_plugin.workflows.folder_clusters",
     "FolderFeatures": "selcon_plugin.inference.folder_features",
     "Index": "selcon_plugin.retrieval",
+    "cluster": "selcon_plugin.workflows.cluster_folder",
     "fit": "selcon_plugin.workflows.fit",
     "search": "selcon_plugin.retrieval",
 }

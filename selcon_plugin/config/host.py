@@ -23,6 +23,7 @@ from selcon_plugin.config.host_data import (
     NetworkSettings,
     PlainNetwork,
     Processes,
+    RecognizedNetwork,
     RunFiles,
     RunKeys,
     RunResult,
@@ -351,6 +352,20 @@ class Host(ABC):
         if backbone:
             raise ValueError(f"{self.title} loads no weights without a config")
         return {}
+
+    def recognize(
+        self, state: Mapping[str, torch.Tensor], file_name: str
+    ) -> list[RecognizedNetwork]:
+        """Find the networks that weights without a config belong to.
+
+        Args:
+            state: Tensors by name.
+            file_name: Name of their file, which may decide between networks.
+
+        Returns:
+            The networks that have these tensors.
+        """
+        return []
 
     @abstractmethod
     def adaptation_overrides(self, adaptation: Adaptation) -> dict[str, Any]:

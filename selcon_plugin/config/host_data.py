@@ -16,6 +16,7 @@ __all__ = [
     "PlainNetwork",
     "ProcessFailure",
     "Processes",
+    "RecognizedNetwork",
     "RunFiles",
     "RunKeys",
     "RunResult",
@@ -123,6 +124,23 @@ class PlainNetwork:
     output_key: str
     whole: bool
     notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RecognizedNetwork:
+    """Network that weights without a config belong to, by their tensors.
+
+    Attributes:
+        title: Its name for a message.
+        backbone: Name of the model, as for weights without a config.
+        settings: Further values of its config by full keys.
+        assumed: What the tensors do not tell, and is therefore assumed; empty for nothing.
+    """
+
+    title: str
+    backbone: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    assumed: str = ""
 
 
 @dataclass(frozen=True)

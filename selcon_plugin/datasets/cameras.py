@@ -25,6 +25,9 @@ NO_CAMERAS, FOLDER_CAMERAS = "none", "folders"
 
 # More folders than this, or fewer images in each, are unlikely to be cameras.
 _MOST_CAMERAS, _LEAST_IMAGES = 20, 100
+# More folders than that with fewer images each are persons or tracks unless their names can
+# mean nothing but cameras.
+_FEW_IMAGES = 10
 _MOST = 0.8  # fraction of the names that must agree
 _MEANT = 0.2  # fraction of the files whose matching names show that names are meant
 
@@ -43,6 +46,8 @@ _PLACE_WORDS = frozenset(
     | {"north", "south", "east", "west", "front", "back", "rear", "left", "right"}
     | {"inside", "outside", "indoor", "outdoor", "upstairs", "downstairs", "desk"}
 )
+# The camera at the start of a name, as in cam1_0001 or ch03-track7.
+_CAMERA_OF = re.compile(r"(?:[a-z]+[-_ ])*(?P<word>[a-z]+)[-_ ]?\d+(?=[-_ .])")
 _CAMERA_CODE = re.compile(r"c[-_ ]?\d{1,3}(s\d+)?")
 _ADDRESS = re.compile(r"\d{1,3}(\.\d{1,3}){3}.*")
 _PERSON = re.compile(
@@ -59,6 +64,7 @@ _DAY = re.compile(
     r"|(mon|tues|wednes|thurs|fri|satur|sun)day.*|day[-_ ]?\d+|morning|noon|evening|night"
 )
 # A camera in a file name, as in 0001_c3s1_000151_00.jpg or 0005_cam2.png.
+_USUAL_FIELD, _ANY_FIELD = r"_c(\d+)", r"(?i)(?:^|[-_. ])c[a-z]*[-_]?(\d+)"
 _FIELD = re.compile(r"(?:^|[-_. ])c(?:am(?:era)?)?[-_]?(\d{1,4})(?![a-rt-z0-9])", re.I)
 
 
@@ -83,7 +89,8 @@ def find_cameras(paths: Sequence[str], camera_pattern: str = "") -> Cameras:
         camera_pattern: Regular expression; its first group, or the whole match without a
             group, is the name. If the group takes no part in the match, the camera is
             unknown. ``"folders"`` takes the first sub-folder, ``"none"`` nothing, and
-            ``""`` the first sub-folder where these are cameras by all appearances.
+            ``""`` the first sub-folder where these are cameras by all appearances, below
+            folders that hold all images.
 
     Returns:
         The cameras.
@@ -98,8 +105,24 @@ def find_cameras(paths: Sequence[str], camera_pattern: str = "") -> Cameras:
         return Cameras(list(folders))
     if camera_pattern:
         return Cameras(_search(_compiled(camera_pattern), camera_pattern, paths))
-    are_cameras, doubt = _check_folders(paths, folders)
+    inner, around = list(paths), ""
+    while (name := _folder_around(inner)) and not _is_one_camera(name):
+        around += name + "/"
+        inner = [path.partition("/")[2] for path in inner]
+    folders = [path.partition("/")[0] if "/" in path else None for path in inner]
+    are_cameras, doubt = _check_folders(inner, folders, around)
     return Cameras(list(folders) if are_cameras else [None] * len(paths), doubt)
+
+
+def _folder_around(paths: Sequence[str]) -> str:
+    """Return the name of a folder that holds all images in folders; ``""`` for none."""
+    names = {path.partition("/")[0] if path.count("/") > 1 else "" for path in paths}
+    return names.pop() if len(names) == 1 else ""
+
+
+def _is_one_camera(name: str) -> bool:
+    lower = name.lower()
+    return _is_camera_name(lower) or _CAMERA_CODE.fullmatch(lower) is not None
 
 
 def _compiled(camera_pattern: str) -> re.Pattern[str]:
@@ -142,37 +165,77 @@ def _matches(found: Iterable[re.Match[str] | None]) -> int:
     return sum(match is not None for match in found)
 
 
-def _check_folders(paths: Sequence[str], folders: Sequence[str | None]) -> tuple[bool, str]:
-    """Check whether the first sub-folders are cameras, and describe a doubt."""
+def _check_folders(
+    paths: Sequence[str], folders: Sequence[str | None], around: str
+) -> tuple[bool, str]:
+    """Check whether the first sub-folders are cameras, and describe a doubt.
+
+    Args:
+        paths: Paths that begin with these sub-folders.
+        folders: Sub-folder of each path; None for none.
+        around: Folder that contains them all, with a slash; empty for none.
+
+    Returns:
+        Whether they are, and the doubt; ``""`` for none.
+    """
     counts = Counter(name for name in folders if name is not None)
     if not counts:
         return False, ""
     names = list(counts)
     fields = _fields(paths, folders)
-    if _agree(names, _is_camera_name):
+    usual = statistics.median(counts.values())
+    are_small = len(names) > _MOST_CAMERAS and usual < _FEW_IMAGES
+    if shared := _cameras_shared(names):
+        reason = f"name a camera and something else each, {shared}"
+        return False, _refusal(names, reason, around)
+    if _agree(names, _is_only_camera if are_small else _is_camera_name):
         return True, ""
     if len(names) == 1:  # such as a folder around all images
         return _CAMERA_CODE.fullmatch(names[0].lower()) is not None, ""
-    if reason := _why_not(names, fields):
-        return False, _refusal(names, reason)
-    if (
+    if reason := _why_not(names, fields, paths):
+        return False, _refusal(names, reason, around)
+    persons = _agree(names, _PERSON.fullmatch)
+    if not are_small and (
         _agree(names, _CAMERA_CODE.fullmatch)
         or _fields_follow(fields, counts)
         or _persons_repeat(paths)
     ):
         return True, ""
-    if _agree(names, _PERSON.fullmatch):
-        return False, _refusal(names, "look like persons or tracks")
-    usual = statistics.median(counts.values())
+    if persons or are_small:
+        reason = f"look like persons or tracks (a median of {usual:g} images)"
+        return False, _refusal(names, reason, around, labels=True)
     if len(names) <= _MOST_CAMERAS and usual >= _LEAST_IMAGES:
         return True, (
             f"{len(names)} sub-folders ({_some(names)}) with a median of {usual:g} images "
             "are taken as cameras. If they are persons, give --camera-pattern none"
         )
-    return False, _refusal(names, f"may be persons (a median of {usual:g} images)")
+    reason = f"may be persons (a median of {usual:g} images)"
+    return False, _refusal(names, reason, around, labels=True)
 
 
-def _why_not(names: Sequence[str], fields: dict[str, set[str]]) -> str:
+def _cameras_shared(names: Sequence[str]) -> str:
+    """Return the pattern of cameras that several sub-folders share; ``""`` for none.
+
+    A sub-folder may be a person, a track or a day of one camera, as in ``cam1_0001``.
+    """
+    found = [
+        match
+        for name in names
+        if (match := _CAMERA_OF.match(name.lower()))
+        and not _is_one_camera(name[match.end() + 1 :])  # such as recorder and channel
+    ]
+    cameras = {match[0] for match in found}
+    words = {match["word"] for match in found}
+    if len(words) != 1 or not words <= _CAMERA_WORDS | {"c"}:
+        return ""
+    if len(found) < _MOST * len(names) or 2 * len(cameras) > len(names):
+        return ""
+    return rf"which --camera-pattern '(?i)({words.pop()}[-_ ]?\d+)' would read,"
+
+
+def _why_not(
+    names: Sequence[str], fields: dict[str, set[str]], paths: Sequence[str]
+) -> str:
     """Return why the sub-folders are no cameras whatever else they look like."""
     if _agree(names, _PART.fullmatch):
         return "look like parts of a data set"
@@ -180,17 +243,25 @@ def _why_not(names: Sequence[str], fields: dict[str, set[str]]) -> str:
         return "look like days"
     several = sum(len(numbers) > 1 for numbers in fields.values())
     if several and 2 * several >= len(names):
+        files = (path.rpartition("/")[2] for path in paths)
+        are_usual = all(re.search(_USUAL_FIELD, f) for f in files if _FIELD.search(f))
+        pattern = _USUAL_FIELD if are_usual else _ANY_FIELD
         return (
             "hold images of several cameras each by their file names, which "
-            r"--camera-pattern '_c(\d+)' would read,"
+            f"--camera-pattern '{pattern}' would read,"
         )
     return ""
 
 
-def _refusal(names: Sequence[str], reason: str) -> str:
+def _refusal(
+    names: Sequence[str], reason: str, around: str, *, labels: bool = False
+) -> str:
+    pattern = "'^" + "[^/]+/" * around.count("/") + "([^/]+)/'" if around else "folders"
+    place = f" of {printable(around)}" if around else ""
+    taken = "taken neither as cameras nor as labels" if labels else "not taken as cameras"
     return (
-        f"{len(names)} sub-folders ({_some(names)}) {reason} and are not taken as cameras: "
-        "cameras unknown. If each is a camera, give --camera-pattern folders; a regular "
+        f"{len(names)} sub-folders{place} ({_some(names)}) {reason} and are {taken}: "
+        f"cameras unknown. If each is a camera, give --camera-pattern {pattern}; a regular "
         "expression finds cameras in file names; none leaves them out"
     )
 
@@ -208,6 +279,15 @@ def _is_camera_name(name: str) -> bool:
     if _ADDRESS.fullmatch(name):
         return True
     return not (_CAMERA_WORDS | _PLACE_WORDS).isdisjoint(_WORDS.findall(name))
+
+
+def _is_only_camera(name: str) -> bool:
+    """Return whether a name is that of a camera without a further number or a place."""
+    parts = _WORDS.findall(name)
+    numbers: int = sum(part.isdigit() for part in parts)
+    if _ADDRESS.fullmatch(name):
+        return numbers == 4
+    return numbers <= 1 and not _CAMERA_WORDS.isdisjoint(parts)
 
 
 def _fields(paths: Sequence[str], folders: Sequence[str | None]) -> dict[str, set[str]]:
@@ -234,4 +314,7 @@ def _persons_repeat(paths: Sequence[str]) -> bool:
         if len(parts) > 2:
             above[parts[1]].add(parts[0])
     shared = [name for name, firsts in above.items() if len(firsts) > 1]
+    # More first than second ones are persons with numbered tracks.
+    if len({first for firsts in above.values() for first in firsts}) > len(above):
+        return False
     return 2 * len(shared) > len(above) > 0 and _agree(shared, _PERSON.fullmatch)

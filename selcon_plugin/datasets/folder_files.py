@@ -9,14 +9,38 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import PIL
+
+from selcon_plugin.datasets.reading import FORMATS, OPTIONAL_FORMATS
+from selcon_plugin.installing import pip_install
 from selcon_plugin.io.names import printable
 from selcon_plugin.io.own_output import SHEET_MARK, is_output, own_entries
 
-# Listed by name; what such a file really contains is found when it is read.
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif"}
-    | {".tif", ".tiff"}
-)
+# By format: a file with such a suffix is listed by its name, and what it really contains is
+# found when it is read.
+_SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png",),
+    "BMP": (".bmp", ".dib"),
+    "TIFF": (".tif", ".tiff"),
+    "GIF": (".gif",),
+    "WEBP": (".webp",),
+    "AVIF": (".avif", ".avifs"),
+    "HEIC": (".heic", ".heif"),
+}
+IMAGE_SUFFIXES = frozenset(suffix for name in FORMATS for suffix in _SUFFIXES[name])
+# Why the others are left out, with what the user can do.
+_REMEDIES = {
+    name: f"{name} images, which Pillow {PIL.__version__} does not read: "
+    + pip_install("--upgrade", "pillow")
+    for name in OPTIONAL_FORMATS
+} | {"HEIC": "HEIC images, which are not read: convert them to JPEG or PNG"}
+_UNREAD = {
+    suffix: _REMEDIES[name]
+    for name, suffixes in _SUFFIXES.items()
+    for suffix in suffixes
+    if name not in FORMATS
+}
 # Neither images nor worth a warning.
 _TEXT_SUFFIXES = frozenset(
     {".txt", ".md", ".csv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".html", ".log"}
@@ -34,6 +58,16 @@ _FOREIGN = frozenset(
     | {"network trash folder", "temporary items", "icon\r", "lightroom previews"}
 )
 _SNIFFED_BYTES, _SHEET_BYTES = 32, 512
+_STARTS = {
+    "JPEG": (b"\xff\xd8\xff",),
+    "PNG": (b"\x89PNG\r\n\x1a\n",),
+    "GIF": (b"GIF87a", b"GIF89a"),
+    "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+}
+_BRANDS = {
+    "AVIF": {b"avif", b"avis"},
+    "HEIC": {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"},
+}
 _BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
 
 HIDDEN = "hidden or of another program"
@@ -225,22 +259,27 @@ def _why_no_image(entry: os.DirEntry[str]) -> str:
         return OWN if is_sheet else ""
     if suffix in _TEXT_SUFFIXES:
         return TEXT
-    return "" if _begins_as_image(entry.path) else OTHER
+    if suffix in _UNREAD:
+        return _UNREAD[suffix]
+    found = _format_by_content(entry.path)
+    return "" if found in FORMATS else _REMEDIES.get(found, OTHER)
 
 
 def _is_special(entry: os.DirEntry[str]) -> bool:
     return not entry.is_file(follow_symlinks=False)
 
 
-def _begins_as_image(path: str) -> bool:
-    """Return whether a file begins as one of the formats that are read."""
+def _format_by_content(path: str) -> str:
+    """Return the format of an image by its first bytes; ``""`` for anything else."""
     head = _head(path, _SNIFFED_BYTES)
-    return (
-        head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a"))
-        or head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"))
-        or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
-        or (head[:2] == b"BM" and int.from_bytes(head[14:18], "little") in _BMP_HEADERS)
-    )
+    if head[4:8] == b"ftyp":  # a container of images and videos, which lists its brands
+        brands = {head[start : start + 4] for start in (8, *range(16, len(head) - 3, 4))}
+        return next((n for n, own in _BRANDS.items() if not own.isdisjoint(brands)), "")
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    if head[:2] == b"BM" and int.from_bytes(head[14:18], "little") in _BMP_HEADERS:
+        return "BMP"
+    return next((n for n, starts in _STARTS.items() if head.startswith(starts)), "")
 
 
 def _head(path: str, size: int) -> bytes:

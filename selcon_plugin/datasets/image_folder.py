@@ -36,11 +36,12 @@ class ImageItem(NamedTuple):
 def read_image_folder(folder: str | Path, *, camera_pattern: str = "") -> list[ImageItem]:
     r"""List the images below a folder, with their cameras.
 
-    Images are known by their suffix (jpg, jpeg, jpe, jfif, png, webp, bmp, dib, gif, tif,
-    tiff), other files by their first bytes. Folders that are symbolic links are read as
-    well. One warning counts and names all that is left out: hidden files, those of other
-    programs and of selcon itself, and files that are not images. Broken images are found
-    later, by :func:`selcon_plugin.datasets.reading.find_unreadable`, before the training.
+    Images are known by their suffix (jpg, jpeg, jpe, jfif, png, bmp, dib, gif, tif, tiff,
+    and webp, avif where Pillow reads them), other files by their first bytes. Folders that
+    are symbolic links are read as well. One warning counts and names all that is left out:
+    hidden files, those of other programs and of selcon itself, and files that are not
+    images, or not of a type that is read. Broken images are found later, by
+    :func:`selcon_plugin.datasets.reading.find_unreadable`, before the training.
 
     Args:
         folder: Folder searched recursively.
@@ -49,8 +50,9 @@ def read_image_folder(folder: str | Path, *, camera_pattern: str = "") -> list[I
             in the match. With a slash it is searched in the path below ``folder`` (with
             forward slashes), otherwise in the names of the files or in those of the
             folders, whichever match more often. ``"folders"`` uses the first sub-folder.
-            ``""`` does so only if their names, file names or sizes look like those of
-            cameras and not of persons; a warning tells. ``"none"`` ignores cameras.
+            ``""`` does so, below folders that hold all images, only if names, file names or
+            sizes look like those of cameras and not of persons; a warning tells. ``"none"``
+            ignores cameras.
 
     Returns:
         Images sorted by path.

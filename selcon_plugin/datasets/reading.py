@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 from tqdm import tqdm
 
 from selcon_plugin.datasets.slow_reads import watch
@@ -29,9 +29,18 @@ from selcon_plugin.io.names import printable
 
 logger = logging.getLogger(__name__)
 
+# Formats that not every Pillow reads: AVIF since 11.3, both only if it was built with them.
+OPTIONAL_FORMATS = ("WEBP", "AVIF")
 # The formats that are read, by Pillow's names. Pillow knows some that run other programs
 # (EPS starts Ghostscript) or open other files: they are not tried, whatever a file holds.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+FORMATS = (
+    *("JPEG", "PNG", "BMP", "TIFF", "GIF"),
+    *(
+        name
+        for name, module in zip(OPTIONAL_FORMATS, ("webp", "avif"), strict=True)
+        if module in features.modules and features.check_module(module)
+    ),
+)
 # Bounds on what one image may cost: a file of a few KB may hold gigabytes of one color. A
 # person crop is far below, a photo of 50 megapixels within.
 MAX_PIXELS = 2**26

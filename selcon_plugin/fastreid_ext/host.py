@@ -22,6 +22,7 @@ from selcon_plugin.config.host_data import (
     NetworkSettings,
     PlainNetwork,
     Processes,
+    RecognizedNetwork,
     RunFiles,
     RunKeys,
     RunResult,
@@ -38,6 +39,7 @@ from selcon_plugin.fastreid_ext.inference import load_network
 from selcon_plugin.fastreid_ext.launch import check_launch, launch
 from selcon_plugin.fastreid_ext.logs import begin_log, log_setup, open_log, share_host_log
 from selcon_plugin.fastreid_ext.plain import measure, plain_network
+from selcon_plugin.fastreid_ext.recognition import recognize, timm_settings
 from selcon_plugin.fastreid_ext.results import results_by_test_set, write_results
 from selcon_plugin.fastreid_ext.scripts import prepare_script
 from selcon_plugin.fastreid_ext.supervised import projection_width
@@ -271,6 +273,18 @@ class FastReIDHost(Host):
     def measure(self, cfg: Any, network: InferenceNetwork) -> Mapping[str, Any]:
         """Evaluate a network on ``DATASETS.TESTS``."""
         return measure(cfg, network)
+
+    def inference_overrides(self, backbone: str = "") -> dict[str, Any]:
+        """Return the settings to load a trained network, or a model of timm."""
+        if backbone.startswith(TIMM_PREFIX):
+            return timm_settings(backbone.removeprefix(TIMM_PREFIX))
+        return super().inference_overrides(backbone)
+
+    def recognize(
+        self, state: Mapping[str, torch.Tensor], file_name: str
+    ) -> list[RecognizedNetwork]:
+        """Find the ResNet of FastReID that weights belong to."""
+        return recognize(state)
 
     def adaptation_overrides(self, adaptation: Adaptation) -> dict[str, Any]:
         """Return the settings to fine-tune a trained network."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from selcon_plugin.models.inference import InferenceNetwork, load_all_tensors
 from selcon_plugin.models.preprocessing import Preprocessing
 from selcon_plugin.models.pretrained import read_network_file
 from selcon_plugin.models.state_keys import network_weights
+from selcon_plugin.models.timm import timm_network
 
 
 class HostNetwork(nn.Module):
@@ -79,6 +81,9 @@ def load_network(
             "INPUT.CROP.ENABLED is True: to extract features of cropped images, use selcon "
             "extract with MODEL.WEIGHTS instead of --weights"
         )
+    method, file = "", read_network_file(Path(weights).expanduser())
+    if _is_plain_timm(cfg, file.state):
+        return _timm_network(cfg, weights, device)
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.BACKBONE.PRETRAIN = False
@@ -90,7 +95,6 @@ def load_network(
     cfg.MODEL.HEADS.NUM_CLASSES = 0 if ours else 1
     with data_only():
         model = architecture(cfg)
-    method, file = "", read_network_file(Path(weights).expanduser())
     state = network_weights(file.state)
     if ours:
         model.images_normalized = True  # InferenceNetwork normalizes the images
@@ -107,3 +111,26 @@ def load_network(
         pixel_std=tuple(cfg.MODEL.PIXEL_STD),
     )
     return InferenceNetwork(model.to(device), preprocessing, method=method, host="fastreid")
+
+
+def _is_plain_timm(cfg: CfgNode, state: Mapping[str, Tensor]) -> bool:
+    """Return whether weights are those of the timm model without a head."""
+    is_timm = cfg.MODEL.BACKBONE.NAME == "build_timm_backbone"
+    return is_timm and not any(name.startswith("backbone.") for name in state)
+
+
+def _timm_network(
+    cfg: CfgNode, weights: str | Path, device: torch.device
+) -> InferenceNetwork:
+    """Build a timm model as torchreid's host does, so that either gives the same."""
+    preprocessing = Preprocessing(
+        size=tuple(cfg.INPUT.SIZE_TEST),
+        interpolation="bilinear",
+        pixel_mean=tuple(cfg.MODEL.PIXEL_MEAN),
+        pixel_std=tuple(cfg.MODEL.PIXEL_STD),
+    )
+    backbone = cfg.MODEL.BACKBONE
+    network = timm_network(
+        backbone.TIMM_NAME, preprocessing, str(weights), backbone.LAST_STRIDE
+    )
+    return InferenceNetwork(network.to(device), preprocessing, host="fastreid")

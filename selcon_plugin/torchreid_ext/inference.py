@@ -13,24 +13,13 @@ from selcon_plugin.config.checks import check_name
 from selcon_plugin.models.inference import InferenceNetwork, load_all_tensors
 from selcon_plugin.models.preprocessing import Preprocessing
 from selcon_plugin.models.pretrained import read_state_dict
-from selcon_plugin.models.timm import TIMM_PREFIX, create_timm_backbone
-from selcon_plugin.models.torchreid import build_plain_model, torchreid_model_names
+from selcon_plugin.models.timm import TIMM_PREFIX, timm_network
+from selcon_plugin.models.torchreid import (
+    CLASSIFIER,
+    build_plain_model,
+    torchreid_model_names,
+)
 from selcon_plugin.torchreid_ext.train import build_model
-
-_CLASSIFIER = ("classifier",)
-
-
-class _PooledMap(nn.Module):
-    """Global average pooling, the usual feature of a backbone without a head."""
-
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.pool = nn.AdaptiveAvgPool2d(1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        pooled: Tensor = self.pool(self.backbone(images))
-        return pooled
 
 
 def load_network(
@@ -83,18 +72,8 @@ def _plain_model(
 ) -> nn.Module:
     name = cfg.model.name
     if name.startswith(TIMM_PREFIX):
-        return _PooledMap(
-            create_timm_backbone(
-                name.removeprefix(TIMM_PREFIX),
-                input_size=preprocessing.size,
-                pretrained=True,
-                weights=str(file),
-                last_stride=cfg.selcon.last_stride,
-                pixel_mean=preprocessing.pixel_mean,
-                pixel_std=preprocessing.pixel_std,
-            )
-        )
+        return timm_network(name, preprocessing, str(file), cfg.selcon.last_stride)
     check_name("the backbone", name, torchreid_model_names())
     model = build_plain_model(name)
-    load_all_tensors(model, state, source=str(file), ignore_prefixes=_CLASSIFIER)
+    load_all_tensors(model, state, source=str(file), ignore_prefixes=CLASSIFIER)
     return model

@@ -10,6 +10,7 @@ from yacs.config import CfgNode
 
 from selcon_plugin.config.host_data import PlainNetwork
 from selcon_plugin.models.inference import InferenceNetwork
+from selcon_plugin.models.timm import TIMM_PREFIX
 from selcon_plugin.models.torchreid import build_plain_model
 from selcon_plugin.torchreid_ext.config import OWN_OPTIONS
 from selcon_plugin.torchreid_ext.datasets import IMAGE_FOLDER, SYNTHETIC_PERSONS
@@ -37,6 +38,11 @@ def plain_network(cfg: CfgNode, weights: str | Path) -> PlainNetwork:
     trained = load_network(cfg, weights, torch.device("cpu"))
     model = trained.network
     if not isinstance(model, SelConModel):
+        if cfg.model.name.startswith(TIMM_PREFIX):
+            raise ValueError(
+                f"torchreid has no model {cfg.model.name}, to which {weights} belongs. "
+                f"{_OTHERWISE}"
+            )
         raise ValueError(f"{weights} is a plain torchreid network already")
     if model.build_options["feature"] != "model":
         raise ValueError(

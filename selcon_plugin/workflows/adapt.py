@@ -40,6 +40,7 @@ from selcon_plugin.io.output_files import check_output_apart
 from selcon_plugin.io.streams import is_terminal
 from selcon_plugin.methods import method_names
 from selcon_plugin.metrics.label_free import LabelFreeQuality, label_free_quality
+from selcon_plugin.models.pretrained import is_packaged
 from selcon_plugin.runs.folder import owned_run
 from selcon_plugin.workflows.adapt_record import (
     ADAPTED_FILE,
@@ -137,6 +138,11 @@ def adapt(
         FileNotFoundError: If a file or folder does not exist.
         RunStopped: If a signal stopped the training; it is a ``SystemExit``.
     """  # noqa: DOC502  (raised by the functions called here)
+    if is_packaged(settings.weights):
+        raise ValueError(
+            f"--weights {settings.weights} is an ImageNet network, which has not learned "
+            "persons: train one that starts from it with selcon train --images"
+        )
     check_network_file("--weights", settings.weights)
     if settings.method:
         check_name("--method", settings.method, method_names())
@@ -237,7 +243,7 @@ def _load_training_config(
         file,
         (*_ratio(host, settings), *settings.options),
         overrides={
-            **host.inference_overrides(network.backbone),
+            **network.overrides,
             **host.adaptation_overrides(adaptation),
         },
         images=settings.images,

@@ -1,4 +1,4 @@
-"""``selcon cluster``: compute the features of a folder of images and cluster them."""
+"""``selcon cluster``, and ``cluster`` from Python: from images or features to clusters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from selcon_plugin.clustering.remedies import fewer_outliers
 from selcon_plugin.config.checks import check_output_folder
 from selcon_plugin.datasets import ImageItem, read_image_folder
 from selcon_plugin.datasets.content import content_hashes, list_hash
-from selcon_plugin.datasets.numbering import number_names
+from selcon_plugin.datasets.numbering import UNKNOWN, number_names
 from selcon_plugin.datasets.reading import fault_of
 from selcon_plugin.engine.estimates import (
     check_memory,
@@ -31,12 +31,15 @@ from selcon_plugin.engine.estimates import (
     extraction_estimate,
     product_rate,
 )
+from selcon_plugin.features import check_features
+from selcon_plugin.inference.arguments import check_list
 from selcon_plugin.inference.embedder import Embedder, choose_device
 from selcon_plugin.inference.folder_features import FolderFeatures
 from selcon_plugin.io.atomic import write_atomically
 from selcon_plugin.io.integrity import sealed_json, unsealed_json
 from selcon_plugin.io.streams import is_terminal
 from selcon_plugin.report.sheets import SheetRow, contact_sheet
+from selcon_plugin.retrieval import ImageEmbedder
 from selcon_plugin.runs.folder import owned_run
 from selcon_plugin.workflows.cluster_links import link_clusters
 from selcon_plugin.workflows.folder_clusters import (
@@ -44,10 +47,9 @@ from selcon_plugin.workflows.folder_clusters import (
     cluster_confidence,
     cluster_features,
     default_options,
-    write_csv,
 )
 
-__all__ = ["cluster_folder", "fingerprint", "image_key"]
+__all__ = ["cluster", "cluster_folder", "fingerprint", "image_key"]
 
 CSV_FILE, FEATURES_FILE, SHEET_FILE = "clusters.csv", "features.npz", "contact_sheet.jpg"
 LINKS_FOLDER = "links"
@@ -114,7 +116,7 @@ def cluster_folder(
     output = Path(output)
     items = read_image_folder(folder, camera_pattern=camera_pattern)
     # Options are checked before the long work.
-    build_labeler(labeler, **{**default_options(labeler, len(items)), **(options or {})})
+    _options(labeler, len(items), options)
     with owned_run(output):
         source = {"network": network_key, "content": image_key(items)}
         found = _kept_features(output, source, echo)
@@ -126,6 +128,7 @@ def cluster_folder(
                 num_workers,
                 echo,
                 max_unreadable_ratio=max_unreadable_ratio,
+                show_progress=is_terminal(sys.stderr),
             )
             # The source is written last: a kill leaves features that are not used.
             (output / _SOURCE_FILE).unlink(missing_ok=True)
@@ -134,24 +137,178 @@ def cluster_folder(
         else:
             echo(f"{len(found.paths):,} features of this network are reused from {output}")
             found = _with_cameras(found, items, output)
-        values = {**default_options(labeler, len(found.paths)), **(options or {})}
-        place = clustering_device(choose_device(device))
-        labels = _cluster(found, labeler, values, str(place), echo)
-        camera_of = {item.path: item.camera or "" for item in items}
-        clusters = FolderClusters(
-            found.paths,
-            [camera_of.get(path, "") for path in found.paths],
-            labels.labels.numpy(),
-            cluster_confidence(found.features, labels.labels.numpy()),
+        camera_of = {item.path: item.camera for item in items}
+        clusters = cluster(
+            found,
+            cameras=[camera_of.get(path) for path in found.paths],
+            labeler=labeler,
+            device=device,
+            echo=echo,
+            **(options or {}),
         )
-        write_csv(clusters, output / CSV_FILE, folder=folder)
-        echo(f"{_summary(labels, labeler)}: {output / CSV_FILE}")
+        clusters = dataclasses.replace(clusters, folder=str(folder))
+        clusters.to_csv(output / CSV_FILE)
+        echo(f"{_summary(clusters, labeler)}: {output / CSV_FILE}")
         if links:
             link_clusters(clusters, output / LINKS_FOLDER)
             echo(f"Links by cluster: {output / LINKS_FOLDER}")
         if contact_sheet_rows and clusters.num_clusters:
             _draw_sheet(clusters, output / SHEET_FILE, contact_sheet_rows, echo)
         return clusters
+
+
+def cluster(
+    images: Any,
+    embedder: ImageEmbedder | None = None,
+    *,
+    cameras: Sequence[Any] | None = None,
+    camera_pattern: str = "",
+    labeler: str = "DBSCAN",
+    device: str = "auto",
+    batch_size: int = 64,
+    num_workers: int = 0,
+    max_unreadable_ratio: float = 0.05,
+    show_progress: bool = False,
+    echo: Callable[[str], None] = lambda _: None,
+    **options: Any,
+) -> FolderClusters:
+    """Cluster images by pseudo identity, as ``selcon cluster`` does; nothing is written.
+
+    Args:
+        images: Folder of images, which is searched recursively; a list of images, as for
+            :class:`~selcon_plugin.inference.embedder.Embedder`; or their features:
+            :class:`~selcon_plugin.inference.folder_features.FolderFeatures`, or unit
+            vectors ``(M, C)`` as an array or tensor.
+        embedder: Network that computes the features of images; None for features. A folder
+            needs an ``Embedder``.
+        cameras: Camera of each image of a list, or of each feature: names or numbers; None,
+            "" or -1 where unknown. None for those of ``FolderFeatures``, or for no cameras.
+        camera_pattern: For a folder, how to find the camera in a file's path; see
+            :func:`selcon_plugin.datasets.read_image_folder`.
+        labeler: Registered name of the labeler.
+        device: Device of the clustering; ``"auto"`` for a GPU if there is one.
+        batch_size: Images per batch of the feature extraction.
+        num_workers: Number of processes that read the images of a folder.
+        max_unreadable_ratio: Fraction of a folder's images that may be unreadable; they are
+            left out with a warning.
+        show_progress: Whether to show a progress bar for the features of a folder.
+        echo: Receives lines for the user, such as ``print``.
+        **options: Options of the labeler by name, such as ``eps=0.5`` or ``k1=20``; the
+            number of images determines the others.
+
+    Returns:
+        The clusters, the largest numbered 0.
+
+    Raises:
+        ValueError: If an argument or option is wrong, or the memory does not suffice.
+        BadImagesError: If more images of a folder are unreadable.
+        BadFeaturesError: If the features are not unit vectors, one per image.
+        FileNotFoundError: If the folder does not exist.
+
+    Example:
+        >>> features = np.eye(3, dtype=np.float32)[[0, 0, 0, 1, 1, 1, 2]]
+        >>> found = cluster(features, eps=0.5, k1=3, k2=1, min_samples=2)
+        >>> found.labels.tolist(), found.representatives.tolist()
+        ([0, 0, 0, 1, 1, 1, -1], [0, 3])
+    """  # noqa: DOC502  (raised by the functions called here)
+    place = str(clustering_device(choose_device(device)))
+    is_folder = isinstance(images, (str, os.PathLike))
+    if is_folder:
+        if cameras is not None:
+            raise ValueError("cameras belong to a list: give camera_pattern for a folder")
+        if not isinstance(embedder, Embedder):
+            raise ValueError(
+                f"embedder must be an Embedder for the folder {os.fspath(images)!r}, got "
+                f"{embedder!r}: Embedder.from_checkpoint loads one"
+            )
+        items = read_image_folder(images, camera_pattern=camera_pattern)
+        _options(labeler, len(items), options)
+        found = _compute_features(
+            embedder,
+            items,
+            batch_size,
+            num_workers,
+            echo,
+            max_unreadable_ratio=max_unreadable_ratio,
+            show_progress=show_progress,
+        )
+        camera_of = {item.path: item.camera for item in items}
+        cameras = [camera_of[path] for path in found.paths]
+    else:
+        found = _features_of(images, embedder, batch_size)
+        if not found.paths:
+            raise ValueError("images are empty: there is nothing to cluster")
+    if cameras is None:
+        names = ["" if camera < 0 else str(camera) for camera in found.camids.tolist()]
+    else:
+        found, names = _seen_by(found, cameras)
+    values = _options(labeler, len(found.paths), options)
+    labels = _cluster(found, labeler, values, place, echo)
+    numbers = labels.labels.numpy()
+    return FolderClusters(
+        found.paths,
+        names,
+        numbers,
+        cluster_confidence(found.features, numbers),
+        folder=os.fspath(images) if is_folder else "",
+        measured=labels.measured,
+    )
+
+
+def _options(
+    labeler: str, num_images: int, options: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return checked options of a labeler, with those that the number of images chooses."""
+    values = {**default_options(labeler, num_images), **(options or {})}
+    build_labeler(labeler, **values)
+    return values
+
+
+def _features_of(
+    images: Any, embedder: ImageEmbedder | None, batch_size: int
+) -> FolderFeatures:
+    """Return the features of a list of images, or those that are given."""
+    is_features = isinstance(images, FolderFeatures) or getattr(images, "ndim", 0) == 2
+    if is_features and embedder is not None:
+        raise ValueError("images are features already: leave embedder out")
+    if isinstance(images, FolderFeatures):
+        return images
+    if is_features:
+        features = check_features(images, source="the features to cluster")
+        paths = [str(row) for row in range(len(features))]
+    else:
+        listed = check_list("images", images, one="image")
+        if embedder is None:
+            raise ValueError(
+                "embedder is None: pass one for images, or features of shape (M, C)"
+            )
+        features = check_features(
+            embedder(listed, batch_size=batch_size),
+            source="the embedder's output",
+            rows=len(listed),
+        )
+        paths = [
+            os.fspath(image) if isinstance(image, (str, os.PathLike)) else str(row)
+            for row, image in enumerate(listed)
+        ]
+    return FolderFeatures(tuple(paths), np.full(len(paths), UNKNOWN), features)
+
+
+def _seen_by(
+    found: FolderFeatures, cameras: Sequence[Any]
+) -> tuple[FolderFeatures, list[str]]:
+    """Replace the cameras of features; also return their names, "" where unknown."""
+    listed = [
+        None if c in (None, "", UNKNOWN) else c for c in check_list("cameras", cameras)
+    ]
+    if len(listed) != len(found.paths):
+        raise ValueError(
+            f"cameras must hold one value for each of {len(found.paths)} images, got "
+            f"{len(listed)}"
+        )
+    camids = np.array(number_names(listed), dtype=np.int64)
+    names = ["" if camera is None else str(camera) for camera in listed]
+    return dataclasses.replace(found, camids=camids), names
 
 
 def _draw_sheet(
@@ -232,6 +389,7 @@ def _compute_features(
     echo: Callable[[str], None],
     *,
     max_unreadable_ratio: float,
+    show_progress: bool,
 ) -> FolderFeatures:
     # An unreadable image would fail the measurement, so the next readable one replaces it.
     readable = (item.path for item in items if not fault_of(item.path))
@@ -250,7 +408,7 @@ def _compute_features(
         batch_size=batch_size,
         num_workers=num_workers,
         max_unreadable_ratio=max_unreadable_ratio,
-        show_progress=is_terminal(sys.stderr),
+        show_progress=show_progress,
     )
 
 
@@ -280,15 +438,15 @@ def _cluster(
     return labels
 
 
-def _summary(found: PseudoLabels, labeler: str) -> str:
+def _summary(found: FolderClusters, labeler: str) -> str:
     if not found.num_clusters:
         remedy = fewer_outliers(labeler_options(labeler))
         return f"No cluster was found; {remedy}, or train on these images first"
-    sizes = found.sizes
+    sizes, num_outliers = found.sizes, found.num_outliers
     eps = found.measured.get("eps")
     return (
-        f"{found.num_clusters} clusters of {int(sizes.min())} to {int(sizes.max())} "
-        f"images, {found.num_outliers} outliers ({100 * found.outlier_ratio:.0f} %)"
+        f"{found.num_clusters} clusters of {sizes.min()} to {sizes.max()} images, "
+        f"{num_outliers} outliers ({100 * num_outliers / len(found.labels):.0f} %)"
         + (f", eps {eps:g}" if eps is not None else "")
     )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from selcon_plugin.clustering import (
 from selcon_plugin.clustering.neighborhood import NeighborhoodSizes
 from selcon_plugin.config.checks import check_name
 from selcon_plugin.features import check_features
+from selcon_plugin.io.output_files import check_output_file
 from selcon_plugin.io.tables import write_table
 
 __all__ = [
@@ -36,7 +37,6 @@ __all__ = [
     "cluster_confidence",
     "cluster_features",
     "default_options",
-    "write_csv",
 ]
 
 _CSV_COLUMNS = ("image", "cluster", "confidence", "camera")
@@ -46,26 +46,53 @@ _PRODUCTS = 2**24
 
 @dataclass(frozen=True)
 class FolderClusters:
-    """The clusters of a folder of images.
+    """The clusters of a folder of images, the content of the table of ``selcon cluster``.
 
     Attributes:
-        paths: Path of each image.
+        paths: Path of each image, or its row number where there is no path.
         cameras: Name of each image's camera; "" if unknown.
         labels: Cluster of each image, int64 ``(M,)``; -1 for an outlier. The largest
             cluster is 0.
         confidence: Confidence of each assignment, float32 ``(M,)``, see
             :func:`cluster_confidence`.
+        folder: Folder to which the names in the table are relative; "" to write the paths
+            as they are.
+        measured: What the labeler measured, such as ``eps``, by name.
     """
 
     paths: Sequence[str]
     cameras: Sequence[str]
     labels: NDArray[np.int64]
     confidence: NDArray[np.float32]
+    folder: str = ""
+    measured: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def num_clusters(self) -> int:
         """Return the number of clusters, without the outliers."""
         return int(self.labels.max(initial=OUTLIER)) + 1
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Return the number of images of each cluster, int64 ``(K,)``."""
+        return np.bincount(self.labels[self.labels != OUTLIER]).astype(np.int64)
+
+    @property
+    def num_outliers(self) -> int:
+        """Return the number of images in no cluster."""
+        return int((self.labels == OUTLIER).sum())
+
+    @property
+    def representatives(self) -> NDArray[np.int64]:
+        """Return the image that belongs most clearly to each cluster, int64 ``(K,)``.
+
+        ``paths[representatives[3]]`` shows whom cluster 3 contains.
+        """
+        inside = np.flatnonzero(self.labels != OUTLIER)
+        order = inside[np.lexsort((-self.confidence[inside], self.labels[inside]))]
+        _, first = np.unique(self.labels[order], return_index=True)
+        best: NDArray[np.int64] = order[first].astype(np.int64)
+        return best
 
     def members(self, cluster: int) -> NDArray[np.int64]:
         """Return the images of a cluster, the most confident first.
@@ -77,6 +104,33 @@ class FolderClusters:
         order = np.argsort(-self.confidence[images], kind="stable")
         members: NDArray[np.int64] = images[order].astype(np.int64)
         return members
+
+    def to_csv(self, file: str | Path) -> None:
+        """Write the table of ``selcon cluster``: image, cluster, confidence, camera.
+
+        The table is sorted by image. Names are written such that no spreadsheet takes one
+        for a formula; :func:`selcon_plugin.io.tables.read_table` returns them exactly.
+
+        Args:
+            file: The file to write or replace.
+
+        Raises:
+            ValueError: If an existing file of this name is not a ``.csv`` file.
+        """  # noqa: DOC502  (raised by the function called here)
+        check_output_file(file, name="file", kinds=(".csv",))
+        names = list(self.paths)
+        if self.folder:
+            names = [relative_name(path, self.folder) for path in names]
+        rows = (
+            (
+                names[image],
+                int(self.labels[image]),
+                f"{self.confidence[image]:.4f}",
+                self.cameras[image],
+            )
+            for image in sorted(range(len(names)), key=names.__getitem__)
+        )
+        write_table(file, _CSV_COLUMNS, rows)
 
 
 def default_options(labeler: str, num_images: int) -> dict[str, Any]:
@@ -201,30 +255,6 @@ def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     unit: NDArray[np.float32] = vectors / np.maximum(length, 1e-12)
     return unit
-
-
-def write_csv(clusters: FolderClusters, file: str | Path, *, folder: str | Path) -> None:
-    """Write a table ``image,cluster,confidence,camera``, sorted by image.
-
-    Names are written such that no spreadsheet takes one for a formula;
-    :func:`selcon_plugin.io.tables.read_table` returns them exactly.
-
-    Args:
-        clusters: The clusters to write.
-        file: The file to write or replace.
-        folder: Folder of the images, to which the names are relative.
-    """
-    names = [relative_name(path, folder) for path in clusters.paths]
-    rows = (
-        (
-            names[image],
-            int(clusters.labels[image]),
-            f"{clusters.confidence[image]:.4f}",
-            clusters.cameras[image],
-        )
-        for image in sorted(range(len(names)), key=names.__getitem__)
-    )
-    write_table(file, _CSV_COLUMNS, rows)
 
 
 def relative_name(path: str | Path, folder: str | Path) -> str:

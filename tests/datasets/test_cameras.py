@@ -1,5 +1,7 @@
 """Sub-folders are cameras by their names, file names or sizes, and not otherwise."""
 
+import re
+
 import pytest
 
 from selcon_plugin.datasets.cameras import find_cameras
@@ -31,6 +33,8 @@ CAMERAS = {
     "market names": paths_of(["cam1", "cam2"], ["{i:04d}_c{k}s1_000151_01.jpg"]),
     "crop numbers": paths_of(["door", "lobby"], ["x_c{i}.jpg"]),
     "large": paths_of(["A", "B", "C"], count=120),
+    "recorder and channel": paths_of(["nvr1_ch1", "nvr1_ch2", "nvr2_ch1", "nvr2_ch2"]),
+    "camera and place": paths_of(["cam1_door", "cam1_hall", "cam2_door", "cam2_hall"]),
     "numbers, large": paths_of(["1", "2", "3"], count=120),
 }
 NO_CAMERAS = {
@@ -57,6 +61,55 @@ NO_CAMERAS = {
     "no folder": ["a.jpg", "b.jpg"],
     "none": [],
 }
+
+
+# 507 persons of two images each, as ImageFolder lays them out.
+NUMBERS = range(1, 508)
+PERSONS = {
+    "numbers": paths_of([f"{i:04d}" for i in NUMBERS], count=2),
+    "few digits": paths_of([f"{i}" for i in NUMBERS], count=2),
+    "person": paths_of([f"person_{i}" for i in NUMBERS], count=2),
+    "names": paths_of([f"a{chr(97 + i % 26)}ron{i}" for i in NUMBERS], count=2),
+    "c for class": paths_of([f"c{i:03d}" for i in NUMBERS], count=2),
+    "at a place": paths_of([f"hall_{i:03d}" for i in NUMBERS], count=2),
+    "camera and number": paths_of([f"cam{i % 6}_{i:04d}" for i in NUMBERS], count=2),
+    "code and number": paths_of([f"c{i % 6}_p{i:04d}" for i in NUMBERS], count=2),
+    "numbers in the files": paths_of([f"p{i}" for i in NUMBERS], ["c{k}_{i}.jpg"], count=2),
+    "with tracks": paths_of([f"x{i}" for i in NUMBERS], ["001/{i}.jpg", "002/{i}.jpg"], 1),
+    "by camera": paths_of([f"{i:04d}" for i in NUMBERS], ["c1_{i}.jpg", "c2_{i}.jpg"], 1),
+}
+
+
+@pytest.mark.parametrize("kind", PERSONS)
+@pytest.mark.parametrize("around", ["", "crops/", "my/crops/"])
+def test_many_folders_of_few_images_are_persons_and_it_is_said(kind, around):
+    paths = [around + path for path in PERSONS[kind]]
+    found = find_cameras(paths)
+    assert set(found.names) == {None}
+    assert f"507 sub-folders{' of ' * bool(around)}{around} (" in found.doubt
+    is_clear = kind in ("camera and number", "code and number", "by camera")
+    assert ("nor as labels" in found.doubt) != is_clear
+    # What the message advises does what it says.
+    advice = re.search(r"--camera-pattern ('[^']*'|\w+)", found.doubt)[1].strip("'")
+    cameras = find_cameras(paths, advice).names
+    count = {"by camera": 2}.get(kind, 6) if is_clear else 507
+    assert len(set(cameras) - {None}) == count
+
+
+def test_names_of_cameras_only_are_cameras_whatever_their_number():
+    for pattern in ("cam{}", "Camera {}", "192.168.0.{}", "rtsp-{:03d}"):
+        paths = paths_of([pattern.format(i) for i in NUMBERS], count=2)
+        assert len(set(find_cameras(paths).names)) == 507
+
+
+def test_folders_around_all_images_are_passed():
+    paths = ["data/crops/cam1/a.jpg", "data/crops/cam2/x/b.jpg"]
+    assert find_cameras(paths).names == ["cam1", "cam2"]
+    # But not one that is a camera itself, and the literal option means the first one.
+    assert find_cameras(["cam1/mon/a.jpg", "cam1/tue/b.jpg"]).names == ["cam1"] * 2
+    assert find_cameras(paths, "folders").names == ["data"] * 2
+    beside = [*paths, "data/c.jpg"]
+    assert find_cameras(beside).names == [None] * 3
 
 
 @pytest.mark.parametrize("kind", CAMERAS)

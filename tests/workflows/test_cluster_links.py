@@ -1,6 +1,7 @@
 """Links by cluster: what a user put into their folder stays, and any name is linked."""
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from selcon_plugin.datasets import read_image_folder
 from selcon_plugin.io.tables import read_table
 from selcon_plugin.report.sheets import SheetRow, contact_sheet
 from selcon_plugin.workflows.cluster_links import link_clusters
-from selcon_plugin.workflows.folder_clusters import FolderClusters, write_csv
+from selcon_plugin.workflows.folder_clusters import FolderClusters
 
 NAMES = [
     b"=cmd|' /C calc'!A0/a.png",
@@ -43,7 +44,7 @@ def test_any_name_is_linked_and_written_and_read_back(clusters, tmp_path):
     assert [os.path.realpath(link) for link in links] == list(clusters.paths)
     assert all(len(os.fsencode(link.name)) <= 255 for link in links)
     assert all(link.suffix == ".png" for link in links)
-    write_csv(clusters, tmp_path / "clusters.csv", folder=tmp_path / "images")
+    replace(clusters, folder=str(tmp_path / "images")).to_csv(tmp_path / "clusters.csv")
     rows = read_table(tmp_path / "clusters.csv")
     assert [row["image"] for row in rows] == sorted(map(os.fsdecode, NAMES))
     assert {row["camera"] for row in rows} == set(clusters.cameras)

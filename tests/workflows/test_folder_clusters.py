@@ -1,5 +1,6 @@
 import csv
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,6 @@ from selcon_plugin.workflows.folder_clusters import (
     cluster_confidence,
     cluster_features,
     default_options,
-    write_csv,
 )
 
 
@@ -127,7 +127,7 @@ def clusters(tmp_path: Path) -> FolderClusters:
 def test_table_has_one_row_per_image_sorted_by_name(
     clusters: FolderClusters, tmp_path: Path
 ) -> None:
-    write_csv(clusters, tmp_path / "clusters.csv", folder=tmp_path / "images")
+    replace(clusters, folder=str(tmp_path / "images")).to_csv(tmp_path / "clusters.csv")
     with open(tmp_path / "clusters.csv", newline="") as stream:
         rows = list(csv.reader(stream))
     assert rows == [

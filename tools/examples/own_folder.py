@@ -8,10 +8,8 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import selcon_plugin
-from selcon_plugin.clustering import DBSCANLabeler
 from selcon_plugin.datasets import SyntheticPersonsSpec, generate_synthetic_persons
 from selcon_plugin.retrieval.page import write_page
 
@@ -57,15 +55,16 @@ def main() -> None:
     )
     embedder = run.embedder()
 
-    folder = embedder.embed_folder(images, camera_pattern=pattern)
-    labeler = DBSCANLabeler(eps="auto", min_samples=2, k1=10, k2=4)
-    clusters = labeler(torch.from_numpy(folder.features))
-    print(f"{clusters.num_clusters} clusters of {len(folder.paths)} images")
+    clusters = selcon_plugin.cluster(images, embedder, camera_pattern=pattern)
+    clusters.to_csv(output / "clusters.csv")
+    print(f"{clusters.num_clusters} clusters of {len(clusters.paths)} images")
 
     index = selcon_plugin.Index.create(output / "index", embedder)
     index.add(images, embedder, camera_pattern=pattern)
     threshold = index.suggest_threshold()
-    queries = [folder.paths[i] for i in np.linspace(0, len(folder.paths) - 1, 5, dtype=int)]
+    queries = [
+        clusters.paths[i] for i in np.linspace(0, len(clusters.paths) - 1, 5, dtype=int)
+    ]
     results = selcon_plugin.search(index, queries, embedder=embedder)
     print(f"{index}; threshold {threshold}")
     for result in results:
