@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,33 @@ from fastreid.utils.events import (
     TensorboardXWriter,
 )
 
-from selcon_plugin.runs.metrics import METRICS_FILE
+from selcon_plugin.runs.metrics import METRICS_FILE, metrics_line
+
+
+class SealedWriter(JSONWriter):
+    """FastReID's writer of ``metrics.json``, with a checksum in each line.
+
+    Args:
+        file: File to append to.
+    """
+
+    def __init__(self, file: str) -> None:
+        super().__init__(file)
+        self._file_handle = _SealedLines(self._file_handle)
+
+
+class _SealedLines:
+    """Stream that adds a checksum to each line of JSON that is written to it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        for line in text.splitlines():
+            self._stream.write(metrics_line(json.loads(line)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class LateWriter(EventWriter):
@@ -54,6 +81,6 @@ def build_writers(folder: str, num_steps: int) -> list[EventWriter]:
     """
     return [
         CommonMetricPrinter(num_steps),
-        LateWriter(lambda: JSONWriter(os.path.join(folder, METRICS_FILE))),
+        LateWriter(lambda: SealedWriter(os.path.join(folder, METRICS_FILE))),
         LateWriter(lambda: TensorboardXWriter(folder)),
     ]

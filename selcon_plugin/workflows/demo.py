@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 _CONFIG = "SyntheticPersons/scl.yml"
 _SETTINGS = "demo.yaml"  # settings with which the run in a folder was started
 _LOG = "log.txt"
-_GAIN = "gain.json"  # metrics before and after
+_GAIN = "gain.json"  # metrics before and after, for the reader: it is not read back
 # The demo's own files; --fresh removes only these and the files of the host.
 _RUN_FILES = (
     *(_SETTINGS, _LOG, "results.json", _GAIN, "ranked.png", "loss.png", "report.html"),
