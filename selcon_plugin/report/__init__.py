@@ -12,7 +12,7 @@ from pathlib import Path
 
 from selcon_plugin.config.host import Host
 from selcon_plugin.distributed import rank
-from selcon_plugin.io.atomic import write_atomically
+from selcon_plugin.io.atomic import make_folder, write_atomically
 from selcon_plugin.io.output_files import check_output_file
 from selcon_plugin.report.collect import FindHost, RunData, collect_run
 from selcon_plugin.report.compare import comparison_page
@@ -54,7 +54,7 @@ def write_report(
     if images is None:
         images = run.setting("report_images") is not False
     file = Path(output or Path(folder) / REPORT_FILE)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     write_atomically(run_page(run, images=images), file)
     return file
 
@@ -86,7 +86,7 @@ def write_comparison(
         raise ValueError("a comparison needs at least two runs, each given once")
     runs = [_readable_run(folder, find_host) for folder in folders]
     file = Path(output)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     write_atomically(comparison_page(runs), file)
     return file
 

@@ -8,8 +8,8 @@ FastReID's own writer.
 
 from __future__ import annotations
 
-import math
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -78,7 +78,7 @@ def read_results(file: Path) -> dict[str, Any]:
 
     Raises:
         DamagedFileError: If it is damaged; the message names file and remedy.
-    """  # noqa: DOC502  (raised by the functions called here)
+    """
     record = runs_results.read_results(file)
     if "metrics" not in record:
         raise DamagedFileError(

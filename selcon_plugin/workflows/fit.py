@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from selcon_plugin.config.checks import check_device, check_name, check_output_folder
+from selcon_plugin.config.checks import check_device, check_name
 from selcon_plugin.config.host_data import NetworkSettings
 from selcon_plugin.hosts import DEFAULT_HOST, get_host, host_names
 from selcon_plugin.inference.embedder import Embedder
+from selcon_plugin.io.output_files import check_output_folder
 from selcon_plugin.runs.results import RESULTS_FILE, read_results
 from selcon_plugin.workflows.train import train
 
