@@ -132,11 +132,12 @@ def host_of_keys(keys: Iterable[str]) -> str:
     return next((host for host, entry in HOSTS.items() if entry.owns(names)), DEFAULT_HOST)
 
 
-def host_of(config_file: str) -> str:
+def host_of(config_file: str, source: str = "the config") -> str:
     """Return the host of a config file by its keys.
 
     Args:
         config_file: Path of the file, or empty.
+        source: Name of the option or argument, for the error message.
 
     Returns:
         Name of the host; the default host for an empty path.
@@ -148,7 +149,7 @@ def host_of(config_file: str) -> str:
     if not config_file:
         return DEFAULT_HOST
     # With the keys of its bases: a file may add nothing but the name of a base.
-    return host_of_keys(read_top_keys(config_file))
+    return host_of_keys(read_top_keys(config_file, source))
 
 
 def host_of_settings(settings: Mapping[str, Any]) -> Host | None:

@@ -1,8 +1,8 @@
 """Names of earlier releases: still accepted, with a notice of the present name.
 
 The tables below are the only place that knows them: options (and with them config keys, in
-either host), their values, arguments of functions, metrics in files, and tensors in
-checkpoints.
+either host), their values and defaults, arguments of functions, metrics in files, and
+tensors in checkpoints.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ OPTIONS = {
 }
 # By option: old value, new value.
 VALUES = {"keep_best_by": {"outlier_share": "outlier_ratio"}}
+# Defaults of earlier releases by option: the config that a run has written holds them also
+# for options that its method or labeler does not have.
+_FORMER_DEFAULTS: dict[str, tuple[Any, ...]] = {"num_clusters": (750,)}
 # Arguments of public functions.
 _ARGUMENTS = OPTIONS | {
     "licence": "license",
@@ -129,6 +132,16 @@ def notice(old: str, new: str) -> None:
 def present_value(option: str, value: Any) -> Any:
     """Return the present form of an option's value that a file holds; without a notice."""
     return VALUES.get(option, {}).get(value, value)
+
+
+def is_former_default(key: str, value: Any) -> bool:
+    """Return whether a value is the default that an earlier release gave to an option.
+
+    Args:
+        key: Name of the option, or a key that ends with it, in upper or lower case.
+        value: Value of the key.
+    """
+    return value in _FORMER_DEFAULTS.get(key.rpartition(".")[2].lower(), ())
 
 
 def present_metrics(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,11 @@ from selcon_plugin.inference.export import (
     export_torchscript,
 )
 from selcon_plugin.inference.plain import export_plain
-from selcon_plugin.io.output_files import check_output_apart, check_output_file
+from selcon_plugin.io.output_files import (
+    check_output_apart,
+    check_output_file,
+    check_output_folder,
+)
 from selcon_plugin.models.inference import InferenceNetwork
 from selcon_plugin.options import Interval
 
@@ -100,6 +104,7 @@ def _check_output(args: argparse.Namespace) -> None:
         )
     for host in ("fastreid", "torchreid"):
         if folder := getattr(args, host):
+            check_output_folder(f"--{host}", folder)
             check_output_apart(folder, args.weights, name=f"--{host}")
 
 

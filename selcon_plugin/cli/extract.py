@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from selcon_plugin.cli.arguments import (
     add_folder_arguments,
@@ -16,7 +15,6 @@ from selcon_plugin.cli.arguments import (
     load_embedder,
 )
 from selcon_plugin.cli.parsing import CommandParser
-from selcon_plugin.config.checks import check_output_folder
 from selcon_plugin.config.importing import import_files
 from selcon_plugin.hosts import get_host, host_of
 from selcon_plugin.io.locks import owned_file
@@ -45,7 +43,6 @@ def main(argv: list[str]) -> int:
     import_files(args.imports)
     inputs = (args.weights, args.config_file, args.onnx)
     check_output_file(args.output, name="--output", kinds=(".npz",), inputs=inputs)
-    check_output_folder("the folder of --output", str(Path(args.output).parent))
     with owned_file(args.output):
         count, dim = (_embed if args.onnx or args.weights else _extract_by_config)(args)
     sys.stdout.write(f"{count} features of dimension {dim} written to {args.output}\n")

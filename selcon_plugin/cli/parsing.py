@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from selcon_plugin.config.files import find_config_file
+from selcon_plugin.config.files import check_config_file, find_config_file
 from selcon_plugin.options import Interval
 from selcon_plugin.values import RefusedValueError, from_command_line, read_value
 
@@ -44,7 +44,9 @@ class CommandParser(argparse.ArgumentParser):
             ValueError: Always.
         """
         text = re.sub(
-            r"^argument (.+?): it (is|must) ", r"\1 \2 ", self._with_hint(message)
+            r"^argument (.+?): (?:it (?=is |must )|(?='))",
+            r"\1 ",
+            self._with_hint(message),
         )
         raise ValueError(
             f"{text}{'' if text.endswith('?') else ';'} see {self.prog} --help"
@@ -131,4 +133,11 @@ def _number_type(kind: type, name: str, legal: Interval | None) -> Callable[[str
 
 def config_file(text: str) -> str:
     """Return the path of a config: a file, or one of the package by its name."""
-    return find_config_file(text)
+    file = find_config_file(text)
+    if not file:
+        return file
+    try:
+        check_config_file(file, "")
+    except (ValueError, OSError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return file

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from selcon_plugin.io.atomic import make_folder
+from selcon_plugin.io.output_files import check_output_folder
 from selcon_plugin.models.pretrained import check_packaged, is_packaged
 from selcon_plugin.options import Option
 from selcon_plugin.values import listed
@@ -200,35 +200,6 @@ def make_output_folder(key: str, folder: str) -> None:
     """  # noqa: DOC502  (raised by the functions called here)
     check_output_folder(key, folder)
     make_folder(folder)
-
-
-def check_output_folder(key: str, folder: str) -> str:
-    """Check that a folder is writable, or can be created; nothing changes on the disk.
-
-    Args:
-        key: Config key of the folder, for the error message.
-        folder: Path of the folder.
-
-    Returns:
-        The path.
-
-    Raises:
-        ValueError: If the name is empty, or the folder cannot be created or is not
-            writable.
-    """
-    if not folder:
-        raise ValueError(f"{key} is empty: set it to a folder for checkpoints and results")
-    place = Path(folder)
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"{key} {folder!r} is not a writable folder: {error.strerror}. Use another one"
-        ) from error
-    return folder
 
 
 def flatten_config(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

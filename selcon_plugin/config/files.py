@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from selcon_plugin.io.atomic import make_folder
+from selcon_plugin.io.output_files import check_output_folder
 from selcon_plugin.io.plain_yaml import Group, read_yaml, read_yaml_values
 from selcon_plugin.values import Raw, is_blank, is_empty
 
 _BASE_KEY = "_BASE_"
 _FOLDER = "configs"
+_SOURCE = "the config"
 _SUFFIXES = (".yml", ".yaml")
 
 
@@ -102,15 +105,17 @@ def copy_builtin_config(name: str, folder: str | Path = ".") -> list[Path]:
     Raises:
         FileNotFoundError: If the package has no such config.
         FileExistsError: If a file is in the way.
+        ValueError: If the folder is not writable.
     """  # noqa: DOC502  (raised by the functions called here)
     sources = [Path(file) for file, _ in read_chain(builtin_config(name))]
     targets = [Path(folder, source.name) for source in sources]
+    check_output_folder("--output", str(folder))
     for target, source in zip(targets, sources, strict=True):
         if target.exists() and target.read_bytes() != source.read_bytes():
             raise FileExistsError(
                 f"{target} exists already: remove it, or give another folder (--output)"
             )
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for target, source in zip(targets, sources, strict=True):
         target.write_bytes(source.read_bytes())
     return targets
@@ -119,7 +124,7 @@ def copy_builtin_config(name: str, folder: str | Path = ".") -> list[Path]:
 # --- reading ------------------------------------------------------------------------------
 
 
-def read_config_file(file: str, source: str = "--config-file") -> dict[str, Any]:
+def read_config_file(file: str, source: str = _SOURCE) -> dict[str, Any]:
     """Read a config file as plain values, and check the files that it is based on.
 
     Args:
@@ -137,11 +142,12 @@ def read_config_file(file: str, source: str = "--config-file") -> dict[str, Any]
     return read_yaml_values(read_chain(file, source)[0][0])
 
 
-def read_top_keys(file: str) -> list[str]:
+def read_top_keys(file: str, source: str = _SOURCE) -> list[str]:
     """Read the keys at the top of a config file and of the files that it is based on.
 
     Args:
         file: As for :func:`read_config_file`.
+        source: As for :func:`read_config_file`.
 
     Returns:
         The keys without ``_BASE_``, each once.
@@ -150,11 +156,11 @@ def read_top_keys(file: str) -> list[str]:
         FileNotFoundError: As for :func:`read_config_file`.
         ValueError: As for :func:`read_config_file`.
     """  # noqa: DOC502  (raised by the functions called here)
-    keys = [key for _, content in read_chain(file) for key in content.entries]
+    keys = [key for _, content in read_chain(file, source) for key in content.entries]
     return [key for key in dict.fromkeys(keys) if key != _BASE_KEY]
 
 
-def read_chain(file: str, source: str = "--config-file") -> list[tuple[str, Group]]:
+def read_chain(file: str, source: str = _SOURCE) -> list[tuple[str, Group]]:
     """Read a file, its base, the base's base, and so on.
 
     Args:
@@ -213,13 +219,27 @@ def settings_of(
 
 
 def _read(file: str, source: str) -> Group:
-    path = Path(file)
+    check_config_file(file, source)
+    return read_yaml(Path(file))
+
+
+def check_config_file(file: str, source: str) -> None:
+    """Check that a config file exists, before it is read.
+
+    Args:
+        file: Path of the file.
+        source: Name of the option or argument, for the error message.
+
+    Raises:
+        FileNotFoundError: If it does not exist; the message names similar ones.
+        ValueError: If it is a folder, or a program.
+    """
+    path, named = Path(file), f"{source} {file!r}".lstrip()
     if path.is_dir():
-        raise ValueError(f"{source} {file!r} is a folder: give a file in it")
+        raise ValueError(f"{named} is a folder: give a file in it")
     if not path.is_file():
         raise FileNotFoundError(
-            f"{source} {file!r} does not exist{_similar(file, builtin_configs())}"
+            f"{named} does not exist{_similar(file, builtin_configs())}"
         )
     if path.suffix == ".py":
-        raise ValueError(f"{source} {file!r} is a program: configs are YAML files")
-    return read_yaml(path)
+        raise ValueError(f"{named} is a program: configs are YAML files")

@@ -25,7 +25,13 @@ from selcon_plugin.config.files import Setting
 from selcon_plugin.engine.run_options import ClusteringOptions, RunOptions
 from selcon_plugin.methods import method_class, method_names, method_options
 from selcon_plugin.options import Option, options_of
-from selcon_plugin.renamed import OPTIONS, VALUES, accept_renamed, notice
+from selcon_plugin.renamed import (
+    OPTIONS,
+    VALUES,
+    accept_renamed,
+    is_former_default,
+    notice,
+)
 from selcon_plugin.samplers.cluster import AUTO
 from selcon_plugin.values import is_empty, listed
 
@@ -284,7 +290,11 @@ class ConfigKeys:
         known = group.options_of(chosen)
         for name, default in group.defaults().items():
             key = self.case(name)
-            if name not in known and owner[key] != default:
+            if name in known or owner[key] == default:
+                continue
+            if is_former_default(name, owner[key]):
+                owner[key] = default  # nobody set it
+            else:
                 raise ValueError(
                     f"{label}.{key} is {owner[key]!r}, but {group.kind} {chosen} has no "
                     f"such option; it has {listed(self.case(other) for other in known)}"

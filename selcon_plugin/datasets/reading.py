@@ -6,7 +6,6 @@ import contextlib
 import errno
 import hashlib
 import io
-import json
 import logging
 import os
 import stat
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 from selcon_plugin.datasets.slow_reads import watch
 from selcon_plugin.io.atomic import write_atomically
+from selcon_plugin.io.integrity import sealed_json, unsealed_json
 from selcon_plugin.io.names import printable
 
 logger = logging.getLogger(__name__)
@@ -363,7 +363,7 @@ def _cache_file(paths: Sequence[str]) -> Path:
 def _read_cache(cache_file: Path, paths: Sequence[str]) -> Sequence[str]:
     """Return the files to check: the cached unreadable ones, or all without a cache."""
     try:
-        known = json.loads(cache_file.read_text(encoding="utf-8"))
+        known = unsealed_json(cache_file.read_bytes(), cache_file).get("unreadable")
     except (OSError, ValueError):
         return paths
     return known if isinstance(known, list) and set(known) <= set(paths) else paths
@@ -372,6 +372,6 @@ def _read_cache(cache_file: Path, paths: Sequence[str]) -> Sequence[str]:
 def _write_cache(cache_file: Path, unreadable: list[str]) -> None:
     try:
         cache_file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(json.dumps(unreadable), cache_file)
+        write_atomically(sealed_json({"unreadable": unreadable}), cache_file)
     except OSError as error:  # a read-only home folder
         logger.debug("the result of the image check is not cached: %s", error)

@@ -13,7 +13,6 @@ import torch
 from fastreid.data.datasets import DATASET_REGISTRY
 from fastreid.evaluation.testing import verify_results
 
-from selcon_plugin.config.checks import check_output_folder
 from selcon_plugin.config.demo import Demo
 from selcon_plugin.config.help import ConfigHelp
 from selcon_plugin.config.host import Host
@@ -45,6 +44,7 @@ from selcon_plugin.fastreid_ext.scripts import prepare_script
 from selcon_plugin.fastreid_ext.supervised import projection_width
 from selcon_plugin.fastreid_ext.trained_model import load_trained_model
 from selcon_plugin.fastreid_ext.trainer import SelConTrainer
+from selcon_plugin.io.output_files import check_output_folder
 from selcon_plugin.models.inference import InferenceNetwork
 from selcon_plugin.models.pretrained import read_state_dict
 from selcon_plugin.models.timm import TIMM_PREFIX

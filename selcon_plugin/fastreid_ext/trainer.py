@@ -19,7 +19,6 @@ from fastreid.utils.logger import setup_logger
 from torch import Tensor, nn
 
 from selcon_plugin.clustering import Labeler
-from selcon_plugin.config.checks import check_output_folder
 from selcon_plugin.config.recording import record_reads
 from selcon_plugin.datasets.content import list_hash
 from selcon_plugin.engine.batches import check_sampler
@@ -51,6 +50,7 @@ from selcon_plugin.fastreid_ext.train_step import (
 from selcon_plugin.fastreid_ext.writers import build_writers, write_metrics
 from selcon_plugin.features import Embeddings
 from selcon_plugin.io.atomic import named_write_error
+from selcon_plugin.io.output_files import check_output_folder
 from selcon_plugin.models.finite import check_state
 from selcon_plugin.runs.folder import RunFolder
 from selcon_plugin.runs.results import RunMeter

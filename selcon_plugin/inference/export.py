@@ -45,7 +45,7 @@ from selcon_plugin.inference.onnx import (
     OnnxNetwork,
     import_extra,
 )
-from selcon_plugin.io.atomic import replacing
+from selcon_plugin.io.atomic import make_folder, replacing
 from selcon_plugin.io.output_files import check_output_file
 from selcon_plugin.models.inference import InferenceNetwork
 from selcon_plugin.models.pillow_resize import PillowResize
@@ -430,6 +430,6 @@ def _refuse_if_far(check: ExportCheck, bound: float, file: str | Path) -> None:
 
 
 def _write(content: bytes, file: str | Path) -> None:
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(file).parent)
     with replacing(file) as stream:
         stream.write(content)

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from selcon_plugin.io.atomic import make_folder
 from selcon_plugin.io.locks import exclusive
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ def publish_folder(
     """
     if is_complete(folder):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     stem = folder.name.rsplit("-", 1)[0]
     with exclusive(folder.parent / f".{stem}.lock") as lock:
         if is_complete(folder):

@@ -2,7 +2,8 @@
 
 Zip files (``torch.save``, ``.npz``) contain a CRC-32 of each record, which neither
 ``torch.load`` nor a memory map verifies: :func:`verify_zip` does. A JSON file may contain
-its own checksum (:func:`sealed_json`). For any other file, store :func:`file_checksum` in a
+its own checksum (:func:`sealed_json`), and so may each line of a file that grows by lines
+of JSON. For any other file, store :func:`file_checksum` in a
 file that is written after it. Files without checksums, of earlier versions, still load.
 """
 
@@ -186,7 +187,7 @@ def unsealed_json(
     """
     try:
         content = json.loads(text)
-    except ValueError as error:  # includes bytes that are no UTF-8
+    except (ValueError, RecursionError) as error:  # includes bytes that are no UTF-8
         raise DamagedFileError(f"{file} is damaged: {error}. {remedy}") from error
     if not isinstance(content, dict):
         raise DamagedFileError(

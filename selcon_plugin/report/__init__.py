@@ -12,7 +12,7 @@ from pathlib import Path
 
 from selcon_plugin.config.host import Host
 from selcon_plugin.distributed import rank
-from selcon_plugin.io.atomic import write_atomically
+from selcon_plugin.io.atomic import make_folder, write_atomically
 from selcon_plugin.io.output_files import check_output_file
 from selcon_plugin.report.collect import FindHost, RunData, collect_run
 from selcon_plugin.report.compare import comparison_page
@@ -50,11 +50,11 @@ def write_report(
     """  # noqa: DOC502  (raised by the functions called here)
     if output:
         check_output_file(output, name="output", kinds=_PAGES)
-    run = collect_run(folder, find_host=find_host)
+    run = _readable_run(folder, find_host)
     if images is None:
         images = run.setting("report_images") is not False
     file = Path(output or Path(folder) / REPORT_FILE)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     write_atomically(run_page(run, images=images), file)
     return file
 
@@ -84,11 +84,19 @@ def write_comparison(
     resolved = [Path(folder).resolve() for folder in folders]
     if len(set(resolved)) < max(2, len(resolved)):
         raise ValueError("a comparison needs at least two runs, each given once")
-    runs = [collect_run(folder, find_host=find_host) for folder in folders]
+    runs = [_readable_run(folder, find_host) for folder in folders]
     file = Path(output)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     write_atomically(comparison_page(runs), file)
     return file
+
+
+def _readable_run(folder: str | Path, find_host: FindHost | None) -> RunData:
+    """Read a run, and name its damaged records also to who does not read the page."""
+    run = collect_run(folder, find_host=find_host)
+    for text in run.broken:
+        logger.warning("A record of %s is not shown: %s", folder, text)
+    return run
 
 
 def finish_run(folder: str | Path, host: Host | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from selcon_plugin.config.checks import flatten_config
 from selcon_plugin.config.host import Host
 from selcon_plugin.datasets.numbering import camera_name
 from selcon_plugin.engine.image_list import IMAGE_LIST
+from selcon_plugin.io.integrity import unsealed_json
 from selcon_plugin.renamed import present_settings
 from selcon_plugin.runs.embedding import EmbeddingRecord
 from selcon_plugin.runs.metrics import METRICS_FILE, read_metrics
@@ -161,7 +161,7 @@ def collect_run(
     results = reader.read(lambda: read_results(folder / RESULTS_FILE)) or {}
     settings = reader.read(lambda: _read_settings(folder / CONFIG_FILE)) or {}
     images = reader.read(lambda: _read_images(folder / IMAGE_LIST))
-    records = reader.read(lambda: read_metrics(folder / METRICS_FILE)) or []
+    records = reader.read(lambda: reader.metrics(folder / METRICS_FILE)) or []
     if not (results or records or images) and reader.broken:
         raise ValueError("; ".join(reader.broken))
     if not (results or records or images):
@@ -232,12 +232,8 @@ class _Reader:
             self.broken.append(" ".join(str(error).split()))
             return None
 
-
-def _read_json(file: Path) -> dict[str, Any]:
-    content = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is damaged: it contains no JSON object")
-    return content
+    def metrics(self, file: Path) -> list[dict[str, float]]:
+        return read_metrics(file, on_damage=self.broken.append)
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
@@ -245,21 +241,29 @@ def _read_settings(file: Path) -> dict[str, Any]:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
+    if content is None:
         return {}
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{file} is damaged: it holds {type(content).__name__}, no keys. Restore a copy "
+            "of it"
+        )
     return present_settings(flatten_config(content))
 
 
 def _read_images(file: Path) -> TrainingImages:
-    content = _read_json(file)
-    rows = content["images"]
-    return TrainingImages(
-        tuple(str(row[0]) for row in rows),
-        np.array([row[2] for row in rows], dtype=np.int64),
-        np.array([row[3] for row in rows], dtype=np.int64),
-        int(content.get("num_left_out", 0)),
-        tuple(str(name) for name in content.get("camera_names", ())),
-    )
+    content = unsealed_json(file.read_bytes(), file)
+    try:
+        rows = content["images"]
+        return TrainingImages(
+            tuple(str(row[0]) for row in rows),
+            np.array([row[2] for row in rows], dtype=np.int64),
+            np.array([row[3] for row in rows], dtype=np.int64),
+            int(content.get("num_left_out", 0)),
+            tuple(str(name) for name in content.get("camera_names", ())),
+        )
+    except (ValueError, TypeError, LookupError, OverflowError) as error:
+        raise ValueError(f"{file} is damaged: {error!r}. Restore a copy of it") from error
 
 
 def _curves(

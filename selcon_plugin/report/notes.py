@@ -13,6 +13,7 @@ from selcon_plugin.clustering import labeler_names, labeler_options
 from selcon_plugin.clustering.remedies import fewer_outliers, more_clusters
 from selcon_plugin.metrics.collapse import find_collapse_signs
 from selcon_plugin.report.collect import RunData, cameras_of_clusters
+from selcon_plugin.runs.results import RESULTS_FILE
 
 _MANY_OUTLIERS = 0.5
 _MANY_ONE_CAMERA_CLUSTERS = 0.5
@@ -161,14 +162,14 @@ def _image_notes(run: RunData) -> Iterator[Note]:
 def _missing_record_notes(run: RunData) -> Iterator[Note]:
     for text in run.broken:
         yield Note("warning", f"A record could not be read and is not shown: {text}.")
-    if not run.results:
+    if not run.results and not (run.folder / RESULTS_FILE).exists():
         yield Note(
             "info",
             "The run has not finished: the metrics are those measured so far.",
             "Resume it (selcon train --resume; in a script of torchreid engine.resume), "
             "then build the report again.",
         )
-    elif not run.metrics:
+    elif run.results and not run.metrics:
         yield Note(
             "info",
             "The run has no test set: the ranking accuracy is unknown.",

@@ -102,10 +102,7 @@ class Manifest:
             raise FileNotFoundError(
                 f"there is no index in {str(folder)!r}: create one with selcon index"
             )
-        try:
-            content = unsealed_json(file.read_bytes(), file, remedy=_REMEDY)
-        except RecursionError as error:
-            raise _damaged(file, str(error)) from error
+        content = unsealed_json(file.read_bytes(), file, remedy=_REMEDY)
         version = content.get("format", _FIRST_FORMAT)
         if version not in (_FIRST_FORMAT, FORMAT):
             raise ValueError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from selcon_plugin.datasets.reading import ImageReadError, read_rgb
-from selcon_plugin.io.atomic import write_atomically
+from selcon_plugin.io.atomic import make_folder, write_atomically
 from selcon_plugin.io.output_files import check_output_file
 from selcon_plugin.report.document import Picture, Section, render_page
 from selcon_plugin.retrieval.results import QueryResult
@@ -72,7 +72,7 @@ def write_page(
             for number, result in enumerate(results, start=1)
         ],
     )
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(file).parent)
     write_atomically(page, file)
 
 

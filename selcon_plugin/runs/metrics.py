@@ -1,18 +1,25 @@
 """Reading and writing of a run's ``metrics.json``, one JSON object per line.
 
-The format is FastReID's; it is also used with torchreid.
+The format is FastReID's; it is also used with torchreid. The file grows during the run, so
+a checksum of the whole would be wrong after a kill between two writes: each line contains
+its own. A line without one is of an earlier version, or of a script that writes with
+FastReID's own writer.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from selcon_plugin.io.atomic import FileWriteError, write_atomically
+from selcon_plugin.io.integrity import DamagedFileError, sealed_json, unsealed_json
 from selcon_plugin.renamed import present_metrics
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.json"
 _LARGEST = 1e300  # no measurement is larger
@@ -20,15 +27,20 @@ _LARGEST = 1e300  # no measurement is larger
 _RUN = "run"
 
 
-def read_metrics(path: str | Path) -> list[dict[str, float]]:
+def read_metrics(
+    path: str | Path, *, on_damage: Callable[[str], None] | None = None
+) -> list[dict[str, float]]:
     """Read the metrics written during training.
 
-    Lines that are not JSON objects are skipped: a killed run may leave a partial last line.
-    If a resumed run repeated iterations, the values written last are used. Lines of another
-    run that trained in the same folder before are skipped as well.
+    A line that is no JSON object, or does not match its checksum, is left out. A killed run
+    may leave a partial last line, so one that only lacks its end is no damage. If a resumed
+    run repeated iterations, the values written last are used. Lines of another run that
+    trained in the same folder before are skipped as well.
 
     Args:
         path: Path of ``metrics.json``, with one JSON object with ``iteration`` per line.
+        on_damage: Called with one sentence that names the file, if lines are damaged;
+            None to log it as a warning.
 
     Returns:
         One dict per iteration, by increasing iteration.
@@ -41,12 +53,13 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
         raise FileNotFoundError(f"there are no metrics at {file}: train a run first")
     by_iteration: dict[int, dict[str, float]] = {}
     identity = None
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+    damaged = []
+    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(record, dict):
+            record: dict[str, Any] = unsealed_json(line, file)
+        except DamagedFileError:
+            if line.strip() and not _lacks_its_end(line):
+                damaged.append(number)
             continue
         if _RUN in record and record[_RUN] != identity:
             # The lines before it are of another run.
@@ -55,7 +68,17 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
         record = {name: v for name, v in present_metrics(record).items() if _is_number(v)}
         if isinstance(record.get("iteration"), int):
             by_iteration.setdefault(record["iteration"], {}).update(record)
+    if damaged:
+        (on_damage or logger.warning)(
+            f"{file} is damaged: {len(damaged)} of its lines, the first of them line "
+            f"{damaged[0]}, are left out. Restore a copy of it, or delete these lines"
+        )
     return [by_iteration[iteration] for iteration in sorted(by_iteration)]
+
+
+def _lacks_its_end(line: bytes) -> bool:
+    # The objects are flat: each brace opens or closes a whole one.
+    return line.startswith(b"{") and b"}" not in line
 
 
 def _is_number(value: object) -> bool:
@@ -80,7 +103,7 @@ def append_metrics(folder: str | Path, step: int, measured: Mapping[str, float])
     file = Path(folder, METRICS_FILE)
     try:
         with file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"iteration": step, **finite}, sort_keys=True) + "\n")
+            stream.write(sealed_json(dict(sorted({"iteration": step, **finite}.items()))))
             stream.flush()
             os.fsync(stream.fileno())  # before a checkpoint, after which nothing repeats it
     except OSError as error:
@@ -94,7 +117,7 @@ def begin_metrics(folder: str | Path, identity: str) -> None:
         folder: Folder of the run.
         identity: Identity of the run, which the first line holds.
     """
-    write_atomically(json.dumps({_RUN: identity}) + "\n", Path(folder, METRICS_FILE))
+    write_atomically(sealed_json({_RUN: identity}), Path(folder, METRICS_FILE))
 
 
 def end_last_line(folder: str | Path) -> None:

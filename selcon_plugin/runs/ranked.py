@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from selcon_plugin.io.atomic import write_atomically
+from selcon_plugin.io.integrity import DamagedFileError, sealed_json, unsealed_json
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ def rank_gallery(
 
 
 RANK_RECORD = "ranked.json"
+_REMEDY = "The next evaluation during a training writes it again"
 
 _QUERIES, _RESULTS = 12, 10
 
@@ -191,7 +192,7 @@ def write_ranked(folder: str | Path, name: str, queries: Sequence[RankedQuery]) 
         known = {}
     known[name] = list(queries)
     record = {key: [asdict(query) for query in value] for key, value in known.items()}
-    write_atomically(json.dumps(record) + "\n", Path(folder, RANK_RECORD))
+    write_atomically(sealed_json(record), Path(folder, RANK_RECORD))
 
 
 def read_ranked(folder: str | Path) -> dict[str, list[RankedQuery]]:
@@ -204,19 +205,19 @@ def read_ranked(folder: str | Path) -> dict[str, list[RankedQuery]]:
         Queries by test set; empty if there is no file.
 
     Raises:
-        ValueError: If the file is broken.
+        DamagedFileError: If the file is damaged; the message names file and remedy.
     """
     file = Path(folder, RANK_RECORD)
     if not file.is_file():
         return {}
+    record = unsealed_json(file.read_bytes(), file, remedy=_REMEDY)
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
         return {
             str(name): [_query(values) for values in queries]
             for name, queries in record.items()
         }
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{file} is broken: {error}") from error
+        raise DamagedFileError(f"{file} is damaged: {error}. {_REMEDY}") from error
 
 
 def _query(values: dict[str, Any]) -> RankedQuery:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
-import json
 import math
 import platform
 import sys
@@ -25,8 +24,10 @@ except ImportError:  # Windows
 from selcon_plugin._version import __version__
 from selcon_plugin.distributed import rank, world_size
 from selcon_plugin.io.atomic import write_atomically
+from selcon_plugin.io.integrity import DamagedFileError, sealed_json, unsealed_json
 
 RESULTS_FILE = "results.json"
+REMEDY = "Remove it and resume the run (selcon train --resume), which writes it again"
 
 _PROCESS_STATUS = Path("/proc/self/status")
 # Entries of the file by type.
@@ -190,38 +191,37 @@ def write_results(
         "host": host,
         "versions": _versions(host),
     }
-    write_atomically(json.dumps(record, indent=2) + "\n", Path(folder) / RESULTS_FILE)
+    write_atomically(sealed_json(record, indent=2), Path(folder) / RESULTS_FILE)
 
 
 def read_results(file: str | Path) -> dict[str, Any]:
-    """Read the results of a run, and check the types of what the package writes.
+    """Read the results of a run; check its checksum and the types of the entries.
 
     Args:
         file: Path of ``results.json``.
 
     Returns:
-        Content of the file.
+        Content of the file, without the checksum. A file of an earlier version has none.
 
     Raises:
-        ValueError: If the file is damaged; the message names the file and the entry.
+        DamagedFileError: If the file is damaged; the message names file, entry and remedy.
         FileNotFoundError: If there is no such file.
     """  # noqa: DOC502  (raised by the functions called here)
-    try:
-        record = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: it contains no JSON") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{file} is damaged: it contains no JSON object")
+    record = unsealed_json(Path(file).read_bytes(), file, remedy=REMEDY)
     for names, fits in ((_WHOLE, _is_whole), (_NUMBERS, _is_number), (_TEXTS, _is_text)):
         for name in names:
             if record.get(name) is not None and not fits(record[name]):
-                raise ValueError(f"{file} is damaged: {name} is {record[name]!r}")
+                raise _damaged(file, f"{name} is {record[name]!r}")
     for name, group in (("metrics", _is_metrics), ("after", _is_numbers)):
         if name in record and not group(record[name]):
-            raise ValueError(f"{file} is damaged: {name} is no mapping of numbers")
+            raise _damaged(file, f"{name} is no mapping of numbers")
     if not isinstance(record.get("versions", {}), dict):
-        raise ValueError(f"{file} is damaged: versions is no mapping")
+        raise _damaged(file, "versions is no mapping")
     return record
+
+
+def _damaged(file: str | Path, reason: str) -> DamagedFileError:
+    return DamagedFileError(f"{file} is damaged: {reason}. {REMEDY}")
 
 
 def _is_whole(value: Any) -> bool:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from selcon_plugin.renamed import present_settings
+from selcon_plugin.renamed import is_former_default, present_settings
 
 __all__ = [
     "CHANGEABLE",
@@ -104,13 +104,17 @@ def differing_settings(
 
     Returns:
         Both values by full key. A key that only one of them has is left out: other versions
-        have other keys.
+        have other keys. So is one that is unset now and had a default then: the method or
+        labeler of the run does not have it.
     """
     then, now = plain_settings(then), plain_settings(now)
     return {
         key: (then[key], value)
         for key, value in now.items()
-        if key in then and not _equal(then[key], value) and not _matches(key, free)
+        if key in then
+        and not _equal(then[key], value)
+        and not _matches(key, free)
+        and not (value is None and is_former_default(key, then[key]))
     }
 
 

@@ -13,10 +13,11 @@ from torch import nn
 from yacs.config import CfgNode
 
 from selcon_plugin.compat.torchreid import import_torchreid
-from selcon_plugin.config.checks import check_name, check_network_file, check_output_folder
+from selcon_plugin.config.checks import check_name, check_network_file
 from selcon_plugin.datasets import SyntheticPersonsSpec
 from selcon_plugin.datasets.list_files import DatasetReading
 from selcon_plugin.engine.run import seed_all
+from selcon_plugin.io.output_files import check_output_folder
 from selcon_plugin.io.safe_loading import safe_extraction
 from selcon_plugin.methods import method_class
 from selcon_plugin.runs.folder import RunFolder, owned_run

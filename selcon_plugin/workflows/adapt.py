@@ -22,7 +22,6 @@ import yaml
 from selcon_plugin.config.checks import (
     check_name,
     check_network_file,
-    check_output_folder,
     value_of,
 )
 from selcon_plugin.config.files import read_config_file
@@ -36,7 +35,7 @@ from selcon_plugin.inference.embedder import Embedder, choose_device
 from selcon_plugin.inference.folder_features import FolderFeatures
 from selcon_plugin.io.atomic import replacing, write_atomically
 from selcon_plugin.io.integrity import file_checksum
-from selcon_plugin.io.output_files import check_output_apart
+from selcon_plugin.io.output_files import check_output_apart, check_output_folder
 from selcon_plugin.io.streams import is_terminal
 from selcon_plugin.methods import method_names
 from selcon_plugin.metrics.label_free import LabelFreeQuality, label_free_quality

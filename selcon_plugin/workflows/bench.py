@@ -15,11 +15,12 @@ from typing import Any
 
 import yaml
 
-from selcon_plugin.config.checks import check_output_folder, flatten_config
+from selcon_plugin.config.checks import flatten_config
 from selcon_plugin.config.host import Host
 from selcon_plugin.config.loading import Merger, pairs_of
 from selcon_plugin.hosts import get_host, host_of, quiet_import
-from selcon_plugin.io.atomic import write_atomically
+from selcon_plugin.io.atomic import make_folder, write_atomically
+from selcon_plugin.io.output_files import check_output_folder
 from selcon_plugin.io.plain_yaml import read_settings
 from selcon_plugin.runs.folder import owned_run
 from selcon_plugin.runs.results import RESULTS_FILE
@@ -117,7 +118,7 @@ def plan(
         The runs, sorted by seed, so that a first comparison of all configs is early.
     """
     with quiet_import():
-        hosts = [get_host(host_of(file)) for file in configs]
+        hosts = [get_host(host_of(file, "--configs")) for file in configs]
     _check_options(options, hosts)
     rows: list[tuple[str, Path, Host, Any]] = []
     for name, file, host in zip(row_names(configs), configs, hosts, strict=True):
@@ -151,7 +152,7 @@ def plan(
     for run in runs:
         _check_folder(run)
     for run, text in zip(runs, texts, strict=True):
-        run.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(run.folder)
         write_atomically(text, run.folder / SETTINGS_FILE)
     return sorted(runs, key=lambda run: run.seed)
 

@@ -18,6 +18,7 @@ from typing import Any
 from selcon_plugin.config.host_data import RunFiles
 from selcon_plugin.engine.progress import duration
 from selcon_plugin.hosts import get_host
+from selcon_plugin.io.integrity import DamagedFileError
 from selcon_plugin.io.locks import exclusive
 from selcon_plugin.io.streams import is_terminal
 from selcon_plugin.runs import results as runs_results
@@ -46,7 +47,7 @@ def finish(run: Run, title: str) -> Outcome:
         The metrics of the run, or the reason of its failure.
 
     Raises:
-        ValueError: If ``results.json`` does not have the format of a run.
+        DamagedFileError: If ``results.json`` is damaged.
     """  # noqa: DOC502  (raised by the functions called here)
     started = time.monotonic()
     # The last run of a killed bench keeps running. The system releases the lock when both
@@ -76,17 +77,13 @@ def read_results(file: Path) -> dict[str, Any]:
         Content of the file.
 
     Raises:
-        ValueError: If the file does not have the format of a run's results.
+        DamagedFileError: If it is damaged; the message names file and remedy.
     """
-    try:
-        record = runs_results.read_results(file)
-        if "metrics" not in record:
-            raise ValueError(f"{file} is damaged: it has no metrics")
-    except ValueError as error:
-        raise ValueError(
-            f"{error}: this is not the format of a run's results. Remove the file, and the "
-            "run resumes from its last checkpoint"
-        ) from error
+    record = runs_results.read_results(file)
+    if "metrics" not in record:
+        raise DamagedFileError(
+            f"{file} is damaged: it has no metrics. {runs_results.REMEDY}"
+        )
     return record
 
 

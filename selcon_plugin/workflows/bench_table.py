@@ -224,6 +224,8 @@ class Report:
             "differences": self.differing(),
             "runs": [_run_as_json(outcome) for outcome in self.outcomes],
         }
+        # Without a checksum, as it is for other programs: a later bench reads the results
+        # of the runs.
         write_atomically(json.dumps(content, indent=2) + "\n", output / "table.json")
 
     def table(self) -> str:

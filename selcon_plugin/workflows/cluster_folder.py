@@ -20,7 +20,6 @@ from selcon_plugin.clustering import PseudoLabels, build_labeler, labeler_option
 from selcon_plugin.clustering.base import clustering_device
 from selcon_plugin.clustering.camera_centering import num_centered
 from selcon_plugin.clustering.remedies import fewer_outliers
-from selcon_plugin.config.checks import check_output_folder
 from selcon_plugin.datasets import ImageItem, read_image_folder
 from selcon_plugin.datasets.content import content_hashes, list_hash
 from selcon_plugin.datasets.numbering import UNKNOWN, number_names
@@ -37,6 +36,7 @@ from selcon_plugin.inference.embedder import Embedder, choose_device
 from selcon_plugin.inference.folder_features import FolderFeatures
 from selcon_plugin.io.atomic import write_atomically
 from selcon_plugin.io.integrity import sealed_json, unsealed_json
+from selcon_plugin.io.output_files import check_output_folder
 from selcon_plugin.io.streams import is_terminal
 from selcon_plugin.report.sheets import SheetRow, contact_sheet
 from selcon_plugin.retrieval import ImageEmbedder

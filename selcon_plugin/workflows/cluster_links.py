@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from selcon_plugin.clustering import OUTLIER
-from selcon_plugin.io.atomic import write_atomically
+from selcon_plugin.io.atomic import make_folder, write_atomically
 from selcon_plugin.io.names import printable
 from selcon_plugin.io.own_output import MARKER, mark_output
 from selcon_plugin.workflows.folder_clusters import FolderClusters
@@ -38,7 +38,7 @@ def link_clusters(clusters: FolderClusters, folder: str | Path) -> None:
     """  # noqa: DOC502  (raised by the functions called here)
     folder = Path(folder)
     _remove_links(folder)
-    folder.mkdir(parents=True)
+    make_folder(folder)
     mark_output(folder)
     sources = _sources(clusters)
     # Written first: a kill leaves no link that a later call would not know.
@@ -84,7 +84,7 @@ def _link_name(number: str, name: str) -> str:
 
 def _remove_links(folder: Path) -> None:
     """Remove the links of an earlier call; refuse to remove anything else."""
-    if folder.is_symlink():
+    if folder.is_symlink() or folder.is_file():
         raise ValueError(_refusal(folder, folder))
     if not folder.exists():
         return

@@ -28,7 +28,8 @@ from selcon_plugin.datasets import generate_synthetic_persons
 from selcon_plugin.engine.progress import duration
 from selcon_plugin.engine.threads import reserve_cpu_core
 from selcon_plugin.hosts import DEFAULT_HOST, get_host, quiet_import
-from selcon_plugin.io.atomic import write_atomically
+from selcon_plugin.io.atomic import make_folder, write_atomically
+from selcon_plugin.io.output_files import check_output_folder
 from selcon_plugin.io.plain_yaml import read_settings
 from selcon_plugin.io.streams import is_terminal
 from selcon_plugin.report import finish_run
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 _CONFIG = "SyntheticPersons/scl.yml"
 _SETTINGS = "demo.yaml"  # settings with which the run in a folder was started
 _LOG = "log.txt"
-_GAIN = "gain.json"  # metrics before and after
+_GAIN = "gain.json"  # metrics before and after, for the reader: it is not read back
 # The demo's own files; --fresh removes only these and the files of the host.
 _RUN_FILES = (
     *(_SETTINGS, _LOG, "results.json", _GAIN, "ranked.png", "loss.png", "report.html"),
@@ -88,8 +89,9 @@ def run_demo(
     demo = host.demo(cfg)
     demo.test_set  # noqa: B018  (it raises if there is no test set)
     # The options may set another folder.
-    folder = Path(value_of(cfg, host.run_keys.output)).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    chosen = value_of(cfg, host.run_keys.output)
+    named = "--output" if chosen == str(output) else host.run_keys.output
+    folder = make_folder(check_output_folder(named, chosen)).resolve()
     if fresh:
         _remove_run(folder, demo)
     with quiet_logging(folder / _LOG), reserve_cpu_core():

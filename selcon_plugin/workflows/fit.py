@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from selcon_plugin.config.checks import check_device, check_name, check_output_folder
+from selcon_plugin.config.checks import check_device, check_name
 from selcon_plugin.config.host_data import NetworkSettings
 from selcon_plugin.hosts import DEFAULT_HOST, get_host, host_names
 from selcon_plugin.inference.embedder import Embedder
-from selcon_plugin.runs.results import RESULTS_FILE
+from selcon_plugin.io.output_files import check_output_folder
+from selcon_plugin.runs.results import RESULTS_FILE, read_results
 from selcon_plugin.workflows.train import train
 
 __all__ = ["FitResult", "fit"]
@@ -139,5 +139,5 @@ def fit(
     )
     check_output_folder("output", str(folder))
     run = train(chosen, cfg, resume=resume, overwrite=overwrite)
-    record = json.loads((run.folder / RESULTS_FILE).read_text("utf-8"))
+    record = read_results(run.folder / RESULTS_FILE)
     return FitResult(run.folder, run.weights, record)

@@ -3,12 +3,15 @@ from __future__ import annotations
 import importlib.util
 import logging
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import adjusted_mutual_info_score, silhouette_score
 from torch import Tensor
 
 from selcon_plugin.clustering import KMeansLabeler, kmeans
+from selcon_plugin.clustering.kmeans import choose_num_clusters
 
 HAS_FAISS = importlib.util.find_spec("faiss") is not None
 
@@ -83,3 +86,43 @@ def test_empty_clusters_are_dropped(backend: str) -> None:
     found = KMeansLabeler(num_clusters=9)(features)
     assert found.num_clusters == 4
     assert found.labels.tolist() == [0, 1, 2, 3] * 10
+
+
+@pytest.mark.parametrize(("num", "images"), [(2, 20), (6, 4), (12, 4), (25, 12), (40, 3)])
+def test_without_a_number_small_sets_get_about_that_of_their_persons(
+    backend: str, num: int, images: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    features, pids = people(num, images, noise=0.3)
+    with caplog.at_level(logging.WARNING):
+        found = KMeansLabeler()(features)
+    assert num / 1.15 <= found.num_clusters <= num * 1.15
+    assert adjusted_mutual_info_score(pids, found.labels) > 0.9
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("num_images", range(9))
+def test_without_a_number_the_fewest_images_are_clustered(
+    backend: str, num_images: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    features = F.normalize(torch.randn(9, 8, generator=torch.Generator().manual_seed(0)))
+    with caplog.at_level(logging.WARNING):
+        found = KMeansLabeler()(features[:num_images])
+        copies = KMeansLabeler()(features[:num_images].repeat(3, 1))
+    largest = max(2, num_images // 2)
+    assert min(num_images, 2) <= found.num_clusters <= largest
+    assert copies.num_clusters == found.num_clusters
+    assert not caplog.records
+
+
+def test_the_chosen_number_has_the_best_silhouette() -> None:
+    features = people(9, 7, noise=1.0)[0].numpy()
+    tree = kmeans.linkage(features, "ward")
+    cuts = (kmeans.fcluster(tree, count, "maxclust") for count in kmeans._grid(31))
+    best = max(cuts, key=lambda labels: silhouette_score(features, labels))
+    assert choose_num_clusters(features) == best.max()
+
+
+def test_large_sets_have_the_published_ratio() -> None:
+    """12,936 images of Market-1501 get 760 clusters; 3C uses 750."""
+    features = np.zeros((12_936, 1), dtype=np.float32)
+    assert choose_num_clusters(features) == 760

@@ -113,6 +113,15 @@ def test_illegal_value_names_key_value_and_legal_range(values, fragments):
         KEYS.check(node_with(**values))
 
 
+@pytest.mark.parametrize("labeler", ["DBSCAN", "KMeans"])
+def test_a_former_default_in_a_written_config_is_no_setting_of_another_labeler(labeler):
+    """Version 0.1 wrote NUM_CLUSTERS 750 also into the configs of DBSCAN."""
+    node = node_with({"NUM_CLUSTERS": 750, "LABELER": labeler})
+    KEYS.check(node)
+    expected = 750 if labeler == "KMeans" else None
+    assert node["CLUSTERING"]["NUM_CLUSTERS"] == expected
+
+
 def test_whole_numbers_become_numbers():
     node = node_with(TEMPERATURE=1, OUTLIER_RATIO=0)
     KEYS.check(node)

@@ -187,6 +187,7 @@ def test_impossible_eps_ends_well(tiny_cfg, name, eps, k1, fragments, caplog):
 def test_quality_reaches_the_writers(tiny_cfg):
     trainer = train(with_method(tiny_cfg, "ClusterContrast"), SOLVER__MAX_EPOCH=3)
     lines = (Path(tiny_cfg.OUTPUT_DIR) / "metrics.json").read_text().splitlines()
+    assert all("checksum" in json.loads(line) for line in lines)
     last = {key: value for line in lines for key, value in json.loads(line).items()}
     label_free = {"num_clusters", "outlier_ratio", "silhouette", "stability", "eps"}
     identity_known = {"purity", "ami", "pair_precision", "pair_recall"}

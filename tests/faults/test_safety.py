@@ -322,7 +322,7 @@ def test_archives_stay_below_their_folder(place):
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"metrics": 3}'])
 def test_damaged_results_are_named(place, text):
     (place / "results.json").write_text(text)
-    message = r"results\.json is damaged: .* not the format of a run's results"
+    message = r"results\.json is damaged: .*Remove it.* --resume"
     with pytest.raises(ValueError, match=message):
         read_results(place / "results.json")
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from selcon_plugin.cli import main
 from selcon_plugin.report import collect_run, write_report
-from selcon_plugin.runs.metrics import read_metrics
-from selcon_plugin.runs.results import read_results
+from selcon_plugin.runs.metrics import append_metrics, begin_metrics, read_metrics
+from selcon_plugin.runs.ranked import rank_queries, read_ranked, write_ranked
+from selcon_plugin.runs.results import RunMeter, read_results, write_results
 
 OLD_RUN = Path(__file__).parents[1] / "old_runs" / "fastreid"
 RESULTS = json.loads((OLD_RUN / "results.json").read_text())
@@ -58,6 +62,95 @@ def test_results_that_are_no_object(text, tmp_path):
 
 def test_results_as_they_are_written():
     assert read_results(OLD_RUN / "results.json") == RESULTS
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Make a folder with the records as the package writes them."""
+    write_results(
+        tmp_path,
+        method="SelCon",
+        seed=3,
+        num_images=40,
+        epochs=2,
+        steps=10,
+        metrics={"few": {"mAP": 12.5, "Rank-1": 31.25}},
+        meter=RunMeter(),
+        num_clusters=None,
+        device=torch.device("cpu"),
+        host="torch",
+    )
+    gallery = [("a.jpg", 2, 1), ("b.jpg", 1, 1), ("c.jpg", 1, 2)]
+    queries = [("q.jpg", 1, 0), ("stranger.jpg", 9, 0)]
+    write_ranked(tmp_path, "few", rank_queries([[0.1, 0.2, 0.3]] * 2, queries, gallery))
+    begin_metrics(tmp_path, "0123")
+    append_metrics(tmp_path, 4, {"total_loss": 2.5, "lr": 0.1})
+    append_metrics(tmp_path, 9, {"total_loss": 1.5, "lr": 0.1})
+    return tmp_path
+
+
+READERS = {
+    "results.json": lambda folder: read_results(folder / "results.json"),
+    "ranked.json": read_ranked,
+    "metrics.json": lambda folder: read_metrics(folder / "metrics.json"),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_every_changed_digit_is_noticed(name, written, caplog):
+    file, read = written / name, READERS[name]
+    text = file.read_text()
+    before = read(written)
+    assert "damaged" not in caplog.text
+    places = [match.start() for match in re.finditer(r"\d", text)]
+    assert len(places) > 50
+    for place in places:
+        digit = str((int(text[place]) + 1) % 10)
+        file.write_text(text[:place] + digit + text[place + 1 :])
+        caplog.clear()
+        try:
+            found = read(written)
+        except ValueError as error:
+            message = str(error)
+        else:
+            assert all(line in before for line in found)
+            message = caplog.text
+        assert re.search(rf"{re.escape(name)} is damaged: .*\. [A-Z]", message), place
+
+
+def test_a_list_that_lost_an_entry_is_noticed(written):
+    file = written / "ranked.json"
+    content = json.loads(file.read_text())
+    content["few"][0]["results"].pop()
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"ranked\.json is damaged: .*checksum"):
+        read_ranked(written)
+
+
+def test_the_other_lines_of_damaged_metrics_are_kept(written, caplog):
+    file = written / "metrics.json"
+    file.write_text(file.read_text().replace("2.5", "9.5") + '{"iteration": 14, "lr": 0.')
+    assert read_metrics(file) == [{"iteration": 9, "total_loss": 1.5, "lr": 0.1}]
+    # The line that a kill cut off is no damage.
+    assert "1 of its lines" in caplog.text
+    assert "line 2" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "3", "null", '"text"'])
+@pytest.mark.parametrize(
+    "name", ["results.json", "metrics.json", "ranked.json", "images.json", "config.yaml"]
+)
+def test_report_names_each_file_of_another_top_type(name, text, tmp_path, capsys, caplog):
+    for path in OLD_RUN.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    if (name, text) == ("config.yaml", "null"):
+        text = "[]"  # null is an empty config, which is legal
+    (tmp_path / name).write_text(text + "\n")
+    assert main(["report", str(tmp_path), "--no-images"]) == 0
+    assert str(tmp_path / name) in caplog.text
+    page = (tmp_path / "report.html").read_text()
+    assert f"{name} is damaged" in page
+    assert "has not finished" not in page
 
 
 def test_metrics_keep_finite_numbers_only(tmp_path):

@@ -123,7 +123,7 @@ def test_ranked_queries_by_hand(tmp_path):
     write_ranked(tmp_path, "two", [])
     assert read_ranked(tmp_path) == {"one": [ranked], "two": []}
     (tmp_path / "ranked.json").write_text('{"one": [{"path": 1}]}')
-    with pytest.raises(ValueError, match="is broken"):
+    with pytest.raises(ValueError, match=r"ranked\.json is damaged"):
         read_ranked(tmp_path)
 
 

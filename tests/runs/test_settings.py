@@ -51,6 +51,14 @@ def test_setting_that_changes_no_trained_weight_may_change(key, value):
     assert differing_settings(SETTINGS, {**SETTINGS, key: value}) == {}
 
 
+@pytest.mark.parametrize("now", [None, "auto", 700])
+def test_a_former_default_of_another_labeler_is_not_compared(now):
+    """Version 0.1 recorded num_clusters 750 also for DBSCAN, which now has None there."""
+    key = "selcon.clustering.num_clusters"
+    found = differing_settings({key: 750}, {key: now})
+    assert found == ({} if now is None else {key: (750, now)})
+
+
 def test_former_names_of_keys_are_understood():
     then = {"MODEL.SELCON.MAX_BAD_STEPS": 3, "selcon.image_share": 0.5}
     same = {"MODEL.SELCON.MAX_NONFINITE_STEPS": 3, "selcon.image_weight": 0.5}

@@ -18,6 +18,7 @@ import yaml
 
 from market_study.protocols import CONFIGS, Options
 from selcon_plugin.io.atomic import write_atomically
+from selcon_plugin.runs.results import read_results
 
 _CHECKOUT = CONFIGS.parent
 _RESULTS = "results.json"
@@ -97,7 +98,7 @@ class Variant:
             Content of ``results.json`` by seed.
         """
         found = {
-            int(file.parent.name.removeprefix("seed")): json.loads(file.read_text())
+            int(file.parent.name.removeprefix("seed")): read_results(file)
             for file in self.folder.glob(f"seed*/{_RESULTS}")
         }
         return dict(sorted(found.items()))
