@@ -94,17 +94,17 @@ class Labeler(ABC):
         found: int = getattr(self, "k1", getattr(self, "k", 0))
         return found
 
-    def smallest_cluster(self, num_images: int) -> int:
+    def smallest_cluster(self, found: PseudoLabels) -> int:
         """Return the number of copies of one image that are a cluster of their own.
 
         Args:
-            num_images: Number of images M.
+            found: Output of :meth:`cluster`.
 
         Returns:
             The option min_cluster_size or min_samples; 2 for a labeler that has neither.
         """
-        found: int = getattr(self, "min_cluster_size", getattr(self, "min_samples", 2))
-        return max(2, found)
+        size: int = getattr(self, "min_cluster_size", getattr(self, "min_samples", 2))
+        return max(2, size)
 
     def check_reach(self, eps_change: float) -> None:
         """Refuse a change of eps that :meth:`labels_at` cannot follow.
@@ -161,7 +161,7 @@ class Labeler(ABC):
         labels = unite_copies(
             found.labels.numpy(),
             copy_groups(features),
-            self.smallest_cluster(len(features)),
+            self.smallest_cluster(found),
         )
         found = replace(found, labels=PseudoLabels.numbered(labels).labels)
         for label_filter in self.filters:

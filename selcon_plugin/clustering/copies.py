@@ -28,6 +28,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from selcon_plugin.clustering.jaccard import ZERO, jaccard_distance
+from selcon_plugin.clustering.neighbors import Neighbors
 from selcon_plugin.clustering.pseudo_labels import OUTLIER
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,12 @@ def _are_equal(
 
 
 def distances_with_copies(
-    features: Tensor, *, k1: int, k2: int, max_distance: float | None = None
+    features: Tensor,
+    *,
+    k1: int,
+    k2: int,
+    max_distance: float | None = None,
+    neighbors: Neighbors | None = None,
 ) -> Any:
     """Compute the Jaccard distances of images some of which may be copies.
 
@@ -105,6 +111,7 @@ def distances_with_copies(
         k1: As for :func:`~selcon_plugin.clustering.jaccard.jaccard_distance`.
         k2: As above.
         max_distance: As above.
+        neighbors: As above; used only if no more images are equal than the half lists hold.
 
     Returns:
         The result of ``jaccard_distance`` if no more images are equal than the half lists
@@ -116,7 +123,7 @@ def distances_with_copies(
     most = int(np.bincount(groups).max(initial=0))
     half = round(k1 / 2) + 1
     if most <= half:
-        return jaccard_distance(features, **options)
+        return jaccard_distance(features, neighbors=neighbors, **options)
     kept = _rank_in_group(groups) < half
     number = np.cumsum(kept) - 1
     number[~kept] = number[groups[~kept]]

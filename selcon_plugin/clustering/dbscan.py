@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Annotated, Literal
 
@@ -14,9 +13,10 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from selcon_plugin.clustering.auto_eps import EPS_GRID, choose_eps
+from selcon_plugin.clustering.auto_sizes import AutoSizes
 from selcon_plugin.clustering.base import Labeler, register_labeler
 from selcon_plugin.clustering.copies import distances_with_copies
-from selcon_plugin.clustering.neighborhood import NeighborhoodSizes
+from selcon_plugin.clustering.neighborhood import MOST_NEIGHBORS
 from selcon_plugin.clustering.pseudo_labels import OUTLIER, PseudoLabels
 from selcon_plugin.options import Interval
 
@@ -100,11 +100,15 @@ class DBSCANLabeler(Labeler):
         eps: Largest Jaccard distance between neighbors, or "auto" for unsupervised
             selection, see :func:`~selcon_plugin.clustering.auto_eps.choose_eps`.
         min_samples: Neighbors, including the image itself, that make a core image; "auto"
-            means 3 below 1,000 images and 4 otherwise.
-        k1: Neighbors in the Jaccard distance; "auto" means a tenth of the images, clamped
-            to 8..15, below 1,000 images and 30 otherwise.
-        k2: Neighbors averaged by query expansion, 1 for none; "auto" means a fifth of the
+            means 2 to 4, by the images per person.
+        k1: Neighbors in the Jaccard distance; "auto" means 1.75 times the images per
+            person, within 4..30; see
+            :class:`~selcon_plugin.clustering.neighborhood.NeighborhoodSizes`.
+        k2: Neighbors averaged by query expansion, 1 for none; "auto" means a quarter of the
             "auto" value of k1.
+        images_per_person: About how many images show the same person, which determines what
+            is "auto"; "auto" itself means an estimate, see
+            :func:`~selcon_plugin.clustering.auto_threshold.estimate_images_per_person`.
         graph_margin: Width by which the graph in ``PseudoLabels.distance`` extends beyond
             ``eps`` (with "auto" beyond the largest eps tried); filters and silhouette treat
             larger distances as 1.
@@ -118,7 +122,11 @@ class DBSCANLabeler(Labeler):
         k1: Annotated[int | Literal["auto"], Interval(1)] = 30,
         k2: Annotated[int | Literal["auto"], Interval(1)] = 6,
         graph_margin: Annotated[float, Interval(0, 1)] = 0.1,
+        images_per_person: Annotated[float | Literal["auto"], Interval(1)] = "auto",
     ) -> None:
+        self.auto_sizes = AutoSizes(
+            images_per_person, {"k1": k1, "k2": k2, "min_samples": min_samples}
+        )
         self.eps = eps
         self.min_samples = min_samples
         self.k1 = k1
@@ -135,15 +143,17 @@ class DBSCANLabeler(Labeler):
             The labels, the graph, and ``eps`` in ``measured``.
         """
         reach = self.graph_margin + (EPS_GRID[-1] if self.eps == "auto" else self.eps)
-        sizes = self._sizes(len(features))
+        sizes, measured = self.auto_sizes.choose(features)
         distance = distances_with_copies(
             features, k1=sizes.k1, k2=sizes.k2, max_distance=reach if reach < 1 else None
         )
-        eps, labels_at = self.eps, partial(self._labels_at, distance)
+        eps = self.eps
+        labels_at = partial(dbscan_labels, distance, min_samples=sizes.min_samples)
         if eps == "auto":
             eps = choose_eps(distance, labels_at, sizes.min_samples)
         labels = labels_at(eps)
-        return PseudoLabels.numbered(labels, distance=distance, measured={"eps": eps})
+        measured["eps"] = eps
+        return PseudoLabels.numbered(labels, distance=distance, measured=measured)
 
     def num_neighbors(self, num_images: int) -> int:
         """Return the number of neighbors searched per image, for cost estimates.
@@ -152,17 +162,17 @@ class DBSCANLabeler(Labeler):
             num_images: Number of images M.
 
         Returns:
-            The option k1, or its "auto" value for that many images.
+            The option k1, or its largest "auto" value.
         """
-        return self._sizes(num_images).k1
+        return MOST_NEIGHBORS if self.k1 == "auto" else self.k1
 
-    def smallest_cluster(self, num_images: int) -> int:
-        """Return min_samples, or its "auto" value for that many images, at least 2.
+    def smallest_cluster(self, found: PseudoLabels) -> int:
+        """Return min_samples, or its "auto" value, at least 2.
 
         Args:
-            num_images: Number of images M.
+            found: Output of :meth:`cluster`.
         """
-        return max(2, self._sizes(num_images).min_samples)
+        return max(2, self.auto_sizes.chosen(found.measured).min_samples)
 
     def check_reach(self, eps_change: float) -> None:
         """Refuse a change of eps that exceeds the graph margin.
@@ -192,12 +202,7 @@ class DBSCANLabeler(Labeler):
         """
         self.check_reach(eps_change)
         eps = max(0.0, pseudo_labels.measured["eps"] + eps_change)
-        return torch.from_numpy(self._labels_at(pseudo_labels.distance, eps))
-
-    def _labels_at(self, distance: scipy.sparse.csr_array, eps: float) -> NDArray[np.int64]:
-        return dbscan_labels(distance, eps, self._sizes(distance.shape[0]).min_samples)
-
-    def _sizes(self, num_images: int) -> NeighborhoodSizes:
-        sizes = NeighborhoodSizes.for_images(num_images)
-        given = {name: getattr(self, name) for name in vars(sizes)}
-        return replace(sizes, **{n: value for n, value in given.items() if value != "auto"})
+        sizes = self.auto_sizes.chosen(pseudo_labels.measured)
+        return torch.from_numpy(
+            dbscan_labels(pseudo_labels.distance, eps, sizes.min_samples)
+        )

@@ -14,7 +14,7 @@ suits persons with 10 to 30 images each: on synthetic features of 300 persons it
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import scipy.sparse
@@ -23,8 +23,10 @@ from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 from sklearn.cluster import HDBSCAN
 from torch import Tensor
 
+from selcon_plugin.clustering.auto_sizes import AutoSizes
 from selcon_plugin.clustering.base import Labeler, register_labeler
 from selcon_plugin.clustering.copies import distances_with_copies
+from selcon_plugin.clustering.neighborhood import MOST_NEIGHBORS, NeighborhoodSizes
 from selcon_plugin.clustering.pseudo_labels import OUTLIER, PseudoLabels
 from selcon_plugin.options import Choice, Interval
 
@@ -121,28 +123,54 @@ class HDBSCANLabeler(Labeler):
     """HDBSCAN on the k-reciprocal Jaccard distance.
 
     Args:
-        min_cluster_size: Images in the smallest cluster.
-        min_samples: Neighbors, including the image itself, that define the core distance.
+        min_cluster_size: Images in the smallest cluster; "auto" means as many as
+            min_samples.
+        min_samples: Neighbors, including the image itself, that define the core distance;
+            "auto" means 2 to 4, by the images per person.
         cluster_selection: Choice of clusters from the tree: ``"eom"`` keeps the most
             persistent ones over eps, ``"leaf"`` the smallest ones.
-        k1: Neighbors in the Jaccard distance.
-        k2: Neighbors averaged by query expansion, 1 for none.
+        k1: Neighbors in the Jaccard distance; "auto" as for DBSCAN.
+        k2: Neighbors averaged by query expansion, 1 for none; "auto" as for DBSCAN.
+        images_per_person: As for DBSCAN.
     """
 
     def __init__(
         self,
         *,
-        min_cluster_size: Annotated[int, Interval(2)] = 8,
-        min_samples: Annotated[int, Interval(1)] = 4,
+        min_cluster_size: Annotated[int | Literal["auto"], Interval(2)] = 8,
+        min_samples: Annotated[int | Literal["auto"], Interval(1)] = 4,
         cluster_selection: Annotated[str, Choice(("eom", "leaf"))] = "eom",
-        k1: Annotated[int, Interval(1)] = 30,
-        k2: Annotated[int, Interval(1)] = 6,
+        k1: Annotated[int | Literal["auto"], Interval(1)] = 30,
+        k2: Annotated[int | Literal["auto"], Interval(1)] = 6,
+        images_per_person: Annotated[float | Literal["auto"], Interval(1)] = "auto",
     ) -> None:
+        self.auto_sizes = AutoSizes(
+            images_per_person, {"k1": k1, "k2": k2, "min_samples": min_samples}
+        )
         self.min_cluster_size = min_cluster_size
         self.min_samples = min_samples
         self.cluster_selection = cluster_selection
         self.k1 = k1
         self.k2 = k2
+
+    def num_neighbors(self, num_images: int) -> int:
+        """Return the number of neighbors searched per image, for cost estimates.
+
+        Args:
+            num_images: Number of images M.
+
+        Returns:
+            The option k1, or its largest "auto" value.
+        """
+        return MOST_NEIGHBORS if self.k1 == "auto" else self.k1
+
+    def smallest_cluster(self, found: PseudoLabels) -> int:
+        """Return the option min_cluster_size, or its "auto" value.
+
+        Args:
+            found: Output of :meth:`cluster`.
+        """
+        return self._smallest(self.auto_sizes.chosen(found.measured))
 
     def cluster(self, features: Tensor) -> PseudoLabels:
         """Compute the distances and cluster.
@@ -153,11 +181,17 @@ class HDBSCANLabeler(Labeler):
         Returns:
             The labels and the graph.
         """
-        distance = distances_with_copies(features, k1=self.k1, k2=self.k2)
+        sizes, measured = self.auto_sizes.choose(features)
+        distance = distances_with_copies(features, k1=sizes.k1, k2=sizes.k2)
         labels = hdbscan_labels(
             distance,
-            min_cluster_size=self.min_cluster_size,
-            min_samples=self.min_samples,
+            min_cluster_size=self._smallest(sizes),
+            min_samples=sizes.min_samples,
             cluster_selection=self.cluster_selection,
         )
-        return PseudoLabels.numbered(labels, distance=distance)
+        return PseudoLabels.numbered(labels, distance=distance, measured=measured)
+
+    def _smallest(self, sizes: NeighborhoodSizes) -> int:
+        if self.min_cluster_size == "auto":
+            return max(2, sizes.min_samples)
+        return self.min_cluster_size

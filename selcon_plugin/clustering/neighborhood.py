@@ -1,15 +1,15 @@
-"""Default neighborhood sizes as a function of the number of images."""
+"""Neighborhood sizes as a function of the number of images per person."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Below this many images the published sizes merge different persons: on 100 to 800 images
-# of Market-1501's training identities, 5 or 18 images each, with features of an OSNet
-# trained on MSMT17, the agreement of clusters and identities (AMI, mean of the two) was
-# lower by 0.05 to 0.25.
-_SMALL_SET = 1000
-_SMALL_SET_K1, _MIN_K1 = 15, 8
+# Neighbors per image of a person: 30 for the 17 images of Market-1501's persons.
+_K1_RATIO, _SMALLEST_K1, _LARGEST_K1 = 1.75, 4, 30
+_K2_RATIO, _LARGEST_K2 = 0.25, 6
+# Images per person below which two, or three, neighbors make a core image.
+_TWO, _THREE = 6, 12
+MOST_NEIGHBORS = _LARGEST_K1
 
 
 @dataclass(frozen=True)
@@ -27,24 +27,25 @@ class NeighborhoodSizes:
     min_samples: int = 4
 
     @classmethod
-    def for_images(cls, num_images: int) -> NeighborhoodSizes:
-        """Choose the sizes for a number of images.
+    def for_people(cls, images_per_person: float) -> NeighborhoodSizes:
+        """Choose the sizes for a number of images per person.
 
-        From 1,000 images on, the sizes are the published ones: 30, 6 and 4. In smaller sets
-        each person has fewer images: k1 is a tenth of the images, clamped to 8..15, k2 a
-        fifth of k1, and three images make a core.
+        What matters is how many images a person has, whatever their total number: an image
+        with fewer mates than neighbors lists other persons. From 17 images per person on,
+        the sizes are the published ones: 30, 6 and 4.
 
         Args:
-            num_images: Number of images M.
+            images_per_person: Images of a person, on average, m.
 
         Returns:
-            The sizes.
+            k1 = 1.75 m within 4..30, k2 = k1 / 4 within 1..6, and min_samples 2 below 6
+            images, 3 below 12, and 4 otherwise.
 
         Example:
-            >>> NeighborhoodSizes.for_images(120)
-            NeighborhoodSizes(k1=12, k2=2, min_samples=3)
+            >>> NeighborhoodSizes.for_people(4)
+            NeighborhoodSizes(k1=7, k2=2, min_samples=2)
         """
-        if num_images >= _SMALL_SET:
-            return cls()
-        k1 = min(_SMALL_SET_K1, max(_MIN_K1, num_images // 10))
-        return cls(k1, k1 // 5, min_samples=3)
+        k1 = min(_LARGEST_K1, max(_SMALLEST_K1, round(_K1_RATIO * images_per_person)))
+        k2 = min(_LARGEST_K2, max(1, round(_K2_RATIO * k1)))
+        samples = 2 + (images_per_person >= _TWO) + (images_per_person >= _THREE)
+        return cls(k1, k2, samples)

@@ -1,0 +1,203 @@
+"""Unsupervised threshold of average linkage, and the number of images per person.
+
+Two facts, measured on folders of 2 to 40 images per person with two networks
+(``tools/benchmark/folders.py``, docs/benchmarks/folders.md), make the choice simple. With m
+images per person the agreement of clusters and persons is largest close to the threshold
+1 - 1/m, whatever the network. And it is flat: half or twice m costs little. So the mean
+silhouette, which says little with a weak network, is balanced with a distance from the
+middle of all these thresholds.
+
+Shape shorthand in this module:
+
+    M: images
+    C: feature dimension
+    K: clusters
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from selcon_plugin.clustering.linkage import Hierarchy, average_linkage
+from selcon_plugin.clustering.multi_scale import multi_scale_distance, without_mean
+from selcon_plugin.values import listed
+
+THRESHOLDS = tuple(round(0.40 + 0.02 * step, 2) for step in range(29))  # 0.40 ... 0.96
+_USUAL, _WEIGHT = 0.84, 0.5
+# A clustering in which a random image shares its cluster with most of the others is none.
+_LARGEST_RATIO = 0.9
+# The mean silhouette of this many images has a standard error below 0.01.
+_SAMPLED = 4_096
+_PRODUCTS = 2**24
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Clusters of a hierarchy at one threshold.
+
+    Attributes:
+        threshold: Largest average distance at which clusters were merged.
+        silhouette: Mean silhouette by the cosine distance; a cluster of one image counts
+            as 0.
+        size: Size of the cluster of a random image, on average.
+        score: The silhouette, less half the squared difference of the threshold and 0.84;
+            -1 if nearly all images are one cluster.
+    """
+
+    threshold: float
+    silhouette: float
+    size: float
+    score: float
+
+
+def threshold_for(images_per_person: float) -> float:
+    """Return the threshold for a known number of images per person.
+
+    Args:
+        images_per_person: Number of images of a person, on average, at least 1.
+
+    Returns:
+        1 - 1/m, within 0.40..0.96.
+
+    Example:
+        >>> threshold_for(4)
+        0.75
+    """
+    return min(THRESHOLDS[-1], max(THRESHOLDS[0], 1 - 1 / images_per_person))
+
+
+def images_per_person(threshold: float) -> float:
+    """Return the number of images per person for which a threshold is right.
+
+    Args:
+        threshold: Threshold t of average linkage, below 1.
+
+    Returns:
+        1 / (1 - t), the inverse of :func:`threshold_for`.
+
+    Example:
+        >>> images_per_person(0.75)
+        4.0
+    """
+    return 1 / (1 - threshold)
+
+
+def estimate_images_per_person(features: Tensor) -> float:
+    """Estimate how many images show the same person, without labels.
+
+    It is a rough estimate, right within a factor of two on most folders, which is as much
+    as the neighborhood sizes need.
+
+    Args:
+        features: Unit vectors ``(M, C)``, on any device.
+
+    Returns:
+        1 / (1 - t), with the threshold t of :func:`choose_cut` on the multi-scale Jaccard
+        distance: 1.7 to 25.
+    """
+    hierarchy = average_linkage(multi_scale_distance(features))
+    return images_per_person(choose_cut(hierarchy, features).threshold)
+
+
+def check_hint(hint: float | str, options: Mapping[str, Any]) -> None:
+    """Refuse a number of images per person that has no effect.
+
+    Args:
+        hint: The option ``images_per_person``, or "auto".
+        options: Options that the number determines where they are "auto", by name.
+
+    Raises:
+        ValueError: If a number is given, and none of the options is "auto".
+    """
+    if hint != "auto" and "auto" not in options.values():
+        names = listed(options)
+        raise ValueError(
+            f"images_per_person {hint:g} has no effect: set {names} to auto, or those of "
+            "them that it is to determine"
+        )
+
+
+def choose_cut(hierarchy: Hierarchy, features: Tensor) -> Cut:
+    """Choose the threshold without labels.
+
+    Args:
+        hierarchy: Merges of average linkage on the multi-scale Jaccard distance.
+        features: Unit vectors ``(M, C)`` of the same images, on any device.
+
+    Returns:
+        The cut with the largest score; the smallest threshold among equal ones.
+    """
+    return max(try_cuts(hierarchy, features), key=lambda cut: cut.score)
+
+
+def try_cuts(hierarchy: Hierarchy, features: Tensor) -> list[Cut]:
+    """Measure the clusters at every threshold of the grid.
+
+    Args:
+        hierarchy: See :func:`choose_cut`.
+        features: See :func:`choose_cut`.
+
+    Returns:
+        One cut per threshold, ascending.
+    """
+    compared = without_mean(features)
+    cuts = []
+    for threshold in THRESHOLDS:
+        labels = hierarchy.cut(threshold)
+        counts = np.bincount(labels).astype(np.float64)
+        size = float((counts**2).sum() / max(1, counts.sum()))
+        silhouette = mean_silhouette(compared, labels)
+        score = silhouette - _WEIGHT * (threshold - _USUAL) ** 2
+        if len(counts) < 2 or size > _LARGEST_RATIO * len(labels):
+            score = -1.0
+        cuts.append(Cut(threshold, silhouette, size, score))
+    return cuts
+
+
+@torch.no_grad()
+def mean_silhouette(features: Tensor, labels: NDArray[np.int64]) -> float:
+    """Compute the mean silhouette by the cosine distance, from a sample of many images.
+
+    With a the mean distance of an image to the others of its cluster and b the smallest
+    mean distance to the images of another cluster, its silhouette is (b - a) / max(a, b);
+    it is 0 in a cluster of one image. Mean distances are products with the clusters' sums,
+    so the cost grows with M K.
+
+    Args:
+        features: Unit vectors ``(M, C)``, on any device.
+        labels: Cluster 0, 1, ... of each image without gaps, ``(M,)``.
+
+    Returns:
+        The mean over all images, or over 4,096 that are spread evenly; 0 with fewer than
+        two clusters.
+    """
+    cluster_of = torch.from_numpy(labels).to(features.device)
+    sizes = torch.bincount(cluster_of)
+    num_clusters = len(sizes)
+    if num_clusters < 2:
+        return 0.0
+    sums = torch.zeros(num_clusters, features.shape[1], device=features.device)
+    sums.index_add_(0, cluster_of, features)
+    means = sums / sizes[:, None]
+    step = max(1, -(-len(labels) // _SAMPLED))
+    rows = torch.arange(0, len(labels), step, device=features.device)
+    total = 0.0
+    for part in rows.split(max(1, _PRODUCTS // num_clusters)):
+        own, size = cluster_of[part], sizes[cluster_of[part]]
+        distance = 1 - features[part] @ means.T
+        row = torch.arange(len(part), device=features.device)
+        # The mean over the own cluster contains the distance 0 to the image itself.
+        a = distance[row, own] * size / (size - 1).clamp_min(1)
+        distance[row, own] = torch.inf
+        b = distance.min(dim=1).values
+        larger = torch.maximum(a, b)
+        score = (b - a) / larger.clamp_min(1e-9)
+        total += float(score[(size > 1) & (larger > 0)].double().sum())
+    return total / len(rows)
