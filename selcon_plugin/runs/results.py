@@ -211,17 +211,17 @@ def read_results(file: str | Path) -> dict[str, Any]:
     for names, fits in ((_WHOLE, _is_whole), (_NUMBERS, _is_number), (_TEXTS, _is_text)):
         for name in names:
             if record.get(name) is not None and not fits(record[name]):
-                raise _damaged(file, f"{name} is {record[name]!r}")
+                raise DamagedFileError(_damaged(file, f"{name} is {record[name]!r}"))
     for name, group in (("metrics", _is_metrics), ("after", _is_numbers)):
         if name in record and not group(record[name]):
-            raise _damaged(file, f"{name} is no mapping of numbers")
+            raise DamagedFileError(_damaged(file, f"{name} is no mapping of numbers"))
     if not isinstance(record.get("versions", {}), dict):
-        raise _damaged(file, "versions is no mapping")
+        raise DamagedFileError(_damaged(file, "versions is no mapping"))
     return record
 
 
-def _damaged(file: str | Path, reason: str) -> DamagedFileError:
-    return DamagedFileError(f"{file} is damaged: {reason}. {REMEDY}")
+def _damaged(file: str | Path, reason: str) -> str:
+    return f"{file} is damaged: {reason}. {REMEDY}"
 
 
 def _is_whole(value: Any) -> bool:
