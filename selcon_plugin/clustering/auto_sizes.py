@@ -25,7 +25,7 @@ class AutoSizes:
 
     Raises:
         ValueError: If a hint is given and no size is "auto".
-    """  # noqa: DOC502  (raised by a function called here)
+    """
 
     def __init__(self, hint: float | str, given: Mapping[str, int | str]) -> None:
         check_hint(hint, given)
