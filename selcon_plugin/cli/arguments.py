@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from selcon_plugin.cli.parsing import config_file, number, whole_number
+from selcon_plugin.cli.parsing import config_file, number, number_or_range, whole_number
 from selcon_plugin.config.checks import check_network_file, check_weights
 from selcon_plugin.options import Interval
 from selcon_plugin.retrieval import NetworkSource
@@ -30,6 +30,17 @@ def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
         help="regular expression for the camera: the first group or the whole match in the "
         "name of a file or folder, or with a slash in the path; folders: the first "
         "subfolder; none: no cameras; default: folders if they look like cameras",
+    )
+
+
+def add_hint_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the argument for the number of images per person."""
+    parser.add_argument(
+        "--images-per-person",
+        type=number_or_range(Interval(1)),
+        metavar="N",
+        help="about how many images show the same person, such as 4, or 2-8 for their "
+        "geometric mean; default: estimated from the images",
     )
 
 

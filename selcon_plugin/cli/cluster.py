@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from selcon_plugin.cli.arguments import (
     add_folder_arguments,
+    add_hint_argument,
     add_import_argument,
     add_network_arguments,
     add_reading_arguments,
@@ -22,11 +22,10 @@ from selcon_plugin.clustering import labeler_names, labeler_options
 from selcon_plugin.config.checks import check_name
 from selcon_plugin.config.importing import import_files
 from selcon_plugin.config.loading import pairs_of, read_option
-from selcon_plugin.values import from_command_line
+from selcon_plugin.values import from_command_line, listed
 from selcon_plugin.workflows.cluster_folder import cluster_folder
+from selcon_plugin.workflows.folder_clusters import chosen_labeler
 from selcon_plugin.workflows.terminal import echo
-
-_DEFAULT_LABELER = "DBSCAN"
 
 
 def main(argv: list[str]) -> int:
@@ -47,13 +46,15 @@ def main(argv: list[str]) -> int:
         raise ValueError("cluster needs --images FOLDER")
     check_network_arguments(args)
     import_files(args.imports)
+    given = () if args.eps is None else (("eps", args.eps),)
+    labeler = chosen_labeler(args.labeler, dict((*given, *pairs_of(args.opts))))
     cluster_folder(
         partial(load_embedder, args),
         args.images,
         args.output,
         network_key=network_key(args),
-        labeler=args.labeler,
-        options=_labeler_options(args.labeler, args.eps, args.opts),
+        labeler=labeler,
+        options=_labeler_options(labeler, args),
         camera_pattern=args.camera_pattern,
         links=args.links,
         contact_sheet_rows=args.contact_sheet,
@@ -76,6 +77,7 @@ def _parser() -> CommandParser:
     add_network_arguments(parser)
     add_reading_arguments(parser)
     add_folder_arguments(parser)
+    add_hint_argument(parser)
     add_unreadable_argument(parser)
     add_import_argument(parser)
     parser.add_argument(
@@ -87,14 +89,14 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--eps",
         metavar="X",
-        help="largest Jaccard distance of neighbors, or auto for unsupervised selection; "
-        "default: auto",
+        help="largest Jaccard distance of neighbors in DBSCAN, or auto for unsupervised "
+        "selection",
     )
     parser.add_argument(
         "--labeler",
-        default=_DEFAULT_LABELER,
-        help=f"clustering method: {', '.join(labeler_names())}; "
-        f"default: {_DEFAULT_LABELER}",
+        default="",
+        help=f"clustering method: {', '.join(labeler_names())}; default: Agglomerative, or "
+        "DBSCAN with --eps",
     )
     parser.add_argument(
         "--links",
@@ -115,18 +117,21 @@ def _parser() -> CommandParser:
         metavar="NAME VALUE",
         nargs=argparse.REMAINDER,
         default=[],
-        help="options of the labeler, for example min_samples 3 k1 20",
+        help="options of the labeler, for example threshold 0.7 min_cluster_size 3",
     )
     return parser
 
 
-def _labeler_options(labeler: str, eps: str | None, opts: Sequence[str]) -> dict[str, Any]:
-    """Parse the options of the labeler; others are chosen by the number of images."""
+def _labeler_options(labeler: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Parse the options of the labeler; it chooses others for itself."""
     check_name("--labeler", labeler, labeler_names())
     known = labeler_options(labeler)
-    pairs = pairs_of(opts)
-    if eps is not None:  # an empty text, of an unset variable, is no number
-        pairs.append(("eps", eps))
+    pairs = pairs_of(args.opts)
+    if args.eps is not None:  # an empty text, of an unset variable, is no number
+        pairs.append(("eps", args.eps))
+    if args.images_per_person is not None:
+        _check_takes_hint(labeler)
+        pairs.append(("images_per_person", f"{args.images_per_person:g}"))
     options: dict[str, Any] = {}
     for name, text in pairs:
         check_name(f"option of the labeler {labeler}", name, known)
@@ -136,3 +141,12 @@ def _labeler_options(labeler: str, eps: str | None, opts: Sequence[str]) -> dict
                 f"{name} is given twice, {options[name]} and {value}: leave one of them"
             )
     return options
+
+
+def _check_takes_hint(labeler: str) -> None:
+    if "images_per_person" not in labeler_options(labeler):
+        takers = [n for n in labeler_names() if "images_per_person" in labeler_options(n)]
+        raise ValueError(
+            f"--images-per-person has no effect on --labeler {labeler}: choose "
+            f"{listed(takers)}"
+        )

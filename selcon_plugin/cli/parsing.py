@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -112,6 +113,35 @@ def whole_number(low: int | None = None) -> Callable[[str], int]:
 def number(legal: Interval) -> Callable[[str], float]:
     """Return a type of arguments: a finite number in a range."""
     return _number_type(float, "a number", legal)
+
+
+def number_or_range(legal: Interval) -> Callable[[str], float]:
+    """Return a type of arguments: a number, or a range ``LOW-HIGH`` for its middle.
+
+    Args:
+        legal: Legal numbers, which are positive.
+
+    Returns:
+        A function that returns the number, or the geometric mean of the range.
+
+    Example:
+        >>> number_or_range(Interval(1))("2-8")
+        4.0
+    """
+    read = number(legal)
+
+    def read_middle(text: str) -> float:
+        low, dash, high = text.partition("-")
+        if not (low.strip() and dash):
+            return read(text)
+        ends = read(low), read(high)
+        if ends[0] > ends[1]:
+            raise argparse.ArgumentTypeError(
+                f"it must be a range from the smaller to the larger number, got {text!r}"
+            )
+        return math.sqrt(ends[0] * ends[1])
+
+    return read_middle
 
 
 def _number_type(kind: type, name: str, legal: Interval | None) -> Callable[[str], Any]:

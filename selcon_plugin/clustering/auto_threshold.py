@@ -189,7 +189,7 @@ def mean_silhouette(features: Tensor, labels: NDArray[np.int64]) -> float:
     step = max(1, -(-len(labels) // _SAMPLED))
     rows = torch.arange(0, len(labels), step, device=features.device)
     total = 0.0
-    for part in rows.split(max(1, _PRODUCTS // num_clusters)):
+    for part in torch.split(rows, max(1, _PRODUCTS // num_clusters)):
         own, size = cluster_of[part], sizes[cluster_of[part]]
         distance = 1 - features[part] @ means.T
         row = torch.arange(len(part), device=features.device)

@@ -28,6 +28,7 @@ from sklearn.cluster import KMeans, kmeans_plusplus
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
+from selcon_plugin.clustering.auto_threshold import check_hint
 from selcon_plugin.clustering.base import Labeler, register_labeler
 from selcon_plugin.clustering.copies import copy_groups
 from selcon_plugin.clustering.pseudo_labels import PseudoLabels
@@ -159,12 +160,19 @@ class KMeansLabeler(Labeler):
         num_clusters: Number of clusters; clamped, with a warning, to the number of
             different images. "auto" means the number with the best silhouette up to 4,000
             different images, and one cluster for 17 images otherwise.
+        images_per_person: About how many images show the same person, if it is known:
+            "auto" clusters are then as many as that number fits into the images.
     """
 
     def __init__(
-        self, *, num_clusters: Annotated[int | Literal["auto"], Interval(1)] = "auto"
+        self,
+        *,
+        num_clusters: Annotated[int | Literal["auto"], Interval(1)] = "auto",
+        images_per_person: Annotated[float | Literal["auto"], Interval(1)] = "auto",
     ) -> None:
+        check_hint(images_per_person, {"num_clusters": num_clusters})
         self.num_clusters = num_clusters
+        self.images_per_person = images_per_person
 
     def cluster(self, features: Tensor) -> PseudoLabels:
         """Run k-means.
@@ -202,6 +210,8 @@ class KMeansLabeler(Labeler):
     def _num_clusters(self, features: NDArray[np.float32]) -> int:
         if self.num_clusters != "auto":
             return self.num_clusters
+        if self.images_per_person != "auto":
+            return max(1, round(len(features) / self.images_per_person))
         chosen = choose_num_clusters(features)
         logger.info("%d clusters (num_clusters auto)", chosen)
         return chosen

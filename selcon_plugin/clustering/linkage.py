@@ -159,8 +159,8 @@ def average_linkage(distance: scipy.sparse.csr_array, threshold: float = 1.0) ->
             (np.ones_like(old), (old, new)), shape=(len(own), len(stays))
         ).tocsr()
         graph = join.T.tocsr() @ (graph @ join)
-    links = np.concatenate(merges, axis=1)
-    return Hierarchy(*links, np.concatenate(heights), distance.shape[0])
+    first, second = np.concatenate(merges, axis=1)
+    return Hierarchy(first, second, np.concatenate(heights), distance.shape[0])
 
 
 def average_linkage_labels(

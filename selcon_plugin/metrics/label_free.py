@@ -15,6 +15,7 @@ from torch import Tensor
 
 from selcon_plugin.clustering import dbscan_labels
 from selcon_plugin.clustering.auto_eps import EPS_GRID, best_trial, try_eps
+from selcon_plugin.clustering.auto_threshold import estimate_images_per_person
 from selcon_plugin.clustering.copies import distances_with_copies
 from selcon_plugin.clustering.jaccard import unit_features
 from selcon_plugin.clustering.neighborhood import NeighborhoodSizes
@@ -67,7 +68,8 @@ def label_free_quality(
     Args:
         features: Features of images 0..M-1, shape ``(M, C)``, on any device; L2-normalized
             here.
-        sizes: Neighborhood sizes; by default those for M images.
+        sizes: Neighborhood sizes; by default those for the estimated number of images per
+            person.
 
     Returns:
         The criterion and its factors; it is 0 if no eps gives two clusters, or if the
@@ -80,7 +82,8 @@ def label_free_quality(
     collapse = ""
     if len(features) > 1:
         collapse = str(find_collapse_signs(measure_spread(features), len(features)))
-    sizes = sizes or NeighborhoodSizes.for_images(len(features))
+    if sizes is None:
+        sizes = NeighborhoodSizes.for_people(estimate_images_per_person(features))
     distance = distances_with_copies(
         features, k1=sizes.k1, k2=sizes.k2, max_distance=_MAX_DISTANCE
     )

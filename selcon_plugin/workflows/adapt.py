@@ -224,7 +224,7 @@ def training_config(
         num_workers=settings.num_workers,
         checkpoint_period=settings.checkpoint_period,
         device=settings.device,
-        clustering={**default_options("DBSCAN", num_images), "center_cameras": True},
+        clustering={**default_options("DBSCAN"), "center_cameras": True},
         foreign=not own_method,
     )
     with tempfile.TemporaryDirectory(prefix="selcon-") as scratch:

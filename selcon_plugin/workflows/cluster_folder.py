@@ -44,6 +44,7 @@ from selcon_plugin.runs.folder import owned_run
 from selcon_plugin.workflows.cluster_links import link_clusters
 from selcon_plugin.workflows.folder_clusters import (
     FolderClusters,
+    chosen_labeler,
     cluster_confidence,
     cluster_features,
     default_options,
@@ -65,7 +66,7 @@ def cluster_folder(
     output: str | Path,
     *,
     network_key: str,
-    labeler: str = "DBSCAN",
+    labeler: str = "",
     options: Mapping[str, Any] | None = None,
     camera_pattern: str = "",
     links: bool = False,
@@ -87,8 +88,9 @@ def cluster_folder(
         folder: Folder of images, which is searched recursively.
         output: Folder to write to.
         network_key: Text that identifies the network.
-        labeler: Registered name of the labeler.
-        options: Options of the labeler; the number of images determines the others.
+        labeler: Registered name of the labeler; "" for Agglomerative, or for DBSCAN if
+            ``eps`` is given.
+        options: Options of the labeler; by default each one that can be is "auto".
         camera_pattern: How to find the camera in a file's path, as for ``selcon train``.
         links: Whether to create a folder of links for each cluster.
         contact_sheet_rows: Number of the largest clusters to draw.
@@ -115,8 +117,9 @@ def cluster_folder(
     check_output_folder("--output", str(output))
     output = Path(output)
     items = read_image_folder(folder, camera_pattern=camera_pattern)
+    labeler = chosen_labeler(labeler, options)
     # Options are checked before the long work.
-    _options(labeler, len(items), options)
+    _options(labeler, options)
     with owned_run(output):
         source = {"network": network_key, "content": image_key(items)}
         found = _kept_features(output, source, echo)
@@ -163,7 +166,7 @@ def cluster(
     *,
     cameras: Sequence[Any] | None = None,
     camera_pattern: str = "",
-    labeler: str = "DBSCAN",
+    labeler: str = "",
     device: str = "auto",
     batch_size: int = 64,
     num_workers: int = 0,
@@ -185,7 +188,8 @@ def cluster(
             "" or -1 where unknown. None for those of ``FolderFeatures``, or for no cameras.
         camera_pattern: For a folder, how to find the camera in a file's path; see
             :func:`selcon_plugin.datasets.read_image_folder`.
-        labeler: Registered name of the labeler.
+        labeler: Registered name of the labeler; "" for Agglomerative, or for DBSCAN if
+            ``eps`` is given.
         device: Device of the clustering; ``"auto"`` for a GPU if there is one.
         batch_size: Images per batch of the feature extraction.
         num_workers: Number of processes that read the images of a folder.
@@ -193,8 +197,8 @@ def cluster(
             left out with a warning.
         show_progress: Whether to show a progress bar for the features of a folder.
         echo: Receives lines for the user, such as ``print``.
-        **options: Options of the labeler by name, such as ``eps=0.5`` or ``k1=20``; the
-            number of images determines the others.
+        **options: Options of the labeler by name, such as ``threshold=0.7`` or
+            ``images_per_person=4``; by default each one that can be is "auto".
 
     Returns:
         The clusters, the largest numbered 0.
@@ -207,10 +211,11 @@ def cluster(
 
     Example:
         >>> features = np.eye(3, dtype=np.float32)[[0, 0, 0, 1, 1, 1, 2]]
-        >>> found = cluster(features, eps=0.5, k1=3, k2=1, min_samples=2)
+        >>> found = cluster(features, threshold=0.5, k1=3, k2=1)
         >>> found.labels.tolist(), found.representatives.tolist()
         ([0, 0, 0, 1, 1, 1, -1], [0, 3])
     """  # noqa: DOC502  (raised by the functions called here)
+    labeler = chosen_labeler(labeler, options)
     place = str(clustering_device(choose_device(device)))
     is_folder = isinstance(images, (str, os.PathLike))
     if is_folder:
@@ -222,7 +227,7 @@ def cluster(
                 f"{embedder!r}: Embedder.from_checkpoint loads one"
             )
         items = read_image_folder(images, camera_pattern=camera_pattern)
-        _options(labeler, len(items), options)
+        _options(labeler, options)
         found = _compute_features(
             embedder,
             items,
@@ -242,7 +247,7 @@ def cluster(
         names = ["" if camera < 0 else str(camera) for camera in found.camids.tolist()]
     else:
         found, names = _seen_by(found, cameras)
-    values = _options(labeler, len(found.paths), options)
+    values = _options(labeler, options)
     labels = _cluster(found, labeler, values, place, echo)
     numbers = labels.labels.numpy()
     return FolderClusters(
@@ -255,11 +260,9 @@ def cluster(
     )
 
 
-def _options(
-    labeler: str, num_images: int, options: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """Return checked options of a labeler, with those that the number of images chooses."""
-    values = {**default_options(labeler, num_images), **(options or {})}
+def _options(labeler: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return checked options of a labeler, with those that it chooses for itself."""
+    values = {**default_options(labeler), **(options or {})}
     build_labeler(labeler, **values)
     return values
 

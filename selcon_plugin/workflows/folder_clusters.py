@@ -26,7 +26,6 @@ from selcon_plugin.clustering import (
     labeler_names,
     labeler_options,
 )
-from selcon_plugin.clustering.neighborhood import NeighborhoodSizes
 from selcon_plugin.config.checks import check_name
 from selcon_plugin.features import check_features
 from selcon_plugin.io.output_files import check_output_file
@@ -34,11 +33,14 @@ from selcon_plugin.io.tables import write_table
 
 __all__ = [
     "FolderClusters",
+    "chosen_labeler",
     "cluster_confidence",
     "cluster_features",
     "default_options",
 ]
 
+# For any number of images per person, without any option; see docs/benchmarks/folders.md.
+_DEFAULT_LABELER, _LABELER_OF_EPS = "Agglomerative", "DBSCAN"
 _CSV_COLUMNS = ("image", "cluster", "confidence", "camera")
 # Maximum number of similarities between images and centers in memory at a time.
 _PRODUCTS = 2**24
@@ -133,38 +135,41 @@ class FolderClusters:
         write_table(file, _CSV_COLUMNS, rows)
 
 
-def default_options(labeler: str, num_images: int) -> dict[str, Any]:
-    """Choose a labeler's options by the number of images.
+def chosen_labeler(labeler: str, options: Mapping[str, Any] | None) -> str:
+    """Return the labeler for options, if none is named.
+
+    Args:
+        labeler: Registered name, or "" for none.
+        options: Options of the labeler.
+
+    Returns:
+        The name; without one DBSCAN where its eps is given, else Agglomerative.
+    """
+    return labeler or (_LABELER_OF_EPS if "eps" in (options or {}) else _DEFAULT_LABELER)
+
+
+def default_options(labeler: str) -> dict[str, Any]:
+    """Return the options that make a labeler choose for itself, whatever the images.
 
     Args:
         labeler: Registered name of the labeler.
-        num_images: Number of images M.
 
     Returns:
-        ``eps="auto"`` and the neighborhood sizes of
-        :class:`~selcon_plugin.clustering.neighborhood.NeighborhoodSizes`, as far as the
-        labeler has these options. For few images, HDBSCAN's minimum cluster size is
-        reduced to ``min_samples``.
+        "auto" for each option that can be.
 
     Raises:
         ValueError: If the labeler does not exist.
     """  # noqa: DOC502  (raised by the functions called here)
     check_name("--labeler", labeler, labeler_names())
     known = labeler_options(labeler)
-    sizes = NeighborhoodSizes.for_images(num_images)
-    chosen: dict[str, Any] = {name: value for name, value in vars(sizes).items()}
-    if "eps" in known and "auto" in known["eps"].special_values:
-        chosen["eps"] = "auto"
-    if labeler == "HDBSCAN" and sizes != NeighborhoodSizes():
-        chosen["min_cluster_size"] = sizes.min_samples
-    return {name: value for name, value in chosen.items() if name in known}
+    return {n: "auto" for n, option in known.items() if "auto" in option.special_values}
 
 
 def cluster_features(
     features: NDArray[np.float32],
     camids: NDArray[np.int64] | None = None,
     *,
-    labeler: str = "DBSCAN",
+    labeler: str = "",
     options: Mapping[str, Any] | None = None,
     device: str = "cpu",
 ) -> PseudoLabels:
@@ -174,7 +179,7 @@ def cluster_features(
         features: Unit vectors, shape ``(M, C)``.
         camids: Camera of each image, ``(M,)``, -1 if unknown, for per-camera feature
             centering before the clustering; None to ignore cameras.
-        labeler: Registered name of the labeler.
+        labeler: Registered name of the labeler; "" for that of :func:`chosen_labeler`.
         options: Options of the labeler; :func:`default_options` determines the others.
         device: Device of the computations with PyTorch.
 
@@ -186,7 +191,8 @@ def cluster_features(
         ValueError: If the labeler or an option is unknown, or a value is illegal.
     """  # noqa: DOC502  (raised by the functions called here)
     features = check_features(features, source="the features to cluster")
-    values = {**default_options(labeler, len(features)), **(options or {})}
+    labeler = chosen_labeler(labeler, options)
+    values = {**default_options(labeler), **(options or {})}
     clusterer = build_labeler(labeler, center_cameras=True, **values)
     found = clusterer(
         torch.from_numpy(features).to(device),

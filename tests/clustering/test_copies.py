@@ -13,7 +13,6 @@ from selcon_plugin.clustering.copies import (
     distances_with_copies,
     unite_copies,
 )
-from selcon_plugin.clustering.neighborhood import NeighborhoodSizes
 
 LABELERS = ["DBSCAN", "HDBSCAN", "Agglomerative", "KMeans", "Ensemble"]
 if importlib.util.find_spec("infomap"):
@@ -38,8 +37,8 @@ def rounded(features, seed=0):
     return features + torch.as_tensor(noise, dtype=torch.float32)
 
 
-def labeler_for(name, num_images):
-    sizes = vars(NeighborhoodSizes.for_images(num_images))
+def labeler_for(name):
+    sizes = {"k1": 10, "k2": 2, "min_samples": 3}
     known = labeler_options(name)
     options = {key: value for key, value in sizes.items() if key in known}
     if name == "HDBSCAN":
@@ -57,12 +56,12 @@ def test_copies_among_others_are_in_one_cluster(name, count, exact):
     others = persons(8, 5)
     one = unit(np.random.default_rng(9).normal(size=(1, 32))).repeat(count, 1)
     features = torch.cat([others[:20], one if exact else rounded(one), others[20:]])
-    found = labeler_for(name, len(features))(features)
+    found = labeler_for(name)(features)
     copies = found.labels[20 : 20 + count]
     assert len(set(copies.tolist())) == 1
-    smallest = labeler_for(name, len(features)).smallest_cluster(len(features))
+    smallest = labeler_for(name).smallest_cluster(found)
     assert copies[0] >= 0 or count < smallest
-    without_copies = labeler_for(name, 40)(others).labels
+    without_copies = labeler_for(name)(others).labels
     rest = torch.cat([found.labels[:20], found.labels[20 + count :]])
     if name not in ("KMeans", "Infomap"):  # the others are clustered about as without them
         together = rest[:, None] == rest
@@ -76,14 +75,14 @@ def test_copies_among_others_are_in_one_cluster(name, count, exact):
 def test_a_folder_of_copies_is_one_cluster(name, count):
     one = unit(np.random.default_rng(9).normal(size=(1, 32))).repeat(count, 1)
     for features in (one, rounded(one)):
-        assert labeler_for(name, count)(features).labels.tolist() == [0] * count
+        assert labeler_for(name)(features).labels.tolist() == [0] * count
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", LABELERS)
 def test_several_images_with_many_copies_each_stay_apart(name):
     features = torch.eye(4, 32).repeat_interleave(30, 0)
-    labels = labeler_for(name, len(features))(features).labels.view(4, 30)
+    labels = labeler_for(name)(features).labels.view(4, 30)
     assert (labels == labels[:, :1]).all()
     assert len(set(labels[:, 0].tolist())) == 4
 

@@ -54,7 +54,7 @@ def test_a_folder_is_clustered_as_by_the_command(embedder, folder, tmp_path):
     assert [people[image] for image in found.representatives] == ["2", "1", "0"]
     assert (found.num_clusters, found.num_outliers) == (3, 0)
     assert set(found.cameras) == {"cam0", "cam1"}
-    assert any("k1 8, k2 1, min_samples 3, eps 0.5" in line for line in said)
+    assert any("eps 0.5, min_samples 3, k1 8, k2 1" in line for line in said)
     assert not (tmp_path / "out").exists()
 
     found.to_csv(tmp_path / "clusters.csv")

@@ -94,22 +94,22 @@ def test_features_are_centered_per_camera_if_cameras_are_known() -> None:
 
 
 @pytest.mark.parametrize(
-    ("labeler", "num_images", "expected"),
+    ("labeler", "expected"),
     [
-        ("DBSCAN", 200, {"k1": 15, "k2": 3, "min_samples": 3, "eps": "auto"}),
-        ("DBSCAN", 1_000_000, {"k1": 30, "k2": 6, "min_samples": 4, "eps": "auto"}),
-        ("HDBSCAN", 90, {"k1": 9, "k2": 1, "min_samples": 3, "min_cluster_size": 3}),
-        ("HDBSCAN", 5000, {"k1": 30, "k2": 6, "min_samples": 4}),
-        ("KMeans", 200, {}),
+        ("Agglomerative", {"threshold", "k1", "k2", "min_cluster_size"}),
+        ("DBSCAN", {"eps", "k1", "k2", "min_samples"}),
+        ("HDBSCAN", {"min_cluster_size", "k1", "k2", "min_samples"}),
+        ("KMeans", {"num_clusters"}),
     ],
 )
-def test_defaults_depend_on_the_number_of_images(labeler, num_images, expected) -> None:
-    assert default_options(labeler, num_images) == expected
+def test_by_default_a_labeler_chooses_for_itself(labeler, expected) -> None:
+    names = expected | {"images_per_person"}
+    assert default_options(labeler) == dict.fromkeys(names, "auto")
 
 
 def test_unknown_labeler_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ValueError, match="did you mean DBSCAN"):
-        default_options("DBSCANN", 10)
+        default_options("DBSCANN")
 
 
 @pytest.fixture

@@ -129,7 +129,9 @@ class Pool:
         found = [_NAME.match(name) for name in names]
         for name, match in zip(names, found, strict=True):
             if match is None:
-                raise ValueError(f"{name} has no identity and camera, such as 0002_c1s1_000451")
+                raise ValueError(
+                    f"{name} names no person and camera as 0002_c1s1_000451 does"
+                )
         rows = np.array([[int(part or 0) for part in m.groups()] for m in found if m])
         kept = rows[:, 0] != _JUNK
         vectors = np.concatenate(features)[kept]
