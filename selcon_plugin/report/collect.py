@@ -245,8 +245,8 @@ def _read_settings(file: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ValueError(
-            f"{file} is damaged: it holds {type(content).__name__}, no keys. Restore a copy "
-            "of it"
+            f"{file} is damaged: it holds {type(content).__name__}, no keys. Restore a "
+            "copy of it"
         )
     return present_settings(flatten_config(content))
 
