@@ -95,7 +95,7 @@ def prepare_script(command: Sequence[str]) -> None:
 
 
 def _set_up(cfg: CfgNode, args: Any) -> None:
-    """Set up FastReID, with the config that a script has merged and goes on to use."""
+    """Set up FastReID, with the config that a script has merged and uses afterwards."""
     frozen = cfg.is_frozen()
     cfg.defrost()
     follow_training_data(cfg)

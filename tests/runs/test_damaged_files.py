@@ -81,7 +81,7 @@ def written(tmp_path):
         host="torch",
     )
     gallery = [("a.jpg", 2, 1), ("b.jpg", 1, 1), ("c.jpg", 1, 2)]
-    queries = [("q.jpg", 1, 0), ("stranger.jpg", 9, 0)]
+    queries = [("q.jpg", 1, 0), ("other.jpg", 9, 0)]
     write_ranked(tmp_path, "few", rank_queries([[0.1, 0.2, 0.3]] * 2, queries, gallery))
     begin_metrics(tmp_path, "0123")
     append_metrics(tmp_path, 4, {"total_loss": 2.5, "lr": 0.1})
