@@ -242,7 +242,7 @@ def cluster(
         names = ["" if camera < 0 else str(camera) for camera in found.camids.tolist()]
     else:
         found, names = _seen_by(found, cameras)
-    values = _options(labeler, len(found.paths), options)
+    values = _options(labeler, len(found.paths), options, warn=True)
     labels = _cluster(found, labeler, values, place, echo)
     numbers = labels.labels.numpy()
     return FolderClusters(
@@ -256,11 +256,17 @@ def cluster(
 
 
 def _options(
-    labeler: str, num_images: int, options: Mapping[str, Any] | None
+    labeler: str,
+    num_images: int,
+    options: Mapping[str, Any] | None,
+    *,
+    warn: bool = False,
 ) -> dict[str, Any]:
     """Return checked options of a labeler, with those that the number of images chooses."""
     values = {**default_options(labeler, num_images), **(options or {})}
     build_labeler(labeler, **values)
+    given = build_labeler(labeler, **(options or {}))
+    given.check_counts(num_images, warn=warn)
     return values
 
 

@@ -85,6 +85,22 @@ def test_images_and_features_give_the_clusters_of_the_folder(embedder, folder):
         assert list(found.paths) == (list(whole.paths) if is_named else rows)
 
 
+def test_options_fit_the_number_of_images(embedder, folder, tmp_path, caplog):
+    saved = embedder.embed_folder(folder)
+
+    def unused():
+        raise AssertionError("nothing is computed")
+
+    few = "min_samples is 999, but there are 18 images.* use"
+    with pytest.raises(ValueError, match=few):
+        cluster(saved, **{**OPTIONS, "min_samples": 999})
+    arguments = {"network_key": "a", "options": {"min_samples": 999}}
+    with pytest.raises(ValueError, match=few):
+        cluster_folder(unused, folder, tmp_path / "out", **arguments)
+    cluster(folder, embedder, **{**OPTIONS, "k1": 999})
+    assert caplog.text.count("k1 is 999, but there are 18 images") == 1
+
+
 def test_cameras_are_names_or_numbers(embedder, folder, tmp_path):
     saved = embedder.embed_folder(folder)
     assert set(cluster(saved, **OPTIONS).cameras) == {"0", "1"}
