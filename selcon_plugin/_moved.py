@@ -27,6 +27,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "collapse": ("metrics.collapse",),
     "demo": ("workflows.demo",),
     "diagnostics": ("metrics.identities",),
+    "doctor": ("cli.doctor",),
     "ema": ("models.ema",),
     "embedder": ("inference.embedder", "inference.folder_features"),
     "estimates": ("engine.estimates",),
@@ -46,7 +47,18 @@ MOVED: dict[str, tuple[str, ...]] = {
     "engine.checks": ("config.checks",),
     "torchreid_ext.backbones": ("models.torchreid",),
 }
+# Old package -> new package with modules of the same names.
+MOVED_PACKAGES = {"commands": "cli"}
 _PACKAGE = __name__.rpartition(".")[0]
+
+
+def _new_names(old: str) -> tuple[str, ...]:
+    """Return the modules that took the place of an old one; empty if it is none."""
+    package, dot, module = old.partition(".")
+    if package in MOVED_PACKAGES:
+        new = f"{MOVED_PACKAGES[package]}{dot}{module}"
+        return (new,) if importlib.util.find_spec(f"{_PACKAGE}.{new}") else ()
+    return MOVED.get(old, ())
 
 
 class _MovedModule(types.ModuleType):
@@ -54,7 +66,7 @@ class _MovedModule(types.ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("__"):
-            for new in MOVED[self.__name__.removeprefix(f"{_PACKAGE}.")]:
+            for new in _new_names(self.__name__.removeprefix(f"{_PACKAGE}.")):
                 module = importlib.import_module(f"{_PACKAGE}.{new}")
                 if hasattr(module, name):
                     return getattr(module, name)
@@ -69,16 +81,17 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         target: types.ModuleType | None = None,
     ) -> importlib.machinery.ModuleSpec | None:
         package, _, name = fullname.partition(".")
-        if package != _PACKAGE or name not in MOVED:
+        if package != _PACKAGE or not _new_names(name):
             return None
-        return importlib.util.spec_from_loader(fullname, self)
+        is_package = name in MOVED_PACKAGES
+        return importlib.util.spec_from_loader(fullname, self, is_package=is_package)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         return _MovedModule(spec.name)
 
     def exec_module(self, module: types.ModuleType) -> None:
         old = module.__name__.removeprefix(f"{_PACKAGE}.")
-        new = " and ".join(f"{_PACKAGE}.{name}" for name in MOVED[old])
+        new = " and ".join(f"{_PACKAGE}.{name}" for name in _new_names(old))
         warnings.warn(
             f"{module.__name__} has moved: import from {new}",
             DeprecationWarning,

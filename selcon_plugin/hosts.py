@@ -47,6 +47,10 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
+def _never(_names: Iterable[str]) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class HostEntry:
     """Description of a host that does not require its import.
@@ -55,12 +59,12 @@ class HostEntry:
         implementation: ``module:class`` of its :class:`~selcon_plugin.config.host.Host`.
         owns: Function that returns whether top-level or full keys belong to its config.
         writes: Function that returns whether weights without a config can be its own, by
-            the names of their tensors.
+            the names of their tensors. By default they always need their config.
     """
 
     implementation: str
     owns: Callable[[Iterable[str]], bool]
-    writes: Callable[[Iterable[str]], bool]
+    writes: Callable[[Iterable[str]], bool] = _never
 
 
 def _has_head(names: Iterable[str]) -> bool:

@@ -45,6 +45,18 @@ def test_documented_imports_of_version_0_1() -> None:
     assert callable(load_data)
 
 
-def test_unknown_module_is_still_unknown() -> None:
+@pytest.mark.filterwarnings("ignore:.*has moved:DeprecationWarning")
+def test_modules_of_a_moved_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    from selcon_plugin.cli.index import main
+
+    for name in ("commands", "commands.index"):
+        monkeypatch.delitem(sys.modules, f"selcon_plugin.{name}", raising=False)
+    module = importlib.import_module("selcon_plugin.commands.index")
+    assert module.main is main
+
+
+@pytest.mark.parametrize("name", ["no_such_module", "commands.no_such_module"])
+@pytest.mark.filterwarnings("ignore:.*has moved:DeprecationWarning")
+def test_unknown_module_is_still_unknown(name: str) -> None:
     with pytest.raises(ModuleNotFoundError):
-        importlib.import_module("selcon_plugin.no_such_module")
+        importlib.import_module(f"selcon_plugin.{name}")

@@ -101,15 +101,20 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments for the device and for the reading of images."""
-    add_device_argument(parser)
+def add_batch_size_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the argument for the number of images that are computed at once."""
     parser.add_argument(
         "--batch-size",
         type=whole_number(1),
         default=64,
         help="images per batch; default: 64",
     )
+
+
+def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments for the device and for the reading of images."""
+    add_device_argument(parser)
+    add_batch_size_argument(parser)
     parser.add_argument(
         "--num-workers",
         type=whole_number(0),

@@ -71,8 +71,8 @@ def _parser() -> CommandParser:
     parser = CommandParser(
         prog="selcon cluster",
         description="Cluster a folder of images by pseudo identity, and write "
-        "clusters.csv with the columns image, cluster, confidence, camera. The features "
-        "are saved as well, so the same command with another --eps or --labeler is fast.",
+        "clusters.csv with the columns image, cluster, confidence, camera, cohesion. "
+        "Features are saved as well, so the same command with other options is fast.",
     )
     add_network_arguments(parser)
     add_reading_arguments(parser)
@@ -96,7 +96,7 @@ def _parser() -> CommandParser:
         "--labeler",
         default="",
         help=f"clustering method: {', '.join(labeler_names())}; default: Agglomerative, or "
-        "DBSCAN with --eps",
+        "DBSCAN with one of its own options",
     )
     parser.add_argument(
         "--links",

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from selcon_plugin.cli.arguments import (
+    add_batch_size_argument,
     add_device_argument,
     add_network_arguments,
     add_options,
     add_unreadable_argument,
     network_source,
 )
-from selcon_plugin.cli.parsing import CommandParser, whole_number
+from selcon_plugin.cli.parsing import CommandParser
 from selcon_plugin.datasets.reading import describe_faults
+from selcon_plugin.io.output_files import check_output_folder
 from selcon_plugin.retrieval import ImageEmbedder, Index, NetworkSource
 from selcon_plugin.retrieval.store import MANIFEST
 
@@ -62,6 +65,7 @@ def _index_and_network(args: argparse.Namespace) -> tuple[Index, ImageEmbedder]:
         return index, embedder
     if source is None:
         raise ValueError("a new index needs its network: --weights FILE or --onnx FILE")
+    check_output_folder("--output", os.path.expanduser(args.index))
     embedder = source.load(args.device)
     index = Index.create(
         args.index, embedder, source=source, fp16=args.fp16, kind=args.search
@@ -109,12 +113,7 @@ def _parser() -> CommandParser:
     )
     add_network_arguments(parser)
     add_device_argument(parser)
-    parser.add_argument(
-        "--batch-size",
-        type=whole_number(1),
-        default=64,
-        help="images per batch; default: 64",
-    )
+    add_batch_size_argument(parser)
     parser.add_argument(
         "--camera-pattern",
         metavar="REGEX",

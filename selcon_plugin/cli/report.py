@@ -8,6 +8,7 @@ from selcon_plugin.cli.arguments import add_import_argument
 from selcon_plugin.cli.parsing import CommandParser
 from selcon_plugin.config.importing import import_files
 from selcon_plugin.hosts import host_of_settings
+from selcon_plugin.io.output_files import PAGES, check_output_file
 from selcon_plugin.report import write_comparison, write_report
 
 
@@ -21,6 +22,8 @@ def main(argv: list[str]) -> int:
         Exit status 0.
     """
     args = _parser().parse_args(argv)
+    if args.output:
+        check_output_file(args.output, name="--output", kinds=PAGES)
     import_files(args.imports)
     if len(args.runs) == 1:
         file = write_report(

@@ -15,7 +15,7 @@ from selcon_plugin.cli.arguments import (
 from selcon_plugin.cli.parsing import CommandParser, whole_number
 from selcon_plugin.datasets.reading import ImageReadError
 from selcon_plugin.io.names import printable
-from selcon_plugin.io.output_files import check_output_file
+from selcon_plugin.io.output_files import PAGES, check_output_file
 from selcon_plugin.retrieval import Index, QueryResult, search
 from selcon_plugin.retrieval.page import write_page
 
@@ -34,8 +34,7 @@ def main(argv: list[str]) -> int:
     """
     args = _parser().parse_args(argv)
     if args.html:
-        kinds = (".html", ".htm")
-        check_output_file(args.html, name="--html", kinds=kinds, inputs=args.queries)
+        check_output_file(args.html, name="--html", kinds=PAGES, inputs=args.queries)
     index = Index.open(args.index)
     threshold, description, is_clear = _threshold(index, args.threshold)
     source = network_source(args) or index.source

@@ -62,9 +62,7 @@ class AgglomerativeLabeler(Labeler):
     ) -> None:
         check_hint(images_per_person, {"threshold": threshold})
         self.threshold = threshold
-        self.min_cluster_size = (
-            _SMALLEST_CLUSTER if min_cluster_size == "auto" else min_cluster_size
-        )
+        self.min_cluster_size = min_cluster_size
         self.k1 = k1
         self.k2 = k2
         self.images_per_person = images_per_person
@@ -76,6 +74,19 @@ class AgglomerativeLabeler(Labeler):
             num_images: Number of images M.
         """
         return SCALES[-1] if self.k1 == "auto" else self.k1
+
+    def smallest_cluster(self, found: PseudoLabels) -> int:
+        """Return the option min_cluster_size, or its "auto" value, at least 2.
+
+        Args:
+            found: Output of :meth:`cluster`.
+        """
+        return max(_SMALLEST_CLUSTER, self._smallest)
+
+    @property
+    def _smallest(self) -> int:
+        size = self.min_cluster_size
+        return _SMALLEST_CLUSTER if size == "auto" else size
 
     def cluster(self, features: Tensor) -> PseudoLabels:
         """Compute the distances, merge clusters, choose the threshold, drop small ones.
@@ -99,7 +110,7 @@ class AgglomerativeLabeler(Labeler):
                 threshold = threshold_for(self.images_per_person)
             measured["images_per_person"] = images_per_person(threshold)
         labels = hierarchy.cut(threshold)
-        labels[np.bincount(labels)[labels] < self.min_cluster_size] = OUTLIER
+        labels[np.bincount(labels)[labels] < self._smallest] = OUTLIER
         measured["threshold"] = threshold
         return PseudoLabels.numbered(labels, distance=distance, measured=measured)
 

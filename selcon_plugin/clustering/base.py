@@ -24,6 +24,9 @@ from selcon_plugin.registry import Registry
 
 logger = logging.getLogger(__name__)
 
+# Options that count images.
+_NEIGHBORHOODS, _CLUSTER_SIZES = ("k1", "k2", "k"), ("min_samples", "min_cluster_size")
+
 _LABELERS: Registry[type[Labeler]] = Registry("labeler")
 LabelerClass = TypeVar("LabelerClass", bound="type[Labeler]")
 
@@ -105,6 +108,41 @@ class Labeler(ABC):
         """
         size: int = getattr(self, "min_cluster_size", getattr(self, "min_samples", 2))
         return max(2, size)
+
+    def check_counts(
+        self, num_images: int, key: Callable[[str], str] = str, *, warn: bool = True
+    ) -> None:
+        """Check that no neighborhood and no cluster has more images than there are.
+
+        Larger neighborhoods hold all images, with a warning; larger clusters cannot exist.
+        Defaults, which nobody has chosen, are accepted.
+
+        Args:
+            num_images: Number of images M.
+            key: Returns the name of an option for the message.
+            warn: Whether to warn of large neighborhoods.
+
+        Raises:
+            ValueError: If a cluster, or a core image, needs more than M images.
+        """
+        for name, option in options_of(type(self)).items():
+            value = getattr(self, name, option.default)
+            if value in (option.default, *option.special_values):
+                continue
+            if name in _CLUSTER_SIZES and value > num_images:
+                raise ValueError(
+                    f"{key(name)} is {value}, but there are {num_images} images, so no "
+                    f"cluster can be found: use at most {num_images}"
+                )
+            if warn and name in _NEIGHBORHOODS and value > num_images:
+                logger.warning(
+                    "%s is %d, but there are %d images, all of which are neighbors of each "
+                    "other then: use much less than %d",
+                    key(name),
+                    value,
+                    num_images,
+                    num_images,
+                )
 
     def check_reach(self, eps_change: float) -> None:
         """Refuse a change of eps that :meth:`labels_at` cannot follow.

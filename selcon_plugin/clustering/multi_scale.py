@@ -84,11 +84,13 @@ def half_whitened(features: Tensor) -> Tensor:
 
 
 def _spread(features: Tensor, mean: Tensor) -> float:
-    return float((1 - mean.square().sum()).clamp_min(0).sqrt()) if len(features) else 0.0
+    if len(features) < 2:
+        return 0.0
+    return float((1 - mean.square().sum()).clamp_min(0).sqrt())
 
 
 def multi_scale_distance(features: Tensor) -> Any:
-    """Compute the mean Jaccard distance over three neighborhood sizes.
+    """Compute the mean Jaccard distance over three neighborhood sizes, at most M/2.
 
     Args:
         features: Unit vectors ``(M, C)``, on any device.
@@ -101,9 +103,11 @@ def multi_scale_distance(features: Tensor) -> Any:
     whitened = half_whitened(features)
     if not len(features):
         return distances_with_copies(features, k1=1, k2=1)
-    neighbors = nearest_neighbors(whitened, SCALES[-1])
+    # In a small folder more neighbors would be nearly all of its images.
+    most = max(2, len(features) // 2)
+    neighbors = nearest_neighbors(whitened, min(most, SCALES[-1]))
     closeness: Any = None
-    for k1 in SCALES:
+    for k1 in (min(most, scale) for scale in SCALES):
         part = distances_with_copies(
             whitened, k1=k1, k2=max(1, round(k1 / 5)), neighbors=neighbors
         )

@@ -89,6 +89,11 @@ class ConfigHelp:
         Raises:
             ValueError: If no key or several keys match; the message names similar keys.
         """
+        if not text.strip(". "):
+            raise ValueError(
+                f"no key is named, got {text!r}: give one, such as temperature; selcon "
+                "config --list shows all"
+            )
         text = self.keys.present_key(text)
         if text in self.defaults:
             return text

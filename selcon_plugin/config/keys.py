@@ -367,16 +367,28 @@ class ConfigKeys:
             values["seed"] = node[self.case("seed")]
         return values
 
-    def labeler(self, node: Node) -> Labeler:
+    def labeler(self, node: Node, num_images: int | None = None) -> Labeler:
         """Build the labeler that a config describes.
 
         Args:
             node: Checked node of the plugin.
+            num_images: Number of training images; None if it is not known.
 
         Returns:
             The labeler with its filters.
-        """
-        return configured_labeler(self.clustering(node), self.selected(node, "labeler"))
+
+        Raises:
+            ValueError: If an option counts more images than there are.
+        """  # noqa: DOC502  (raised by the function called here)
+        options = self.selected(node, "labeler")
+        labeler = configured_labeler(self.clustering(node), options)
+        if num_images is not None:
+            labeler.check_counts(num_images, self.clustering_name)
+        return labeler
+
+    def clustering_name(self, option: str) -> str:
+        """Return the full key of an option of the clustering."""
+        return f"{self.clustering_path}.{self.case(option)}"
 
     # --- merging --------------------------------------------------------------------------
 

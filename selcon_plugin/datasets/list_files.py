@@ -27,13 +27,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from selcon_plugin.datasets.folder_files import IMAGE_SUFFIXES
 from selcon_plugin.io.responses import close_responses
 
 logger = logging.getLogger(__name__)
 
-_IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
-)
 _MISSING = object()
 # Attribute that the hosts' data sets have, in contrast to other objects with methods.
 _CHECK = "check_before_run"
@@ -243,7 +241,7 @@ class _Glob(types.ModuleType):
         others = sorted(
             file
             for file in os.listdir(folder)
-            if os.path.splitext(file)[1].lower() in _IMAGE_SUFFIXES and file not in found
+            if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and file not in found
         )
         if others:
             logger.warning(

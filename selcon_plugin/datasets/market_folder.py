@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from selcon_plugin.datasets.folder_files import is_foreign
+from selcon_plugin.datasets.folder_files import IMAGE_SUFFIXES, is_foreign
 from selcon_plugin.io.names import printable
 
 logger = logging.getLogger(__name__)
@@ -15,7 +15,6 @@ QUERY_FOLDER = "query"
 GALLERY_FOLDER = "bounding_box_test"
 
 _NAME = re.compile(r"([-\d]+)_c(\d)")
-_IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp"})
 
 
 class MarketSplits(NamedTuple):
@@ -74,7 +73,7 @@ def read_market_folder(folder: str | Path) -> list[tuple[str, int, int]]:
     for path in sorted(folder.iterdir(), key=lambda path: path.name):
         if is_foreign(path.name):
             continue
-        if path.suffix.lower() not in _IMAGE_SUFFIXES:
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
             logger.warning("%s is not an image and is skipped", printable(path))
             continue
         match = _NAME.match(path.name)

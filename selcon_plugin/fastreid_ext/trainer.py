@@ -196,7 +196,8 @@ class SelConTrainer(DefaultTrainer):
             needs_clusters=method.needs_clusters,
             key="MODEL.SELCON.SAMPLER",
         )
-        return KEYS.labeler(cfg.MODEL.SELCON) if method.needs_clusters else None
+        node = cfg.MODEL.SELCON
+        return KEYS.labeler(node, len(camids)) if method.needs_clusters else None
 
     def _build_checkpointer(
         self,

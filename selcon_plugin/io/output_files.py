@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+PAGES = (".html", ".htm")  # suffixes of pages
+
 
 def check_output_file(
     file: str | Path,

@@ -13,7 +13,7 @@ from pathlib import Path
 from selcon_plugin.config.host import Host
 from selcon_plugin.distributed import rank
 from selcon_plugin.io.atomic import make_folder, write_atomically
-from selcon_plugin.io.output_files import check_output_file
+from selcon_plugin.io.output_files import PAGES, check_output_file
 from selcon_plugin.report.collect import FindHost, RunData, collect_run
 from selcon_plugin.report.compare import comparison_page
 from selcon_plugin.report.page import run_page
@@ -21,7 +21,6 @@ from selcon_plugin.report.page import run_page
 __all__ = ["RunData", "collect_run", "finish_run", "write_comparison", "write_report"]
 
 REPORT_FILE = "report.html"
-_PAGES = (".html", ".htm")
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ def write_report(
         ValueError: If an existing file named ``output`` is not a page.
     """  # noqa: DOC502  (raised by the functions called here)
     if output:
-        check_output_file(output, name="output", kinds=_PAGES)
+        check_output_file(output, name="output", kinds=PAGES)
     run = _readable_run(folder, find_host)
     if images is None:
         images = run.setting("report_images") is not False
@@ -80,7 +79,7 @@ def write_comparison(
             existing file named ``output`` is not a page.
             ``FileNotFoundError`` if a folder contains no run.
     """
-    check_output_file(output, name="output", kinds=_PAGES)
+    check_output_file(output, name="output", kinds=PAGES)
     resolved = [Path(folder).resolve() for folder in folders]
     if len(set(resolved)) < max(2, len(resolved)):
         raise ValueError("a comparison needs at least two runs, each given once")

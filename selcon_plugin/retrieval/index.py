@@ -32,6 +32,7 @@ from selcon_plugin.inference.arguments import (
     check_folder,
     check_texts,
 )
+from selcon_plugin.io.output_files import check_output_folder
 from selcon_plugin.renamed import accept_old_arguments
 from selcon_plugin.retrieval.approximate import SearchKind, choose_kind
 from selcon_plugin.retrieval.exact import search_exactly
@@ -101,10 +102,12 @@ class Index:
             The index.
 
         Raises:
-            ValueError: If the folder is not empty, or the kind does not exist.
+            ValueError: If the folder is not empty or cannot be written, or if the kind
+                does not exist.
             ImportError: If the kind needs faiss, which is not installed.
         """  # noqa: DOC502  (raised by the functions called here)
         choose_kind(kind, 0)
+        check_output_folder("folder", os.path.expanduser(check_folder("folder", folder)))
         dim = check_count("the embedder's dim", embedder.dim)
         network = {}
         if source is not None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from selcon_plugin.datasets.reading import ImageReadError, read_rgb
 from selcon_plugin.io.atomic import make_folder, write_atomically
-from selcon_plugin.io.output_files import check_output_file
+from selcon_plugin.io.output_files import PAGES, check_output_file
 from selcon_plugin.report.document import Picture, Section, render_page
 from selcon_plugin.retrieval.results import QueryResult
 
@@ -58,7 +58,7 @@ def write_page(
     Raises:
         ValueError: If an existing file of this name is not a page.
     """  # noqa: DOC502  (raised by the functions called here)
-    check_output_file(file, name="file", kinds=(".html", ".htm"))
+    check_output_file(file, name="file", kinds=PAGES)
     title = (
         f"Search results of {len(results)} {'query' if len(results) == 1 else 'queries'}"
     )

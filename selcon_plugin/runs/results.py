@@ -208,20 +208,24 @@ def read_results(file: str | Path) -> dict[str, Any]:
         FileNotFoundError: If there is no such file.
     """  # noqa: DOC502  (raised by the functions called here)
     record = unsealed_json(Path(file).read_bytes(), file, remedy=REMEDY)
-    for names, fits in ((_WHOLE, _is_whole), (_NUMBERS, _is_number), (_TEXTS, _is_text)):
-        for name in names:
-            if record.get(name) is not None and not fits(record[name]):
-                raise DamagedFileError(_damaged(file, f"{name} is {record[name]!r}"))
-    for name, group in (("metrics", _is_metrics), ("after", _is_numbers)):
-        if name in record and not group(record[name]):
-            raise DamagedFileError(_damaged(file, f"{name} is no mapping of numbers"))
-    if not isinstance(record.get("versions", {}), dict):
-        raise DamagedFileError(_damaged(file, "versions is no mapping"))
+    fault = _fault(record)
+    if fault:
+        raise DamagedFileError(f"{file} is damaged: {fault}. {REMEDY}")
     return record
 
 
-def _damaged(file: str | Path, reason: str) -> str:
-    return f"{file} is damaged: {reason}. {REMEDY}"
+def _fault(record: Mapping[str, Any]) -> str:
+    """Return which entry has the wrong type; "" if none has."""
+    for names, fits in ((_WHOLE, _is_whole), (_NUMBERS, _is_number), (_TEXTS, _is_text)):
+        for name in names:
+            if record.get(name) is not None and not fits(record[name]):
+                return f"{name} is {record[name]!r}"
+    for name, group in (("metrics", _is_metrics), ("after", _is_numbers)):
+        if name in record and not group(record[name]):
+            return f"{name} is no mapping of numbers"
+    if not isinstance(record.get("versions", {}), dict):
+        return "versions is no mapping"
+    return ""
 
 
 def _is_whole(value: Any) -> bool:

@@ -29,6 +29,7 @@ from selcon_plugin.runs.metrics import LossAverage, append_metrics
 from selcon_plugin.runs.results import RunMeter
 from selcon_plugin.samplers.cluster import clusters_per_batch
 from selcon_plugin.torchreid_ext.checkpoint_engine import CheckpointEngine
+from selcon_plugin.torchreid_ext.config import KEYS
 from selcon_plugin.torchreid_ext.data import (
     EpochLoader,
     ExtractionLoader,
@@ -197,11 +198,14 @@ class ImageSelConEngine(CheckpointEngine):
             needs_clusters=probe.needs_clusters,
             key="sampler",
         )
+        labeler = self._engine_options.labeler if probe.needs_clusters else None
+        if labeler is not None:
+            labeler.check_counts(len(images), KEYS.clustering_name)
         return TrainingRun(
             self._network,
             images,
             sampler,
-            self._engine_options.labeler if probe.needs_clusters else None,
+            labeler,
             extract=lambda: extract_embeddings(self._network, extraction, len(images)),
             calibrate=lambda: calibrate_normalization(self._network, test_view, test_batch),
             options=options,

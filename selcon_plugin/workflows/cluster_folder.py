@@ -44,8 +44,8 @@ from selcon_plugin.runs.folder import owned_run
 from selcon_plugin.workflows.cluster_links import link_clusters
 from selcon_plugin.workflows.folder_clusters import (
     FolderClusters,
+    assess_clusters,
     chosen_labeler,
-    cluster_confidence,
     cluster_features,
     default_options,
 )
@@ -56,6 +56,18 @@ CSV_FILE, FEATURES_FILE, SHEET_FILE = "clusters.csv", "features.npz", "contact_s
 LINKS_FOLDER = "links"
 # Records the network and the images from which the saved features were computed.
 _SOURCE_FILE = "features.json"
+# What the summary tells of a clustering.
+_MEASURED = {
+    "eps": "eps",
+    "threshold": "threshold",
+    "images_per_person": "images per person about",
+}
+_LOW_CONFIDENCE = 0.5
+_LOW = (
+    ": more than half of the pairs in clusters are expected to be of different persons, as "
+    "this network does not tell these persons apart; use one that was trained on persons, "
+    "or train on these images (selcon train)"
+)
 # A larger sheet would exceed the maximum size of JPEG images.
 _MOST_SHEET_ROWS = 400
 
@@ -88,8 +100,8 @@ def cluster_folder(
         folder: Folder of images, which is searched recursively.
         output: Folder to write to.
         network_key: Text that identifies the network.
-        labeler: Registered name of the labeler; "" for Agglomerative, or for DBSCAN if
-            ``eps`` is given.
+        labeler: Registered name of the labeler; "" for Agglomerative, or for DBSCAN if one
+            of its own options is given.
         options: Options of the labeler; by default each one that can be is "auto".
         camera_pattern: How to find the camera in a file's path, as for ``selcon train``.
         links: Whether to create a folder of links for each cluster.
@@ -119,7 +131,7 @@ def cluster_folder(
     items = read_image_folder(folder, camera_pattern=camera_pattern)
     labeler = chosen_labeler(labeler, options)
     # Options are checked before the long work.
-    _options(labeler, options)
+    _options(labeler, len(items), options)
     with owned_run(output):
         source = {"network": network_key, "content": image_key(items)}
         found = _kept_features(output, source, echo)
@@ -188,8 +200,8 @@ def cluster(
             "" or -1 where unknown. None for those of ``FolderFeatures``, or for no cameras.
         camera_pattern: For a folder, how to find the camera in a file's path; see
             :func:`selcon_plugin.datasets.read_image_folder`.
-        labeler: Registered name of the labeler; "" for Agglomerative, or for DBSCAN if
-            ``eps`` is given.
+        labeler: Registered name of the labeler; "" for Agglomerative, or for DBSCAN if one
+            of its own options is given.
         device: Device of the clustering; ``"auto"`` for a GPU if there is one.
         batch_size: Images per batch of the feature extraction.
         num_workers: Number of processes that read the images of a folder.
@@ -227,7 +239,7 @@ def cluster(
                 f"{embedder!r}: Embedder.from_checkpoint loads one"
             )
         items = read_image_folder(images, camera_pattern=camera_pattern)
-        _options(labeler, options)
+        _options(labeler, len(items), options)
         found = _compute_features(
             embedder,
             items,
@@ -247,23 +259,38 @@ def cluster(
         names = ["" if camera < 0 else str(camera) for camera in found.camids.tolist()]
     else:
         found, names = _seen_by(found, cameras)
-    values = _options(labeler, options)
+    values = _options(labeler, len(found.paths), options, warn=True)
     labels = _cluster(found, labeler, values, place, echo)
     numbers = labels.labels.numpy()
+    is_multi_scale = labeler == "Agglomerative" and values["k1"] == "auto"
+    confidence, cohesion = assess_clusters(
+        found.features,
+        found.camids,
+        numbers,
+        distance=labels.distance if is_multi_scale else None,
+        device=place,
+    )
     return FolderClusters(
         found.paths,
         names,
         numbers,
-        cluster_confidence(found.features, numbers),
+        confidence,
         folder=os.fspath(images) if is_folder else "",
         measured=labels.measured,
+        cohesion=cohesion,
     )
 
 
-def _options(labeler: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
+def _options(
+    labeler: str,
+    num_images: int,
+    options: Mapping[str, Any] | None,
+    *,
+    warn: bool = False,
+) -> dict[str, Any]:
     """Return checked options of a labeler, with those that it chooses for itself."""
     values = {**default_options(labeler), **(options or {})}
-    build_labeler(labeler, **values)
+    build_labeler(labeler, **values).check_counts(num_images, warn=warn)
     return values
 
 
@@ -446,11 +473,18 @@ def _summary(found: FolderClusters, labeler: str) -> str:
         remedy = fewer_outliers(labeler_options(labeler))
         return f"No cluster was found; {remedy}, or train on these images first"
     sizes, num_outliers = found.sizes, found.num_outliers
-    eps = found.measured.get("eps")
+    inside = found.labels >= 0
+    confidence = float(found.confidence[inside].mean())
     return (
         f"{found.num_clusters} clusters of {sizes.min()} to {sizes.max()} images, "
         f"{num_outliers} outliers ({100 * num_outliers / len(found.labels):.0f} %)"
-        + (f", eps {eps:g}" if eps is not None else "")
+        + "".join(
+            f", {text} {found.measured[name]:.2g}"
+            for name, text in _MEASURED.items()
+            if name in found.measured
+        )
+        + f", mean confidence {confidence:.2f}"
+        + (_LOW if confidence < _LOW_CONFIDENCE else "")
     )
 
 
@@ -459,7 +493,9 @@ def _sheet_row(clusters: FolderClusters, number: int) -> SheetRow:
     cameras = {clusters.cameras[image] for image in members} - {""}
     seen = f", {len(cameras)} camera{'s' * (len(cameras) > 1)}" if cameras else ""
     confidence = float(clusters.confidence[members].mean())
+    cohesion = "" if clusters.cohesion is None else f"{clusters.cohesion[number]:.2f}"
     return SheetRow(
-        f"cluster {number}: {len(members)} images{seen}, mean confidence {confidence:.2f}",
+        f"cluster {number}: {len(members)} images{seen}, mean confidence {confidence:.2f}"
+        + (cohesion and f", cohesion {cohesion}"),
         [clusters.paths[image] for image in members],
     )

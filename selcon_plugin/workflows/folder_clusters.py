@@ -26,6 +26,9 @@ from selcon_plugin.clustering import (
     labeler_names,
     labeler_options,
 )
+from selcon_plugin.clustering.camera_centering import center_cameras
+from selcon_plugin.clustering.confidence import cohesion, pair_confidence
+from selcon_plugin.clustering.multi_scale import multi_scale_distance
 from selcon_plugin.config.checks import check_name
 from selcon_plugin.features import check_features
 from selcon_plugin.io.output_files import check_output_file
@@ -33,17 +36,15 @@ from selcon_plugin.io.tables import write_table
 
 __all__ = [
     "FolderClusters",
+    "assess_clusters",
     "chosen_labeler",
-    "cluster_confidence",
     "cluster_features",
     "default_options",
 ]
 
 # For any number of images per person, without any option; see docs/benchmarks/folders.md.
-_DEFAULT_LABELER, _LABELER_OF_EPS = "Agglomerative", "DBSCAN"
-_CSV_COLUMNS = ("image", "cluster", "confidence", "camera")
-# Maximum number of similarities between images and centers in memory at a time.
-_PRODUCTS = 2**24
+_DEFAULT_LABELERS = ("Agglomerative", "DBSCAN")
+_CSV_COLUMNS = ("image", "cluster", "confidence", "camera", "cohesion")
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,13 @@ class FolderClusters:
         cameras: Name of each image's camera; "" if unknown.
         labels: Cluster of each image, int64 ``(M,)``; -1 for an outlier. The largest
             cluster is 0.
-        confidence: Confidence of each assignment, float32 ``(M,)``, see
-            :func:`cluster_confidence`.
+        confidence: Probability that another image of the cluster shows the same person,
+            float32 ``(M,)``; see :mod:`selcon_plugin.clustering.confidence`.
         folder: Folder to which the names in the table are relative; "" to write the paths
             as they are.
-        measured: What the labeler measured, such as ``eps``, by name.
+        measured: What the labeler measured, such as ``threshold``, by name.
+        cohesion: Whether each cluster has one center, float32 ``(K,)`` in 0..1; see
+            :func:`~selcon_plugin.clustering.confidence.cohesion`. None if unknown.
     """
 
     paths: Sequence[str]
@@ -68,6 +71,7 @@ class FolderClusters:
     confidence: NDArray[np.float32]
     folder: str = ""
     measured: Mapping[str, float] = field(default_factory=dict)
+    cohesion: NDArray[np.float32] | None = None
 
     @property
     def num_clusters(self) -> int:
@@ -108,7 +112,9 @@ class FolderClusters:
         return members
 
     def to_csv(self, file: str | Path) -> None:
-        """Write the table of ``selcon cluster``: image, cluster, confidence, camera.
+        """Write the table of ``selcon cluster``, one row per image.
+
+        Its columns are image, cluster, confidence, camera, and cohesion of the cluster.
 
         The table is sorted by image. Names are written such that no spreadsheet takes one
         for a formula; :func:`selcon_plugin.io.tables.read_table` returns them exactly.
@@ -129,10 +135,17 @@ class FolderClusters:
                 int(self.labels[image]),
                 f"{self.confidence[image]:.4f}",
                 self.cameras[image],
+                self._cohesion_of(image),
             )
             for image in sorted(range(len(names)), key=names.__getitem__)
         )
         write_table(file, _CSV_COLUMNS, rows)
+
+    def _cohesion_of(self, image: int) -> str:
+        cluster = self.labels[image]
+        if self.cohesion is None or cluster == OUTLIER:
+            return ""
+        return f"{self.cohesion[cluster]:.4f}"
 
 
 def chosen_labeler(labeler: str, options: Mapping[str, Any] | None) -> str:
@@ -143,9 +156,12 @@ def chosen_labeler(labeler: str, options: Mapping[str, Any] | None) -> str:
         options: Options of the labeler.
 
     Returns:
-        The name; without one DBSCAN where its eps is given, else Agglomerative.
+        The name; without one the first of Agglomerative and DBSCAN that has the options.
     """
-    return labeler or (_LABELER_OF_EPS if "eps" in (options or {}) else _DEFAULT_LABELER)
+    if labeler:
+        return labeler
+    fits = (n for n in _DEFAULT_LABELERS if set(options or ()) <= set(labeler_options(n)))
+    return next(fits, _DEFAULT_LABELERS[0])
 
 
 def default_options(labeler: str) -> dict[str, Any]:
@@ -207,60 +223,33 @@ def cluster_features(
     return PseudoLabels(labels, distance=found.distance, measured=found.measured)
 
 
-def cluster_confidence(
-    features: NDArray[np.float32], labels: NDArray[np.int64]
-) -> NDArray[np.float32]:
-    r"""Compute the confidence with which each image belongs to its cluster.
-
-    Let a be the cosine distance (1 - cosine) of an image to the center of the *other*
-    images of its cluster, and b the distance to the nearest center of another cluster. The
-    confidence is :math:`\frac12 (1 + \frac{b - a}{\max(a, b)})`: 1 at the own center, 0.5
-    if another center is equally near, and less if another center is nearer. It is a
-    centroid-based (simplified) silhouette, rescaled to 0..1, and not a probability. If
-    there is only one cluster, b is 1, which means no similarity.
+def assess_clusters(
+    features: NDArray[np.float32],
+    camids: NDArray[np.int64] | None,
+    labels: NDArray[np.int64],
+    *,
+    distance: Any = None,
+    device: str = "cpu",
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Compute the confidence of each image, and the cohesion of each cluster.
 
     Args:
-        features: Unit vectors, shape ``(M, C)``.
-        labels: Clusters 0..K-1 without a gap, -1 for an outlier, ``(M,)``.
+        features: See :func:`cluster_features`.
+        camids: See :func:`cluster_features`.
+        labels: Cluster of each image, -1 for an outlier, ``(M,)``.
+        distance: The multi-scale Jaccard distance of the images, if it is known already.
+        device: See :func:`cluster_features`.
 
     Returns:
-        Float32 ``(M,)``; 0 for outliers and for clusters of one image, which have no other
-        image to compare with.
-
-    Example:
-        >>> features = np.eye(3, dtype=np.float32)[[0, 0, 1, 1, 2]]
-        >>> cluster_confidence(features, np.array([0, 0, 1, 1, -1])).tolist()
-        [1.0, 1.0, 1.0, 1.0, 0.0]
+        Confidence ``(M,)`` and cohesion ``(K,)``, see
+        :mod:`selcon_plugin.clustering.confidence`.
     """
-    confidence = np.zeros(len(labels), dtype=np.float32)
-    sizes = np.bincount(labels[labels != OUTLIER])
-    if not len(sizes):
-        return confidence
-    sums = np.zeros((len(sizes), features.shape[1]), dtype=np.float32)
-    inside = np.flatnonzero(labels != OUTLIER)
-    np.add.at(sums, labels[inside], features[inside])
-    centers = _unit(sums)
-    compared = inside[sizes[labels[inside]] > 1]
-    step = max(1, _PRODUCTS // max(len(sizes), features.shape[1]))
-    for start in range(0, len(compared), step):
-        rows = compared[start : start + step]
-        own, images = labels[rows], features[rows]
-        others = _unit(sums[own] - images)
-        a = np.maximum(0.0, 1.0 - (images * others).sum(axis=1))
-        similarity = images @ centers.T
-        similarity[np.arange(len(rows)), own] = -1.0
-        nearest = similarity.max(axis=1) if len(sizes) > 1 else np.zeros(len(rows))
-        b = np.maximum(0.0, 1.0 - nearest)
-        larger = np.maximum(a, b)
-        score = np.divide(b - a, larger, out=np.zeros_like(larger), where=larger > 0)
-        confidence[rows] = (1.0 + score) / 2.0
-    return confidence
-
-
-def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    unit: NDArray[np.float32] = vectors / np.maximum(length, 1e-12)
-    return unit
+    vectors = torch.from_numpy(features).to(device)
+    if camids is not None:
+        vectors = center_cameras(vectors, torch.from_numpy(camids))
+    if distance is None:
+        distance = multi_scale_distance(vectors)
+    return pair_confidence(vectors, distance, labels), cohesion(distance, labels)
 
 
 def relative_name(path: str | Path, folder: str | Path) -> str:

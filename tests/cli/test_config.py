@@ -50,6 +50,14 @@ def test_mistyped_key_gets_a_suggestion(capsys):
     assert "did you mean MODEL.SELCON.NUM_NEIGHBORS" in error
 
 
+@pytest.mark.parametrize("key", ["", " ", "."])
+def test_no_key_gets_a_remedy(key, host, capsys):
+    assert main(["config", "--explain", key, "--host", host]) == 2
+    error = capsys.readouterr().err
+    assert "selcon config --list" in error
+    assert repr(key) in error
+
+
 def test_key_of_a_custom_method_is_explained(tmp_path, capsys):
     need("fastreid")
     file = tmp_path / "with_strange_option.py"

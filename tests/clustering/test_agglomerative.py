@@ -96,7 +96,7 @@ def test_k2_auto_is_a_fifth_of_k1() -> None:
     assert torch.equal(auto.labels, AgglomerativeLabeler(k1=12, k2=2)(features).labels)
 
 
-@pytest.mark.parametrize("num_images", [0, 1, 2, 3])
+@pytest.mark.parametrize("num_images", [0, 1, 2, 3, 5])
 def test_few_images_can_be_clustered(num_images: int) -> None:
     features = F.normalize(torch.randn(num_images, 8), dim=1)
     found = build_labeler("Agglomerative", **AUTO)(features)

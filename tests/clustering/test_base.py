@@ -180,3 +180,22 @@ def test_build_checks_options_and_sets_filters() -> None:
 def test_a_name_cannot_be_registered_twice() -> None:
     with pytest.raises(ValueError, match="'DBSCAN' is already registered"):
         register_labeler("DBSCAN")(ByFirstAxis)
+
+
+@pytest.mark.parametrize("name", labeler_names())
+def test_no_option_counts_more_images_than_there_are(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    defaults, options = build_labeler(name), labeler_options(name)
+    defaults.check_counts(2)
+    assert not caplog.messages
+    for option in ("min_samples", "min_cluster_size"):
+        if option in options:
+            build_labeler(name, **{option: 40}).check_counts(40)
+            with pytest.raises(ValueError, match=f"{option.upper()} is 41.*40 images.*use"):
+                build_labeler(name, **{option: 41}).check_counts(40, str.upper)
+    assert not caplog.messages
+    for option in {"k1", "k2", "k"} & options.keys():
+        build_labeler(name, **{option: 41}).check_counts(40, str.upper)
+        assert f"{option.upper()} is 41, but there are 40 images" in caplog.messages[-1]
+        assert "use" in caplog.messages[-1]

@@ -150,7 +150,11 @@ def test_options_come_after_the_overrides(host):
 def test_one_data_set_for_all_is_named_as_the_host_does(host):
     found = host.overrides(dataset="Market1501")
     expected = {
-        "fastreid": {"DATASETS.NAMES": ("Market1501",), "DATASETS.TESTS": ("Market1501",)},
+        "fastreid": {
+            "DATASETS.NAMES": ("Market1501",),
+            "DATASETS.TESTS": ("Market1501",),
+            "TEST.PRECISE_BN.DATASET": "",
+        },
         "torchreid": {"data.sources": ["market1501"], "data.targets": ["market1501"]},
     }
     assert found == expected[host.name]

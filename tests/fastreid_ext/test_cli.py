@@ -175,7 +175,7 @@ def test_second_extraction_to_a_file_is_refused_and_the_first_one_ends_unharmed(
         words = ["extract", "--images", messy_folder, "--output", tmp_path / name]
         return [*words, *options(tiny_values | values)]
 
-    expected = run_program(*SELCON, *command("one.npz"))
+    expected = run_program(*SELCON, *command("single.npz"))
     assert expected.returncode == 0, expected.stderr
     first = Program(*SELCON, *command("out.npz"))
     record = tmp_path / ".out.npz.in_use.json"
@@ -194,11 +194,13 @@ def test_second_extraction_to_a_file_is_refused_and_the_first_one_ends_unharmed(
         assert part in error
     assert other.returncode == 0, other.stderr  # another file of the same folder is free
     assert first.wait(120) == 0, first.output()
-    arrays = [dict(np.load(tmp_path / f"{name}.npz")) for name in ("one", "out", "other")]
+    arrays = [
+        dict(np.load(tmp_path / f"{name}.npz")) for name in ("single", "out", "other")
+    ]
     for name, value in arrays[0].items():
         assert all(np.array_equal(value, found[name]) for found in arrays[1:]), name
     assert sorted(file.name for file in tmp_path.glob("*.npz*")) == [
-        *("one.npz", "other.npz", "out.npz")
+        *("other.npz", "out.npz", "single.npz")
     ]
     assert not list(tmp_path.glob(".*"))
 

@@ -135,10 +135,10 @@ def test_few_images_hold_matches() -> None:
     assert sum(g[1] in range(20, 28) for g in some_gallery) == 8 * 6
     # Queries that are compared with each other, as in FastRetri.
     unique, pairs = items(range(10), range(1)), items(range(10, 99), range(2))
-    single, none = few_images(unique + pairs, [])
+    only, none = few_images(unique + pairs, [])
     assert none == []
-    assert len(single) == 64
-    assert [q[1] for q in single[:16]] == [p for p in range(10, 18) for _ in range(2)]
+    assert len(only) == 64
+    assert [q[1] for q in only[:16]] == [p for p in range(10, 18) for _ in range(2)]
     # A small test set stays whole.
     assert few_images(query[:5], gallery[:50]) == (query[:5], gallery[:50])
 

@@ -39,7 +39,7 @@ HOSTS = [
     pytest.param("fastreid", marks=needs_fastreid),
     pytest.param("torchreid", marks=needs_torchreid),
 ]
-# Parts of the names of metrics that are measured again each time.
+# Parts of the names of metrics that are measured in each run.
 _TIMES = ("time", "seconds", "eta", "memory")
 
 

@@ -7,7 +7,11 @@ import pytest
 from selcon_plugin.cli.main import main
 from selcon_plugin.inference.export import export_onnx, export_torchscript
 from selcon_plugin.io.atomic import FileWriteError, write_atomically
-from selcon_plugin.io.output_files import check_output_apart, check_output_file
+from selcon_plugin.io.output_files import (
+    check_output_apart,
+    check_output_file,
+    check_output_folder,
+)
 from selcon_plugin.report import write_comparison, write_report
 from selcon_plugin.retrieval.page import write_page
 
@@ -78,6 +82,58 @@ def test_no_command_replaces_its_input(folder, arguments, capsys):
     assert "choose another" in said or "its own file" in said
     content = {file.read_text() for file in folder.iterdir()}
     assert content == {"the only one"}
+
+
+@pytest.mark.parametrize("place", ["photo.jpg", "photo.jpg/x", "/proc/x"])
+@pytest.mark.parametrize(
+    ("option", "arguments"),
+    [
+        ("--output", "index --weights model.pth --images ."),
+        ("--output", "cluster --weights model.pth --images ."),
+        ("--output", "adapt --weights model.pth --images ."),
+        ("--output", "bench --configs SyntheticPersons/scl.yml"),
+        ("--output", "config --copy SyntheticPersons/scl.yml"),
+        ("--output", "demo"),
+        ("--fastreid", "export --weights model.pth"),
+        ("--torchreid", "export --weights model.pth"),
+    ],
+)
+def test_folders_that_cannot_be_written(folder, arguments, option, place, capsys):
+    pytest.importorskip("fastreid", exc_type=ImportError)
+    assert main([*arguments.split(), option, place]) == 2
+    said = capsys.readouterr().err
+    assert f"error: {option} {place!r} is not a writable folder" in said
+    assert "Use another one" in said
+    assert {file.read_text() for file in folder.iterdir()} == {"the only one"}
+
+
+@pytest.mark.parametrize("folder_of_file", ["photo.jpg", "/proc"])
+@pytest.mark.parametrize(
+    ("option", "end", "arguments"),
+    [
+        ("--output", ".npz", "extract --weights model.pth --images ."),
+        ("--html", ".html", "search --index . photo.jpg"),
+        ("--output", ".html", "report ."),
+        ("--output", ".html", "report . other"),
+        ("--onnx", ".onnx", "export --weights model.pth"),
+        ("--torchscript", ".pt", "export --weights model.pth"),
+    ],
+)
+def test_files_that_cannot_be_written(
+    folder, arguments, option, end, folder_of_file, capsys
+):
+    file = f"{folder_of_file}/new{end}"
+    assert main([*arguments.split(), option, file]) == 2
+    said = capsys.readouterr().err
+    assert f"error: {option} {file}: {folder_of_file!r} is not a writable folder" in said
+    assert "Choose another place" in said
+
+
+def test_a_folder_is_checked_without_a_change(folder):
+    assert check_output_folder("--output", "new/folder") == "new/folder"
+    assert not (folder / "new").exists()
+    with pytest.raises(ValueError, match="OUTPUT_DIR is empty"):
+        check_output_folder("OUTPUT_DIR", "")
 
 
 def test_nor_does_the_python_api(folder):

@@ -54,7 +54,7 @@ def test_a_folder_is_clustered_as_by_the_command(embedder, folder, tmp_path):
     assert [people[image] for image in found.representatives] == ["2", "1", "0"]
     assert (found.num_clusters, found.num_outliers) == (3, 0)
     assert set(found.cameras) == {"cam0", "cam1"}
-    assert any("eps 0.5, min_samples 3, k1 8, k2 1" in line for line in said)
+    assert any("k1 8, k2 1" in line for line in said)
     assert not (tmp_path / "out").exists()
 
     found.to_csv(tmp_path / "clusters.csv")
@@ -83,6 +83,22 @@ def test_images_and_features_give_the_clusters_of_the_folder(embedder, folder):
         is_named = isinstance(images, FolderFeatures) or isinstance(images[0], str)
         rows = [str(row) for row in range(len(whole.paths))]
         assert list(found.paths) == (list(whole.paths) if is_named else rows)
+
+
+def test_options_fit_the_number_of_images(embedder, folder, tmp_path, caplog):
+    saved = embedder.embed_folder(folder)
+
+    def unused():
+        raise AssertionError("nothing is computed")
+
+    few = "min_samples is 999, but there are 18 images.* use"
+    with pytest.raises(ValueError, match=few):
+        cluster(saved, **{**OPTIONS, "min_samples": 999})
+    arguments = {"network_key": "a", "options": {"min_samples": 999}}
+    with pytest.raises(ValueError, match=few):
+        cluster_folder(unused, folder, tmp_path / "out", **arguments)
+    cluster(folder, embedder, **{**OPTIONS, "k1": 999})
+    assert caplog.text.count("k1 is 999, but there are 18 images") == 1
 
 
 def test_cameras_are_names_or_numbers(embedder, folder, tmp_path):

@@ -11,7 +11,7 @@ from selcon_plugin.clustering.quality import adjusted_mutual_info
 from selcon_plugin.workflows.cluster_links import link_clusters
 from selcon_plugin.workflows.folder_clusters import (
     FolderClusters,
-    cluster_confidence,
+    chosen_labeler,
     cluster_features,
     default_options,
 )
@@ -20,50 +20,6 @@ from selcon_plugin.workflows.folder_clusters import (
 def unit(values):
     array = np.asarray(values, dtype=np.float32)
     return array / np.linalg.norm(array, axis=1, keepdims=True)
-
-
-def confidence_by_definition(features, labels):
-    result = []
-    for i, own in enumerate(labels):
-        others = [j for j in range(len(labels)) if labels[j] == own and j != i]
-        if own < 0 or not others:
-            result.append(0.0)
-            continue
-
-        def distance(members, image=features[i]):
-            center = features[members].sum(axis=0)
-            return 1 - float(image @ center / np.linalg.norm(center))
-
-        a = distance(others)
-        rivals = [np.flatnonzero(labels == k) for k in set(labels.tolist()) - {-1, own}]
-        b = min([distance(members) for members in rivals], default=1.0)
-        result.append((1 + (b - a) / max(a, b)) / 2)
-    return result
-
-
-@pytest.mark.parametrize("labels", [[0, 0, 0, 1, 1, 2, 2, -1, 3], [0] * 5 + [-1] * 4])
-def test_confidence_equals_its_definition(labels) -> None:
-    features = unit(np.random.default_rng(0).normal(size=(9, 4)))
-    found = cluster_confidence(features, np.array(labels))
-    expected = confidence_by_definition(features, np.array(labels))
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-
-
-def test_confidence_computed_in_chunks_is_the_same(monkeypatch) -> None:
-    features = unit(np.random.default_rng(1).normal(size=(40, 6)))
-    labels = np.arange(40) % 5
-    whole = cluster_confidence(features, labels)
-    monkeypatch.setattr("selcon_plugin.workflows.folder_clusters._PRODUCTS", 1)
-    np.testing.assert_allclose(cluster_confidence(features, labels), whole, atol=1e-6)
-
-
-def test_confidence_is_low_if_another_cluster_is_nearer() -> None:
-    misplaced = [1.0, 0.1]
-    features = unit([[1, 0], [1, 0], [0, 1], [0, 1], misplaced])
-    labels = np.array([0, 0, 1, 1, 1])
-    found = cluster_confidence(features, labels)
-    assert found[4] < 0.5 < found[0]
-    assert not cluster_confidence(features, np.full(5, -1)).any()
 
 
 def test_clusters_are_numbered_by_size() -> None:
@@ -107,6 +63,21 @@ def test_by_default_a_labeler_chooses_for_itself(labeler, expected) -> None:
     assert default_options(labeler) == dict.fromkeys(names, "auto")
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (None, "Agglomerative"),
+        ({"threshold": 0.7, "images_per_person": 4}, "Agglomerative"),
+        ({"eps": 0.5}, "DBSCAN"),
+        ({"min_samples": 3, "k1": 9}, "DBSCAN"),
+        ({"eps": 0.5, "threshold": 0.7}, "Agglomerative"),
+    ],
+)
+def test_options_choose_the_labeler(options, expected) -> None:
+    assert chosen_labeler("", options) == expected
+    assert chosen_labeler("HDBSCAN", options) == "HDBSCAN"
+
+
 def test_unknown_labeler_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ValueError, match="did you mean DBSCAN"):
         default_options("DBSCANN")
@@ -121,7 +92,13 @@ def clusters(tmp_path: Path) -> FolderClusters:
         Image.new("RGB", (4, 8)).save(path)
         paths.append(str(path))
     confidence = np.array([0.5, 0.75, 0.9, 0.0], dtype=np.float32)
-    return FolderClusters(paths, ["b", "a", "a", ""], np.array([0, 0, 0, -1]), confidence)
+    return FolderClusters(
+        paths,
+        ["b", "a", "a", ""],
+        np.array([0, 0, 0, -1]),
+        confidence,
+        cohesion=np.array([0.625], dtype=np.float32),
+    )
 
 
 def test_table_has_one_row_per_image_sorted_by_name(
@@ -131,11 +108,11 @@ def test_table_has_one_row_per_image_sorted_by_name(
     with open(tmp_path / "clusters.csv", newline="") as stream:
         rows = list(csv.reader(stream))
     assert rows == [
-        ["image", "cluster", "confidence", "camera"],
-        ["a/x.png", "0", "0.7500", "a"],
-        ["a/y,1.png", "0", "0.9000", "a"],
-        ["b/x.png", "0", "0.5000", "b"],
-        ["z.png", "-1", "0.0000", ""],
+        ["image", "cluster", "confidence", "camera", "cohesion"],
+        ["a/x.png", "0", "0.7500", "a", "0.6250"],
+        ["a/y,1.png", "0", "0.9000", "a", "0.6250"],
+        ["b/x.png", "0", "0.5000", "b", "0.6250"],
+        ["z.png", "-1", "0.0000", "", ""],
     ]
 
 
