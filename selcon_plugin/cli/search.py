@@ -65,9 +65,7 @@ def main(argv: list[str]) -> int:
         sys.stdout.write(json.dumps(content, indent=2) + "\n")
     else:
         note = f"threshold {description}\n" if description else ""
-        # Without a threshold, the cameras or the query itself leave none.
-        reason = "reaches the threshold" if description else "is left to compare with"
-        sys.stdout.write(_table(results, f"no image {reason}") + note)
+        sys.stdout.write(_table(results) + note)
     if args.html:
         note = f" Threshold {description}." if description else ""
         summary = f"{args.index}: {index}.{note}"
@@ -94,19 +92,22 @@ def _threshold(index: Index, given: str) -> tuple[float, str, bool | None]:
     return value, f"{value:g}", None
 
 
-def _table(results: Sequence[QueryResult], empty: str) -> str:
-    """Return a table per query; ``empty`` states why one has no result."""
+def _table(results: Sequence[QueryResult]) -> str:
+    """Return a table per query."""
     lines = []
     for result in results:
         lines.append(printable(result.query))
         lines.append("  rank  cosine  camera      image")
+        if result.below:
+            lines.append("  no image reaches the threshold; the nearest below it:")
+        elif not result.matches:
+            # The cameras, or the query itself, leave none.
+            lines.append("  no image is left to compare with")
         lines.extend(
             f"  {rank:4d}  {match.similarity:6.3f}  {printable(match.camera or '-'):10s}  "
             f"{printable(match.path)}"
-            for rank, match in enumerate(result.matches, start=1)
+            for rank, match in enumerate(result.matches or result.below, start=1)
         )
-        if not result.matches:
-            lines.append(f"  {empty}")
     return "\n".join(lines) + "\n"
 
 

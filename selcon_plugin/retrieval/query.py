@@ -14,12 +14,14 @@ from PIL import Image
 
 from selcon_plugin.datasets.reading import as_rgb, describe_faults
 from selcon_plugin.features import check_features
-from selcon_plugin.inference.arguments import check_list
+from selcon_plugin.inference.arguments import check_cosine, check_list
 from selcon_plugin.retrieval.index import Index
 from selcon_plugin.retrieval.results import QueryResult
 from selcon_plugin.retrieval.source import ImageEmbedder
 
 logger = logging.getLogger(__name__)
+
+_NUM_BELOW = 3  # nearest images that are shown if none reaches the threshold
 
 _Query = str | Path | bytes | Image.Image | NDArray[np.uint8]
 
@@ -49,8 +51,9 @@ def search(
         threshold: Smallest cosine of a result.
 
     Returns:
-        The results of each query, most similar first. A warning lists the results whose
-        files are gone since they were added.
+        The results of each query, most similar first, or the three nearest images below
+        the threshold if none reaches it. A warning lists the results whose files are gone
+        since they were added.
 
     Raises:
         BadFeaturesError: If the network does not return a unit vector per query.
@@ -76,24 +79,23 @@ def search(
             rows=len(images),
             dim=index.dim,
         )
+    threshold = check_cosine("threshold", threshold)
     found = index.search(
-        features,
-        top=top,
-        camera=camera,
-        not_camera=not_camera,
-        threshold=threshold,
-        leave_out=files,
+        features, top=top, camera=camera, not_camera=not_camera, leave_out=files
     )
-    results = [
-        QueryResult(file or f"query {number}", matches)
-        for number, (file, matches) in enumerate(zip(files, found, strict=True), start=1)
-    ]
+    results = []
+    for number, (file, nearest) in enumerate(zip(files, found, strict=True), start=1):
+        matches = tuple(match for match in nearest if match.similarity >= threshold)
+        below = () if matches else nearest[:_NUM_BELOW]
+        results.append(QueryResult(file or f"query {number}", matches, below))
     _warn_of_missing_files(results)
     return results
 
 
 def _warn_of_missing_files(results: Sequence[QueryResult]) -> None:
-    paths = dict.fromkeys(match.path for result in results for match in result.matches)
+    paths = dict.fromkeys(
+        match.path for result in results for match in (*result.matches, *result.below)
+    )
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
         logger.warning(

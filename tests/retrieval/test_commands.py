@@ -89,8 +89,24 @@ def test_query_without_a_result_states_the_reason(made, capsys):
     cameras = (word for name in names for word in ("--not-camera", name))
     status, said, _ = run(capsys, *search, *cameras)
     assert (status, said.splitlines()[-1]) == (0, "  no image is left to compare with")
+    everything = run(capsys, *search, "--top", 3)[1].splitlines()[2:]
     status, said, _ = run(capsys, *search, "--threshold", "1")
-    assert (status, said.splitlines()[-2]) == (0, "  no image reaches the threshold")
+    lines = said.splitlines()
+    assert (status, lines[-1]) == (0, "threshold 1")
+    assert "no image reaches the threshold" in lines[2]
+    assert lines[3:-1] == everything  # the nearest ones, with their cosines
+    _, said, _ = run(capsys, *search, "--threshold", "1", "--json")
+    (result,) = json.loads(said)["queries"]
+    assert result["matches"] == []
+    assert [match["path"] for match in result["below"]] == [
+        line.split()[-1] for line in everything
+    ]
+    page = index.parent / "below.html"
+    run(capsys, *search, "--threshold", "1", "--html", page)
+    seen = Reader(page.read_text())
+    assert len(seen.all("img")) == 4
+    assert "No image reaches the threshold" in seen.text
+    assert "Nothing was found" not in seen.text
 
 
 def test_search_writes_json_for_scripts(made, capsys):
