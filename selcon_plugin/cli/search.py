@@ -52,6 +52,8 @@ def main(argv: list[str]) -> int:
             camera=args.camera,
             not_camera=args.not_camera,
             threshold=threshold,
+            center_cameras=args.center_cameras,
+            query_camera=args.query_camera,
         )
     except ImageReadError as error:
         raise ValueError(f"a query cannot be read: {error}") from error
@@ -141,6 +143,16 @@ def _parser() -> CommandParser:
         help="smallest cosine similarity of a result; auto: unsupervised choice from the "
         "features of the index; default: no threshold",
     )
+    parser.add_argument(
+        "--center-cameras",
+        action="store_true",
+        help="remove what the images of a camera have in common; for searches in other "
+        "cameras, with two cameras of at least 100 images",
+    )
+    parser.add_argument(
+        "--query-camera", metavar="NAME",
+        help="camera of images that are not in the index, for --center-cameras",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="write JSON to stdout")
     parser.add_argument(
         "--html", default="", metavar="FILE", help="also write the results as an HTML page"

@@ -35,6 +35,8 @@ def search(
     camera: Sequence[str] = (),
     not_camera: Sequence[str] = (),
     threshold: float = -1.0,
+    center_cameras: bool = False,
+    query_camera: str | None = None,
 ) -> list[QueryResult]:
     """Find the persons of query images in an index.
 
@@ -49,6 +51,10 @@ def search(
         camera: Cameras to search; empty for all.
         not_camera: Cameras to exclude.
         threshold: Smallest cosine of a result.
+        center_cameras: Whether to center the features of index and queries per camera, as
+            :meth:`Index.search` does. A query that is in the index has its camera there.
+        query_camera: Camera of queries that are not in the index. If None, a warning says
+            how many queries are not centered.
 
     Returns:
         The results of each query, most similar first, or the three nearest images below
@@ -80,8 +86,15 @@ def search(
             dim=index.dim,
         )
     threshold = check_cosine("threshold", threshold)
+    cameras = _query_cameras(index, files, query_camera) if center_cameras else []
     found = index.search(
-        features, top=top, camera=camera, not_camera=not_camera, leave_out=files
+        features,
+        top=top,
+        camera=camera,
+        not_camera=not_camera,
+        leave_out=files,
+        center_cameras=center_cameras,
+        query_cameras=cameras,
     )
     results = []
     for number, (file, nearest) in enumerate(zip(files, found, strict=True), start=1):
@@ -90,6 +103,20 @@ def search(
         results.append(QueryResult(file or f"query {number}", matches, below))
     _warn_of_missing_files(results)
     return results
+
+
+def _query_cameras(
+    index: Index, files: Sequence[str], query_camera: str | None
+) -> list[str | None]:
+    """Return the camera of each query: that of the index, else the given one."""
+    cameras = [camera or query_camera for camera in index.cameras_of(files)]
+    if unknown := cameras.count(None):
+        logger.warning(
+            "%d of %d queries are not in the index and of unknown camera: their features "
+            "are not centered. Give query_camera if all are of one camera",
+            *(unknown, len(cameras)),
+        )
+    return cameras
 
 
 def _warn_of_missing_files(results: Sequence[QueryResult]) -> None:
