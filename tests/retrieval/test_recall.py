@@ -41,7 +41,7 @@ def recall(index, features, queries, allowed, **options):
         count = min(TOP, int(allowed.sum()))
         want = np.sort(cosines)[::-1][:count]
         (matches,) = index.search(query[None], top=TOP, **options)
-        rows = [int(match.path[3:-4]) for match in matches]
+        rows = [int(match.path[7:-4]) for match in matches]
         assert allowed[rows].all()
         assert len(set(rows)) == len(rows) == count
         hits += int((cosines[rows] >= want[-1] - 1e-6).sum())
