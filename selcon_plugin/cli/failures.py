@@ -103,6 +103,8 @@ def message_of(error: BaseException) -> str:
         text = "the memory of this machine does not suffice: lower the batch size"
     else:
         text = str(error) or type(error).__name__
+    if isinstance(error, ModuleNotFoundError) and text == f"No module named {error.name!r}":
+        text += ": install its package, or name the folder that holds it in PYTHONPATH"
     return printable(" ".join(line.strip() for line in text.splitlines()))
 
 

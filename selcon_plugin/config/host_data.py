@@ -86,6 +86,7 @@ class Adaptation:
         device: ``"auto"`` for that of the config, or a device name of PyTorch.
         clustering: Options of the clustering, for a network whose config has none.
         foreign: Whether the network comes from another training; its head is kept then.
+        backbone: Name of the network in its host; empty where it is unknown.
     """
 
     weights: str
@@ -99,6 +100,7 @@ class Adaptation:
     device: str = "auto"
     clustering: Mapping[str, Any] = field(default_factory=dict)
     foreign: bool = False
+    backbone: str = ""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ _FREE = (
 _MOST_SHOWN = 5
 
 
-def check_same_on_all_ranks(settings: Mapping[str, Any], images: IndexedImages) -> None:
+def check_same_on_all_ranks(
+    settings: Mapping[str, Any], images: IndexedImages, **folders: str
+) -> None:
     """Refuse to train if processes have other settings, images or code than the first one.
 
     Gradients are averaged and banks are shared: each process would train on what the others
@@ -35,6 +38,7 @@ def check_same_on_all_ranks(settings: Mapping[str, Any], images: IndexedImages) 
     Args:
         settings: All settings of the run by full keys.
         images: Training images.
+        **folders: Folders from which every process resumes, by the host's key.
 
     Raises:
         ValueError: If anything differs, on every process; the message names it.
@@ -44,6 +48,7 @@ def check_same_on_all_ranks(settings: Mapping[str, Any], images: IndexedImages) 
     code = f"{own_version.__version__} {_code_hash()}, torch {torch.__version__}"
     names = [Path(path).name for path in images.paths]
     properties = {"settings": dict(settings), "code": code, "images": names}
+    properties["folders"] = {key: os.path.realpath(f) for key, f in folders.items() if f}
     all_properties = gather_values({**properties, "content": list(images.hashes)})
     first = all_properties[0]
     for number, other in enumerate(all_properties[1:], start=1):
@@ -51,13 +56,14 @@ def check_same_on_all_ranks(settings: Mapping[str, Any], images: IndexedImages) 
         if found:
             raise ValueError(
                 f"process {number} differs from process 0: {found}. Start all processes "
-                "with the same config, command, version and images"
+                "with the same config, command, output, version and images"
             )
 
 
 def _differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """Describe how a process differs from the first one; empty if it does not."""
     settings = differing_settings(first["settings"], other["settings"], free=_FREE)
+    settings = settings or differing_settings(first["folders"], other["folders"], free=())
     if settings:
         return shown_settings(settings, "is", "in process 0 and")
     if first["code"] != other["code"]:

@@ -9,6 +9,8 @@ from fastreid.config import CfgNode
 from fastreid.engine.hooks import LayerFreeze
 from torch import nn
 
+from selcon_plugin.values import listed
+
 
 def freezes_layers(cfg: CfgNode) -> bool:
     """Return whether a config freezes layers in the first steps."""
@@ -34,6 +36,27 @@ class FreezeHook(LayerFreeze):
             for name, module in self.model.named_children():
                 if name in self.freeze_layers:
                     module.eval()
+
+
+def check_layers(cfg: CfgNode, model: nn.Module) -> None:
+    """Refuse names of layers of which the model has none.
+
+    Args:
+        cfg: Complete config.
+        model: Model in training.
+
+    Raises:
+        ValueError: If no entry of ``MODEL.FREEZE_LAYERS`` matches a parameter.
+    """
+    layers = list(cfg.MODEL.FREEZE_LAYERS)
+    if layers and unmatched_layers(model, layers) == layers:
+        parts = dict.fromkeys(
+            name.partition(".")[0] for name, _ in model.named_parameters()
+        )
+        raise ValueError(
+            f"MODEL.FREEZE_LAYERS {layers!r} matches no parameter of the model, whose "
+            f"parts are {listed(parts)}: name a part, or the start of a parameter's name"
+        )
 
 
 def unmatched_layers(model: nn.Module, layers: Sequence[str]) -> list[str]:

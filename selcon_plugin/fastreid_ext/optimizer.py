@@ -10,6 +10,8 @@ from fastreid.solver import build_optimizer as build_host_optimizer
 from torch import nn
 from torch.optim import Optimizer
 
+from selcon_plugin.fastreid_ext.freezing import check_layers
+
 Group = dict[str, Any]
 
 
@@ -29,7 +31,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> tuple[Optimizer, list[Gro
 
     Returns:
         The optimizer, and its parameter groups as FastReID's trainer expects them.
-    """
+
+    Raises:
+        ValueError: If ``MODEL.FREEZE_LAYERS`` names no layer of the model.
+    """  # noqa: DOC502  (raised by the function called here)
+    check_layers(cfg, model)
     optimizer, _ = build_host_optimizer(cfg, model, contiguous=False)
     groups = merge_groups(optimizer.param_groups)
     merged = _build(type(optimizer), groups, clips=cfg.SOLVER.CLIP_GRADIENTS.ENABLED)

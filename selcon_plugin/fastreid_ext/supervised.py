@@ -84,6 +84,7 @@ def _projection(weight: Tensor) -> dict[str, Tensor]:
 def _identity_norm(head: nn.Module) -> dict[str, Tensor]:
     """Return the weights with which the normalization changes only the scale."""
     values = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
+    values["num_batches_tracked"] = 1  # or its statistics would be measured
     norm = head.global_norm
     assert isinstance(norm, nn.Module)
     return {

@@ -102,7 +102,7 @@ class SelConTrainer(DefaultTrainer):
         else:
             loader = selcon_data.build_train_loader(cfg, images, lower_default=True)
         selcon_data.check_label_free(loader, type(self).__name__)
-        check_same_on_all_ranks(self._settings, loader.dataset)
+        check_same_on_all_ranks(self._settings, loader.dataset, OUTPUT_DIR=cfg.OUTPUT_DIR)
         cfg = self.auto_scale_hyperparams(
             selcon_data.with_batch_size(cfg, loader.sampler.batch_size),
             loader.dataset.num_classes,

@@ -286,7 +286,13 @@ def build_plain_model(name: str, *, pretrained: bool = False) -> nn.Module:
     model: nn.Module = import_torchreid().models.build_model(
         name, num_classes=1, loss="triplet", pretrained=pretrained, use_gpu=False
     )
+    if type(model).__name__ in _NEED_CONTIGUOUS:
+        model.register_forward_pre_hook(_contiguous)
     return model
+
+
+def _contiguous(_model: nn.Module, images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(part.contiguous() for part in images)
 
 
 def build_named_model(name: str, *, num_classes: int, pretrained: bool) -> nn.Module:
@@ -412,10 +418,18 @@ def _hacnn_map(model: Any, images: Tensor) -> Tensor:
 
 
 def _vector(model: Any, images: Tensor) -> Tensor:
+    if type(model).__name__ == "PCB":  # in training mode it needs its classifiers
+        parts = model.parts_avgpool(model.featuremaps(images))
+        return F.normalize(parts, dim=1).flatten(1)
     output = model(images)
-    return cast(Tensor, output[-1] if isinstance(output, tuple) else output)
+    vector = output[-1] if isinstance(output, tuple) else output
+    if isinstance(vector, tuple):  # HACNN's branches, which it joins in evaluation mode
+        vector = torch.cat([F.normalize(branch, dim=1) for branch in vector], dim=1)
+    return cast(Tensor, vector)
 
 
+# torchreid's classes that reshape a map by `view`, which channels-last images forbid.
+_NEED_CONTIGUOUS = ("MuDeep", "PCB")
 # torchreid's classes that have no method `featuremaps`.
 _MAPS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "DenseNet": _rectified_features,

@@ -25,6 +25,7 @@ from selcon_plugin.config.host_data import (
 from selcon_plugin.engine.threads import reserve_cpu_core
 from selcon_plugin.models.inference import InferenceNetwork
 from selcon_plugin.models.pretrained import read_state_dict
+from selcon_plugin.models.timm import TIMM_PREFIX
 from selcon_plugin.models.torchreid import models_of_weights
 from selcon_plugin.torchreid_ext import config
 from selcon_plugin.torchreid_ext.baseline import supervised_config, train_supervised
@@ -253,9 +254,11 @@ class TorchreidHost(Host):
 
 
 def _of_foreign(adaptation: Adaptation) -> dict[str, Any]:
-    """Return the settings that keep the head of a network from another training."""
-    width = feature_layer_width(read_state_dict(Path(adaptation.weights)))
+    """Return the settings that keep the feature of a network from another training."""
+    width = feature_layer_width(read_state_dict(Path(adaptation.weights).expanduser()))
+    is_own = not adaptation.backbone.startswith(TIMM_PREFIX)
     return {
+        "selcon.feature": "model" if is_own else "head",
         "selcon.num_parts": 0,
         "selcon.clustering.labeler": "DBSCAN",
         **{f"selcon.clustering.{k}": value for k, value in adaptation.clustering.items()},

@@ -22,6 +22,7 @@ import yaml
 from selcon_plugin.config.checks import (
     check_name,
     check_network_file,
+    flatten_config,
     value_of,
 )
 from selcon_plugin.config.files import read_config_file
@@ -226,6 +227,7 @@ def training_config(
         device=settings.device,
         clustering={**default_options("DBSCAN"), "center_cameras": True},
         foreign=not own_method,
+        backbone=network.host.describe_network(flatten_config(network.load_config()))[0],
     )
     with tempfile.TemporaryDirectory(prefix="selcon-") as scratch:
         file = network.config_file

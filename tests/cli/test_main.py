@@ -116,6 +116,8 @@ def raising(error):
         (EOFError(), "EOFError"),
         (ValueError("two\n  lines\x1b[0m \udcff"), "two lines\\x1b[0m \\udcff"),
         (ImportError("no module"), "no module"),
+        (ModuleNotFoundError("No module named 'a.b'", name="a.b"), "'a.b': install"),
+        (ModuleNotFoundError("needs a: pip install a", name="a"), "needs a: pip install a"),
     ],
 )
 def test_errors_of_the_user_are_one_line(error, line, capsys):

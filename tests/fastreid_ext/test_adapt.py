@@ -11,6 +11,7 @@ from fastreid.config import CfgNode
 from fastreid.modeling.meta_arch import build_model
 
 from selcon_plugin.fastreid_ext import SelConTrainer
+from selcon_plugin.fastreid_ext.hooks import MethodHook
 from selcon_plugin.hosts import find_network
 from selcon_plugin.inference.embedder import Embedder
 from selcon_plugin.metrics.label_free import LabelFreeQuality
@@ -92,6 +93,8 @@ def test_adaptation_begins_with_the_features_that_are_extracted(
             buffer.normal_(0, 0.1)
         elif name.endswith("running_var"):
             buffer.uniform_(0.5, 2)
+        elif name.endswith("num_batches_tracked"):
+            buffer.fill_(5)
     weights = tmp_path / "supervised.pth"
     torch.save({"model": model.state_dict()}, weights)
     content = yaml.safe_load(cfg.dump())
@@ -102,6 +105,8 @@ def test_adaptation_begins_with_the_features_that_are_extracted(
     network = find_network(weights)
     trainer = SelConTrainer(training_config(network, settings, 40, tmp_path / "out"))
     trainer.resume_or_load(False)
+    (hook,) = (hook for hook in trainer._hooks if isinstance(hook, MethodHook))
+    hook.before_train()
     images = sorted(folder.glob("*.jpg"))[:8]
     extracted = Embedder.from_checkpoint(weights, device="cpu")(images)
     state = tmp_path / "start.pth"

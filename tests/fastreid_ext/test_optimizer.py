@@ -128,6 +128,14 @@ def test_frozen_layers_stay_apart(cfg: CfgNode) -> None:
     assert not torch.equal(network.backbone[0].weight, before.backbone[0].weight)
 
 
+@pytest.mark.parametrize("layers", [["nothing"], ["heads.bias_", "Backbone"]])
+def test_layers_that_do_not_exist_are_refused(cfg: CfgNode, layers: list[str]) -> None:
+    cfg.MODEL.FREEZE_LAYERS = layers
+    said = rf"MODEL\.FREEZE_LAYERS .*{layers[0]}.*backbone, heads, unused: name a part"
+    with pytest.raises(ValueError, match=said):
+        build_optimizer(cfg, Network())
+
+
 def test_fused_where_pytorch_can_and_nothing_is_clipped(cfg: CfgNode) -> None:
     def is_fused(name: str, clips: bool) -> bool:
         cfg.SOLVER.OPT = name

@@ -16,6 +16,7 @@ from selcon_plugin.io.locks import InUseError, owned_folder
 from selcon_plugin.io.safe_loading import load_data
 from selcon_plugin.metrics.label_free import LabelFreeQuality
 from selcon_plugin.models.torchreid import build_plain_model
+from selcon_plugin.torchreid_ext.train import build_engine
 from selcon_plugin.workflows import adapt as adapt_module
 from selcon_plugin.workflows.adapt import AdaptSettings, adapt, training_config
 from selcon_plugin.workflows.adapt_record import AdaptRecord, Candidate
@@ -131,23 +132,45 @@ def test_a_harmful_learning_rate_leaves_the_given_network(
     np.testing.assert_array_equal(features(result.file, folder), given)
 
 
-def test_the_network_begins_as_it_was_given(
-    settings: AdaptSettings, weights: Path, folder: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("osnet_x0_25", (64, 32)),  # a linear layer, its normalization and ReLU
+        ("resnet18", (64, 32)),
+        ("squeezenet1_0_fc512", (64, 32)),
+        ("pcb_p4", (128, 64)),
+        ("hacnn", (160, 64)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*(upsample|grid_sample):UserWarning")  # in HACNN
+def test_adaptation_begins_with_the_features_that_are_extracted(
+    settings: AdaptSettings, folder: Path, tmp_path: Path, name: str, size: tuple[int, int]
 ) -> None:
-    # So little is learned that the features stay: behind the pooling, too.
-    still = AdaptSettings(**{**vars(settings), "learning_rate": 1e-12, "epochs": 1})
-    network = find_network(still.weights, backbone=still.backbone)
+    torch.manual_seed(0)
+    plain = build_plain_model(name)
+    for key, buffer in plain.named_buffers():
+        if key.endswith("running_mean"):
+            buffer.normal_(0, 0.1)
+        elif key.endswith("running_var"):
+            buffer.uniform_(0.5, 2)
+    weights = tmp_path / "supervised.pth"
+    torch.save({"state_dict": plain.state_dict()}, weights)
+    options = ("data.height", str(size[0]), "data.width", str(size[1]))
+    still = AdaptSettings(
+        **{**vars(settings), "weights": str(weights), "backbone": name, "options": options}
+    )
+    network = find_network(still.weights, backbone=name)
     cfg = training_config(network, still, 40, tmp_path / "run")
-    from selcon_plugin.torchreid_ext.train import build_model
-
-    model = build_model(cfg).eval()
-    plain = build_plain_model("osnet_x0_25")
-    plain.load_state_dict(load_data(weights)["state_dict"])
-    images = torch.randn(4, 3, 64, 32, generator=torch.manual_seed(0))
-    with torch.no_grad():
-        pooled = plain.eval().global_avgpool(plain.featuremaps(images)).flatten(1)
-        expected = torch.nn.functional.normalize(plain.fc[:2](pooled), dim=1)
-        torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-4)
+    engine = build_engine(cfg)
+    engine._prepare_network()
+    file = tmp_path / "start.pth"
+    torch.save({"state_dict": engine.model.state_dict()}, file)
+    started = Embedder(network.host.load_network(cfg, file, torch.device("cpu")))
+    images = sorted(folder.glob("*.png"))[:8]
+    extracted = Embedder.from_checkpoint(
+        weights, backbone=name, options=options, device="cpu"
+    )(images)
+    np.testing.assert_allclose(started(images), extracted, atol=1e-5)
 
 
 def test_a_killed_adaptation_resumes(

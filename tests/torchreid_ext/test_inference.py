@@ -92,6 +92,14 @@ def test_plain_weights_give_the_models_own_feature(name, images, tmp_path):
     assert half.max_difference < 5e-3
 
 
+def test_models_that_need_contiguous_images_are_embedded(images, tmp_path):
+    model = plain("pcb_p4", tmp_path / "zoo.pth", classes=5)
+    embedder = Embedder.from_checkpoint(
+        tmp_path / "zoo.pth", backbone="pcb_p4", options=SMALL
+    )
+    assert np.allclose(embedder(images), by_torchreid(model, images), atol=1e-6)
+
+
 def test_plain_weights_of_timm_give_the_average_of_the_map(images, tmp_path):
     timm = pytest.importorskip("timm")
     model = timm.create_model("test_resnet", num_classes=0, output_stride=16)
