@@ -51,7 +51,7 @@ class CenteredFeatures:
 
     def _numbers(self, cameras: Sequence[str | None] | NDArray[Any]) -> NDArray[np.int64]:
         unknown = len(self._number)
-        numbers = [self._number.get(name, unknown) for name in cameras]
+        numbers = [self._number.get(name or "", unknown) for name in cameras]
         return np.array(numbers, dtype=np.int64)
 
     def _sums(self, rows: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int64]]:
