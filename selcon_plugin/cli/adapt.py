@@ -6,6 +6,7 @@ import argparse
 
 from selcon_plugin.cli.arguments import (
     add_folder_arguments,
+    add_hint_argument,
     add_import_argument,
     add_network_arguments,
     add_reading_arguments,
@@ -51,6 +52,7 @@ def main(argv: list[str]) -> int:
         device=args.device,
         max_unreadable_ratio=args.max_unreadable_ratio,
         options=tuple(args.opts),
+        images_per_person=args.images_per_person,
     )
     adapt(settings, args.output, echo=echo)
     return 0
@@ -66,6 +68,7 @@ def _parser() -> CommandParser:
     add_network_arguments(parser, onnx=False)
     add_reading_arguments(parser)
     add_folder_arguments(parser)
+    add_hint_argument(parser)
     add_unreadable_argument(parser, default=None)
     add_import_argument(parser)
     parser.add_argument(

@@ -8,6 +8,7 @@ from typing import Any
 
 from selcon_plugin.cli.arguments import (
     add_folder_arguments,
+    add_hint_argument,
     add_import_argument,
     add_unreadable_argument,
 )
@@ -96,6 +97,7 @@ def train_parser(prog: str) -> CommandParser:
         "lines; default: the log file has them",
     )
     add_folder_arguments(parser)
+    add_hint_argument(parser)
     add_unreadable_argument(parser, default=None)
     add_import_argument(parser)
     parser.add_argument(
@@ -153,10 +155,15 @@ def _run(args: argparse.Namespace) -> int:
     host = get_host(args.host or host_of(args.config_file))
     ratio = args.max_unreadable_ratio
     given = {} if ratio is None else {"max_unreadable_ratio": ratio}
+    hint = args.images_per_person
+    clustering = {} if hint is None else {"images_per_person": hint}
     cfg = host.load_config(
         args.config_file,
         args.opts,
-        overrides={**_output_of_images(host, args), **host.overrides(options=given)},
+        overrides={
+            **_output_of_images(host, args),
+            **host.overrides(options=given, clustering=clustering),
+        },
         images=args.images,
         camera_pattern=args.camera_pattern,
     )

@@ -292,8 +292,10 @@ class ConfigKeys:
             key = self.case(name)
             if name in known or owner[key] == default:
                 continue
-            if is_former_default(name, owner[key]):
-                owner[key] = default  # nobody set it
+            if is_former_default(name, owner[key]) or owner[key] == AUTO:
+                # Nobody set it, or it leaves the choice to a labeler that makes none: a
+                # config for folders serves every labeler.
+                owner[key] = default
             else:
                 raise ValueError(
                     f"{label}.{key} is {owner[key]!r}, but {group.kind} {chosen} has no "

@@ -337,7 +337,6 @@ def _of_foreign(adaptation: Adaptation) -> dict[str, Any]:
     return {
         "MODEL.SELCON.NUM_PARTS": 0,
         "MODEL.SELCON.PROJECT_GLOBAL": width > 0,
-        "MODEL.SELCON.CLUSTERING.LABELER": "DBSCAN",
         "MODEL.HEADS.EMBEDDING_DIM": width,
         **clustering,
     }

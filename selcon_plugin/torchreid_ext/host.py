@@ -260,7 +260,6 @@ def _of_foreign(adaptation: Adaptation) -> dict[str, Any]:
     return {
         "selcon.feature": "model" if is_own else "head",
         "selcon.num_parts": 0,
-        "selcon.clustering.labeler": "DBSCAN",
         **{f"selcon.clustering.{k}": value for k, value in adaptation.clustering.items()},
         "selcon.embedding_dim": width,
         "selcon.project_global": width > 0,

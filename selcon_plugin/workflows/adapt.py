@@ -56,6 +56,7 @@ from selcon_plugin.workflows.train import train
 __all__ = ["AdaptSettings", "Adapted", "Candidate", "adapt"]
 
 CONFIG_FILE, RECORD_FILE = "config.yaml", "adapt.json"
+_LABELER = "Agglomerative"  # of networks whose config names none
 _DEFAULT_METHOD = "SelConCluster"
 # Scoring one checkpoint takes as long as one clustering of the training images.
 _CHECKPOINTS = 5
@@ -81,6 +82,7 @@ class AdaptSettings:
         max_unreadable_ratio: Fraction of the images that may be unreadable; None for that
             of the config.
         options: ``KEY VALUE`` pairs of the host's config; they override all others.
+        images_per_person: About how many images show the same person; None to estimate it.
     """
 
     weights: str
@@ -96,6 +98,7 @@ class AdaptSettings:
     device: str = "auto"
     max_unreadable_ratio: float | None = None
     options: tuple[str, ...] = ()
+    images_per_person: float | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 2), ("num_workers", 0)):
@@ -153,7 +156,7 @@ def adapt(
     network = find_network(settings.weights, settings.config_file, settings.backbone)
     given_config = network.load_config((*_ratio(network.host, settings), *settings.options))
     # It is checked before any image is measured.
-    cfg = training_config(network, settings, len(items), output / TRAINING_FOLDER)
+    cfg = training_config(network, settings, output / TRAINING_FOLDER)
     network.host.check_trainable(cfg)
     with owned_run(output):
         contents = {
@@ -197,21 +200,18 @@ def _adapt(
     return result
 
 
-def training_config(
-    network: TrainedNetwork, settings: AdaptSettings, num_images: int, folder: Path
-) -> Any:
+def training_config(network: TrainedNetwork, settings: AdaptSettings, folder: Path) -> Any:
     """Build the config of the training.
 
     Args:
         network: The given network.
         settings: Settings of the adaptation.
-        num_images: Number of images in the folder.
         folder: Folder of the run.
 
     Returns:
         Complete config of the network with the training settings of ``settings``. A
         network that the plugin did not train keeps its head, and its features are
-        clustered with the options for this number of images.
+        clustered by the labeler that suits any number of images per person.
     """
     own_method = _own_method(network)
     method = settings.method or own_method or _DEFAULT_METHOD
@@ -225,7 +225,11 @@ def training_config(
         num_workers=settings.num_workers,
         checkpoint_period=settings.checkpoint_period,
         device=settings.device,
-        clustering={**default_options("DBSCAN"), "center_cameras": True},
+        clustering={
+            "labeler": _LABELER,
+            **default_options(_LABELER),
+            "center_cameras": True,
+        },
         foreign=not own_method,
         backbone=network.host.describe_network(flatten_config(network.load_config()))[0],
     )
@@ -246,10 +250,16 @@ def _load_training_config(
         overrides={
             **network.overrides,
             **host.adaptation_overrides(adaptation),
+            **host.overrides(clustering=_hint(settings)),
         },
         images=settings.images,
         camera_pattern=settings.camera_pattern,
     )
+
+
+def _hint(settings: AdaptSettings) -> dict[str, float]:
+    number = settings.images_per_person
+    return {} if number is None else {"images_per_person": number}
 
 
 def _ratio_key(host: Host) -> str:

@@ -100,7 +100,7 @@ def fit(
         overwrite: Whether a new run may start in a folder that holds one, whose files are
             moved to a folder ``old-<time>`` in it. Otherwise it is refused.
         clustering: Options of the clustering and its labeler by name, such as
-            ``{"eps": "auto", "min_samples": 2}``.
+            ``{"images_per_person": 4}``.
         **options: Options of the run and of the method by name, such as
             ``temperature=0.05``, ``num_parts=2``, ``seed=1``.
 

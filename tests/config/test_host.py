@@ -117,7 +117,7 @@ def test_neutral_settings_reach_the_config(host, tmp_path):
         output="2024",  # a text, not a number
         seed=7,
         options={"method": "ClusterContrast", "temperature": 0.25},
-        clustering={"eps": "auto", "k1": 12},
+        clustering={"threshold": 0.7, "k1": 12},
         network=NetworkSettings("osnet_x0_25", pretrained=False, input_size=(64, 32)),
         device="cpu",
     )
@@ -130,7 +130,7 @@ def test_neutral_settings_reach_the_config(host, tmp_path):
         assert type(found) is type(value), name
     path, case = host.keys.path, host.keys.case
     node = {"seed": 7, "method": "ClusterContrast", "temperature": 0.25}
-    node |= {"clustering.eps": "auto", "clustering.k1": 12}
+    node |= {"clustering.threshold": 0.7, "clustering.k1": 12}
     for name, value in node.items():
         assert flat[f"{path}.{case(name)}"] == value
     assert set(overrides) <= set(flat)

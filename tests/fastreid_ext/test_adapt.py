@@ -103,7 +103,7 @@ def test_adaptation_begins_with_the_features_that_are_extracted(
     folder = next(dataset_root.rglob("bounding_box_train"))
     settings = AdaptSettings(str(weights), str(folder), batch_size=8, device="cpu")
     network = find_network(weights)
-    trainer = SelConTrainer(training_config(network, settings, 40, tmp_path / "out"))
+    trainer = SelConTrainer(training_config(network, settings, tmp_path / "out"))
     trainer.resume_or_load(False)
     (hook,) = (hook for hook in trainer._hooks if isinstance(hook, MethodHook))
     hook.before_train()

@@ -160,7 +160,7 @@ def test_adaptation_begins_with_the_features_that_are_extracted(
         **{**vars(settings), "weights": str(weights), "backbone": name, "options": options}
     )
     network = find_network(still.weights, backbone=name)
-    cfg = training_config(network, still, 40, tmp_path / "run")
+    cfg = training_config(network, still, tmp_path / "run")
     engine = build_engine(cfg)
     engine._prepare_network()
     file = tmp_path / "start.pth"
@@ -227,7 +227,7 @@ def test_another_method_than_that_of_the_config(
             }
         )
         network = find_network(second.weights)
-        cfg = training_config(network, second, 40, tmp_path / f"two{method}")
+        cfg = training_config(network, second, tmp_path / f"two{method}")
         assert cfg.selcon.method == expected
         assert (cfg.data.height, cfg.selcon.embedding_dim) == (64, 512)
 
