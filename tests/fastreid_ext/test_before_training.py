@@ -202,14 +202,21 @@ def test_evaluator_of_a_script_decides_which_test_sets_it_evaluates(
     small: type[Small], tiny_cfg: CfgNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Trainer(SelConTrainer):
+        evaluates = True
+
         @classmethod
         def build_evaluator(
             cls, cfg: CfgNode, dataset_name: str, output_dir: str | None = None
         ) -> Any:
+            if not cls.evaluates:
+                raise NotImplementedError
             loader, num_query = cls.build_test_loader(cfg, dataset_name)
             return loader, ReidEvaluator(cfg, num_query, output_dir)
 
     monkeypatch.setattr(small, "camera", 1)
+    with pytest.raises(ValueError, match=r"Small: ReidEvaluator fails.*do not appear"):
+        Trainer(tiny_cfg, show_progress=False)
+    monkeypatch.setattr(Trainer, "evaluates", False)
     Trainer(tiny_cfg, show_progress=False)
     with pytest.raises(ValueError, match="Small"):
         SelConTrainer(tiny_cfg, show_progress=False)
