@@ -51,6 +51,8 @@ def main(argv: list[str]) -> int:
             camera=args.camera,
             not_camera=args.not_camera,
             threshold=threshold,
+            center_cameras=args.center_cameras,
+            query_camera=args.query_camera,
         )
     except ImageReadError as error:
         raise ValueError(f"a query cannot be read: {error}") from error
@@ -64,9 +66,7 @@ def main(argv: list[str]) -> int:
         sys.stdout.write(json.dumps(content, indent=2) + "\n")
     else:
         note = f"threshold {description}\n" if description else ""
-        # Without a threshold, the cameras or the query itself leave none.
-        reason = "reaches the threshold" if description else "is left to compare with"
-        sys.stdout.write(_table(results, f"no image {reason}") + note)
+        sys.stdout.write(_table(results) + note)
     if args.html:
         note = f" Threshold {description}." if description else ""
         summary = f"{args.index}: {index}.{note}"
@@ -93,19 +93,22 @@ def _threshold(index: Index, given: str) -> tuple[float, str, bool | None]:
     return value, f"{value:g}", None
 
 
-def _table(results: Sequence[QueryResult], empty: str) -> str:
-    """Return a table per query; ``empty`` states why one has no result."""
+def _table(results: Sequence[QueryResult]) -> str:
+    """Return a table per query."""
     lines = []
     for result in results:
         lines.append(printable(result.query))
         lines.append("  rank  cosine  camera      image")
+        if result.below:
+            lines.append("  no image reaches the threshold; the nearest below it:")
+        elif not result.matches:
+            # The cameras, or the query itself, leave none.
+            lines.append("  no image is left to compare with")
         lines.extend(
             f"  {rank:4d}  {match.similarity:6.3f}  {printable(match.camera or '-'):10s}  "
             f"{printable(match.path)}"
-            for rank, match in enumerate(result.matches, start=1)
+            for rank, match in enumerate(result.matches or result.below, start=1)
         )
-        if not result.matches:
-            lines.append(f"  {empty}")
     return "\n".join(lines) + "\n"
 
 
@@ -139,6 +142,16 @@ def _parser() -> CommandParser:
         help="smallest cosine similarity of a result; auto: unsupervised choice from the "
         "features of the index; default: no threshold",
     )
+    parser.add_argument(
+        "--center-cameras",
+        action="store_true",
+        help="remove what the images of a camera have in common; for searches in other "
+        "cameras, with two cameras of at least 100 images",
+    )
+    parser.add_argument(
+        "--query-camera", metavar="NAME",
+        help="camera of images that are not in the index, for --center-cameras",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="write JSON to stdout")
     parser.add_argument(
         "--html", default="", metavar="FILE", help="also write the results as an HTML page"

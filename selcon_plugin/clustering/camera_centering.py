@@ -58,20 +58,32 @@ def center_cameras(features: Tensor, camids: Tensor) -> Tensor:
     cameras, camera_of, counts = torch.unique(
         camids.to(features.device), return_inverse=True, return_counts=True
     )
-    centered = _is_centered(cameras, counts)
-    if not centered.any():
+    if not _is_centered(cameras, counts).any():
         return features
-    # Cameras are renumbered; those left unchanged get -1.
-    number = torch.where(centered, centered.cumsum(dim=0) - 1, -1)
-    camera_of, counts = number[camera_of], counts[centered].to(features)[:, None]
     means = cluster_means(
         features, camera_of, num_clusters=len(counts), normalize=False
     )  # (cameras, C)
-    global_mean = (means * counts).sum(dim=0) / counts.sum()
-    shift = (global_mean - means) * counts / (counts + PRIOR_IMAGES)
-    shift = F.pad(shift, (0, 0, 0, 1))  # row -1 adds nothing
+    shift = camera_shifts(cameras, counts, means)
     result = torch.empty_like(features)
     for start in range(0, len(features), _ROWS_AT_ONCE):  # avoids another full copy
         rows = slice(start, start + _ROWS_AT_ONCE)
         result[rows] = F.normalize(features[rows] + shift[camera_of[rows]], dim=1)
     return result
+
+
+def camera_shifts(cameras: Tensor, counts: Tensor, means: Tensor) -> Tensor:
+    """Return the offset that :func:`center_cameras` adds to the features of each camera.
+
+    Args:
+        cameras: Id of each of K cameras, int64 ``(K,)``, -1 for the images of unknown
+            camera.
+        counts: Number of images of each camera, int64 ``(K,)``.
+        means: Mean of the features of each camera's images, shape ``(K, C)``.
+
+    Returns:
+        Offsets ``(K, C)``, 0 for cameras that are not centered.
+    """
+    # Cameras that are not centered count as ones without images.
+    counts = torch.where(_is_centered(cameras, counts), counts, 0).to(means)[:, None]
+    global_mean = (means * counts).sum(dim=0) / counts.sum().clamp(min=1)
+    return (global_mean - means) * counts / (counts + PRIOR_IMAGES)

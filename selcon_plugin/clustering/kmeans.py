@@ -177,10 +177,7 @@ class KMeansLabeler(Labeler):
         """
         array = np.ascontiguousarray(features.detach().cpu().numpy(), dtype=np.float32)
         first, number = np.unique(copy_groups(features), return_inverse=True)
-        num_clusters = self.num_clusters
-        if num_clusters == "auto":
-            num_clusters = choose_num_clusters(array[first])
-            logger.info("%d clusters (num_clusters auto)", num_clusters)
+        num_clusters = self._num_clusters(array[first])
         if len(first) >= num_clusters:  # copies have the same nearest center
             first = number = np.arange(len(features))
         else:
@@ -201,3 +198,10 @@ class KMeansLabeler(Labeler):
         else:
             labels = _sklearn_labels(array, centers)
         return PseudoLabels.numbered(np.asarray(labels)[number])
+
+    def _num_clusters(self, features: NDArray[np.float32]) -> int:
+        if self.num_clusters != "auto":
+            return self.num_clusters
+        chosen = choose_num_clusters(features)
+        logger.info("%d clusters (num_clusters auto)", chosen)
+        return chosen

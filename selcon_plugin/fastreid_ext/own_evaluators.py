@@ -153,7 +153,7 @@ def _rehearse(kind: Any, cfg: CfgNode, name: str, model: SelCon) -> None:
 
 def _place(error: Exception, evaluator: Any) -> str:
     """Return file and line of an error, those of the project if its code is on the way."""
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = list(traceback.extract_tb(error.__traceback__))
     if evaluator is not None:
         folder = os.path.dirname(inspect.getfile(type(evaluator)))
         frames = [f for f in frames if f.filename.startswith(folder)] or frames

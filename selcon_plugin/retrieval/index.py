@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,7 @@ from selcon_plugin.inference.arguments import (
 from selcon_plugin.io.output_files import check_output_folder
 from selcon_plugin.renamed import accept_old_arguments
 from selcon_plugin.retrieval.approximate import SearchKind, choose_kind
+from selcon_plugin.retrieval.centering import CenteredFeatures
 from selcon_plugin.retrieval.exact import search_exactly
 from selcon_plugin.retrieval.images import images_below
 from selcon_plugin.retrieval.nearest import Recall, find_nearest
@@ -74,6 +76,7 @@ class Index:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._search = StoredSearch(store)
+        self._offsets: tuple[Snapshot, CenteredFeatures] | None = None
 
     @classmethod
     def create(
@@ -359,6 +362,8 @@ class Index:
         not_camera: Sequence[str] = (),
         threshold: float = -1.0,
         leave_out: Sequence[str] = (),
+        center_cameras: bool = False,
+        query_cameras: Sequence[str | None] = (),
     ) -> list[tuple[Match, ...]]:
         """Find the images nearest to query features.
 
@@ -369,6 +374,11 @@ class Index:
             not_camera: Cameras to exclude.
             threshold: Smallest cosine of a result.
             leave_out: For each query a file to exclude, such as the query itself.
+            center_cameras: Whether to center the features per camera, as
+                :func:`selcon_plugin.clustering.camera_centering.center_cameras` does, with
+                the means of the index. Such a search is exact.
+            query_cameras: For each query its camera, for centering; None where unknown:
+                that query is not centered. Empty if no camera is known.
 
         Returns:
             The matches of each query, most similar first; among equal ones, the one that
@@ -376,28 +386,31 @@ class Index:
 
         Raises:
             ValueError: If the features have another dimension or are not finite, ``top`` is
-                below 1, or no image has one of the cameras.
-        """
+                below 1, no image has one of the cameras, or fewer than two cameras have
+                the 100 images that centering needs.
+        """  # noqa: DOC502  (raised by the functions called here)
         top = check_count("top", top)
         threshold = check_cosine("threshold", threshold)
         queries = check_features(features, source="the features of queries", dim=self.dim)
-        if isinstance(leave_out, (str, os.PathLike)) or len(leave_out) not in (
-            0,
-            len(queries),
-        ):
-            raise ValueError(
-                f"leave_out must be a list of {len(queries)} paths, one per query, got "
-                f"{leave_out!r}"
-            )
+        _check_per_query("leave_out", leave_out, len(queries), "paths")
+        _check_per_query("query_cameras", query_cameras, len(queries), "names of cameras")
         state = self._store.state
-        allowed = _allowed(
-            state, check_texts("camera", camera), check_texts("not_camera", not_camera)
+        allowed = state.allowed(
+            check_texts("camera", camera), check_texts("not_camera", not_camera)
         )
-        search = self._search.get(state)
         # One more result, because one may be left out. There are no more than images, and
         # the memory of the search grows with the number.
         count = min(top, max(state.num_live, 1)) + bool(leave_out)
-        similarity, rows = find_nearest(state, search, queries, allowed, count)
+        if center_cameras:
+            state.check_cameras([name for name in query_cameras if name is not None])
+            centered = self._centered(state)
+            queries = centered.center(queries, query_cameras or [None] * len(queries))
+            similarity, rows = search_exactly(
+                queries, centered, np.flatnonzero(allowed), count
+            )
+        else:
+            search = self._search.get(state)
+            similarity, rows = find_nearest(state, search, queries, allowed, count)
         results = []
         for number in range(len(queries)):
             own = (
@@ -438,24 +451,26 @@ class Index:
         itself[~itself.any(axis=1), -1] = True  # the image has too many duplicates
         return suggest_threshold(similarity[~itself].reshape(count, -1))
 
+    def cameras_of(self, files: Sequence[str]) -> list[str | None]:
+        """Return the camera of each file; None where it is unknown or not in the index.
 
-def _allowed(
-    state: Snapshot, camera: Sequence[str], not_camera: Sequence[str]
-) -> NDArray[np.bool_]:
-    """Return the mask of the rows that a search may find, shape ``(N,)``."""
-    allowed = state.live
-    if not camera and not not_camera:
-        return allowed
-    known = state.camera_names
-    for name in (*camera, *not_camera):
-        if name not in known:
-            raise ValueError(
-                f"no image of the index is from camera {name!r}; its cameras are "
-                f"{', '.join(known) or 'none'}"
-            )
-    cameras = state.cameras
-    if camera:
-        allowed = allowed & np.isin(cameras.astype(str), camera) & (cameras != None)  # noqa: E711
-    for name in not_camera:
-        allowed = allowed & (cameras != name)
-    return allowed
+        Args:
+            files: Paths of images.
+        """
+        state = self._store.state
+        row_of, _ = state.rows_by_key()
+        rows = [row_of.get(os.path.realpath(file)) if file else None for file in files]
+        return [None if row is None else state.images[row].camera for row in rows]
+
+    def _centered(self, state: Snapshot) -> CenteredFeatures:
+        """Return the centered features; their offsets are computed once per state."""
+        if self._offsets is None or self._offsets[0] is not state:
+            self._offsets = state, CenteredFeatures(state)
+        return self._offsets[1]
+
+
+def _check_per_query(name: str, values: Any, count: int, kind: str) -> None:
+    if isinstance(values, (str, os.PathLike)) or len(values) not in (0, count):
+        raise ValueError(
+            f"{name} must be a list of {count} {kind}, one per query, got {values!r}"
+        )

@@ -14,7 +14,7 @@ from selcon_plugin.datasets.reading import ImageReadError, read_rgb
 from selcon_plugin.io.atomic import make_folder, write_atomically
 from selcon_plugin.io.output_files import PAGES, check_output_file
 from selcon_plugin.report.document import Picture, Section, render_page
-from selcon_plugin.retrieval.results import QueryResult
+from selcon_plugin.retrieval.results import Match, QueryResult
 
 _THUMBNAIL = (96, 192)  # width and height at most
 _QUALITY = 80
@@ -32,11 +32,12 @@ class _Match:
 
 @dataclass(frozen=True)
 class _Query:
-    """A query and its results, the best first."""
+    """A query and its results, the best first, or the nearest below the threshold."""
 
     picture: Picture | None
     path: str
     matches: Sequence[_Match]
+    below: Sequence[_Match]
 
 
 def write_page(
@@ -77,17 +78,22 @@ def write_page(
 
 
 def _query(result: QueryResult, show_images: bool) -> _Query:
-    matches = [
+    picture = _thumbnail(result.query, "the query", show_images)
+    matches = _matches(result.matches, "result", show_images)
+    below = _matches(result.below, "below the threshold", show_images)
+    return _Query(picture, result.query, matches, below)
+
+
+def _matches(matches: Sequence[Match], text: str, show_images: bool) -> list[_Match]:
+    return [
         _Match(
-            _thumbnail(match.path, f"result {rank}", show_images),
+            _thumbnail(match.path, f"{text} {rank}", show_images),
             f"{match.similarity:.3f}",
             match.camera,
             match.path,
         )
-        for rank, match in enumerate(result.matches, start=1)
+        for rank, match in enumerate(matches, start=1)
     ]
-    picture = _thumbnail(result.query, "the query", show_images)
-    return _Query(picture, result.query, matches)
 
 
 def _thumbnail(path: str, text: str, show: bool) -> Picture | None:

@@ -14,12 +14,14 @@ from PIL import Image
 
 from selcon_plugin.datasets.reading import as_rgb, describe_faults
 from selcon_plugin.features import check_features
-from selcon_plugin.inference.arguments import check_list
+from selcon_plugin.inference.arguments import check_cosine, check_list
 from selcon_plugin.retrieval.index import Index
 from selcon_plugin.retrieval.results import QueryResult
 from selcon_plugin.retrieval.source import ImageEmbedder
 
 logger = logging.getLogger(__name__)
+
+_NUM_BELOW = 3  # nearest images that are shown if none reaches the threshold
 
 _Query = str | Path | bytes | Image.Image | NDArray[np.uint8]
 
@@ -33,6 +35,8 @@ def search(
     camera: Sequence[str] = (),
     not_camera: Sequence[str] = (),
     threshold: float = -1.0,
+    center_cameras: bool = False,
+    query_camera: str | None = None,
 ) -> list[QueryResult]:
     """Find the persons of query images in an index.
 
@@ -47,10 +51,15 @@ def search(
         camera: Cameras to search; empty for all.
         not_camera: Cameras to exclude.
         threshold: Smallest cosine of a result.
+        center_cameras: Whether to center the features of index and queries per camera, as
+            :meth:`Index.search` does. A query that is in the index has its camera there.
+        query_camera: Camera of queries that are not in the index. If None, a warning says
+            how many queries are not centered.
 
     Returns:
-        The results of each query, most similar first. A warning lists the results whose
-        files are gone since they were added.
+        The results of each query, most similar first, or the three nearest images below
+        the threshold if none reaches it. A warning lists the results whose files are gone
+        since they were added.
 
     Raises:
         BadFeaturesError: If the network does not return a unit vector per query.
@@ -76,24 +85,44 @@ def search(
             rows=len(images),
             dim=index.dim,
         )
+    threshold = check_cosine("threshold", threshold)
+    cameras = _query_cameras(index, files, query_camera) if center_cameras else []
     found = index.search(
         features,
         top=top,
         camera=camera,
         not_camera=not_camera,
-        threshold=threshold,
         leave_out=files,
+        center_cameras=center_cameras,
+        query_cameras=cameras,
     )
-    results = [
-        QueryResult(file or f"query {number}", matches)
-        for number, (file, matches) in enumerate(zip(files, found, strict=True), start=1)
-    ]
+    results = []
+    for number, (file, nearest) in enumerate(zip(files, found, strict=True), start=1):
+        matches = tuple(match for match in nearest if match.similarity >= threshold)
+        below = () if matches else nearest[:_NUM_BELOW]
+        results.append(QueryResult(file or f"query {number}", matches, below))
     _warn_of_missing_files(results)
     return results
 
 
+def _query_cameras(
+    index: Index, files: Sequence[str], query_camera: str | None
+) -> list[str | None]:
+    """Return the camera of each query: that of the index, else the given one."""
+    cameras = [camera or query_camera for camera in index.cameras_of(files)]
+    if unknown := cameras.count(None):
+        logger.warning(
+            "%d of %d queries are not in the index and of unknown camera: their features "
+            "are not centered. Give query_camera if all are of one camera",
+            *(unknown, len(cameras)),
+        )
+    return cameras
+
+
 def _warn_of_missing_files(results: Sequence[QueryResult]) -> None:
-    paths = dict.fromkeys(match.path for result in results for match in result.matches)
+    paths = dict.fromkeys(
+        match.path for result in results for match in (*result.matches, *result.below)
+    )
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
         logger.warning(

@@ -67,7 +67,10 @@ class QueryResult:
     Attributes:
         query: Path of the query image; ``"query 1"`` and so on for images in memory.
         matches: Retrieved images, most similar first.
+        below: Nearest images, all below the threshold, if no image reaches it; otherwise
+            empty.
     """
 
     query: str
     matches: tuple[Match, ...]
+    below: tuple[Match, ...] = ()

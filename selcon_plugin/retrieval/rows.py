@@ -132,6 +132,44 @@ class Snapshot:
         """Sorted names of the cameras of rows that are not removed."""
         return sorted({name for name in self.cameras[self.live] if name is not None})
 
+    def allowed(
+        self, camera: Sequence[str] = (), not_camera: Sequence[str] = ()
+    ) -> NDArray[np.bool_]:
+        """Return the mask of the rows that a search may find, shape ``(N,)``.
+
+        Args:
+            camera: Cameras to search; empty for all.
+            not_camera: Cameras to exclude.
+
+        Raises:
+            ValueError: If no image is from one of the cameras.
+        """  # noqa: DOC502  (raised by the functions called here)
+        allowed = self.live
+        self.check_cameras([*camera, *not_camera])
+        if camera:
+            is_named = np.isin(self.cameras.astype(str), camera)
+            allowed = allowed & is_named & (self.cameras != None)  # noqa: E711
+        for name in not_camera:
+            allowed = allowed & (self.cameras != name)
+        return allowed
+
+    def check_cameras(self, names: Sequence[str]) -> None:
+        """Refuse names of cameras that the index does not have.
+
+        Args:
+            names: Names of cameras.
+
+        Raises:
+            ValueError: If no image is from one of them.
+        """
+        known = self.camera_names if names else []
+        for name in names:
+            if name not in known:
+                raise ValueError(
+                    f"no image of the index is from camera {name!r}; its cameras are "
+                    f"{', '.join(known) or 'none'}"
+                )
+
     def rows_by_key(self) -> tuple[dict[str, int], list[int]]:
         """Return the row of each file by its key, and further rows of the same files."""
         rows: dict[str, int] = {}

@@ -13,7 +13,7 @@ from typing import Any
 from selcon_plugin.cli.main import main
 
 _rename = os.replace
-_folder = os.path.realpath(os.environ["RUN_FOLDER"])
+_folder = os.path.realpath(os.environ.get("RUN_FOLDER", ""))
 _order, _, _number = os.environ.get("KILL_AT", "").partition(" ")
 _writes: list[str] = []
 
@@ -36,5 +36,6 @@ def _replace(source: Any, target: Any, **options: Any) -> None:
     _die_if("after")
 
 
-os.replace = _replace
-sys.exit(main())
+if __name__ == "__main__":
+    os.replace = _replace
+    sys.exit(main())

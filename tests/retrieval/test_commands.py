@@ -89,8 +89,46 @@ def test_query_without_a_result_states_the_reason(made, capsys):
     cameras = (word for name in names for word in ("--not-camera", name))
     status, said, _ = run(capsys, *search, *cameras)
     assert (status, said.splitlines()[-1]) == (0, "  no image is left to compare with")
+    everything = run(capsys, *search, "--top", 3)[1].splitlines()[2:]
     status, said, _ = run(capsys, *search, "--threshold", "1")
-    assert (status, said.splitlines()[-2]) == (0, "  no image reaches the threshold")
+    lines = said.splitlines()
+    assert (status, lines[-1]) == (0, "threshold 1")
+    assert "no image reaches the threshold" in lines[2]
+    assert lines[3:-1] == everything  # the nearest ones, with their cosines
+    _, said, _ = run(capsys, *search, "--threshold", "1", "--json")
+    (result,) = json.loads(said)["queries"]
+    assert result["matches"] == []
+    assert [match["path"] for match in result["below"]] == [
+        line.split()[-1] for line in everything
+    ]
+    page = index.parent / "below.html"
+    run(capsys, *search, "--threshold", "1", "--html", page)
+    seen = Reader(page.read_text())
+    assert len(seen.all("img")) == 4
+    assert "No image reaches the threshold" in seen.text
+    assert "Nothing was found" not in seen.text
+
+
+def test_centered_search_needs_large_cameras(made, capsys, monkeypatch):
+    index, images = made
+    search = ("search", "--index", index, images / "cam0/p2_0.png", "--center-cameras")
+    status, _, said = run(capsys, *search)
+    assert (status, said.count("\n")) == (2, 1)
+    assert "100 images" in said
+    assert "cam0 12, cam1 12" in said
+    for module in ("clustering.camera_centering", "retrieval.centering"):
+        monkeypatch.setattr(f"selcon_plugin.{module}.MIN_IMAGES_PER_CAMERA", 12)
+    status, said, warned = run(capsys, *search, "--not-camera", "cam0")
+    assert (status, warned) == (0, "")  # the query is in the index
+    assert said.splitlines()[2].split()[2] == "cam1"
+    other = images.parent / "other.png"
+    other.write_bytes((images / "cam0/p2_2.png").read_bytes())
+    search = (*search[:3], other, "--center-cameras")
+    assert run(capsys, *search)[0] == 0
+    assert run(capsys, *search, "--query-camera", "cam1")[0] == 0
+    status, _, said = run(capsys, *search, "--query-camera", "cam9")
+    assert status == 2
+    assert "'cam9'" in said
 
 
 def test_search_writes_json_for_scripts(made, capsys):

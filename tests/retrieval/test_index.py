@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers.indexes import OfDim, filled
+from helpers.indexes import unit as unit_rows
 from selcon_plugin.datasets import read_image_folder
 from selcon_plugin.engine.image_check import BadImagesError
 from selcon_plugin.retrieval import Index, exact, search, stored_search
@@ -23,31 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def unit(rng, count, dim=32):
-    rows = rng.normal(size=(count, dim)).astype(np.float32)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-
-class OfDim:
-    """An embedder of any length, for indexes that are filled by hand."""
-
-    def __init__(self, dim):
-        self.dim = dim
-
-    def __call__(self, images, *, batch_size=64):
-        return unit(np.random.default_rng(0), len(images), self.dim)
-
-
-def filled(folder, features, *, cameras=None, **options):
-    """An index of given features, as if images had been read."""
-    index = Index.create(folder, OfDim(features.shape[1]), **options)
-    images = [
-        IndexedImage(f"/crops/{row}.jpg", cameras[row] if cameras else None, 1, 1)
-        for row in range(len(features))
-    ]
-    with index._store.writing():
-        index._store.append(features, images)
-        index._maintain()
-    return index
+    return unit_rows(rng.normal(size=(count, dim)))
 
 
 def found_by(index, features, **options):

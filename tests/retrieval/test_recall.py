@@ -5,26 +5,15 @@ import logging
 import numpy as np
 import pytest
 
+from helpers.indexes import filled, unit
 from selcon_plugin.retrieval import Index, approximate, nearest
 from selcon_plugin.retrieval.approximate import Approximate
 from selcon_plugin.retrieval.nearest import MIN_RECALL
-from selcon_plugin.retrieval.store import IndexedImage
 
 pytest.importorskip("faiss")
 
 DIM, TOP = 32, 10
 KINDS = ("hnsw", "ivf")
-
-
-class OfDim:
-    dim = DIM
-
-    def __call__(self, images, *, batch_size=64):
-        return unit(np.random.default_rng(0).normal(size=(len(images), DIM)))
-
-
-def unit(rows):
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
 def persons(people, cameras, frames, *, seed=0, camera_effect=0.7):
@@ -39,14 +28,7 @@ def persons(people, cameras, frames, *, seed=0, camera_effect=0.7):
 
 
 def made(folder, features, cameras, kind):
-    index = Index.create(folder, OfDim(), kind=kind)
-    images = [
-        IndexedImage(f"/c/{row}.jpg", f"cam{camera}", 1, 1)
-        for row, camera in enumerate(cameras)
-    ]
-    with index._store.writing():
-        index._store.append(features, images)
-        index._maintain()
+    index = filled(folder, features, cameras=[f"cam{c}" for c in cameras], kind=kind)
     assert index.kind == kind
     return index
 
@@ -59,7 +41,7 @@ def recall(index, features, queries, allowed, **options):
         count = min(TOP, int(allowed.sum()))
         want = np.sort(cosines)[::-1][:count]
         (matches,) = index.search(query[None], top=TOP, **options)
-        rows = [int(match.path[3:-4]) for match in matches]
+        rows = [int(match.path[7:-4]) for match in matches]
         assert allowed[rows].all()
         assert len(set(rows)) == len(rows) == count
         hits += int((cosines[rows] >= want[-1] - 1e-6).sum())

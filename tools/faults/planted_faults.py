@@ -112,8 +112,8 @@ FAULTS = (
         "cameras_moved_apart",
         "centering moves the images of a camera away from those of the others",
         "clustering/camera_centering.py",
-        "shift = (global_mean - means)",
-        "shift = (means - global_mean)",
+        "return (global_mean - means)",
+        "return (means - global_mean)",
         CENTERING,
     ),
     Fault(
