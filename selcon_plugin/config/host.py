@@ -7,14 +7,15 @@ and an entry in ``selcon_plugin.hosts``.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from selcon_plugin.config.checks import flatten_config
+from selcon_plugin.config.checks import flatten_config, value_of
 from selcon_plugin.config.demo import Demo
 from selcon_plugin.config.files import builtin_config
 from selcon_plugin.config.help import ConfigHelp
@@ -119,11 +120,22 @@ class Host(ABC):
             merger.merge_file(file)
         merger.merge_overrides(overrides or {})
         merger.merge_options(options)
+        self._follow_training_data(cfg, merger.given)
         self._name_images(cfg, images, camera_pattern)
         with merger.located():
             cfg = self.complete_config(cfg)
         cfg.freeze()
         return cfg
+
+    def _follow_training_data(self, cfg: Any, given: Collection[str]) -> None:
+        """Test on the training data where only these are named.
+
+        The hosts' default is Market-1501, whichever data set is trained on.
+        """
+        data, tests = self.run_keys.training_data, self.run_keys.test_data
+        if data in given and tests not in given:
+            node, _, name = tests.rpartition(".")
+            value_of(cfg, node)[name] = copy.copy(value_of(cfg, data))
 
     @abstractmethod
     def _name_images(self, cfg: Any, images: str, camera_pattern: str) -> None:

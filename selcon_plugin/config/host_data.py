@@ -26,7 +26,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class RunKeys:
-    """Full keys of the settings that each host has under its own name."""
+    """Full keys of the settings that each host has under its own name.
+
+    The data sets may be unknown, as empty texts.
+    """
 
     output: str
     epochs: str
@@ -34,6 +37,8 @@ class RunKeys:
     learning_rate: str
     num_workers: str
     weights: str
+    training_data: str = ""
+    test_data: str = ""
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,9 @@ class Merger:
     Args:
         cfg: Config of a host with its defaults, not frozen.
         keys: The plugin's keys in it.
+
+    Attributes:
+        given: Full keys that were set.
     """
 
     def __init__(self, cfg: Any, keys: ConfigKeys) -> None:
@@ -51,6 +54,7 @@ class Merger:
         self._options = keys.options_by_key()
         self._optional = keys.optional_keys()
         self._places: dict[str, str] = {}
+        self.given: set[str] = set()
 
     def merge_file(self, file: str) -> None:
         """Merge a config file with the files that it is based on.
@@ -157,6 +161,7 @@ class Merger:
         if setting.value is None:
             raise ValueError(f"{setting.place}: {key} is one value, not a group of keys")
         node[name] = self._read(key, setting.value, setting.place)
+        self.given.add(key)
 
     def _node(self, key: str, setting: Setting) -> tuple[Any, str]:
         """Return the node of a key and the last part of its name."""

@@ -70,6 +70,8 @@ class FastReIDHost(Host):
         learning_rate="SOLVER.BASE_LR",
         num_workers="DATALOADER.NUM_WORKERS",
         weights="MODEL.WEIGHTS",
+        training_data="DATASETS.NAMES",
+        test_data="DATASETS.TESTS",
     )
     run_files = RunFiles(
         begun="last_checkpoint",

@@ -70,6 +70,8 @@ class TorchreidHost(Host):
         learning_rate="train.lr",
         num_workers="data.workers",
         weights="model.load_weights",
+        training_data="data.sources",
+        test_data="data.targets",
     )
     run_files = RunFiles(
         begun="model",

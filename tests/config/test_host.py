@@ -17,7 +17,7 @@ from PIL import Image
 import selcon_plugin
 from selcon_plugin import hosts
 from selcon_plugin.cli.main import main
-from selcon_plugin.config.checks import flatten_config
+from selcon_plugin.config.checks import flatten_config, value_of
 from selcon_plugin.config.host_data import (
     Adaptation,
     NetworkSettings,
@@ -145,6 +145,36 @@ def test_options_come_after_the_overrides(host):
     assert host.overrides(epochs=None) == {}
     with pytest.raises(ValueError, match=f"{key}S?.*did you mean"):
         host.load_config(overrides={key + key[-1]: 5})
+
+
+def test_a_run_tests_on_its_training_data_where_only_these_are_named(host, tmp_path):
+    data, tests = host.run_keys.training_data, host.run_keys.test_data
+    names = {"fastreid": "DukeMTMC", "torchreid": "dukemtmcreid"}
+    name, other = names[host.name], {"fastreid": "MSMT17", "torchreid": "msmt17"}[host.name]
+    default = value_of(host.load_config(options=_on_cpu(host)), tests)
+    assert "market1501" in str(default).lower()
+
+    def tested(options=(), file="", **how):
+        return value_of(host.load_config(file, [*options, *_on_cpu(host)], **how), tests)
+
+    trained = (data, f"['{name}']")
+    assert list(tested(trained)) == [name]
+    assert list(tested(overrides={data: [name]})) == [name]
+    file = tmp_path / "c.yml"
+    file.write_text(yaml.safe_dump(nested({data: [name]})))
+    assert list(tested(file=str(file))) == [name]
+    # Whatever is named stays.
+    assert list(tested((*trained, tests, f"['{other}']"))) == [other]
+    assert list(tested((*trained, tests, "[]"))) == []
+    file.write_text(yaml.safe_dump(nested({tests: [other]})))
+    assert list(tested(trained, file=str(file))) == [other]
+
+
+def nested(values):
+    ((key, value),) = values.items()
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
 
 
 def test_one_data_set_for_all_is_named_as_the_host_does(host):
