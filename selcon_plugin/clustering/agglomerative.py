@@ -18,7 +18,7 @@ from torch import Tensor
 from selcon_plugin.clustering.auto_threshold import (
     check_hint,
     choose_cut,
-    images_per_person,
+    images_for,
     threshold_for,
 )
 from selcon_plugin.clustering.base import Labeler, register_labeler
@@ -108,7 +108,7 @@ class AgglomerativeLabeler(Labeler):
                 threshold = choose_cut(hierarchy, features).threshold
             else:
                 threshold = threshold_for(self.images_per_person)
-            measured["images_per_person"] = images_per_person(threshold)
+            measured["images_per_person"] = images_for(threshold)
         labels = hierarchy.cut(threshold)
         labels[np.bincount(labels)[labels] < self._smallest] = OUTLIER
         measured["threshold"] = threshold

@@ -73,7 +73,7 @@ def threshold_for(images_per_person: float) -> float:
     return min(THRESHOLDS[-1], max(THRESHOLDS[0], 1 - 1 / images_per_person))
 
 
-def images_per_person(threshold: float) -> float:
+def images_for(threshold: float) -> float:
     """Return the number of images per person for which a threshold is right.
 
     Args:
@@ -83,7 +83,7 @@ def images_per_person(threshold: float) -> float:
         1 / (1 - t), the inverse of :func:`threshold_for`.
 
     Example:
-        >>> images_per_person(0.75)
+        >>> images_for(0.75)
         4.0
     """
     return 1 / (1 - threshold)
@@ -103,7 +103,7 @@ def estimate_images_per_person(features: Tensor) -> float:
         distance: 1.7 to 25.
     """
     hierarchy = average_linkage(multi_scale_distance(features))
-    return images_per_person(choose_cut(hierarchy, features).threshold)
+    return images_for(choose_cut(hierarchy, features).threshold)
 
 
 def check_hint(hint: float | str, options: Mapping[str, Any]) -> None:

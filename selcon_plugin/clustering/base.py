@@ -14,10 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from selcon_plugin.clustering.auto_threshold import mean_silhouette
 from selcon_plugin.clustering.camera_centering import center_cameras
 from selcon_plugin.clustering.copies import copy_groups, unite_copies
 from selcon_plugin.clustering.jaccard import unit_features
-from selcon_plugin.clustering.pseudo_labels import PseudoLabels
+from selcon_plugin.clustering.multi_scale import without_mean
+from selcon_plugin.clustering.pseudo_labels import PseudoLabels, outliers_as_singletons
 from selcon_plugin.clustering.quality import cluster_quality
 from selcon_plugin.options import Option, check_options, options_of
 from selcon_plugin.registry import Registry
@@ -204,7 +206,11 @@ class Labeler(ABC):
         found = replace(found, labels=PseudoLabels.numbered(labels).labels)
         for label_filter in self.filters:
             found = label_filter(found, features, camids, self)
-        found = replace(found, measured={**found.measured, **cluster_quality(found)})
+        silhouette = mean_silhouette(
+            without_mean(features), outliers_as_singletons(found.labels.numpy())
+        )
+        measured = {**found.measured, **cluster_quality(found)}
+        found = replace(found, measured={**measured, "cosine_silhouette": silhouette})
         sizes = found.sizes
         logger.info(
             "%s: %d clusters of %d to %d images, %d outliers among %d images, %.1f s",

@@ -20,8 +20,10 @@ logger = logging.getLogger(__name__)
 
 NEVER = "none"
 # Cluster metrics: 1 where the largest value is best, -1 where the smallest is.
-SIGNS = {"outlier_ratio": -1, "stability": 1, "silhouette": 1}
+SIGNS = {"outlier_ratio": -1, "stability": 1, "silhouette": 1, "cosine_silhouette": 1}
 KEEP_BEST_BY = (NEVER, *SIGNS)
+# The others say nothing of a network before training: its few clusters may be stable.
+_OF_UNTRAINED = ("cosine_silhouette",)
 
 BEST_FILE = "best_without_labels.pth"
 
@@ -43,20 +45,50 @@ class BestWeights:
         self._sign = SIGNS[criterion]
         self._save = save
         self.value: float | None = None
+        self.epochs = 0
+        self.untrained: float | None = None
 
     def offer(self, measured: Mapping[str, float], epochs: int) -> None:
         """Save the current weights if they are the best so far.
 
         Args:
             measured: Metrics by name; nothing is saved if the criterion is missing.
-            epochs: Epochs that these weights were trained for.
+            epochs: Epochs that these weights were trained for; the weights before training
+                take part only if the criterion is comparable for them.
         """
         value = measured.get(self.criterion, math.nan)
+        if not epochs:
+            if self.criterion not in _OF_UNTRAINED:
+                return
+            self.untrained = value
         if not self._is_better(value):
             return
-        self.value = value
+        self.value, self.epochs = value, epochs
         self._save(epochs, self.state_dict())
         logger.info("Best %s so far: %.4g, after %d epochs", self.criterion, value, epochs)
+
+    def log_verdict(self) -> None:
+        """Log whether the training has made the network better, at the end of a run."""
+        if self.untrained is None or self.value is None:
+            return
+        change = f"{self.criterion} {self.untrained:.3f} before training"
+        if self.epochs:
+            logger.info(
+                "%s, %.3f after %d epochs: those weights are kept in %s",
+                change,
+                self.value,
+                self.epochs,
+                BEST_FILE,
+            )
+        else:
+            logger.warning(
+                "%s, and no epoch is better: the training has not made the network better "
+                "on these images, and %s holds the network as it was before. Lower the "
+                "learning rate, start from a network that was trained on persons, or give "
+                "--images-per-person",
+                change,
+                BEST_FILE,
+            )
 
     def _is_better(self, value: float) -> bool:
         if math.isnan(value):
@@ -84,9 +116,10 @@ class BestWeights:
             self.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the criterion and its best value so far."""
+        """Return the criterion, its best value so far with its epochs, and the first."""
         # "figure" is the key in checkpoints of all versions.  allow-phrase (a key)
-        return {"figure": self.criterion, "value": self.value}  # allow-phrase (a key)
+        state = {"figure": self.criterion, "value": self.value}  # allow-phrase (a key)
+        return {**state, "epochs": self.epochs, "untrained": self.untrained}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the best value from a checkpoint that used the same criterion.
@@ -97,3 +130,5 @@ class BestWeights:
         criterion = present_value("keep_best_by", state["figure"])  # allow-phrase (a key)
         if criterion == self.criterion and state["value"] is not None:
             self.value = float(state["value"])
+            self.epochs = int(state.get("epochs", 0))
+            self.untrained = state.get("untrained")

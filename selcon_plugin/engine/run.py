@@ -264,9 +264,10 @@ class TrainingRun:
         if rank() == 0:
             found = self._label(embeddings, usable)
             self._offer({**found.measured, **measure_clusters(found)}, epochs)
+            self.best.log_verdict()
 
     def _offer(self, measured: Mapping[str, float], epochs: int) -> None:
-        if self.best is None or not self.method.step:  # weights before training
+        if self.best is None:
             return
         # One cluster of all images would win: it has no outliers and never changes.
         if not find_collapse_signs(measured, len(self.dataset)).clusters:

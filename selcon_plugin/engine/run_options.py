@@ -37,9 +37,12 @@ class RunOptions:
         keep_checkpoints: Number of periodic checkpoints to keep, the newest ones; 0 keeps
             all. They contain the banks.
         keep_best_by: Label-free criterion by which the weights of the best epoch are kept,
-            in ``best_without_labels.pth``: fewest outliers, or the largest stability or
-            silhouette. The images are clustered once more after the last epoch ([how
-            reliable each is](../docs/benchmarks/market1501.md#label-free-criteria)).
+            in ``best_without_labels.pth``: fewest outliers, or the largest stability,
+            silhouette by the Jaccard distance, or silhouette by the cosine distance
+            (``cosine_silhouette``). The last one also measures the network before training,
+            and the run ends with a verdict. The images are clustered once more after the
+            last epoch ([how reliable each
+            is](../docs/benchmarks/market1501.md#label-free-criteria)).
         sampler: How batches are sampled: ``stream`` shuffles all images; ``pk_camera``
             takes K images of each of P clusters, from different cameras where possible;
             ``pk`` ignores cameras; ``proxy`` takes K images of each of P cluster-camera

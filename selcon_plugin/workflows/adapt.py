@@ -341,7 +341,12 @@ class _Measure:
         if epochs in known:
             return
         try:
-            quality = label_free_quality(self._features(file, cfg).features)
+            found = self._features(file, cfg)
+            quality = label_free_quality(
+                found.features,
+                found.camids,
+                images_per_person=self._settings.images_per_person,
+            )
         except (FloatingPointError, BadFeaturesError):  # e.g. weights that are not finite
             quality = None
         # The path is absolute, as a later call may have another working directory.
@@ -374,9 +379,8 @@ def _summary(quality: LabelFreeQuality | None) -> str:
     if quality.collapse:
         return f"quality 0: the features are collapsed, {quality.collapse}"
     return (
-        f"quality {quality.value:.4f} (silhouette {quality.silhouette:.3f}, coverage "
-        f"{quality.coverage:.3f}, stability {quality.stability:.3f}; "
-        f"{quality.num_clusters} clusters, {100 * quality.outlier_ratio:.0f} % outliers)"
+        f"quality {quality.value:.4f} (silhouette; {quality.num_clusters} clusters, "
+        f"{100 * quality.outlier_ratio:.0f} % outliers)"
     )
 
 

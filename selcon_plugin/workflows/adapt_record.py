@@ -115,6 +115,8 @@ class AdaptRecord:
             changed = _changed(earlier, current)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} is damaged: remove it to start over") from error
+        if not content.get("done"):  # earlier versions measured another criterion
+            candidates = [c for c in candidates if _is_comparable(c)]
         if not changed:
             done = bool(content.get("done"))
             return cls(file, current, candidates, done, content.get("result"))
@@ -189,6 +191,14 @@ def _has_trained(folder: Path, candidates: list[Candidate]) -> bool:
 
 def _candidate(entry: Mapping[str, Any]) -> Candidate:
     quality = entry["quality"]
+    if quality and "threshold" not in quality:  # of an earlier version
+        known = {"value", "num_clusters", "outlier_ratio", "collapse"}
+        quality = {name: value for name, value in quality.items() if name in known}
+        quality |= {"threshold": 0.0, "images_per_person": 0.0}
     return Candidate(
         entry["epochs"], entry["file"], quality and LabelFreeQuality(**quality)
     )
+
+
+def _is_comparable(candidate: Candidate) -> bool:
+    return candidate.quality is None or candidate.quality.threshold > 0

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from selcon_plugin.clustering import PseudoLabels, build_labeler, labeler_options
+from selcon_plugin.clustering import PseudoLabels, build_labeler
 from selcon_plugin.clustering.base import clustering_device
 from selcon_plugin.clustering.camera_centering import num_centered
-from selcon_plugin.clustering.remedies import fewer_outliers
 from selcon_plugin.datasets import ImageItem, read_image_folder
 from selcon_plugin.datasets.content import content_hashes, list_hash
 from selcon_plugin.datasets.numbering import UNKNOWN, number_names
@@ -48,6 +47,7 @@ from selcon_plugin.workflows.folder_clusters import (
     chosen_labeler,
     cluster_features,
     default_options,
+    summary,
 )
 
 __all__ = ["cluster", "cluster_folder", "fingerprint", "image_key"]
@@ -56,18 +56,6 @@ CSV_FILE, FEATURES_FILE, SHEET_FILE = "clusters.csv", "features.npz", "contact_s
 LINKS_FOLDER = "links"
 # Records the network and the images from which the saved features were computed.
 _SOURCE_FILE = "features.json"
-# What the summary tells of a clustering.
-_MEASURED = {
-    "eps": "eps",
-    "threshold": "threshold",
-    "images_per_person": "images per person about",
-}
-_LOW_CONFIDENCE = 0.5
-_LOW = (
-    ": more than half of the pairs in clusters are expected to be of different persons, as "
-    "this network does not tell these persons apart; use one that was trained on persons, "
-    "or train on these images (selcon train)"
-)
 # A larger sheet would exceed the maximum size of JPEG images.
 _MOST_SHEET_ROWS = 400
 
@@ -163,7 +151,7 @@ def cluster_folder(
         )
         clusters = dataclasses.replace(clusters, folder=str(folder))
         clusters.to_csv(output / CSV_FILE)
-        echo(f"{_summary(clusters, labeler)}: {output / CSV_FILE}")
+        echo(f"{summary(clusters, labeler)}: {output / CSV_FILE}")
         if links:
             link_clusters(clusters, output / LINKS_FOLDER)
             echo(f"Links by cluster: {output / LINKS_FOLDER}")
@@ -466,26 +454,6 @@ def _cluster(
     )
     echo(f"Clustered in {time.perf_counter() - started:.1f} s")
     return labels
-
-
-def _summary(found: FolderClusters, labeler: str) -> str:
-    if not found.num_clusters:
-        remedy = fewer_outliers(labeler_options(labeler))
-        return f"No cluster was found; {remedy}, or train on these images first"
-    sizes, num_outliers = found.sizes, found.num_outliers
-    inside = found.labels >= 0
-    confidence = float(found.confidence[inside].mean())
-    return (
-        f"{found.num_clusters} clusters of {sizes.min()} to {sizes.max()} images, "
-        f"{num_outliers} outliers ({100 * num_outliers / len(found.labels):.0f} %)"
-        + "".join(
-            f", {text} {found.measured[name]:.2g}"
-            for name, text in _MEASURED.items()
-            if name in found.measured
-        )
-        + f", mean confidence {confidence:.2f}"
-        + (_LOW if confidence < _LOW_CONFIDENCE else "")
-    )
 
 
 def _sheet_row(clusters: FolderClusters, number: int) -> SheetRow:

@@ -29,6 +29,7 @@ from selcon_plugin.clustering import (
 from selcon_plugin.clustering.camera_centering import center_cameras
 from selcon_plugin.clustering.confidence import cohesion, pair_confidence
 from selcon_plugin.clustering.multi_scale import multi_scale_distance
+from selcon_plugin.clustering.remedies import fewer_outliers
 from selcon_plugin.config.checks import check_name
 from selcon_plugin.features import check_features
 from selcon_plugin.io.output_files import check_output_file
@@ -40,11 +41,24 @@ __all__ = [
     "chosen_labeler",
     "cluster_features",
     "default_options",
+    "summary",
 ]
 
 # For any number of images per person, without any option; see docs/benchmarks/folders.md.
 _DEFAULT_LABELERS = ("Agglomerative", "DBSCAN")
 _CSV_COLUMNS = ("image", "cluster", "confidence", "camera", "cohesion")
+# What the summary tells of a clustering.
+_MEASURED = {
+    "eps": "eps",
+    "threshold": "threshold",
+    "images_per_person": "images per person about",
+}
+_LOW_CONFIDENCE = 0.5
+_LOW = (
+    ": more than half of the pairs in clusters are expected to be of different persons, as "
+    "this network does not tell these persons apart; use one that was trained on persons, "
+    "or train on these images (selcon train)"
+)
 
 
 @dataclass(frozen=True)
@@ -250,6 +264,35 @@ def assess_clusters(
     if distance is None:
         distance = multi_scale_distance(vectors)
     return pair_confidence(vectors, distance, labels), cohesion(distance, labels)
+
+
+def summary(found: FolderClusters, labeler: str) -> str:
+    """Describe clusters in a line: how many, of which sizes, how confident.
+
+    Args:
+        found: The clusters.
+        labeler: Registered name of the labeler, for the remedy if there are none.
+
+    Returns:
+        The line, without a full stop.
+    """
+    if not found.num_clusters:
+        remedy = fewer_outliers(labeler_options(labeler))
+        return f"No cluster was found; {remedy}, or train on these images first"
+    sizes, num_outliers = found.sizes, found.num_outliers
+    inside = found.labels >= 0
+    confidence = float(found.confidence[inside].mean())
+    return (
+        f"{found.num_clusters} clusters of {sizes.min()} to {sizes.max()} images, "
+        f"{num_outliers} outliers ({100 * num_outliers / len(found.labels):.0f} %)"
+        + "".join(
+            f", {text} {found.measured[name]:.2g}"
+            for name, text in _MEASURED.items()
+            if name in found.measured
+        )
+        + f", mean confidence {confidence:.2f}"
+        + (_LOW if confidence < _LOW_CONFIDENCE else "")
+    )
 
 
 def relative_name(path: str | Path, folder: str | Path) -> str:

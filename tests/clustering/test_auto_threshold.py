@@ -13,7 +13,7 @@ from selcon_plugin.clustering.auto_threshold import (
     check_hint,
     choose_cut,
     estimate_images_per_person,
-    images_per_person,
+    images_for,
     mean_silhouette,
     threshold_for,
     try_cuts,
@@ -49,7 +49,7 @@ def test_silhouette_of_one_cluster_is_zero() -> None:
 
 def test_threshold_and_images_per_person_are_inverse() -> None:
     for number in (2, 3, 4, 8, 17, 25):
-        assert images_per_person(threshold_for(number)) == pytest.approx(number)
+        assert images_for(threshold_for(number)) == pytest.approx(number)
     assert threshold_for(1) == THRESHOLDS[0]
     assert threshold_for(1000) == THRESHOLDS[-1]
 

@@ -9,7 +9,8 @@ from selcon_plugin.io.atomic import save_atomically
 
 
 @pytest.mark.parametrize(
-    ("criterion", "sign"), [("silhouette", 1), ("stability", 1), ("outlier_ratio", -1)]
+    ("criterion", "sign"),
+    [("silhouette", 1), ("stability", 1), ("outlier_ratio", -1), ("cosine_silhouette", 1)],
 )
 def test_weights_are_saved_when_the_criterion_improves(criterion, sign):
     saved = []
@@ -49,3 +50,45 @@ def test_file_of_the_best_weights_knows_a_better_value_than_the_checkpoint(tmp_p
     file.write_bytes(file.read_bytes()[:100])
     best.restore_from(file)
     assert best.value == 0.7
+
+
+def test_untrained_network_takes_part_where_it_is_comparable(caplog):
+    saved = []
+    for criterion, expected in (("cosine_silhouette", [0]), ("stability", [1])):
+        best = BestWeights(criterion, lambda epochs, _: saved.append(epochs))
+        best.offer({criterion: 0.5}, 0)
+        best.offer({criterion: 0.4}, 1)
+        assert saved == expected
+        saved.clear()
+
+
+@pytest.mark.parametrize(
+    ("values", "level", "said"),
+    [
+        ([0.2, 0.3, 0.25], "INFO", ["0.200 before", "0.300 after 1 epochs"]),
+        ([0.2, 0.1, 0.15], "WARNING", ["0.200 before", "has not made the network better"]),
+    ],
+)
+def test_verdict_compares_with_the_untrained_network(values, level, said, caplog):
+    caplog.set_level("INFO")
+    first = BestWeights("cosine_silhouette", lambda *_: None)
+    first.offer({"cosine_silhouette": values[0]}, 0)
+    best = BestWeights("cosine_silhouette", lambda *_: None)
+    best.load_state_dict(first.state_dict())  # a resumed run
+    for epochs, value in enumerate(values[1:], start=1):
+        best.offer({"cosine_silhouette": value}, epochs)
+    caplog.clear()
+    best.log_verdict()
+    (record,) = caplog.records
+    assert record.levelname == level
+    assert all(text in record.getMessage() for text in said)
+
+
+def test_no_verdict_without_the_untrained_network(caplog):
+    caplog.set_level("INFO")
+    best = BestWeights("silhouette", lambda *_: None)
+    best.offer({"silhouette": 0.5}, 0)
+    best.offer({"silhouette": 0.4}, 1)
+    caplog.clear()
+    best.log_verdict()
+    assert not caplog.records

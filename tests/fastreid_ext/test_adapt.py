@@ -38,7 +38,7 @@ def test_network_trained_with_labels_is_adapted(
     values = iter([0.1, 0.2])
     monkeypatch.setattr(
         "selcon_plugin.workflows.adapt.label_free_quality",
-        lambda _: LabelFreeQuality(next(values), 0.5, 0.5, 0.5, 0.5, 4, 0.0),
+        lambda *_, **__: LabelFreeQuality(next(values), 0.5, 2.0, 4, 0.0),
     )
     settings = AdaptSettings(
         str(weights),

@@ -60,7 +60,7 @@ def settings(weights: Path, folder: Path) -> AdaptSettings:
 
 
 def worth(value: float) -> LabelFreeQuality:
-    return LabelFreeQuality(value, 0.5, 0.5, 0.5, 0.5, 8, 0.0)
+    return LabelFreeQuality(value, 0.5, 2.0, 8, 0.0)
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch):
         left = list(values)
         seen: list[float] = []
 
-        def quality(_: object) -> LabelFreeQuality:
+        def quality(*_: object, **__: object) -> LabelFreeQuality:
             seen.append(left.pop(0) if len(left) > 1 else left[0])
             return worth(seen[-1])
 
