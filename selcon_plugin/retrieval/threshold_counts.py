@@ -22,8 +22,8 @@ def num_mates(cosines: NDArray[np.float32], num_images: float) -> float:
     """Estimate how many images show the person of an image.
 
     Cosines z = (s - median) / (median - 16 % quantile) of each image are a mixture
-    (1 - w) N(0, 1 | b) + w N(2.6 b, 1.2 b), where b is the spread of the upper half; w and b
-    are fitted by likelihood, and the result is M · max(w - 0.0275, min(0.005, 40 / M)).
+    (1 - w) N(0, 1 | b) + w N(2.6 b, 1.2 b), where b is the spread of the upper half; w and
+    b are fitted by likelihood; the result is M · max(w - 0.0275, min(0.005, 40 / M)).
 
     Args:
         cosines: Cosines of N images with K others, -inf where two are not compared, shape

@@ -36,7 +36,10 @@ def suggest_for_rows(
     """
     sample = _spread(rows, _SAMPLED_QUERIES)
     queries = features[sample].astype(np.float32)
-    suggestion = suggest_threshold(_nearest(features, queries, sample, rows, cameras))
+    lists = _nearest(features, queries, sample, rows, cameras)
+    if min(lists.shape) < 2:  # hardly an image has two others in other cameras
+        return suggest_for_rows(features, rows)
+    suggestion = suggest_threshold(lists)
     if suggestion.is_clear:
         return suggestion
     others = _spread(rows, _SAMPLED_ROWS)
