@@ -438,11 +438,12 @@ class Index:
                 too few images per camera.
         """
         state = self._store.state
-        rows, cameras = np.flatnonzero(state.live), None
+        rows = np.flatnonzero(state.live)
+        cameras: NDArray[np.object_] | None = None
         if across_cameras and len(state.camera_names) > 1:
-            cameras = state.cameras
-            known = rows[np.not_equal(cameras[rows], None).astype(bool)]
-            rows, cameras = (known, cameras) if len(known) > 3 else (rows, None)
+            is_known = state.cameras[rows] != None  # noqa: E711
+            if is_known.sum() >= 3:
+                rows, cameras = rows[is_known], state.cameras
         if len(rows) < 3:
             raise ValueError(
                 f"a suggested threshold needs an index of at least 3 images, not "

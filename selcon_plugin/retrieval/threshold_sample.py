@@ -65,7 +65,8 @@ def _is_left_out(
     itself: NDArray[np.bool_] = sample[:, None] == others
     if cameras is None:
         return itself
-    return itself | (cameras[sample][:, None] == cameras[others]).astype(bool)
+    itself |= (cameras[sample][:, None] == cameras[others]).astype(bool)
+    return itself
 
 
 def _nearest(
@@ -81,7 +82,8 @@ def _nearest(
         similarity, found = search_exactly(queries, features, rows, count)
         itself = found == sample[:, None]
         itself[~itself.any(axis=1), -1] = True  # the image has too many duplicates
-        return similarity[~itself].reshape(len(sample), -1)
+        result: NDArray[np.float32] = similarity[~itself].reshape(len(sample), -1)
+        return result
     lists = np.full((len(sample), LONGEST_LIST), -np.inf, dtype=np.float32)
     for name in set(cameras[sample]):
         own = np.flatnonzero(cameras[sample] == name)
@@ -91,4 +93,5 @@ def _nearest(
     # Lists that are shorter than three quarters of the others would shorten all.
     lengths = np.isfinite(lists).sum(axis=1)
     length = max(2, int(np.quantile(lengths, 0.25, method="lower")))
-    return lists[lengths >= length, :length]
+    result = lists[lengths >= length, :length]
+    return result
