@@ -93,5 +93,4 @@ def _nearest(
     # Lists that are shorter than three quarters of the others would shorten all.
     lengths = np.isfinite(lists).sum(axis=1)
     length = max(2, int(np.quantile(lengths, 0.25, method="lower")))
-    result = lists[lengths >= length, :length]
-    return result
+    return lists[lengths >= length, :length]
