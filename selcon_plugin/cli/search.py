@@ -36,7 +36,12 @@ def main(argv: list[str]) -> int:
     if args.html:
         check_output_file(args.html, name="--html", kinds=PAGES, inputs=args.queries)
     index = Index.open(args.index)
-    threshold, description, is_clear = _threshold(index, args.threshold)
+    threshold, description, is_clear = _threshold(
+        index,
+        args.threshold,
+        across_cameras=bool(args.camera or args.not_camera),
+        center_cameras=args.center_cameras,
+    )
     source = network_source(args) or index.source
     if source is None:
         raise ValueError(
@@ -75,12 +80,16 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _threshold(index: Index, given: str) -> tuple[float, str, bool | None]:
+def _threshold(
+    index: Index, given: str, *, across_cameras: bool, center_cameras: bool
+) -> tuple[float, str, bool | None]:
     """Return the threshold, its description, and whether it is clear; None if not auto."""
     if not given:
         return -1.0, "", None
     if given == "auto":
-        found = index.suggest_threshold()
+        found = index.suggest_threshold(
+            across_cameras=across_cameras, center_cameras=center_cameras
+        )
         return found.threshold, str(found), found.is_clear
     try:
         value = float(given)

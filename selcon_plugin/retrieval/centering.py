@@ -32,7 +32,9 @@ class CenteredFeatures:
     def __init__(self, state: Snapshot) -> None:
         self._features = state.features
         self.shape = state.features.shape
-        self._number = {name: number for number, name in enumerate(state.camera_names)}
+        self._number: dict[str | None, int] = {}
+        for name in state.camera_names:
+            self._number[name] = len(self._number)
         # Images of unknown camera have the last number, whose offset is 0.
         self._camera_of = self._numbers(state.cameras)
         sums, counts = self._sums(np.flatnonzero(state.live))

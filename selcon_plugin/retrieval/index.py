@@ -50,16 +50,11 @@ from selcon_plugin.retrieval.source import (
 )
 from selcon_plugin.retrieval.store import Manifest, Store
 from selcon_plugin.retrieval.stored_search import StoredSearch, recall_of
-from selcon_plugin.retrieval.threshold import (
-    LONGEST_LIST,
-    ThresholdSuggestion,
-    suggest_threshold,
-)
+from selcon_plugin.retrieval.threshold import ThresholdSuggestion
+from selcon_plugin.retrieval.threshold_sample import suggest_for_rows
 from selcon_plugin.retrieval.update import plan_update, read_images
 
 logger = logging.getLogger(__name__)
-
-_SAMPLED_QUERIES = 256  # images from which a threshold is suggested
 
 
 class Index:
@@ -424,32 +419,41 @@ class Index:
             results.append(tuple(matches[:top]))
         return results
 
-    def suggest_threshold(self) -> ThresholdSuggestion:
+    def suggest_threshold(
+        self, *, across_cameras: bool = False, center_cameras: bool = False
+    ) -> ThresholdSuggestion:
         """Suggest a similarity threshold for the same person, without labels.
+
+        Args:
+            across_cameras: Whether the searches are in other cameras than the query's: only
+                images of different cameras are compared. Without two known cameras all are
+                compared.
+            center_cameras: Whether the searches are in centered features.
 
         Returns:
             Result of :func:`selcon_plugin.retrieval.suggest_threshold` for 256 images that
-            are evenly spaced over the index, with up to 1024 nearest neighbors each.
+            are evenly spaced over the index, with up to 1024 nearest neighbors each. If it
+            is not clear, the threshold is the cosine that as many pairs reach as there are
+            matches by estimate.
 
         Raises:
-            ValueError: If the index has fewer than 3 images.
+            ValueError: If the index has fewer than 3 images, or is to be centered and has
+                too few images per camera.
         """
         state = self._store.state
         rows = np.flatnonzero(state.live)
+        cameras: NDArray[np.object_] | None = None
+        if across_cameras and len(state.camera_names) > 1:
+            is_known = state.cameras[rows] != None  # noqa: E711
+            if is_known.sum() >= 3:
+                rows, cameras = rows[is_known], state.cameras
         if len(rows) < 3:
             raise ValueError(
                 f"a suggested threshold needs an index of at least 3 images, not "
                 f"{len(rows)}: give the threshold as a number"
             )
-        count = min(_SAMPLED_QUERIES, len(rows))
-        sample = rows[np.arange(count) * len(rows) // count]
-        queries = state.features[sample].astype(np.float32)
-        similarity, found = search_exactly(
-            queries, state.features, rows, min(LONGEST_LIST + 1, len(rows))
-        )
-        itself = found == sample[:, None]
-        itself[~itself.any(axis=1), -1] = True  # the image has too many duplicates
-        return suggest_threshold(similarity[~itself].reshape(count, -1))
+        features = self._centered(state) if center_cameras else state.features
+        return suggest_for_rows(features, rows, cameras)
 
     def cameras_of(self, files: Sequence[str]) -> list[str | None]:
         """Return the camera of each file; None where it is unknown or not in the index.

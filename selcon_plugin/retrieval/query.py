@@ -53,8 +53,8 @@ def search(
         threshold: Smallest cosine of a result.
         center_cameras: Whether to center the features of index and queries per camera, as
             :meth:`Index.search` does. A query that is in the index has its camera there.
-        query_camera: Camera of queries that are not in the index. If None, a warning says
-            how many queries are not centered.
+        query_camera: Camera of queries that are not in the index. If None, a warning
+            states how many queries are not centered.
 
     Returns:
         The results of each query, most similar first, or the three nearest images below

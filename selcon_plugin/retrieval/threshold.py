@@ -36,6 +36,9 @@ class ThresholdSuggestion:
         dip: Statistic of Hartigan's dip test of the cosines: the distance of their
             distribution from one with a single peak, times the square root of the number
             of pairs.
+        num_mates: Estimated number of images of the same person that a search can find for
+            an image; the threshold was computed from it, and is a guess. None if it was
+            computed from two groups of cosines.
     """
 
     threshold: float
@@ -43,11 +46,14 @@ class ThresholdSuggestion:
     num_neighbors: int
     num_images: int
     dip: float
+    num_mates: float | None = None
 
     @property
     def is_clear(self) -> bool:
         """True if the cosines prove two groups; otherwise the threshold is a guess."""
         if self.separation < CLEAR_SEPARATION or self.num_images < _FEWEST_IMAGES:
+            return False
+        if self.num_mates is not None:
             return False
         is_wide = self.separation >= _WIDE_SEPARATION
         return self.dip >= _CLEAR_DIP or (is_wide and self.num_images >= _FEWEST_FOR_WIDE)
@@ -61,6 +67,10 @@ class ThresholdSuggestion:
         reason = "the cosines do not fall into two groups"
         if self.num_images < _FEWEST_IMAGES:
             reason = f"{self.num_images} images are too few to tell"
+        if self.num_mates is not None:
+            reason += (
+                f"; by estimate {self.num_mates:.1f} images show the person of a query"
+            )
         return f"{self.threshold:.3f} (unclear: {reason}; it is a guess, check it by eye)"
 
 

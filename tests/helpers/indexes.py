@@ -14,7 +14,9 @@ from selcon_plugin.retrieval.store import IndexedImage
 def unit(rows: ArrayLike) -> NDArray[np.float32]:
     """Return rows of length 1."""
     values = np.asarray(rows)
-    return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+    lengths = np.linalg.norm(values, axis=1, keepdims=True)
+    result: NDArray[np.float32] = (values / lengths).astype(np.float32)
+    return result
 
 
 class OfDim:
