@@ -89,10 +89,16 @@ class AgglomerativeLabeler(Labeler):
         return _SMALLEST_CLUSTER if size == "auto" else size
 
     def cluster(self, features: Tensor) -> PseudoLabels:
+        """Cluster images of unknown cameras; see :meth:`cluster_seen`."""
+        return self.cluster_seen(features, None)
+
+    def cluster_seen(self, features: Tensor, camids: Tensor | None) -> PseudoLabels:
         """Compute the distances, merge clusters, choose the threshold, drop small ones.
 
         Args:
             features: Unit vectors ``(M, C)``.
+            camids: Camera of each image, -1 where unknown, ``(M,)``, or None, for the
+                choice of the threshold.
 
         Returns:
             The labels and the graph, which stores every distance below 1; ``threshold`` in
@@ -105,7 +111,7 @@ class AgglomerativeLabeler(Labeler):
         threshold, measured = self.threshold, {}
         if threshold == "auto":
             if self.images_per_person == "auto":
-                threshold = choose_cut(hierarchy, features).threshold
+                threshold = choose_cut(hierarchy, features, camids).threshold
             else:
                 threshold = threshold_for(self.images_per_person)
             measured["images_per_person"] = images_for(threshold)

@@ -1,6 +1,6 @@
 """Unsupervised threshold of average linkage, and the number of images per person.
 
-Two facts, measured on folders of 2 to 40 images per person with two networks
+Two observations, measured on folders of 2 to 40 images per person with two networks
 (``tools/benchmark/folders.py``, docs/benchmarks/folders.md), make the choice simple. With m
 images per person the agreement of clusters and persons is largest close to the threshold
 1 - 1/m, whatever the network. And it is flat: half or twice m costs little. So the mean
@@ -124,30 +124,35 @@ def check_hint(hint: float | str, options: Mapping[str, Any]) -> None:
         )
 
 
-def choose_cut(hierarchy: Hierarchy, features: Tensor) -> Cut:
+def choose_cut(hierarchy: Hierarchy, features: Tensor, camids: Tensor | None = None) -> Cut:
     """Choose the threshold without labels.
 
     Args:
         hierarchy: Merges of average linkage on the multi-scale Jaccard distance.
         features: Unit vectors ``(M, C)`` of the same images, on any device.
+        camids: Camera of each image, -1 where unknown, ``(M,)``, or None.
 
     Returns:
         The cut with the largest score; the smallest threshold among equal ones.
     """
-    return max(try_cuts(hierarchy, features), key=lambda cut: cut.score)
+    return max(try_cuts(hierarchy, features, camids), key=lambda cut: cut.score)
 
 
-def try_cuts(hierarchy: Hierarchy, features: Tensor) -> list[Cut]:
+def try_cuts(
+    hierarchy: Hierarchy, features: Tensor, camids: Tensor | None = None
+) -> list[Cut]:
     """Measure the clusters at every threshold of the grid.
 
     Args:
         hierarchy: See :func:`choose_cut`.
         features: See :func:`choose_cut`.
+        camids: See :func:`choose_cut`.
 
     Returns:
         One cut per threshold, ascending.
     """
     compared = without_mean(features)
+    across = camids is not None and len(np.unique(camids[camids >= 0].cpu())) > 1
     cuts = []
     for threshold in THRESHOLDS:
         labels = hierarchy.cut(threshold)
@@ -155,6 +160,8 @@ def try_cuts(hierarchy: Hierarchy, features: Tensor) -> list[Cut]:
         size = float((counts**2).sum() / max(1, counts.sum()))
         silhouette = mean_silhouette(compared, labels)
         score = silhouette - _WEIGHT * (threshold - _USUAL) ** 2
+        if across:
+            score += mean_silhouette(compared, labels, camids)
         if len(counts) < 2 or size > _LARGEST_RATIO * len(labels):
             score = -1.0
         cuts.append(Cut(threshold, silhouette, size, score))
@@ -162,7 +169,9 @@ def try_cuts(hierarchy: Hierarchy, features: Tensor) -> list[Cut]:
 
 
 @torch.no_grad()
-def mean_silhouette(features: Tensor, labels: NDArray[np.int64]) -> float:
+def mean_silhouette(
+    features: Tensor, labels: NDArray[np.int64], camids: Tensor | None = None
+) -> float:
     """Compute the mean silhouette by the cosine distance, from a sample of many images.
 
     With a the mean distance of an image to the others of its cluster and b the smallest
@@ -173,31 +182,53 @@ def mean_silhouette(features: Tensor, labels: NDArray[np.int64]) -> float:
     Args:
         features: Unit vectors ``(M, C)``, on any device.
         labels: Cluster 0, 1, ... of each image without gaps, ``(M,)``.
+        camids: Camera of each image, ``(M,)``, to compare each image only with those of
+            other cameras; it is 0 where its cluster has none. None to compare all.
 
     Returns:
         The mean over all images, or over 4,096 that are spread evenly; 0 with fewer than
         two clusters.
     """
     cluster_of = torch.from_numpy(labels).to(features.device)
-    sizes = torch.bincount(cluster_of)
-    num_clusters = len(sizes)
+    num_clusters = int(labels.max(initial=-1)) + 1
     if num_clusters < 2:
         return 0.0
-    sums = torch.zeros(num_clusters, features.shape[1], device=features.device)
-    sums.index_add_(0, cluster_of, features)
-    means = sums / sizes[:, None]
+    cameras = np.zeros_like(labels) if camids is None else camids.cpu().numpy()
+    cameras, numbers = np.unique(cameras, return_inverse=True)
+    groups = torch.from_numpy(numbers).to(cluster_of)
+    shape = (len(cameras), num_clusters)
+    sizes = torch.zeros(shape, dtype=torch.long, device=features.device)
+    sums = torch.zeros((*shape, features.shape[1]), device=features.device)
+    place = groups * num_clusters + cluster_of
+    sizes.view(-1).index_add_(0, place, torch.ones_like(place))
+    sums.view(-1, features.shape[1]).index_add_(0, place, features)
     step = max(1, -(-len(labels) // _SAMPLED))
     rows = torch.arange(0, len(labels), step, device=features.device)
     total = 0.0
-    for part in torch.split(rows, max(1, _PRODUCTS // num_clusters)):
-        own, size = cluster_of[part], sizes[cluster_of[part]]
-        distance = 1 - features[part] @ means.T
-        row = torch.arange(len(part), device=features.device)
-        # The mean over the own cluster contains the distance 0 to the image itself.
-        a = distance[row, own] * size / (size - 1).clamp_min(1)
-        distance[row, own] = torch.inf
-        b = distance.min(dim=1).values
-        larger = torch.maximum(a, b)
-        score = (b - a) / larger.clamp_min(1e-9)
-        total += float(score[(size > 1) & (larger > 0)].double().sum())
+    for group in range(len(cameras)):
+        parts = [sums, sizes]
+        if camids is not None:
+            parts = [torch.cat([part[:group], part[group + 1 :]]) for part in parts]
+        means = parts[0].sum(dim=0), parts[1].sum(dim=0)
+        seen = rows[groups[rows] == group]
+        for part in torch.split(seen, max(1, _PRODUCTS // num_clusters)):
+            own = cluster_of[part]
+            total += _sum_of(features[part], own, *means, includes_itself=camids is None)
     return total / len(rows)
+
+
+def _sum_of(
+    images: Tensor, own: Tensor, sums: Tensor, sizes: Tensor, *, includes_itself: bool
+) -> float:
+    """Return the sum of the silhouettes of images, compared with clusters."""
+    distance = 1 - images @ (sums / sizes.clamp_min(1)[:, None]).T
+    distance[:, sizes == 0] = torch.inf
+    row = torch.arange(len(images), device=images.device)
+    a, count = distance[row, own], sizes[own]
+    if includes_itself:  # at distance 0
+        a, count = a * count / (count - 1).clamp_min(1), count - 1
+    distance[row, own] = torch.inf
+    b = distance.min(dim=1).values
+    larger = torch.maximum(a, b)
+    known = (count > 0) & larger.isfinite() & (larger > 0)
+    return float(((b - a) / larger.clamp_min(1e-9))[known].double().sum())

@@ -87,6 +87,19 @@ class Labeler(ABC):
             The labels, with the sparse distances if the labeler computes them.
         """
 
+    def cluster_seen(self, features: Tensor, camids: Tensor | None) -> PseudoLabels:
+        """Cluster images whose cameras may be known; by default they are not used.
+
+        Args:
+            features: As for :meth:`cluster`.
+            camids: Camera of each image, int64 ``(M,)`` on the CPU, -1 where unknown, or
+                None.
+
+        Returns:
+            As :meth:`cluster`.
+        """
+        return self.cluster(features)
+
     def num_neighbors(self, num_images: int) -> int:
         """Return the number of neighbors searched per image, for cost estimates.
 
@@ -197,7 +210,7 @@ class Labeler(ABC):
         camids = _checked_camids(camids, len(features))
         if self.center_cameras and camids is not None:
             features = center_cameras(features, camids)
-        found = self.cluster(features)
+        found = self.cluster_seen(features, camids)
         labels = unite_copies(
             found.labels.numpy(),
             copy_groups(features),

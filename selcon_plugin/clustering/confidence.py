@@ -1,4 +1,4 @@
-r"""How sure a cluster of one person is: a calibrated probability, and cohesion.
+r"""Calibrated probability that a cluster shows one person, and cohesion of clusters.
 
 Both are computed from the multi-scale Jaccard distance, whatever labeler found the
 clusters. Let :math:`s_i` be the mean closeness (1 - distance) of image i to the others of
@@ -8,7 +8,7 @@ The confidence is
 .. math:: \sigma(6.6\, s_i + 0.75 \ln n + 9.4\, S - 5.2),
 
 the probability that another image of the cluster, chosen at random, shows the same person.
-S says how far persons are apart at all for this network, so that a weak network has low
+S measures how far persons are apart at all for this network, so a weak network has low
 confidences everywhere. The coefficients are those of a logistic regression on 48 folders of
 Market-1501's training identities with two networks; on folders of the test identities the
 expected calibration error is stated in docs/benchmarks/folders.md.

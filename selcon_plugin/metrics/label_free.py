@@ -85,11 +85,12 @@ def label_free_quality(
     collapse = ""
     if len(features) > 1:
         collapse = str(find_collapse_signs(measure_spread(features), len(features)))
-    if camids is not None:
-        features = center_cameras(features, torch.as_tensor(camids))
+    cameras = None if camids is None else torch.as_tensor(camids)
+    if cameras is not None:
+        features = center_cameras(features, cameras)
     hierarchy = average_linkage(multi_scale_distance(features))
     if images_per_person is None:
-        threshold = choose_cut(hierarchy, features).threshold
+        threshold = choose_cut(hierarchy, features, cameras).threshold
     else:
         threshold = threshold_for(images_per_person)
     labels = hierarchy.cut(threshold)

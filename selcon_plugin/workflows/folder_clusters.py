@@ -56,7 +56,7 @@ _MEASURED = {
 _LOW_CONFIDENCE = 0.5
 _LOW = (
     ": more than half of the pairs in clusters are expected to be of different persons, as "
-    "this network does not tell these persons apart; use one that was trained on persons, "
+    "this network hardly discriminates these persons; use one that was trained on persons, "
     "or train on these images (selcon train)"
 )
 

@@ -87,16 +87,16 @@ def test_outliers_and_single_images_have_no_confidence() -> None:
     assert not cohesion(distance, np.arange(40)).any()
 
 
-def test_strangers_are_not_confident() -> None:
+def test_single_images_in_one_cluster_are_not_confident() -> None:
     clear = people_with(4, 30, noise=0.5)
     labels = np.arange(30).repeat(4)
-    strangers = people_with(1, 3, seed=9)
-    features = torch.cat([clear, strangers])
+    others = people_with(1, 3, seed=9)
+    features = torch.cat([clear, others])
     together = np.append(labels, [30, 30, 30])
     found = pair_confidence(features, multi_scale_distance(features), together)
     assert found[:120].min() > 0.9
     assert found[120:].max() < found[:120].min()
     # A set in which nobody appears twice, in clusters of three at random.
-    alone = people_with(1, 90)
-    found = pair_confidence(alone, multi_scale_distance(alone), np.arange(90) % 30)
+    single = people_with(1, 90)
+    found = pair_confidence(single, multi_scale_distance(single), np.arange(90) % 30)
     assert found.max() < 0.1

@@ -1,6 +1,6 @@
 """Folders drawn from the images of a data set with known identities.
 
-A folder is a list of rows of a pool: the images of one part of Market-1501, or drawn
+A folder is a list of rows of a pool: the images of one part of Market-1501, or synthetic
 persons. Folders for choosing settings come from the training identities of Market-1501,
 those for reporting from its test identities.
 """
@@ -91,7 +91,7 @@ SPECS: tuple[FolderSpec, ...] = (
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """Images with known identities, from which folders are drawn.
+    """Images with known identities, from which folders are sampled.
 
     Attributes:
         names: File name of each image.
@@ -217,7 +217,7 @@ def _cameras(pool: Pool, spec: FolderSpec, random: np.random.Generator) -> Numbe
     known = np.unique(pool.cameras)
     if spec.cameras in (0, len(known)):
         return known
-    # Two cameras that many persons pass: otherwise few persons can be drawn.
+    # Two cameras that many persons pass: otherwise few persons can be sampled.
     counts = np.bincount(pool.cameras[pool.identities != _DISTRACTOR])
     most = np.argsort(-counts, kind="stable")[: max(3, spec.cameras)]
     return random.permutation(most)[: spec.cameras]
