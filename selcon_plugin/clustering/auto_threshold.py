@@ -1,11 +1,16 @@
 """Unsupervised threshold of average linkage, and the number of images per person.
 
-Two observations, measured on folders of 2 to 40 images per person with two networks
-(``tools/benchmark/folders.py``, docs/benchmarks/folders.md), make the choice simple. With m
-images per person the agreement of clusters and persons is largest close to the threshold
-1 - 1/m, whatever the network. And it is flat: half or twice m costs little. So the mean
-silhouette, which says little with a weak network, is balanced with a distance from the
-middle of all these thresholds.
+With m images per person the agreement of clusters and persons is largest close to the
+threshold t = 1 - 1/m, for each network that was tried, and it is flat: half or twice m
+costs little. Where m is unknown, the threshold has the largest score
+
+    S(t) + S'(t) / 2 - (t - 0.92)^2 / 4,
+
+with S the mean silhouette of the clusters by the cosine distance. It prefers the images of
+one camera to those of one person, so where cameras are known, S' compares each image with
+those of other cameras only; otherwise S' is 0. With a weak network both say little, and the
+last term decides. The numbers were chosen on folders of 2 to 40 images per person with two
+networks (``tools/benchmark/folders.py``, docs/benchmarks/folders.md).
 
 Shape shorthand in this module:
 
@@ -30,7 +35,7 @@ from selcon_plugin.clustering.multi_scale import multi_scale_distance, without_m
 from selcon_plugin.values import listed
 
 THRESHOLDS = tuple(round(0.40 + 0.02 * step, 2) for step in range(29))  # 0.40 ... 0.96
-_USUAL, _WEIGHT = 0.84, 0.5
+_USUAL, _WEIGHT, _ACROSS = 0.92, 0.25, 0.5
 # A clustering in which a random image shares its cluster with most of the others is none.
 _LARGEST_RATIO = 0.9
 # The mean silhouette of this many images has a standard error below 0.01.
@@ -47,8 +52,8 @@ class Cut:
         silhouette: Mean silhouette by the cosine distance; a cluster of one image counts
             as 0.
         size: Size of the cluster of a random image, on average.
-        score: The silhouette, less half the squared difference of the threshold and 0.84;
-            -1 if nearly all images are one cluster.
+        score: The score by which cuts are compared; -1 if nearly all images are one
+            cluster.
     """
 
     threshold: float
@@ -161,7 +166,7 @@ def try_cuts(
         silhouette = mean_silhouette(compared, labels)
         score = silhouette - _WEIGHT * (threshold - _USUAL) ** 2
         if across:
-            score += mean_silhouette(compared, labels, camids)
+            score += _ACROSS * mean_silhouette(compared, labels, camids)
         if len(counts) < 2 or size > _LARGEST_RATIO * len(labels):
             score = -1.0
         cuts.append(Cut(threshold, silhouette, size, score))

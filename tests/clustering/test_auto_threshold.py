@@ -64,11 +64,46 @@ def test_score_is_the_silhouette_less_the_distance_from_the_middle() -> None:
         sizes = np.bincount(labels)[labels]
         assert cut.size == pytest.approx(sizes.mean())
         silhouette = mean_silhouette(without_mean(features), labels)
-        expected = silhouette - 0.5 * (cut.threshold - 0.84) ** 2
+        expected = silhouette - (cut.threshold - 0.92) ** 2 / 4
         if sizes.mean() > 90:
             expected = -1
         assert cut.score == pytest.approx(expected)
     assert choose_cut(hierarchy, features) == max(cuts, key=lambda cut: cut.score)
+
+
+def test_with_cameras_matches_across_them_count_as_well() -> None:
+    features = people_with(6, 20, noise=1.5)
+    camids = torch.arange(120) % 3
+    hierarchy = average_linkage(multi_scale_distance(features))
+    plain = try_cuts(hierarchy, features)
+    for camids_of_none in (torch.full((120,), -1), torch.zeros(120, dtype=torch.long)):
+        assert try_cuts(hierarchy, features, camids_of_none) == plain
+    compared = without_mean(features)
+    for cut, without in zip(try_cuts(hierarchy, features, camids), plain, strict=True):
+        labels = hierarchy.cut(cut.threshold)
+        across = mean_silhouette(compared, labels, camids)
+        if without.score > -1:
+            assert cut.score == pytest.approx(without.score + across / 2)
+
+
+def test_silhouette_across_cameras_is_its_definition() -> None:
+    features = people_with(4, 15, noise=1.5)
+    generator = np.random.default_rng(0)
+    labels = np.unique(generator.integers(0, 20, 60), return_inverse=True)[1]
+    camids = generator.integers(-1, 3, 60)
+    distance = 1 - (features @ features.T).numpy()
+    scores = []
+    for image in range(60):
+        means = {}
+        for label in range(labels.max() + 1):
+            others = np.flatnonzero((labels == label) & (camids != camids[image]))
+            if len(others):
+                means[label] = distance[image, others].mean()
+        a = means.pop(labels[image], None)
+        b = min(means.values(), default=None)
+        scores.append(0 if a is None or b is None else (b - a) / max(a, b))
+    found = mean_silhouette(features, labels, torch.from_numpy(camids))
+    assert found == pytest.approx(np.mean(scores), abs=1e-5)
 
 
 @pytest.mark.parametrize("images", [3, 6, 15])

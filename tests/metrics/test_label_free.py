@@ -58,11 +58,12 @@ def test_features_are_centered_per_camera() -> None:
     cameras = torch.arange(240) % 2
     shifted = features + 3 * cameras[:, None] * torch.ones(32)
     unit = torch.nn.functional.normalize(shifted, dim=1)
-    centered = label_free_quality(center_cameras(unit, cameras))
-    assert label_free_quality(shifted, cameras) == centered
-    without = label_free_quality(shifted)
+    hint = {"images_per_person": 6.0}
+    centered = label_free_quality(center_cameras(unit, cameras), **hint)
+    assert label_free_quality(shifted, cameras, **hint) == centered
+    without = label_free_quality(shifted, **hint)
     assert without != centered
-    assert label_free_quality(shifted, torch.full((240,), -1)) == without
+    assert label_free_quality(shifted, torch.full((240,), -1), **hint) == without
 
 
 def test_neither_scale_nor_rotation_matters() -> None:
