@@ -44,9 +44,13 @@ def build_sampler(
             split evenly.
     """
     if num_images < batch_size:
+        unit = num_instances * micro_batches * world_size
+        # Two clusters, or half of the images: not every cluster is found.
+        fitting = max(2 * unit, num_images // (2 * unit) * unit)
+        hint = f"; {fitting} fits" if fitting <= num_images else ""
         raise ValueError(
             f"{num_images} training images do not fill one batch: lower the batch size "
-            f"({batch_size}) or add images"
+            f"({batch_size}) or add images{hint}"
         )
     check_batch_size(
         name,
