@@ -297,9 +297,12 @@ class ConfigKeys:
                 # config for folders serves every labeler.
                 owner[key] = default
             else:
+                takers = [n for n in group.names() if name in group.options_of(n)]
+                chooser = f"{label}.{self.case(group.chooser)}"
                 raise ValueError(
                     f"{label}.{key} is {owner[key]!r}, but {group.kind} {chosen} has no "
-                    f"such option; it has {listed(self.case(other) for other in known)}"
+                    f"such option; it has {listed(self.case(other) for other in known)}. "
+                    f"Remove it, or set {chooser} to {listed(takers)}"
                 )
 
     def _fill(self, owner: Node, options: Mapping[str, Option]) -> None:

@@ -13,6 +13,7 @@ from selcon_plugin.hosts import DEFAULT_HOST, get_host, host_names
 from selcon_plugin.inference.embedder import Embedder
 from selcon_plugin.io.output_files import check_output_folder
 from selcon_plugin.runs.results import RESULTS_FILE, read_results
+from selcon_plugin.workflows.folder_clusters import chosen_labeler
 from selcon_plugin.workflows.train import train
 
 __all__ = ["FitResult", "fit"]
@@ -100,7 +101,8 @@ def fit(
         overwrite: Whether a new run may start in a folder that holds one, whose files are
             moved to a folder ``old-<time>`` in it. Otherwise it is refused.
         clustering: Options of the clustering and its labeler by name, such as
-            ``{"images_per_person": 4}``.
+            ``{"images_per_person": 4}``. Without ``labeler`` and ``config_file``, an option
+            that only DBSCAN has, such as ``eps``, selects it.
         **options: Options of the run and of the method by name, such as
             ``temperature=0.05``, ``num_parts=2``, ``seed=1``.
 
@@ -120,6 +122,8 @@ def fit(
         raise ValueError(
             f"input_size must be height and width, such as (256, 128), got {input_size!r}"
         )
+    if clustering and "labeler" not in clustering and not config_file:
+        clustering = {"labeler": chosen_labeler("", clustering), **clustering}
     chosen, folder = get_host(host), Path(output).expanduser()
     overrides = chosen.overrides(
         epochs=epochs,

@@ -174,8 +174,9 @@ def chosen_labeler(labeler: str, options: Mapping[str, Any] | None) -> str:
     """
     if labeler:
         return labeler
-    fits = (n for n in _DEFAULT_LABELERS if set(options or ()) <= set(labeler_options(n)))
-    return next(fits, _DEFAULT_LABELERS[0])
+    known = {name: set(labeler_options(name)) for name in _DEFAULT_LABELERS}
+    given = set(options or ()) & {n for names in known.values() for n in names}
+    return next((n for n in known if given <= known[n]), _DEFAULT_LABELERS[0])
 
 
 def default_options(labeler: str) -> dict[str, Any]:

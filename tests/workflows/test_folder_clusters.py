@@ -71,6 +71,7 @@ def test_by_default_a_labeler_chooses_for_itself(labeler, expected) -> None:
         ({"eps": 0.5}, "DBSCAN"),
         ({"min_samples": 3, "k1": 9}, "DBSCAN"),
         ({"eps": 0.5, "threshold": 0.7}, "Agglomerative"),
+        ({"center_cameras": True, "eps": 0.5}, "DBSCAN"),
     ],
 )
 def test_options_choose_the_labeler(options, expected) -> None:
