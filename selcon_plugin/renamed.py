@@ -29,7 +29,7 @@ OPTIONS = {
 VALUES = {"keep_best_by": {"outlier_share": "outlier_ratio"}}
 # Defaults of earlier releases by option: the config that a run has written holds them also
 # for options that its method or labeler does not have.
-_FORMER_DEFAULTS: dict[str, tuple[Any, ...]] = {"num_clusters": (750,)}
+_FORMER_DEFAULTS: dict[str, tuple[Any, ...]] = {"num_clusters": (750,), "threshold": (0.8,)}
 # Arguments of public functions.
 _ARGUMENTS = OPTIONS | {
     "licence": "license",
