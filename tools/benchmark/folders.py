@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from folder_study.clusterings import clusterings
+from folder_study.clusterings import calibration_error, clusterings
 from folder_study.drawing import SPECS, Pool, draw
 
 _SEEDS = {"choose": 0, "report": 1000}
@@ -137,8 +137,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         lines.append(
             f"\n{half}, {network}, {len(group)} folders: AMI minus the best baseline of "
             f"each folder, mean {np.mean(margin):+.3f}, worst {min(margin):+.3f}; F1 over "
-            f"its oracle, mean {np.mean(ratio):.3f}\n"
+            f"its oracle, mean {np.mean(ratio):.3f}"
         )
+        for method in ("selcon", "selcon, hint"):
+            bins = [row["scores"][method]["calibration"] for row in group]
+            error = calibration_error(bins)
+            lines.append(f"{method}: expected calibration error {error:.3f}")
+        lines.append("")
     return "\n".join(lines) + "\n"
 
 

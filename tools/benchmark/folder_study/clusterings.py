@@ -20,7 +20,7 @@ from selcon_plugin.clustering.linkage import average_linkage
 from selcon_plugin.clustering.multi_scale import multi_scale_distance
 from selcon_plugin.clustering.pseudo_labels import outliers_as_singletons
 from selcon_plugin.metrics.identities import cluster_diagnostics
-from selcon_plugin.workflows.folder_clusters import cluster_features
+from selcon_plugin.workflows.folder_clusters import assess_clusters, cluster_features
 
 Labels = NDArray[np.int64]
 
@@ -57,9 +57,50 @@ def score(labels: Labels, identities: Labels) -> Score:
     return Score(found["ami"], 2 * precision * recall / both if both > 0 else 0.0)
 
 
+def calibration(
+    confidence: NDArray[np.float32], labels: Labels, identities: Labels
+) -> list[list[float]]:
+    """Compare confidences with the truth, in ten bins.
+
+    Args:
+        confidence: Confidence of each image, ``(M,)``.
+        labels: Cluster of each image, -1 for an outlier, ``(M,)``.
+        identities: Person of each image, ``(M,)``.
+
+    Returns:
+        By bin: images, sum of their confidences, and sum of the fractions of the other
+        images of their cluster that show the same person.
+    """
+    inside = labels >= 0
+    shape = (int(labels.max(initial=0)) + 1, int(identities.max()) + 1)
+    together = np.zeros(shape)
+    np.add.at(together, (labels[inside], identities[inside]), 1)
+    size = np.bincount(labels[inside], minlength=shape[0])[labels[inside]]
+    true = (together[labels[inside], identities[inside]] - 1) / np.maximum(size - 1, 1)
+    place = np.minimum((confidence[inside] * 10).astype(int), 9)
+    sums = [
+        np.bincount(place, weights=w, minlength=10)
+        for w in (None, confidence[inside], true)
+    ]
+    return [[float(part[row]) for part in sums] for row in range(10)]
+
+
+def calibration_error(folders: Iterable[list[list[float]]]) -> float:
+    """Return the expected calibration error of all folders together.
+
+    Args:
+        folders: Results of :func:`calibration`.
+
+    Returns:
+        Mean distance of the stated and the true fraction, weighted by images.
+    """
+    bins = np.sum([np.array(folder) for folder in folders], axis=0)
+    return float(np.abs(bins[:, 1] - bins[:, 2]).sum() / max(1, bins[:, 0].sum()))
+
+
 def clusterings(
     features: NDArray[np.float32], camids: Labels, identities: Labels
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Cluster one folder by every method.
 
     Args:
@@ -68,15 +109,22 @@ def clusterings(
         identities: Person of each image, for the scores and oracles only, ``(M,)``.
 
     Returns:
-        AMI and F1 by method. An oracle is the setting with the best value of each.
+        AMI and F1 by method, and :func:`calibration` of this plugin's. An oracle is the
+        setting with the best value of each.
     """
     people = len(np.unique(identities))
     hint = len(identities) / people
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, Any]] = {}
 
     def own(name: str, labeler: str = "", **options: Any) -> None:
         clusters = cluster_features(features, camids, labeler=labeler, options=options)
-        found[name] = vars(score(clusters.labels.numpy(), identities))
+        labels = clusters.labels.numpy()
+        found[name] = {**vars(score(labels, identities))}
+        if not labeler:
+            confidence, _ = assess_clusters(
+                features, camids, labels, distance=clusters.distance
+            )
+            found[name]["calibration"] = calibration(confidence, labels, identities)
 
     own("selcon")
     own("selcon, hint", images_per_person=hint)
