@@ -2,15 +2,17 @@
 
 With m images per person the agreement of clusters and persons is largest close to the
 threshold t = 1 - 1/m, for each network that was tried, and it is flat: half or twice m
-costs little. Where m is unknown, the threshold has the largest score
+costs little. Where m is unknown, the threshold with the largest score is taken,
 
-    S(t) + S'(t) / 2 - (t - 0.92)^2 / 4,
+    S(t) + S'(t) - 1.5 (t - t0)^2,
 
 with S the mean silhouette of the clusters by the cosine distance. It prefers the images of
 one camera to those of one person, so where cameras are known, S' compares each image with
-those of other cameras only; otherwise S' is 0. With a weak network both say little, and the
-last term decides. The numbers were chosen on folders of 2 to 40 images per person with two
-networks (``tools/benchmark/folders.py``, docs/benchmarks/folders.md).
+those of other cameras only; otherwise S' is 0. With a weak network both mean little, and
+the last term decides: t0 = 1 - 1/m0 belongs to the number of images per person that is
+usual in a folder of M images, m0 = 8 (M / 1000)^0.4. The numbers were chosen on folders of
+2 to 40 images per person with two networks, and on all training images of Market-1501
+(``tools/benchmark/folders.py``, docs/benchmarks/folders.md).
 
 Shape shorthand in this module:
 
@@ -35,11 +37,15 @@ from selcon_plugin.clustering.multi_scale import multi_scale_distance, without_m
 from selcon_plugin.values import listed
 
 THRESHOLDS = tuple(round(0.40 + 0.02 * step, 2) for step in range(29))  # 0.40 ... 0.96
-_USUAL, _WEIGHT, _ACROSS = 0.92, 0.25, 0.5
+# Images per person that are expected among 1,000 images, and how they grow with them.
+_EXPECTED, _GROWTH = 8.0, 0.4
+_FEWEST_EXPECTED = 2.5
+_WEIGHT = 1.5
 # A clustering in which a random image shares its cluster with most of the others is none.
 _LARGEST_RATIO = 0.9
-# The mean silhouette of this many images has a standard error below 0.01.
-_SAMPLED = 4_096
+# The mean silhouette of 1,024 images has a standard error of 0.01, and the same images are
+# compared at each threshold.
+_FEWEST_SAMPLED, _MOST_SAMPLED = 1_024, 4_096
 _PRODUCTS = 2**24
 
 
@@ -158,19 +164,25 @@ def try_cuts(
     """
     compared = without_mean(features)
     across = camids is not None and len(np.unique(camids[camids >= 0].cpu())) > 1
+    usual = threshold_for(_expected_images(hierarchy.num_images))
     cuts = []
     for threshold in THRESHOLDS:
         labels = hierarchy.cut(threshold)
         counts = np.bincount(labels).astype(np.float64)
         size = float((counts**2).sum() / max(1, counts.sum()))
         silhouette = mean_silhouette(compared, labels)
-        score = silhouette - _WEIGHT * (threshold - _USUAL) ** 2
+        score = silhouette - _WEIGHT * (threshold - usual) ** 2
         if across:
-            score += _ACROSS * mean_silhouette(compared, labels, camids)
+            score += mean_silhouette(compared, labels, camids)
         if len(counts) < 2 or size > _LARGEST_RATIO * len(labels):
             score = -1.0
         cuts.append(Cut(threshold, silhouette, size, score))
     return cuts
+
+
+def _expected_images(num_images: int) -> float:
+    expected: float = _EXPECTED * (num_images / 1000) ** _GROWTH
+    return max(_FEWEST_EXPECTED, expected)
 
 
 @torch.no_grad()
@@ -191,8 +203,8 @@ def mean_silhouette(
             other cameras; it is 0 where its cluster has none. None to compare all.
 
     Returns:
-        The mean over all images, or over 4,096 that are spread evenly; 0 with fewer than
-        two clusters.
+        The mean over all images, or over 4,096 (among more than 4,096 clusters down to
+        1,024) that are spread evenly; 0 with fewer than two clusters.
     """
     cluster_of = torch.from_numpy(labels).to(features.device)
     num_clusters = int(labels.max(initial=-1)) + 1
@@ -207,7 +219,8 @@ def mean_silhouette(
     place = groups * num_clusters + cluster_of
     sizes.view(-1).index_add_(0, place, torch.ones_like(place))
     sums.view(-1, features.shape[1]).index_add_(0, place, features)
-    step = max(1, -(-len(labels) // _SAMPLED))
+    sampled = min(_MOST_SAMPLED, max(_FEWEST_SAMPLED, _PRODUCTS // num_clusters))
+    step = max(1, -(-len(labels) // sampled))
     rows = torch.arange(0, len(labels), step, device=features.device)
     total = 0.0
     for group in range(len(cameras)):

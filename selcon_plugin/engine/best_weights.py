@@ -82,10 +82,11 @@ class BestWeights:
             )
         else:
             logger.warning(
-                "%s, and no epoch is better: the training has not made the network better "
-                "on these images, and %s holds the network as it was before. Lower the "
-                "learning rate, start from a network that was trained on persons, or give "
-                "--images-per-person",
+                "%s, and no epoch is better: the training has not made the clusters of "
+                "these images clearer, and %s holds the network as it was before. A search "
+                "across cameras may be better all the same: compare both on some labeled "
+                "pairs. Otherwise train longer, lower the learning rate, start from a "
+                "network that was trained on persons, or give --images-per-person",
                 change,
                 BEST_FILE,
             )

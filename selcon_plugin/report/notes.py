@@ -15,6 +15,7 @@ from selcon_plugin.metrics.collapse import find_collapse_signs
 from selcon_plugin.report.collect import RunData, cameras_of_clusters
 from selcon_plugin.runs.results import RESULTS_FILE
 
+_QUALITY = "cosine_silhouette"
 _MANY_OUTLIERS = 0.5
 _MANY_ONE_CAMERA_CLUSTERS = 0.5
 _FEW_LOSSES = 4
@@ -124,12 +125,31 @@ def _training_notes(run: RunData) -> Iterator[Note]:
                 "end.",
                 "Lower the learning rate.",
             )
+    yield from _verdict_notes(run)
     skipped = run.curve("skipped_steps").last
     if skipped:
         yield Note(
             "warning",
             f"{skipped:.0f} steps were skipped because of non-finite values.",
             "The log lists the images and the weights.",
+        )
+
+
+def _verdict_notes(run: RunData) -> Iterator[Note]:
+    """Compare with the network before training, where the run compares with it."""
+    quality = run.curve(_QUALITY)
+    if run.setting("keep_best_by") != _QUALITY or len(quality.values) < 2:
+        return
+    untrained, best = quality.values[0], max(quality.values[1:])
+    if best <= untrained:
+        yield Note(
+            "warning",
+            "The training has not made the clusters of these images clearer: "
+            f"{_QUALITY} {untrained:.3f} before training, at most {best:.3f} afterwards.",
+            "The network before training is kept as best_without_labels.pth. A search "
+            "across cameras may be better all the same: compare both on some labeled "
+            "pairs. Otherwise train longer, lower the learning rate, start from a network "
+            "that was trained on persons, or give --images-per-person.",
         )
 
 

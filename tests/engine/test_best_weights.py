@@ -66,7 +66,7 @@ def test_untrained_network_takes_part_where_it_is_comparable(caplog):
     ("values", "level", "said"),
     [
         ([0.2, 0.3, 0.25], "INFO", ["0.200 before", "0.300 after 1 epochs"]),
-        ([0.2, 0.1, 0.15], "WARNING", ["0.200 before", "has not made the network better"]),
+        ([0.2, 0.1, 0.15], "WARNING", ["0.200 before", "has not made the clusters"]),
     ],
 )
 def test_verdict_compares_with_the_untrained_network(values, level, said, caplog):

@@ -43,6 +43,29 @@ def test_bad_metrics_give_a_warning(make_run, curves, expected):
     assert expected in text
 
 
+@pytest.mark.parametrize(
+    ("criterion", "values", "expected"),
+    [
+        ("cosine_silhouette", (0.2, 0.15, 0.2), 1),
+        ("cosine_silhouette", (0.2, 0.25, 0.1), 0),
+        ("cosine_silhouette", (0.2,), 0),
+        ("outlier_ratio", (0.2, 0.15), 0),
+    ],
+)
+def test_training_that_has_not_made_the_network_better(
+    make_run, criterion, values, expected
+):
+    run = collect_run(make_run())
+    run = dataclasses.replace(
+        run,
+        curves={**run.curves, "cosine_silhouette": curve(*values)},
+        settings={**run.settings, "MODEL.SELCON.KEEP_BEST_BY": criterion},
+    )
+    found = warnings(run)
+    assert len(found) == expected
+    assert all("0.200 before training, at most 0.200" in text for text in found)
+
+
 def test_loss_of_warm_up_or_of_fewer_clusters_is_not_compared(make_run):
     run = collect_run(make_run())
     rising = {**run.curves, "total_loss": curve(0.1, 0.1, 0.1, 4.0, 3.9, 3.8, 3.7)}
