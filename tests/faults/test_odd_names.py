@@ -102,7 +102,7 @@ def test_features_and_index_keep_every_name(folder, embedder, tmp_path, expected
     camera = os.fsdecode(FOLDERS[2])
     results = search(index, paths[:3], embedder=embedder, top=40, camera=[camera])
     assert {match.camera for match in results[0].matches} == {camera}
-    sys.stdout.write(_table(results, "none"))
+    sys.stdout.write(_table(results))
     write_page(tmp_path / "page.html", results, summary="x")
     json.dumps([match.path for match in results[0].matches]).encode()
 
