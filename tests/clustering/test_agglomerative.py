@@ -6,19 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
+from helpers.features import people_with
 from selcon_plugin.clustering import AgglomerativeLabeler, PseudoLabels, build_labeler
 from selcon_plugin.metrics.identities import adjusted_mutual_info
-
-
-def people_with(images: int, people: int, *, noise: float = 1.0, seed: int = 0) -> Tensor:
-    """Features of people with as many images each, one after the other."""
-    generator = torch.Generator().manual_seed(seed)
-    centers = F.normalize(torch.randn(people, 64, generator=generator), dim=1)
-    features = centers.repeat_interleave(images, dim=0)
-    features = features + noise / 8 * torch.randn(features.shape, generator=generator)
-    return F.normalize(features, dim=1)
 
 
 def test_small_clusters_are_outliers() -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from helpers.features import people_with
 from selcon_plugin.clustering import DBSCANLabeler, HDBSCANLabeler, PseudoLabels
 from selcon_plugin.clustering.auto_sizes import MEASURED, AutoSizes
 from selcon_plugin.clustering.auto_threshold import estimate_images_per_person
 from selcon_plugin.clustering.neighborhood import NeighborhoodSizes
-from tests.clustering.test_agglomerative import people_with
 
 OPEN = {"k1": "auto", "k2": "auto", "min_samples": "auto"}
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import silhouette_score
 
+from helpers.features import people_with
 from selcon_plugin.clustering.auto_threshold import (
     THRESHOLDS,
     check_hint,
@@ -20,7 +21,6 @@ from selcon_plugin.clustering.auto_threshold import (
 )
 from selcon_plugin.clustering.linkage import average_linkage
 from selcon_plugin.clustering.multi_scale import multi_scale_distance, without_mean
-from tests.clustering.test_agglomerative import people_with
 
 
 def test_silhouette_is_that_of_scikit_learn() -> None:

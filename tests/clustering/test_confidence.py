@@ -9,9 +9,9 @@ import pytest
 import torch
 from sklearn.metrics import silhouette_score
 
+from helpers.features import people_with
 from selcon_plugin.clustering.confidence import cohesion, pair_confidence
 from selcon_plugin.clustering.multi_scale import multi_scale_distance, without_mean
-from tests.clustering.test_agglomerative import people_with
 
 
 def dense_closeness(distance):

@@ -2,24 +2,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import scipy.sparse
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from sklearn.cluster import HDBSCAN
 from sklearn.metrics import adjusted_rand_score
 
+from helpers.distances import sparse
 from selcon_plugin.clustering import HDBSCANLabeler
 from selcon_plugin.clustering.hdbscan import hdbscan_labels, mutual_reachability
-
-
-def sparse(dense: NDArray[np.float64]) -> scipy.sparse.csr_array:
-    """Store entries below 1, and the diagonal as a tiny number."""
-    kept = dense < 1
-    np.fill_diagonal(kept, True)
-    row, column = np.nonzero(kept)
-    data = np.maximum(dense[row, column], 1e-7)
-    return scipy.sparse.csr_array((data, (row, column)), shape=dense.shape)
 
 
 def blobs(sizes: list[int], seed: int, *, stragglers: int = 0) -> NDArray[np.float64]:

@@ -8,17 +8,9 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 from sklearn.metrics import adjusted_rand_score
 
+from helpers.distances import sparse
 from selcon_plugin.clustering import linkage as own_linkage
 from selcon_plugin.clustering.linkage import average_linkage, average_linkage_labels
-
-
-def sparse(dense: NDArray[np.float64]) -> scipy.sparse.csr_array:
-    """Store entries below 1, and the diagonal as a tiny number."""
-    kept = dense < 1
-    np.fill_diagonal(kept, True)
-    row, column = np.nonzero(kept)
-    data = np.maximum(dense[row, column], 1e-7)
-    return scipy.sparse.csr_array((data, (row, column)), shape=dense.shape)
 
 
 def random_distances(num_images: int, density: float, seed: int) -> NDArray[np.float64]:

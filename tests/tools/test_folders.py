@@ -9,7 +9,7 @@ import torch
 from folder_study.clusterings import calibration, calibration_error, score
 from folder_study.drawing import MIXED, FolderSpec, Pool, draw
 from folders import main
-from tests.clustering.test_agglomerative import people_with
+from helpers.features import people_with
 
 
 @pytest.fixture
