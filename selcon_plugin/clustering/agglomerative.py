@@ -17,9 +17,8 @@ from torch import Tensor
 
 from selcon_plugin.clustering.auto_threshold import (
     check_hint,
-    choose_cut,
+    chosen_threshold,
     images_for,
-    threshold_for,
 )
 from selcon_plugin.clustering.base import Labeler, register_labeler
 from selcon_plugin.clustering.copies import distances_with_copies
@@ -104,17 +103,16 @@ class AgglomerativeLabeler(Labeler):
             The labels and the graph, which stores every distance below 1; ``threshold`` in
             ``measured``, and with "auto" ``images_per_person``.
         """
-        distance = self._distance(features)
-        hierarchy = average_linkage(
-            distance, 1.0 if self.threshold == "auto" else self.threshold
-        )
-        threshold, measured = self.threshold, {}
-        if threshold == "auto":
-            if self.images_per_person == "auto":
-                threshold = choose_cut(hierarchy, features, camids).threshold
-            else:
-                threshold = threshold_for(self.images_per_person)
+        distance, measured = self._distance(features), {}
+        if self.threshold == "auto":
+            hierarchy = average_linkage(distance)
+            threshold = chosen_threshold(
+                hierarchy, features, camids, images_per_person=self.images_per_person
+            )
             measured["images_per_person"] = images_for(threshold)
+        else:
+            threshold = self.threshold
+            hierarchy = average_linkage(distance, threshold)
         labels = hierarchy.cut(threshold)
         labels[np.bincount(labels)[labels] < self._smallest] = OUTLIER
         measured["threshold"] = threshold

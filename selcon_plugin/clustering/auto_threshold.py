@@ -100,6 +100,26 @@ def images_for(threshold: float) -> float:
     return 1 / (1 - threshold)
 
 
+def chosen_threshold(
+    hierarchy: Hierarchy,
+    features: Tensor,
+    camids: Tensor | None = None,
+    *,
+    images_per_person: float | str = "auto",
+) -> float:
+    """Return the threshold for a number of images per person, or the best one without it.
+
+    Args:
+        hierarchy: See :func:`choose_cut`.
+        features: See :func:`choose_cut`.
+        camids: See :func:`choose_cut`.
+        images_per_person: The number, if it is known, or "auto".
+    """
+    if isinstance(images_per_person, str):
+        return choose_cut(hierarchy, features, camids).threshold
+    return threshold_for(images_per_person)
+
+
 def estimate_images_per_person(features: Tensor) -> float:
     """Estimate how many images show the same person, without labels.
 
@@ -114,7 +134,7 @@ def estimate_images_per_person(features: Tensor) -> float:
         distance: 1.7 to 25.
     """
     hierarchy = average_linkage(multi_scale_distance(features))
-    return images_for(choose_cut(hierarchy, features).threshold)
+    return images_for(chosen_threshold(hierarchy, features))
 
 
 def check_hint(hint: float | str, options: Mapping[str, Any]) -> None:
@@ -213,26 +233,30 @@ def mean_silhouette(
     cameras = np.zeros_like(labels) if camids is None else camids.cpu().numpy()
     cameras, numbers = np.unique(cameras, return_inverse=True)
     groups = torch.from_numpy(numbers).to(cluster_of)
-    shape = (len(cameras), num_clusters)
-    sizes = torch.zeros(shape, dtype=torch.long, device=features.device)
-    sums = torch.zeros((*shape, features.shape[1]), device=features.device)
-    place = groups * num_clusters + cluster_of
-    sizes.view(-1).index_add_(0, place, torch.ones_like(place))
-    sums.view(-1, features.shape[1]).index_add_(0, place, features)
+    sums, sizes = _sums(features, cluster_of, num_clusters)
     sampled = min(_MOST_SAMPLED, max(_FEWEST_SAMPLED, _PRODUCTS // num_clusters))
     step = max(1, -(-len(labels) // sampled))
     rows = torch.arange(0, len(labels), step, device=features.device)
     total = 0.0
     for group in range(len(cameras)):
-        parts = [sums, sizes]
-        if camids is not None:
-            parts = [torch.cat([part[:group], part[group + 1 :]]) for part in parts]
-        means = parts[0].sum(dim=0), parts[1].sum(dim=0)
+        others = sums, sizes
+        if camids is not None:  # the sums of one camera at a time: there may be many
+            own = groups == group
+            seen_here = _sums(features[own], cluster_of[own], num_clusters)
+            others = sums - seen_here[0], sizes - seen_here[1]
         seen = rows[groups[rows] == group]
         for part in torch.split(seen, max(1, _PRODUCTS // num_clusters)):
-            own = cluster_of[part]
-            total += _sum_of(features[part], own, *means, includes_itself=camids is None)
+            total += _sum_of(
+                features[part], cluster_of[part], *others, includes_itself=camids is None
+            )
     return total / len(rows)
+
+
+def _sums(features: Tensor, cluster_of: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
+    """Return the sum of the features of each cluster ``(K, C)``, and its size ``(K,)``."""
+    sums = features.new_zeros((num_clusters, features.shape[1]))
+    sums.index_add_(0, cluster_of, features)
+    return sums, torch.bincount(cluster_of, minlength=num_clusters)
 
 
 def _sum_of(

@@ -19,6 +19,7 @@ from selcon_plugin.clustering.camera_centering import center_cameras
 from selcon_plugin.clustering.copies import copy_groups, unite_copies
 from selcon_plugin.clustering.jaccard import unit_features
 from selcon_plugin.clustering.multi_scale import without_mean
+from selcon_plugin.clustering.neighborhood import MOST_NEIGHBORS
 from selcon_plugin.clustering.pseudo_labels import PseudoLabels, outliers_as_singletons
 from selcon_plugin.clustering.quality import cluster_quality
 from selcon_plugin.options import Option, check_options, options_of
@@ -107,10 +108,11 @@ class Labeler(ABC):
             num_images: Number of images M.
 
         Returns:
-            The option k1 or k; 0 for a labeler that has neither.
+            The option k1 or k, or its largest "auto" value; 0 for a labeler that has
+            neither.
         """
-        found: int = getattr(self, "k1", getattr(self, "k", 0))
-        return found
+        found: int | str = getattr(self, "k1", getattr(self, "k", 0))
+        return MOST_NEIGHBORS if isinstance(found, str) else found
 
     def smallest_cluster(self, found: PseudoLabels) -> int:
         """Return the number of copies of one image that are a cluster of their own.

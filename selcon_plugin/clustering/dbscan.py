@@ -16,7 +16,6 @@ from selcon_plugin.clustering.auto_eps import EPS_GRID, choose_eps
 from selcon_plugin.clustering.auto_sizes import AutoSizes
 from selcon_plugin.clustering.base import Labeler, register_labeler
 from selcon_plugin.clustering.copies import distances_with_copies
-from selcon_plugin.clustering.neighborhood import MOST_NEIGHBORS
 from selcon_plugin.clustering.pseudo_labels import OUTLIER, PseudoLabels
 from selcon_plugin.options import Interval
 
@@ -154,17 +153,6 @@ class DBSCANLabeler(Labeler):
         labels = labels_at(eps)
         measured["eps"] = eps
         return PseudoLabels.numbered(labels, distance=distance, measured=measured)
-
-    def num_neighbors(self, num_images: int) -> int:
-        """Return the number of neighbors searched per image, for cost estimates.
-
-        Args:
-            num_images: Number of images M.
-
-        Returns:
-            The option k1, or its largest "auto" value.
-        """
-        return MOST_NEIGHBORS if self.k1 == "auto" else self.k1
 
     def smallest_cluster(self, found: PseudoLabels) -> int:
         """Return min_samples, or its "auto" value, at least 2.

@@ -26,7 +26,7 @@ from torch import Tensor
 from selcon_plugin.clustering.auto_sizes import AutoSizes
 from selcon_plugin.clustering.base import Labeler, register_labeler
 from selcon_plugin.clustering.copies import distances_with_copies
-from selcon_plugin.clustering.neighborhood import MOST_NEIGHBORS, NeighborhoodSizes
+from selcon_plugin.clustering.neighborhood import NeighborhoodSizes
 from selcon_plugin.clustering.pseudo_labels import OUTLIER, PseudoLabels
 from selcon_plugin.options import Choice, Interval
 
@@ -152,17 +152,6 @@ class HDBSCANLabeler(Labeler):
         self.cluster_selection = cluster_selection
         self.k1 = k1
         self.k2 = k2
-
-    def num_neighbors(self, num_images: int) -> int:
-        """Return the number of neighbors searched per image, for cost estimates.
-
-        Args:
-            num_images: Number of images M.
-
-        Returns:
-            The option k1, or its largest "auto" value.
-        """
-        return MOST_NEIGHBORS if self.k1 == "auto" else self.k1
 
     def smallest_cluster(self, found: PseudoLabels) -> int:
         """Return the option min_cluster_size, or its "auto" value.

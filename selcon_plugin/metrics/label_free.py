@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from selcon_plugin.clustering.auto_threshold import (
-    choose_cut,
+    chosen_threshold,
     images_for,
     mean_silhouette,
-    threshold_for,
 )
 from selcon_plugin.clustering.camera_centering import center_cameras
 from selcon_plugin.clustering.jaccard import unit_features
@@ -89,10 +88,8 @@ def label_free_quality(
     if cameras is not None:
         features = center_cameras(features, cameras)
     hierarchy = average_linkage(multi_scale_distance(features))
-    if images_per_person is None:
-        threshold = choose_cut(hierarchy, features, cameras).threshold
-    else:
-        threshold = threshold_for(images_per_person)
+    hint = "auto" if images_per_person is None else images_per_person
+    threshold = chosen_threshold(hierarchy, features, cameras, images_per_person=hint)
     labels = hierarchy.cut(threshold)
     sizes = np.bincount(labels, minlength=1)
     value = max(0.0, mean_silhouette(without_mean(features), labels))
