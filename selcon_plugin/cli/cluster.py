@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,8 @@ from selcon_plugin.workflows.cluster_folder import cluster_folder
 from selcon_plugin.workflows.folder_clusters import chosen_labeler
 from selcon_plugin.workflows.terminal import echo
 
+_HINT = "images_per_person"
+
 
 def main(argv: list[str]) -> int:
     """Cluster a folder of images.
@@ -46,15 +49,15 @@ def main(argv: list[str]) -> int:
         raise ValueError("cluster needs --images FOLDER")
     check_network_arguments(args)
     import_files(args.imports)
-    given = () if args.eps is None else (("eps", args.eps),)
-    labeler = chosen_labeler(args.labeler, dict((*given, *pairs_of(args.opts))))
+    pairs = _option_pairs(args)
+    labeler = chosen_labeler(args.labeler, dict(pairs))
     cluster_folder(
         partial(load_embedder, args),
         args.images,
         args.output,
         network_key=network_key(args),
         labeler=labeler,
-        options=_labeler_options(labeler, args),
+        options=_labeler_options(labeler, pairs),
         camera_pattern=args.camera_pattern,
         links=args.links,
         contact_sheet_rows=args.contact_sheet,
@@ -122,16 +125,26 @@ def _parser() -> CommandParser:
     return parser
 
 
-def _labeler_options(labeler: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Parse the options of the labeler; it chooses others for itself."""
-    check_name("--labeler", labeler, labeler_names())
-    known = labeler_options(labeler)
+def _option_pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """Return the options of the labeler as name and text, in the order they are read."""
     pairs = pairs_of(args.opts)
     if args.eps is not None:  # an empty text, of an unset variable, is no number
         pairs.append(("eps", args.eps))
     if args.images_per_person is not None:
-        _check_takes_hint(labeler)
-        pairs.append(("images_per_person", f"{args.images_per_person:g}"))
+        pairs.append((_HINT, f"{args.images_per_person:g}"))
+    return pairs
+
+
+def _labeler_options(labeler: str, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Parse the options of the labeler; it chooses others for itself."""
+    check_name("--labeler", labeler, labeler_names())
+    known = labeler_options(labeler)
+    if _HINT in dict(pairs) and _HINT not in known:
+        takers = [name for name in labeler_names() if _HINT in labeler_options(name)]
+        raise ValueError(
+            f"--images-per-person has no effect on --labeler {labeler}: choose "
+            f"{listed(takers)}"
+        )
     options: dict[str, Any] = {}
     for name, text in pairs:
         check_name(f"option of the labeler {labeler}", name, known)
@@ -141,12 +154,3 @@ def _labeler_options(labeler: str, args: argparse.Namespace) -> dict[str, Any]:
                 f"{name} is given twice, {options[name]} and {value}: leave one of them"
             )
     return options
-
-
-def _check_takes_hint(labeler: str) -> None:
-    if "images_per_person" not in labeler_options(labeler):
-        takers = [n for n in labeler_names() if "images_per_person" in labeler_options(n)]
-        raise ValueError(
-            f"--images-per-person has no effect on --labeler {labeler}: choose "
-            f"{listed(takers)}"
-        )

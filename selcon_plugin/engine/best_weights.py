@@ -26,6 +26,12 @@ KEEP_BEST_BY = (NEVER, *SIGNS)
 _OF_UNTRAINED = ("cosine_silhouette",)
 
 BEST_FILE = "best_without_labels.pth"
+# What to do where no epoch is better than the network before training.
+NO_BETTER_REMEDY = (
+    "A search across cameras may be better all the same: compare both on some labeled "
+    "pairs. Otherwise train longer, lower the learning rate, start from a network that was "
+    "trained on persons, or give --images-per-person"
+)
 
 
 class BestWeights:
@@ -83,12 +89,10 @@ class BestWeights:
         else:
             logger.warning(
                 "%s, and no epoch is better: the training has not made the clusters of "
-                "these images clearer, and %s holds the network as it was before. A search "
-                "across cameras may be better all the same: compare both on some labeled "
-                "pairs. Otherwise train longer, lower the learning rate, start from a "
-                "network that was trained on persons, or give --images-per-person",
+                "these images clearer, and %s holds the network as it was before. %s",
                 change,
                 BEST_FILE,
+                NO_BETTER_REMEDY,
             )
 
     def _is_better(self, value: float) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 
 from selcon_plugin.clustering import labeler_names, labeler_options
 from selcon_plugin.clustering.remedies import fewer_outliers, more_clusters
+from selcon_plugin.engine.best_weights import BEST_FILE, NO_BETTER_REMEDY
 from selcon_plugin.metrics.collapse import find_collapse_signs
 from selcon_plugin.report.collect import RunData, cameras_of_clusters
 from selcon_plugin.runs.results import RESULTS_FILE
@@ -146,10 +147,7 @@ def _verdict_notes(run: RunData) -> Iterator[Note]:
             "warning",
             "The training has not made the clusters of these images clearer: "
             f"{_QUALITY} {untrained:.3f} before training, at most {best:.3f} afterwards.",
-            "The network before training is kept as best_without_labels.pth. A search "
-            "across cameras may be better all the same: compare both on some labeled "
-            "pairs. Otherwise train longer, lower the learning rate, start from a network "
-            "that was trained on persons, or give --images-per-person.",
+            f"The network before training is kept as {BEST_FILE}. {NO_BETTER_REMEDY}.",
         )
 
 
